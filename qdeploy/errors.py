@@ -1,0 +1,33 @@
+"""Errors a user can act on. Each carries the exit code that the command line ends with."""
+
+from __future__ import annotations
+
+
+class QDeployError(Exception):
+    """Base of all expected errors: one sentence that says what is wrong, where, and what to do."""
+
+    exit_code = 1
+
+
+class UsageError(QDeployError):
+    """The call itself makes no sense: an unknown name, an impossible number."""
+
+    exit_code = 2
+
+
+class CheckFailed(QDeployError):
+    """A measured value missed its threshold."""
+
+    exit_code = 3
+
+
+class CapabilityError(QDeployError):
+    """This machine, or this engine, cannot do what was asked."""
+
+    exit_code = 4
+
+
+class InvalidInputError(QDeployError):
+    """A model, recipe or artifact that cannot be used as it is."""
+
+    exit_code = 5

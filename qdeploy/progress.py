@@ -1,0 +1,46 @@
+"""Progress and messages, on stderr only."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass
+class Verbosity:
+    """How much is said: 0 nothing but errors, 1 messages and bars, 2 details."""
+
+    level: int = 1
+
+
+verbosity = Verbosity()
+
+
+def say(message: str, level: int = 1) -> None:
+    """Print a line to stderr."""
+    if verbosity.level >= level:
+        print(message, file=sys.stderr, flush=True)
+
+
+def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Go through ``items`` with a progress bar where stderr is a terminal."""
+    if verbosity.level < 1 or not sys.stderr.isatty():
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        yield from progress.track(items, total=total, description=description)

@@ -1,0 +1,1 @@
+"""Sampling: a torch model or an engine inside a stock diffusers pipeline."""

@@ -1,0 +1,85 @@
+"""What each target can run, as data.
+
+A target is the grid that rounding has to know when it calibrates, and the dialect of Q/DQ that export
+writes. ``portable`` is the intersection that every engine runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qdeploy.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Target:
+    """An engine's abilities.
+
+    Attributes:
+        name: the word that recipes use.
+        description: one line for people.
+        weights: weight formats that run as integers. Weights of four bits are codes of an int8 kernel:
+            for b <= 7, q - zero_point always fits into int8, bit for bit.
+        activations: activation formats that run as integers.
+        attention: whether softmax(QK)V can run in integers.
+        backends: the engines that take this dialect.
+    """
+
+    name: str
+    description: str
+    weights: frozenset[str]
+    activations: frozenset[str]
+    attention: bool
+    backends: tuple[str, ...]
+
+
+_WEIGHTS = frozenset({"int8", "int4", "uint4", "none"})
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target(
+            "portable",
+            "symmetric int8 per tensor, symmetric weights per channel: runs on every engine",
+            _WEIGHTS,
+            frozenset({"int8", "none"}),
+            attention=False,
+            backends=("openvino", "onnxruntime", "tensorrt"),
+        ),
+        Target(
+            "openvino",
+            "OpenVINO on CPUs: also asymmetric uint8 activations",
+            _WEIGHTS,
+            frozenset({"int8", "uint8", "none"}),
+            attention=False,
+            backends=("openvino", "onnxruntime"),
+        ),
+        Target(
+            "onnxruntime",
+            "ONNX Runtime on CPUs: also asymmetric uint8 activations",
+            _WEIGHTS,
+            frozenset({"int8", "uint8", "none"}),
+            attention=False,
+            backends=("onnxruntime", "openvino"),
+        ),
+        Target(
+            "simulated",
+            "every format and every layer, in torch only: for research, no engine runs it",
+            frozenset({"int8", "uint8", "int6", "uint6", "int4", "uint4", "none"}),
+            frozenset({"int8", "uint8", "int6", "uint6", "int4", "uint4", "none"}),
+            attention=True,
+            backends=(),
+        ),
+    )
+}
+
+
+def find_target(name: str) -> Target:
+    """The target of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in TARGETS:
+        raise UsageError(f"unknown target {name!r}: choose from {', '.join(TARGETS)}")
+    return TARGETS[name]
