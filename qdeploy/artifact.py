@@ -272,6 +272,9 @@ class Draft:
                 write_atomically(request, lambda path: _write_text(path, self.request))
             self.content.mkdir(exist_ok=True)
             self.steps.mkdir(exist_ok=True)
+            for folder in (self.content, self.steps):
+                for partial in folder.rglob(".*"):  # half-written by a process that was killed
+                    partial.unlink()
         return self
 
     def __exit__(

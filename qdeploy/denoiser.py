@@ -82,7 +82,7 @@ class Model:
 
     def build(self) -> nn.Module:
         """The denoiser with its configuration and untrained weights."""
-        denoiser: nn.Module = self._class().from_config(self.config)
+        denoiser: nn.Module = self.denoiser_class().from_config(self.config)
         return denoiser.eval()
 
     def load(self, device: str = "cpu") -> nn.Module:
@@ -137,7 +137,12 @@ class Model:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def _class(self) -> Any:
+    def denoiser_class(self) -> Any:
+        """The diffusers class that the configuration names.
+
+        Raises:
+            InvalidInputError: it is no denoiser.
+        """
         import diffusers
 
         found = getattr(diffusers, self.class_name, None)
@@ -240,6 +245,42 @@ def denoise(denoiser: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """The network's prediction for inputs named as in `flatten_inputs`."""
     output: Tensor = denoiser(**nest_inputs(inputs), return_dict=False)[0]
     return output
+
+
+def example_inputs(model: Model, rows: int, seed: int = 0) -> dict[str, Tensor]:
+    """Random inputs of the shapes that a denoiser's configuration and signature ask for.
+
+    Raises:
+        InvalidInputError: its configuration does not tell.
+    """
+    import torch
+
+    config = model.config
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(rows, *shape, generator=generator)
+
+    size = config.get("sample_size")
+    channels = config.get("in_channels")
+    if not isinstance(size, int) or not isinstance(channels, int):
+        raise InvalidInputError(
+            f"{model.folder} does not say its sample size: pass a calibration set, whose inputs fit"
+        )
+    names = list(inspect.signature(model.denoiser_class().forward).parameters)
+    steps = torch.linspace(1, 999, rows).round().long()
+    inputs = {names[1]: noise(channels, size, size), "timestep": steps}
+    if width := config.get("cross_attention_dim") or config.get("caption_channels"):
+        if "encoder_hidden_states" in names and isinstance(width, int):
+            inputs["encoder_hidden_states"] = noise(77, width)
+    classes = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
+    if "class_labels" in names and classes and not config.get("caption_channels"):
+        inputs["class_labels"] = torch.arange(rows) % 10
+    if config.get("addition_embed_type") == "text_time":
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        inputs["added_cond_kwargs.text_embeds"] = noise(pooled)
+        inputs["added_cond_kwargs.time_ids"] = torch.full((rows, 6), float(size))
+    return inputs
 
 
 def sample_name(denoiser: nn.Module) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 from qdeploy.errors import InvalidInputError, UsageError
@@ -40,6 +42,35 @@ def make_scheduler(name: str | None, current: Any) -> Any:
             f"unknown scheduler {name!r}: choose from {', '.join(SHORT_NAMES)}, or name a diffusers class"
         )
     try:
-        return found.from_config(current.config)
+        return _for_any_pipeline(found).from_config(current.config)
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         raise InvalidInputError(f"the scheduler {name} cannot take over this model's schedule: {error}") from error
+
+
+def _for_any_pipeline(found: Any) -> Any:
+    """A scheduler class that pipelines written for another one can call, or are told that they cannot.
+
+    `DDPMPipeline`, for one, passes ``generator`` to every scheduler, even to those that take none. And it never
+    scales its samples: with a scheduler that needs this, diffusers would sample garbage without a word.
+    """
+    accepted = inspect.signature(found.step).parameters
+
+    @functools.wraps(found.step)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if float(getattr(self, "init_noise_sigma", 1)) != 1 and not getattr(self, "scaled", False):
+            raise UsageError(
+                f"this pipeline does not scale its samples as {found.__name__} needs it: choose ddim, ddpm, pndm, "
+                "dpm++ or unipc"
+            )
+        return found.step(self, *args, **{name: value for name, value in kwargs.items() if name in accepted})
+
+    members: dict[str, Any] = {"step": step, "__module__": found.__module__}
+    if hasattr(found, "scale_model_input"):
+
+        @functools.wraps(found.scale_model_input)
+        def scale_model_input(self: Any, *args: Any, **kwargs: Any) -> Any:
+            self.scaled = True
+            return found.scale_model_input(self, *args, **kwargs)
+
+        members["scale_model_input"] = scale_model_input
+    return type(found.__name__, (found,), members)

@@ -54,7 +54,10 @@ def generate(
         arguments["prompt"] = list(prompts)
     elif "class_labels" in known:
         labels = prompts if prompts is not None else [str(seed % 10) for seed in seeds]
-        arguments["class_labels"] = [int(label) for label in labels]
+        try:
+            arguments["class_labels"] = [int(label) for label in labels]
+        except ValueError as error:
+            raise UsageError(f"{type(pipeline).__name__} takes class numbers instead of prompts: {error}") from error
     elif "batch_size" in known:
         arguments["batch_size"] = len(seeds)
     if guidance is not None:
@@ -69,8 +72,8 @@ def generate(
         arguments["callback_on_step_end"] = _callback(on_step)
     try:
         images = pipeline(**arguments).images
-    except (ValueError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
+    except (ValueError, RuntimeError, TypeError, IndexError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InvalidInputError(f"{type(pipeline).__name__} cannot sample as asked: {first}") from error
     return torch.as_tensor(images).permute(0, 3, 1, 2).contiguous()
 

@@ -1,0 +1,93 @@
+"""Quantized attention, simulated: q, k, v and the softmax output, as Q-Diffusion quantizes them.
+
+No engine runs these products in integers as the papers define them, so they appear only in coverage
+profiles that are labelled as simulated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from qdeploy.calibrate.fakequant import ActivationQuantizer
+from qdeploy.formats import Format
+
+
+class AttentionQuantizers(nn.Module):
+    """Quantizers of one attention module's matrix products.
+
+    Args:
+        activations: format of q, k and v.
+        probabilities: unsigned format of the softmax output; its zero point stays 0.
+    """
+
+    def __init__(self, activations: Format, probabilities: Format) -> None:
+        super().__init__()
+        self.query = ActivationQuantizer(activations)
+        self.key = ActivationQuantizer(activations)
+        self.value = ActivationQuantizer(activations)
+        self.probabilities = ActivationQuantizer(probabilities)
+        self.quantized = True
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """``softmax(q k^T scale + mask) v`` with quantized operands; shapes [B, heads, tokens, d].
+
+        The scale is applied after the product, as Stable Diffusion's attention does.
+        """
+        query, key, value = self.query(query), self.key(key), self.value(value)
+        logits = query @ key.transpose(-2, -1) * (scale or 1 / math.sqrt(query.shape[-1]))
+        if attn_mask is not None:
+            boolean = attn_mask.dtype == torch.bool
+            logits = logits.masked_fill(~attn_mask, -torch.inf) if boolean else logits + attn_mask
+        if is_causal:
+            mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+            logits = logits.masked_fill(~mask, -torch.inf)
+        output: Tensor = self.probabilities(logits.softmax(-1)) @ value
+        return output
+
+
+class _Intercept(TorchFunctionMode):
+    def __init__(self, quantizers: AttentionQuantizers) -> None:
+        super().__init__()
+        self.quantizers = quantizers
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is nn.functional.scaled_dot_product_attention and self.quantizers.quantized:
+            return self.quantizers.attend(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def quantize_attention(module: nn.Module, quantizers: AttentionQuantizers) -> None:
+    """Make ``module`` compute its scaled dot-product attention with ``quantizers``.
+
+    The module keeps its place and its paths; its attention call is intercepted while it runs.
+    """
+    module.add_module("attention_quantizers", quantizers)
+    active: list[_Intercept] = []
+
+    def before(module: nn.Module, args: Any) -> None:
+        active.append(_Intercept(quantizers))
+        active[-1].__enter__()
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        active.pop().__exit__(None, None, None)
+
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(after, always_call=True)

@@ -1,0 +1,88 @@
+"""Coverage profiles: which layers are quantized, by role.
+
+A result means little without its coverage, so the profile is part of every recipe and artifact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from qdeploy.errors import UsageError
+from qdeploy.structure import Layer, Structure
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Which roles are quantized.
+
+    Attributes:
+        name: the word that recipes use.
+        description: one line for people.
+        ends: the first layer that sees the sample, and the last of the network.
+        temporal: the layers that depend on the timestep alone.
+        attention: the operands of the attention products and the softmax output.
+        split: quantize the two halves of a concatenation on their own.
+    """
+
+    name: str
+    description: str
+    ends: bool
+    temporal: bool
+    attention: bool
+    split: bool
+
+
+COVERAGES = {
+    coverage.name: coverage
+    for coverage in (
+        Coverage(
+            "portable",
+            "all convolutions and linear layers but the first, the last and the time path; split shortcuts",
+            ends=False,
+            temporal=False,
+            attention=False,
+            split=True,
+        ),
+        Coverage(
+            "portable-joint",
+            "as portable, with one scale for both halves of a concatenation: the split's control group",
+            ends=False,
+            temporal=False,
+            attention=False,
+            split=False,
+        ),
+        Coverage(
+            "qdiffusion-paper",
+            "what Q-Diffusion's code covers: every layer, q, k, v and the softmax output; simulated",
+            ends=True,
+            temporal=True,
+            attention=True,
+            split=True,
+        ),
+    )
+}
+
+
+def find_coverage(name: str) -> Coverage:
+    """The profile of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in COVERAGES:
+        raise UsageError(f"unknown coverage {name!r}: choose from {', '.join(COVERAGES)}")
+    return COVERAGES[name]
+
+
+def covered(structure: Structure, coverage: Coverage, exclude: Iterable[str] = ()) -> list[Layer]:
+    """The layers that a profile quantizes, in execution order; ``exclude`` holds shell globs of paths."""
+    patterns = tuple(exclude)
+    return [
+        layer
+        for layer in structure.layers
+        if (coverage.temporal or not layer.temporal)
+        and (coverage.ends or not (layer.first or layer.last))
+        and not any(fnmatchcase(layer.path, pattern) for pattern in patterns)
+    ]

@@ -1,0 +1,109 @@
+"""Calibration methods: one file per paper, found by themselves.
+
+A file defines ``METHOD`` and, in ``STAGES``, the stages that its paper brought. A stage is a function
+``stage(session, *, option=default, ...)``; a method is a list of stages with options.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any
+
+from qdeploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from qdeploy.calibrate.session import Session
+
+Stages = tuple[tuple[str, Mapping[str, Any]], ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a method.
+
+    Attributes:
+        name: the word that recipes use.
+        run: does it; keyword arguments are its options.
+        description: one line for people.
+        passes: how often it runs the denoiser over all rows, and how many training steps it makes per
+            unit: ``effort -> (passes, steps)``. The estimate of the cost comes from this.
+    """
+
+    name: str
+    run: Callable[..., None]
+    description: str
+    cost: Callable[[Session], tuple[float, float]]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options with their defaults."""
+        parameters = list(inspect.signature(self.run).parameters.values())[1:]
+        return {parameter.name: parameter.default for parameter in parameters}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A published method.
+
+    Attributes:
+        name: the word that recipes use.
+        paper: where it was published.
+        description: one line for people.
+        stages: what it consists of.
+    """
+
+    name: str
+    paper: str
+    description: str
+    stages: Stages
+
+
+@cache
+def _modules() -> tuple[Any, ...]:
+    return tuple(import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__))
+
+
+def methods() -> dict[str, Method]:
+    """All methods by name."""
+    return {module.METHOD.name: module.METHOD for module in _modules() if hasattr(module, "METHOD")}
+
+
+def stages() -> dict[str, Stage]:
+    """All stages by name."""
+    return {stage.name: stage for module in _modules() for stage in getattr(module, "STAGES", ())}
+
+
+def find_method(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in methods():
+        raise UsageError(f"unknown method {name!r}: choose from {', '.join(methods())}")
+    return methods()[name]
+
+
+def check_stages(listed: Iterable[tuple[str, Mapping[str, Any]]]) -> Stages:
+    """The stages with all their options filled in.
+
+    Raises:
+        UsageError: a stage or an option is unknown.
+    """
+    known = stages()
+    checked = []
+    for name, options in listed:
+        if name not in known:
+            raise UsageError(f"unknown stage {name!r}: choose from {', '.join(known)}")
+        unknown = options.keys() - known[name].options.keys()
+        if unknown:
+            raise UsageError(
+                f"stage {name!r} has no option {sorted(unknown)[0]!r}: it has {', '.join(known[name].options)}"
+            )
+        checked.append((name, {**known[name].options, **options}))
+    return tuple(checked)

@@ -1,0 +1,96 @@
+"""Min-max calibration: the baseline, and the range-finding stage that every method begins with."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from qdeploy.calibrate.fakequant import ActivationQuantizer, QuantizedLayer, quantized_layers
+from qdeploy.calibrate.methods import Method, Stage
+from qdeploy.calibrate.ranges import ACTIVATION_FINDERS, WEIGHT_FINDERS, Summary, check_finder
+from qdeploy.calibrate.session import Session
+from qdeploy.calibrate.state import quantizers
+from qdeploy.denoiser import denoise
+from qdeploy.progress import track
+
+
+def weight_ranges(session: Session, *, finder: str = "minmax") -> None:
+    """Find the scale of every output channel of every weight.
+
+    Args:
+        session: the calibration.
+        finder: ``minmax`` or ``lp``.
+    """
+    check_finder(finder, WEIGHT_FINDERS)
+
+    def compute() -> None:
+        for layer in track(list(quantized_layers(session.denoiser).values()), "weight ranges"):
+            for quantizer, weight in zip(layer.weight_quantizers, layer.weight_parts(), strict=False):
+                quantizer.set(*WEIGHT_FINDERS[finder](weight, quantizer.format))  # type: ignore[operator]
+
+    session.once(f"weight-ranges-{finder}", compute)
+
+
+def activation_ranges(session: Session, *, finder: str = "minmax") -> None:
+    """Find the scale of every quantized activation, in one pass over the calibration rows.
+
+    Args:
+        session: the calibration.
+        finder: ``minmax``, ``percentile``, ``running`` or ``lp``.
+    """
+    check_finder(finder, ACTIVATION_FINDERS)
+
+    def compute() -> None:
+        rows = session.rows()
+        summaries = observe(session, rows)
+        for quantizer, summary in summaries:
+            quantizer.set(*ACTIVATION_FINDERS[finder](summary, quantizer.format))
+
+    session.once(f"activation-ranges-{finder}", compute)
+
+
+def observe(session: Session, rows: list[int]) -> list[tuple[ActivationQuantizer, Summary]]:
+    """Summaries of what every activation quantizer sees, weights quantized and activations float."""
+    per_row = max(32, 2**18 // max(1, len(rows)))
+    found = [
+        (quantizer, Summary(per_row))
+        for _, quantizer in quantizers(session.denoiser)
+        if isinstance(quantizer, ActivationQuantizer)
+    ]
+    handles = [quantizer.register_forward_pre_hook(_hook(summary)) for quantizer, summary in found]
+    batch = session.effort.batch
+    try:
+        with torch.no_grad(), session.weights_only():
+            for start in track(range(0, len(rows), batch), "activation ranges"):
+                denoise(session.denoiser, session.inputs(rows[start : start + batch]))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _hook(summary: Summary):  # type: ignore[no-untyped-def]
+    def before(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        summary.observe(args[0])
+
+    return before
+
+
+def round_to_nearest(layer: QuantizedLayer) -> None:
+    """Decide every code that nothing else has decided."""
+    for quantizer, weight in zip(layer.weight_quantizers, layer.weight_parts(), strict=False):
+        if quantizer.codes is None:
+            quantizer.codes = quantizer.nearest(weight)  # type: ignore[operator]
+
+
+STAGES = (
+    Stage("weight-ranges", weight_ranges, "scales of weights, per output channel", lambda session: (0.5, 0)),
+    Stage("activation-ranges", activation_ranges, "scales of layer inputs, per tensor", lambda session: (1, 0)),
+)
+
+METHOD = Method(
+    "minmax",
+    "Krishnamoorthi 2018, arXiv 1806.08342",
+    "min-max ranges and rounding to nearest: the baseline",
+    (("weight-ranges", {"finder": "minmax"}), ("activation-ranges", {"finder": "minmax"})),
+)

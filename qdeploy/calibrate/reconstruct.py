@@ -1,0 +1,247 @@
+"""Unit-by-unit reconstruction: each unit learns to give, from quantized inputs, full-precision outputs.
+
+BRECQ (Li et al., ICLR 2021) as Q-Diffusion uses it (section 3.3.1). Units come in execution order, so the
+inputs of a unit have passed through units that are done. A unit is a whole block, attention included: its
+attention maps are never stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from qdeploy.denoiser import denoise
+
+
+@dataclass
+class Rows:
+    """Tensors stored for many calibration rows, within a memory budget or else in a mapped file.
+
+    Attributes:
+        tensors: one [rows, ...] tensor for each recorded position.
+        build: makes the call's or output's own structure out of a batch of them.
+    """
+
+    tensors: list[Tensor]
+    build: Callable[[list[Tensor]], Any]
+
+    def batch(self, rows: Tensor) -> Any:
+        """The structure for some rows."""
+        return self.build([tensor[rows] for tensor in self.tensors])
+
+
+class _Stop(Exception):
+    """Ends a forward pass once the unit has been reached."""
+
+
+class Recorder:
+    """Records a unit's inputs or outputs over calibration rows.
+
+    Args:
+        denoiser: the network.
+        load: gives the denoiser's inputs for some row numbers.
+        rows: row numbers, in the order in which they are stored.
+        batch: rows per forward pass.
+        scratch: folder for mapped files.
+        budget: bytes that may be held in memory; larger recordings go to a file.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        load: Callable[[Sequence[int]], dict[str, Tensor]],
+        rows: Sequence[int],
+        batch: int,
+        scratch: Path,
+        budget: int,
+    ) -> None:
+        self.denoiser, self.load, self.rows, self.batch = denoiser, load, rows, batch
+        self.scratch, self.budget = scratch, budget
+
+    def inputs(self, unit: nn.Module) -> Rows:
+        """Positional and keyword arguments of the unit's call."""
+        return self._record(unit, "inputs")
+
+    def outputs(self, unit: nn.Module) -> Rows:
+        """What the unit returns."""
+        return self._record(unit, "outputs")
+
+    def _record(self, unit: nn.Module, what: str) -> Rows:
+        stored: list[Tensor] = []
+        kept: list[bool] = []
+        constants: list[Any] = []
+        spec: Any = None
+        for start, seen in self._runs(unit, what):
+            leaves, spec = tree_flatten(seen)
+            rows = len(self.rows[start : start + self.batch])
+            if not kept:
+                kept = [isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == rows for leaf in leaves]
+                constants = [None if keep else leaf for leaf, keep in zip(leaves, kept, strict=True)]
+                stored = self._allocate(what, [leaf for leaf, keep in zip(leaves, kept, strict=True) if keep])
+            tensors = [leaf for leaf, keep in zip(leaves, kept, strict=True) if keep]
+            for store, tensor in zip(stored, tensors, strict=True):
+                store[start : start + rows] = tensor.cpu()
+
+        def build(tensors: list[Tensor]) -> Any:
+            left = iter(tensors)
+            leaves = [next(left) if keep else constants[i] for i, keep in enumerate(kept)]
+            return tree_unflatten(leaves, spec)
+
+        return Rows(stored, build)
+
+    def _runs(self, unit: nn.Module, what: str) -> Iterator[tuple[int, Any]]:
+        seen: list[Any] = []
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if what == "inputs":
+                seen.append((args, kwargs))
+                raise _Stop
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            seen.append(output)
+            raise _Stop
+
+        handles = [
+            unit.register_forward_pre_hook(before, with_kwargs=True),
+            unit.register_forward_hook(after),
+        ]
+        try:
+            for start in range(0, len(self.rows), self.batch):
+                assert not self.denoiser.training, "dropout must be off while activations are recorded"
+                with torch.no_grad():
+                    try:
+                        denoise(self.denoiser, self.load(self.rows[start : start + self.batch]))
+                    except _Stop:
+                        pass
+                yield start, seen.pop()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _allocate(self, what: str, tensors: list[Tensor]) -> list[Tensor]:
+        shapes = [(len(self.rows), *tensor.shape[1:]) for tensor in tensors]
+        sizes = [
+            torch.Size(shape).numel() * tensor.element_size()
+            for shape, tensor in zip(shapes, tensors, strict=True)
+        ]
+        if sum(sizes) <= self.budget:
+            return [torch.empty(shape, dtype=tensor.dtype) for shape, tensor in zip(shapes, tensors, strict=True)]
+        stores = []
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        for number, (shape, tensor) in enumerate(zip(shapes, tensors, strict=True)):
+            file = self.scratch / f"{what}-{number}.bin"
+            file.unlink(missing_ok=True)
+            flat = torch.from_file(
+                str(file), shared=True, size=torch.Size(shape).numel(), dtype=tensor.dtype
+            )
+            stores.append(flat.view(shape))
+        return stores
+
+
+def output_error(output: Any, target: Any, p: float) -> Tensor:
+    """``|y - y_hat|**p``, summed over features and averaged over everything else.
+
+    Features are the channels of [B, C, H, W] and the last axis of anything else, so that the weight of
+    this term does not depend on whether a unit works on images or on tokens.
+    """
+    total = torch.zeros(())
+    for y_hat, y in zip(tree_flatten(output)[0], tree_flatten(target)[0], strict=True):
+        if not isinstance(y, Tensor) or not y.is_floating_point():
+            continue
+        features = 1 if y.ndim == 4 else -1
+        total = total.to(y.device) + (y_hat - y).abs().pow(p).sum(features).mean()
+    return total
+
+
+@dataclass
+class UnitProblem:
+    """A unit's recorded inputs and targets, split into rows to learn from and rows to judge by."""
+
+    unit: nn.Module
+    inputs: Rows
+    targets: Rows
+    learn: Tensor
+    judge: Tensor
+    device: str = "cpu"
+
+    def error(self, rows: Tensor, p: float) -> Tensor:
+        """`output_error` of the unit on some rows."""
+        args, kwargs = self.to_device(self.inputs.batch(rows))
+        return output_error(self.unit(*args, **kwargs), self.to_device(self.targets.batch(rows)), p)
+
+    def judged(self, p: float, batch: int = 32) -> float:
+        """Mean error on the rows that nothing was learned from."""
+        with torch.no_grad():
+            errors = [self.error(rows, p) * len(rows) for rows in self.judge.split(batch)]
+        return float(torch.stack(errors).sum() / len(self.judge))
+
+    def to_device(self, tree: Any) -> Any:
+        """Tensors of a structure on the device that computes."""
+        leaves, spec = tree_flatten(tree)
+        moved = [leaf.to(self.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return tree_unflatten(moved, spec)
+
+
+def optimize(
+    problem: UnitProblem,
+    parameters: Sequence[nn.Parameter],
+    iterations: int,
+    batch: int,
+    lr: float,
+    generator: torch.Generator,
+    p: float,
+    penalty: Callable[[int], Tensor | None] = lambda iteration: None,
+    cosine: bool = False,
+) -> None:
+    """Adam on ``parameters`` against the unit's output error plus a penalty.
+
+    Args:
+        problem: the unit with its data.
+        parameters: what is learned.
+        iterations: optimiser steps.
+        batch: rows per step, drawn at random.
+        lr: learning rate.
+        generator: decides the rows.
+        p: exponent of the output error.
+        penalty: a further loss term for an iteration number (from 0).
+        cosine: let the learning rate fall to 0 along a cosine; constant otherwise.
+    """
+    optimizer = torch.optim.Adam(parameters, lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations) if cosine else None
+    for iteration in range(iterations):
+        chosen = torch.randint(len(problem.learn), (min(batch, len(problem.learn)),), generator=generator)
+        loss = problem.error(problem.learn[chosen], p)
+        extra = penalty(iteration)
+        if extra is not None:
+            loss = loss + extra
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        if schedule is not None:
+            schedule.step()
+
+
+@contextmanager
+def record_unit(
+    recorder: Recorder,
+    unit: nn.Module,
+    teacher: Callable[[], AbstractContextManager[None]],
+    student: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Iterator[tuple[Rows, Rows]]:
+    """A unit's student inputs and teacher outputs; files are removed at the end."""
+    with teacher():
+        targets = recorder.outputs(unit)
+    with student():
+        inputs = recorder.inputs(unit)
+    try:
+        yield inputs, targets
+    finally:
+        for file in recorder.scratch.glob("*.bin"):
+            file.unlink()

@@ -1,0 +1,209 @@
+"""The verb ``calibrate``: a model and a calibration set in, a checkpoint out."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qdeploy.artifact import Artifact, Draft
+from qdeploy.calibrate.checkpoint import write_checkpoint, write_probe
+from qdeploy.calibrate.dataset import CalibrationSet
+from qdeploy.calibrate.estimate import Estimate
+from qdeploy.calibrate.fakequant import quantized_layers
+from qdeploy.calibrate.methods import stages
+from qdeploy.calibrate.methods.minmax import round_to_nearest
+from qdeploy.calibrate.session import Session, quantize_structure
+from qdeploy.denoiser import Model, denoise, open_model
+from qdeploy.errors import CapabilityError
+from qdeploy.paths import cache_folder, default_output
+from qdeploy.progress import say
+from qdeploy.recipe import Recipe, resolve_recipe
+from qdeploy.structure import find_structure
+
+PROBE_ROWS = 16
+
+
+def calibrate(
+    model: str | Path,
+    output: str | Path | None = None,
+    *,
+    recipe: str | Path | None = None,
+    calibration: str | Path | Artifact | None = None,
+    method: str | None = None,
+    weights: str | None = None,
+    activations: str | None = None,
+    coverage: str | None = None,
+    target: str | None = None,
+    effort: str | None = None,
+    exclude: tuple[str, ...] | None = None,
+    seed: int | None = None,
+    device: str = "cpu",
+    max_memory: int = 4 * 2**30,
+    dry_run: bool = False,
+    overwrite: bool = False,
+) -> Artifact | Estimate:
+    """Quantize a denoiser.
+
+    Args:
+        model: a diffusers folder, a zoo model's name or a Hub id.
+        output: folder of the checkpoint; beside the model by default.
+        recipe: a preset's name or a YAML file; the arguments below override it.
+        calibration: a calibration set that `collect` made from this model; without one, a default set is
+            collected and kept in the cache.
+        method: name of a method.
+        weights: format of weights: ``int8``, ``int4``, ...
+        activations: format of activations: ``int8``, ..., or ``none``.
+        coverage: name of a coverage profile.
+        target: what the result must run on.
+        effort: ``fast``, ``balanced`` or ``best``.
+        exclude: shell globs of layers that stay in float.
+        seed: where all randomness comes from.
+        device: torch device.
+        max_memory: bytes that recorded activations may take in memory.
+        dry_run: say what it would cost, and stop.
+        overwrite: replace another artifact at ``output``.
+
+    Returns:
+        The checkpoint; with ``dry_run`` the estimate.
+
+    Raises:
+        UsageError: unknown names or impossible combinations.
+        CapabilityError: the device is not there.
+        InvalidInputError: the model or the set cannot be used.
+    """
+    resolved = resolve_recipe(
+        recipe,
+        method=method,
+        weights=weights,
+        activations=activations,
+        coverage=coverage,
+        target=target,
+        effort=effort,
+        exclude=exclude,
+        seed=seed,
+    )
+    _check_device(device)
+    source = open_model(model)
+    output = Path(output) if output else default_output(source.path, resolved.precision.lower())
+    data = CalibrationSet.open(_calibration(source, calibration, resolved.seed, device))
+    made_from = {"model": source.sha256, "calibration": data.sha256}
+    draft = Draft(output, "checkpoint", made_from, resolved.to_json(), resolved.seed, overwrite=overwrite)
+    if not dry_run and (done := draft.finished()):
+        return done
+    session = _open_session(source, data, resolved, draft, device, max_memory)
+    estimate = estimate_cost(session)
+    say(
+        f"calibrating {source.path.name}: {resolved.method} {resolved.precision}, {len(session.layers)} layers "
+        f"in {len(session.units)} units, effort {resolved.effort}; about {estimate}"
+    )
+    for reason in resolved.simulated():
+        say(f"simulated: {reason}; no engine will run this checkpoint")
+    if dry_run:
+        return estimate
+    with draft:
+        _run_stages(session)
+        _write(session, source, data)
+        return draft.finish(
+            facts={
+                "component": source.name,
+                "class": source.class_name,
+                "model_sha256": source.sha256,
+                "precision": resolved.precision,
+                "weights": resolved.weights,
+                "activations": resolved.activations,
+                "target": resolved.target,
+                "simulated": resolved.simulated(),
+                "layers": len(session.layers),
+            },
+            measured=session.report,
+            notes={"source": str(source.path.absolute())},
+        )
+
+
+def _open_session(
+    source: Model, data: CalibrationSet, recipe: Recipe, draft: Draft, device: str, max_memory: int
+) -> Session:
+    denoiser = source.load(device)
+    data.check_fits(source, denoiser)
+    structure = find_structure(denoiser, data.inputs([0], device=device))
+    layers = quantize_structure(denoiser, structure, recipe)
+    denoiser.eval().requires_grad_(False).to(device)
+    return Session(denoiser, structure, layers, data, recipe, draft, device, max_memory)
+
+
+def _run_stages(session: Session) -> None:
+    known = stages()
+    took = {}
+    for number, (name, options) in enumerate(session.recipe.stages):
+        began = time.perf_counter()
+        known[name].run(session, **options)
+        took[f"{number}-{name}"] = round(time.perf_counter() - began, 3)
+    session.report["stage_seconds"] = took
+
+    def finish_rounding() -> None:
+        for layer in quantized_layers(session.denoiser).values():
+            round_to_nearest(layer)
+
+    session.once("rounded", finish_rounding)
+
+
+def _write(session: Session, source: Model, data: CalibrationSet) -> None:
+    attentions = session.structure.attentions if any_attention(session) else ()
+    write_checkpoint(session.draft, source, session.denoiser, session.layers, list(attentions))
+    _, judge = session.split(range(len(data)))
+    order = judge[data.timesteps[judge].argsort(stable=True)]
+    chosen = order[torch.linspace(0, len(order) - 1, min(PROBE_ROWS, len(order))).round().long()]
+    write_probe(session.draft, session.denoiser, session.inputs(chosen.tolist()))
+
+
+def any_attention(session: Session) -> bool:
+    """Whether this calibration quantizes attention products."""
+    return any(hasattr(module, "attend") for module in session.denoiser.modules())
+
+
+def estimate_cost(session: Session) -> Estimate:
+    """Time and memory that the stages will take, from one timed batch.
+
+    A stage says how often it runs the network over all rows and how many training steps it makes per
+    unit; all units together cost about three forward passes per step.
+    """
+    rows = session.rows()
+    batch = session.inputs(rows[: session.effort.batch])
+    with torch.no_grad():
+        for _ in range(2):
+            began = time.perf_counter()
+            denoise(session.denoiser, batch)
+            forward = time.perf_counter() - began
+    known = stages()
+    passes, steps = 0.0, 0.0
+    for name, _ in session.recipe.stages:
+        stage_passes, stage_steps = known[name].cost(session)
+        passes, steps = passes + stage_passes, steps + stage_steps
+    batches = len(rows) / min(session.effort.batch, len(rows))
+    seconds = forward * (passes * batches + 3 * steps)
+    weights = sum(parameter.numel() * 4 for parameter in session.denoiser.parameters())
+    row = sum(tensor[0].numel() * tensor.element_size() for tensor in batch.values() if tensor.ndim)
+    recorded = min(session.max_memory, 64 * row * len(rows))
+    return Estimate(seconds, 3 * weights + 2 * recorded)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CapabilityError(f"the device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def _calibration(source: Model, given: Any, seed: int, device: str) -> Path:
+    if given is not None:
+        return given.path if isinstance(given, Artifact) else Path(given)
+    from qdeploy.calibrate.trajectory import collect
+
+    say("no calibration set was given: collecting a default one")
+    name = f"{source.sha256[:16]}-seed{seed}"
+    collected = collect(source.path, cache_folder() / "calibration" / name, seed=seed, device=device)
+    assert isinstance(collected, Artifact)
+    return collected.path

@@ -1,0 +1,183 @@
+"""A calibration in progress: what every stage works on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from qdeploy.artifact import Draft
+from qdeploy.calibrate.attention import AttentionQuantizers, quantize_attention
+from qdeploy.calibrate.coverage import covered, find_coverage
+from qdeploy.calibrate.effort import Effort, find_effort
+from qdeploy.calibrate.fakequant import (
+    QuantizedLayer,
+    full_precision,
+    quantized_layers,
+    replace_module,
+    weights_only,
+)
+from qdeploy.calibrate.reconstruct import Recorder, UnitProblem, record_unit
+from qdeploy.calibrate.state import code_shapes, read_state, write_state
+from qdeploy.formats import parse_format, uint8
+from qdeploy.recipe import Recipe
+from qdeploy.structure import Layer, Structure
+
+if TYPE_CHECKING:
+    from qdeploy.calibrate.dataset import CalibrationSet
+
+HELD_OUT = 8  # one image in so many is kept to judge by
+
+
+def quantize_structure(denoiser: nn.Module, structure: Structure, recipe: Recipe) -> list[Layer]:
+    """Put quantizers where a recipe's coverage wants them.
+
+    Layers of a unit that read the same tensor share their input quantizer.
+
+    Returns:
+        The covered layers, in execution order.
+    """
+    coverage = find_coverage(recipe.coverage)
+    weights, activations = parse_format(recipe.weights), parse_format(recipe.activations)
+    layers = covered(structure, coverage, recipe.exclude)
+    for layer in layers:
+        inner = denoiser.get_submodule(layer.path)
+        split = layer.split if coverage.split else ()
+        replace_module(denoiser, layer.path, QuantizedLayer(inner, weights, activations, split))
+    share_inputs(denoiser, {layer.path: layer.reads for layer in layers})
+    if coverage.attention and activations is not None:
+        for path in structure.attentions:
+            quantize_attention(denoiser.get_submodule(path), AttentionQuantizers(activations, uint8))
+    return layers
+
+
+def share_inputs(denoiser: nn.Module, reads: dict[str, str]) -> None:
+    """Let layers that read one tensor use one input quantizer; ``reads`` maps each to the first of them."""
+    layers = quantized_layers(denoiser)
+    for path, first in reads.items():
+        if first != path and first in layers and layers[first].split == layers[path].split:
+            layers[path].input_quantizers = layers[first].input_quantizers
+
+
+@dataclass
+class Session:
+    """What a stage is given.
+
+    Attributes:
+        denoiser: the network, teacher and student in one.
+        structure: what it is made of.
+        layers: the covered layers, in execution order.
+        data: the calibration set.
+        recipe: the resolved recipe.
+        draft: the checkpoint in the making; holds the journal of finished steps.
+        device: where the network is.
+        max_memory: bytes that recorded activations may take.
+        report: what stages found out; becomes part of the checkpoint's facts.
+    """
+
+    denoiser: nn.Module
+    structure: Structure
+    layers: list[Layer]
+    data: CalibrationSet
+    recipe: Recipe
+    draft: Draft
+    device: str = "cpu"
+    max_memory: int = 4 * 2**30
+    report: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def effort(self) -> Effort:
+        """How much work to do."""
+        return find_effort(self.recipe.effort)
+
+    def generator(self, *names: str) -> torch.Generator:
+        """Randomness for one purpose, the same however the work was interrupted."""
+        digest = sha256(f"{self.recipe.seed}/{'/'.join(names)}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+    def rows(self) -> list[int]:
+        """The rows this effort uses, a random choice from the whole set in ascending order."""
+        order = torch.randperm(len(self.data), generator=self.generator("rows"))
+        return sorted(order[: self.effort.rows].tolist())
+
+    def split(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Positions in ``rows`` to learn from, and positions to judge by.
+
+        Whole images are held out, since rows of one trajectory are alike.
+        """
+        images = self.data.images[list(rows)]
+        held = images % HELD_OUT == HELD_OUT - 1
+        if held.all() or not held.any():
+            held = torch.arange(len(rows)) % HELD_OUT == HELD_OUT - 1
+        if not held.any():
+            everything = torch.arange(len(rows))
+            return everything, everything
+        return (~held).nonzero().flatten(), held.nonzero().flatten()
+
+    def inputs(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """The denoiser's inputs for some rows, on the device."""
+        return self.data.inputs(rows, device=self.device)
+
+    @property
+    def units(self) -> dict[str, list[Layer]]:
+        """Covered layers by unit, in execution order."""
+        units: dict[str, list[Layer]] = {}
+        for layer in self.layers:
+            units.setdefault(layer.unit, []).append(layer)
+        return units
+
+    def quantized(self, layers: Sequence[Layer]) -> list[QuantizedLayer]:
+        """The modules of some covered layers."""
+        modules = quantized_layers(self.denoiser)
+        return [modules[layer.path] for layer in layers]
+
+    def once(self, name: str, compute: Callable[[], None], prefix: str = "") -> None:
+        """Do a step that changes quantizers below ``prefix``, or take over its result from the journal."""
+
+        def computed() -> dict[str, Tensor]:
+            compute()
+            return read_state(self.denoiser, prefix)
+
+        write_state(self.denoiser, self.draft.step(name, computed), code_shapes(self.denoiser), prefix)
+
+    def problem(self, unit: str, student: Callable[[], Any]) -> Any:
+        """Context manager: the reconstruction problem of a unit, its inputs from the ``student`` mode."""
+        rows = self.rows()
+        recorder = Recorder(
+            self.denoiser,
+            self.inputs,
+            rows,
+            self.effort.batch,
+            self.draft.work / "scratch",
+            self.max_memory,
+        )
+        return _Problem(self, unit, recorder, rows, student)
+
+    def teacher(self) -> Any:
+        """Context manager: the network in full precision."""
+        return full_precision(self.denoiser)
+
+    def weights_only(self) -> Any:
+        """Context manager: quantized weights, float activations."""
+        return weights_only(self.denoiser)
+
+
+class _Problem:
+    def __init__(
+        self, session: Session, unit: str, recorder: Recorder, rows: list[int], student: Callable[[], Any]
+    ) -> None:
+        self.session, self.rows = session, rows
+        self.unit = session.denoiser.get_submodule(unit)
+        self.recording = record_unit(recorder, self.unit, session.teacher, student)
+
+    def __enter__(self) -> UnitProblem:
+        inputs, targets = self.recording.__enter__()
+        learn, judge = self.session.split(self.rows)
+        return UnitProblem(self.unit, inputs, targets, learn, judge, self.session.device)
+
+    def __exit__(self, *error: Any) -> None:
+        self.recording.__exit__(*error)

@@ -1,0 +1,259 @@
+"""Shards of a calibration set: how recorded denoiser inputs lie on disk.
+
+A shard ``rows-00000.safetensors`` holds one batch of images. A row is one denoiser input; rows are ordered by
+call, then by image, then conditional before unconditional. ``NAME`` is an input's name as
+`qdeploy.denoiser.flatten_inputs` gives it.
+
+    input.SAMPLE      [rows, ...]      the noisy sample, named as the first parameter of ``forward``
+    input.timestep    [rows]           t as the network was given it, in its own dtype
+    input.NAME        [rows, ...]      any other input that changes from call to call
+    condition.NAME    [distinct, ...]  an input that stays the same along the trajectory, each value once
+    condition_row     [rows] int64     where in ``condition.*`` a row finds its conditions
+    shared.NAME       as given         an input that has no batch dimension and never changes
+    image             [rows] int64     number of the image, counted through the whole set
+    call              [rows] int64     number of the denoiser call in the trajectory, from 0
+    conditional       [rows] bool      under classifier-free guidance, which of the two halves a row is from
+
+Under guidance two neighbouring rows share image, sample and t. ``conditional`` is missing if there is no
+guidance, or if it could not be told which half is which.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qdeploy.errors import InvalidInputError
+
+TIMESTEP_DTYPES = (torch.int64, torch.int32, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_CHUNK = 2**22  # elements looked at in one go, so that a check takes little memory
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard."""
+    return f"rows-{number:05d}.safetensors"
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether a tensor is free of NaN and Inf, in little memory."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    return all(bool(torch.isfinite(part).all()) for part in tensor.reshape(-1).split(_CHUNK))
+
+
+class Batch:
+    """The inputs recorded for one batch of images, on their way into a shard.
+
+    Args:
+        sample: name of the input that holds the noisy sample.
+        images: number of the image that each row of the batch belongs to, ``[B]``.
+        conditional: which rows are conditional, ``[B]``, if that is known.
+    """
+
+    def __init__(self, sample: str, images: Tensor, conditional: Tensor | None = None) -> None:
+        self.sample, self.images, self.conditional = sample, images, conditional
+        self.calls: list[int] = []
+        self.inputs: list[dict[str, Tensor]] = []
+
+    def add(self, call: int, inputs: Mapping[str, Tensor]) -> None:
+        """Keep the inputs of a call; what is as it was in the call before takes no further memory.
+
+        Raises:
+            InvalidInputError: they hold NaN or Inf, or are not the inputs that earlier calls had.
+        """
+        before = self.inputs[-1] if self.inputs else {}
+        if before and before.keys() != inputs.keys():
+            raise InvalidInputError(f"call {call} of the denoiser has other inputs than the calls before it")
+        kept = {}
+        for name, value in inputs.items():
+            value = value.detach().cpu()
+            if not finite(value):
+                raise InvalidInputError(
+                    f"the full-precision model itself is broken: {name!r} holds NaN or Inf in denoiser call {call}"
+                )
+            same = name in before and _equal(before[name], value)
+            kept[name] = before[name] if same else value.clone()
+        self.calls.append(call)
+        self.inputs.append(kept)
+
+    def pack(self) -> dict[str, Tensor]:
+        """The tensors of the shard.
+
+        Raises:
+            InvalidInputError: an input has a form that a calibration set cannot hold.
+        """
+        key = self.images * 2 + (0 if self.conditional is None else (~self.conditional).long())
+        order, calls = key.argsort(stable=True), len(self.calls)
+        packed = {
+            "image": self.images[order].repeat(calls),
+            "call": torch.tensor(self.calls).repeat_interleave(len(order)),
+        }
+        if self.conditional is not None:
+            packed["conditional"] = self.conditional[order].repeat(calls)
+        conditions = {}
+        for name in self.inputs[0]:
+            values = [call[name] for call in self.inputs]
+            if name == "timestep":
+                values = [_expanded(value, len(order)) for value in values]
+            batched = values[0].ndim > 0 and len(values[0]) == len(order)
+            constant = all(_equal(value, values[0]) for value in values[1:])
+            if name in (self.sample, "timestep") or (batched and not constant):
+                packed[f"input.{name}"] = torch.cat([value[order] for value in values])
+            elif batched:
+                conditions[name] = values[0][order]
+            elif constant:
+                packed[f"shared.{name}"] = values[0]
+            else:
+                raise InvalidInputError(f"the denoiser's input {name!r} changes, but has no batch dimension")
+        if conditions:
+            chosen, index = _distinct(list(conditions.values()))
+            packed |= {f"condition.{name}": value[chosen] for name, value in conditions.items()}
+            packed["condition_row"] = index.repeat(calls)
+        return packed
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one is other or (one.dtype == other.dtype and torch.equal(one, other))
+
+
+def _expanded(timestep: Tensor, rows: int) -> Tensor:
+    if timestep.numel() not in (1, rows):
+        raise InvalidInputError(f"the denoiser's timestep has shape {list(timestep.shape)}, not one t per row")
+    return timestep.reshape(-1).expand(rows)
+
+
+def _distinct(columns: Sequence[Tensor]) -> tuple[list[int], Tensor]:
+    """First row of each distinct value that the columns take together, and for each row which it is."""
+    found: dict[bytes, int] = {}
+    chosen, index = [], []
+    for row in range(len(columns[0])):
+        digest = hashlib.sha256()
+        for column in columns:
+            digest.update(column[row].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        if digest.digest() not in found:
+            found[digest.digest()] = len(chosen)
+            chosen.append(row)
+        index.append(found[digest.digest()])
+    return chosen, torch.tensor(index)
+
+
+class Shard:
+    """A shard on disk. Its tensors are memory-mapped: only what is indexed is read.
+
+    Raises:
+        InvalidInputError: it is no safetensors file, lacks a tensor or contradicts itself.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = safe_open(str(path), framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise InvalidInputError(f"{path} is damaged: {error}") from error
+        self.names = frozenset(self._file.keys())
+        missing = {"input.timestep", "image", "call"} - self.names
+        if any(name.startswith("condition.") for name in self.names):
+            missing |= {"condition_row"} - self.names
+        if missing:
+            raise InvalidInputError(f"{path} is no shard of a calibration set: it lacks {sorted(missing)[0]!r}")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor, not yet read."""
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        shape = self._file.get_slice("input.timestep").get_shape()
+        return int(shape[0]) if shape else 0
+
+    def layout(self) -> dict[str, dict[str, Any]]:
+        """Name, dtype and shape of each denoiser input; the shape without the batch dimension."""
+        described = {}
+        for full in sorted(self.names):
+            group, _, name = full.partition(".")
+            if group in ("input", "condition", "shared"):
+                tensor, shared = self.tensor(full), group == "shared"
+                described[name] = {
+                    "name": name,
+                    "dtype": str(tensor.dtype).removeprefix("torch."),
+                    "shape": list(tensor.shape if shared else tensor.shape[1:]),
+                    "shared": shared,
+                }
+        return described
+
+    def check(self) -> None:
+        """Look at every number once.
+
+        Raises:
+            InvalidInputError: wrong dtypes, different numbers of rows, NaN or Inf.
+        """
+        timesteps = self.tensor("input.timestep")
+        if timesteps.dtype not in TIMESTEP_DTYPES:
+            raise InvalidInputError(f"{self.path} holds timesteps of {timesteps.dtype}: int64, int32 or float is needed")
+        if timesteps.ndim != 1:
+            raise InvalidInputError(f"{self.path} holds timesteps of shape {list(timesteps.shape)}, not one per row")
+        distinct = 0
+        for name in sorted(self.names):
+            tensor, group = self.tensor(name), name.partition(".")[0]
+            if not finite(tensor):
+                raise InvalidInputError(f"{self.path} holds NaN or Inf in {name!r}")
+            if group == "condition":
+                distinct = distinct or len(tensor)
+            expected = {"shared": None, "condition": distinct}.get(group, len(timesteps))
+            if expected is not None and (tensor.ndim == 0 or len(tensor) != expected):
+                raise InvalidInputError(f"{self.path} contradicts itself: {name!r} has not {expected} rows")
+        for name, dtype in (("image", torch.int64), ("call", torch.int64), ("conditional", torch.bool)):
+            if name in self and self.tensor(name).dtype != dtype:
+                raise InvalidInputError(f"{self.path} holds {name!r} as {self.tensor(name).dtype} instead of {dtype}")
+        if "condition_row" in self:
+            rows = self.tensor("condition_row")
+            if rows.dtype != torch.int64 or (len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < distinct):
+                raise InvalidInputError(f"{self.path} contradicts itself: 'condition_row' points outside the conditions")
+
+
+def open_shards(folder: Path) -> list[Shard]:
+    """The shards in a folder, each checked, all with the same inputs.
+
+    Raises:
+        InvalidInputError: there are none, one is broken, or they do not fit together.
+    """
+    shards = [Shard(path) for path in sorted(folder.glob("rows-*.safetensors"))]
+    if not sum(shard.rows for shard in shards):
+        raise InvalidInputError(f"the calibration set {folder} is empty")
+    for shard in shards:
+        shard.check()
+        if shard.layout() != shards[0].layout() or ("conditional" in shard) != ("conditional" in shards[0]):
+            raise InvalidInputError(
+                f"the shards {shards[0].path.name} and {shard.path.name} of {folder} do not fit together: their inputs "
+                f"differ in name, dtype or shape"
+            )
+    return shards
+
+
+def describe(shards: Sequence[Shard], sample: str) -> dict[str, Any]:
+    """The facts that follow from the shards alone."""
+    timesteps = torch.cat([shard.tensor("input.timestep") for shard in shards]).unique()
+    images = torch.cat([shard.tensor("image") for shard in shards]).unique()
+    rows = sum(shard.rows for shard in shards)
+    calls = torch.cat([shard.tensor("call") for shard in shards]).unique()
+    pairs = "known" if "conditional" in shards[0] else "undecided"
+    return {
+        "sample": sample,
+        "inputs": list(shards[0].layout().values()),
+        "rows": rows,
+        "images": len(images),
+        "steps": len(calls),
+        "timesteps": sorted(timesteps.tolist()),
+        "pairs": pairs if rows > len(images) * len(calls) or "conditional" in shards[0] else None,
+    }

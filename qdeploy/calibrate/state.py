@@ -1,0 +1,112 @@
+"""The state of quantizers as named tensors: what a step of the journal and a checkpoint hold.
+
+Names: ``PATH.weight.PART.{scale,zero_point,codes}`` and ``PATH.input.PART.{scale,zero_point}`` for a layer,
+``PATH.attention.{query,key,value,probabilities}.{scale,zero_point}`` for an attention module. PART counts
+the parts of a split layer from 0. Codes of at most 4 bits are packed two to a byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from qdeploy.calibrate.attention import AttentionQuantizers
+from qdeploy.calibrate.fakequant import ActivationQuantizer, QuantizedLayer, WeightQuantizer
+from qdeploy.errors import InvalidInputError
+from qdeploy.formats import Format
+
+Quantizer = ActivationQuantizer | WeightQuantizer
+
+
+def quantizers(denoiser: nn.Module, prefix: str = "") -> Iterator[tuple[str, Quantizer]]:
+    """The quantizers at and below ``prefix``, by the names above; shared ones under their first name."""
+    seen: set[int] = set()
+    for path, module in denoiser.get_submodule(prefix).named_modules(prefix=prefix):
+        for name, quantizer in _own(path, module):
+            if id(quantizer) not in seen:
+                seen.add(id(quantizer))
+                yield name, quantizer
+
+
+def _own(path: str, module: nn.Module) -> Iterator[tuple[str, Quantizer]]:
+    if isinstance(module, QuantizedLayer):
+        for kind, owned in (("weight", module.weight_quantizers), ("input", module.input_quantizers)):
+            for part, quantizer in enumerate(owned):
+                assert isinstance(quantizer, Quantizer)
+                yield f"{path}.{kind}.{part}", quantizer
+    elif isinstance(module, AttentionQuantizers):
+        for name, quantizer in module.named_children():
+            assert isinstance(quantizer, ActivationQuantizer)
+            yield f"{path.removesuffix('_quantizers')}.{name}", quantizer
+
+
+def read_state(denoiser: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """The state of all quantizers at and below ``prefix``."""
+    state: dict[str, Tensor] = {}
+    for name, quantizer in quantizers(denoiser, prefix):
+        stored = torch.int8 if quantizer.format.symmetric else torch.uint8
+        state[f"{name}.scale"] = quantizer.scale.detach().cpu().clone()
+        state[f"{name}.zero_point"] = quantizer.zero_point.cpu().to(stored)
+        if isinstance(quantizer, WeightQuantizer) and quantizer.codes is not None:
+            state[f"{name}.codes"] = pack(quantizer.codes.cpu(), quantizer.format)
+    return state
+
+
+def write_state(
+    denoiser: nn.Module, state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], prefix: str = ""
+) -> None:
+    """Set all quantizers at and below ``prefix`` from what `read_state` gave.
+
+    Args:
+        denoiser: the network.
+        state: named tensors.
+        shapes: shape of the codes of each weight quantizer, by name.
+        prefix: where to begin.
+
+    Raises:
+        InvalidInputError: a tensor is missing or has another shape.
+    """
+    for name, quantizer in quantizers(denoiser, prefix):
+        try:
+            scale, zero_point = state[f"{name}.scale"], state[f"{name}.zero_point"]
+        except KeyError as error:
+            raise InvalidInputError(f"the quantized weights lack the tensor {error.args[0]}") from error
+        if scale.shape != quantizer.scale.shape:
+            raise InvalidInputError(f"{name}.scale has shape {list(scale.shape)}: it fits another model")
+        if isinstance(quantizer, WeightQuantizer):
+            quantizer.set(scale, zero_point)
+            if f"{name}.codes" in state:
+                codes = unpack(state[f"{name}.codes"], quantizer.format, shapes[name])
+                quantizer.codes = codes.to(quantizer.scale.device)
+        else:
+            quantizer.set(scale, zero_point)
+
+
+def pack(codes: Tensor, number_format: Format) -> Tensor:
+    """Codes as stored: two to a byte (low half first) up to 4 bits, else one to a byte."""
+    if number_format.bits > 4:
+        return codes.to(torch.int8 if number_format.symmetric else torch.uint8)
+    flat = (codes.flatten() - number_format.qmin).to(torch.uint8)
+    if len(flat) % 2:
+        flat = torch.cat([flat, flat.new_zeros(1)])
+    return flat[0::2] | (flat[1::2] << 4)
+
+
+def unpack(stored: Tensor, number_format: Format, shape: tuple[int, ...]) -> Tensor:
+    """Undo `pack`: int16 codes of the given shape."""
+    if number_format.bits > 4:
+        return stored.to(torch.int16).view(shape)
+    flat = torch.stack([stored & 15, stored >> 4], dim=1).flatten().to(torch.int16)
+    return (flat[: torch.Size(shape).numel()] + number_format.qmin).view(shape)
+
+
+def code_shapes(denoiser: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shape of the codes of each weight quantizer, by name, from the weights themselves."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, module in denoiser.named_modules():
+        if isinstance(module, QuantizedLayer) and module.weight_quantizers:
+            for part, weight in enumerate(module.weight_parts()):
+                shapes[f"{path}.weight.{part}"] = tuple(weight.shape)
+    return shapes

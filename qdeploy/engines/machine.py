@@ -1,0 +1,64 @@
+"""What this machine can do: the processor's name and the instructions that decide about int8 and bf16."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+CPUINFO = Path("/proc/cpuinfo")
+
+# Without one of these, int8 products are widened to 16 bits first and are hardly faster than float32.
+INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm", "asimddp")
+# Those that OpenVINO has bf16 kernels for.
+BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
+# Told in reports, to tell one machine from another.
+_NAMED = ("avx2", "avx512f", *INT8_INSTRUCTIONS, *BF16_INSTRUCTIONS)
+
+
+def _cpuinfo(*keys: str) -> str:
+    """Value of the first line of ``/proc/cpuinfo`` that has one of the keys; empty without such a file."""
+    try:
+        lines = CPUINFO.read_text().splitlines()
+    except OSError:
+        return ""
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() in keys:
+            return value.strip()
+    return ""
+
+
+def cpu_model() -> str:
+    """The processor's name, as it calls itself."""
+    return _cpuinfo("model name", "Model", "Hardware") or platform.processor() or platform.machine()
+
+
+def cpu_features() -> list[str]:
+    """The instruction sets that matter here, sorted; empty where the system does not tell."""
+    flags = set(_cpuinfo("flags", "Features").split())
+    return sorted(flags.intersection(_NAMED))
+
+
+def has_int8() -> bool:
+    """Whether int8 products are faster than float32 ones here; True where the system does not tell."""
+    features = cpu_features()
+    return not features or any(name in features for name in INT8_INSTRUCTIONS)
+
+
+def has_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 numbers."""
+    return any(name in cpu_features() for name in BF16_INSTRUCTIONS)
+
+
+def machine() -> dict[str, Any]:
+    """The machine, for the ``measured`` part of a manifest."""
+    return {"cpu": cpu_model(), "features": cpu_features(), "cores": usable_cores()}
+
+
+def usable_cores() -> int:
+    """Logical processors that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

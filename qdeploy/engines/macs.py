@@ -1,0 +1,148 @@
+"""Multiplications of a graph, and which share of them an engine really computes in int8."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qdeploy.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from qdeploy.engines.base import Kernel
+
+WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+# Operations that pass on the numbers they get.
+_MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity")
+
+# Operations that keep the shape, for which onnx (1.23) has no shape inference of its own.
+_SAME_SHAPE = ("GroupNormalization",)
+
+
+def graph_macs(path: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """Multiply-accumulates of every Conv, Gemm and MatMul, attention included.
+
+    Args:
+        path: the ONNX file; its external weights are not read.
+        shapes: shapes of all inputs.
+
+    Returns:
+        The count by the node's name.
+
+    Raises:
+        InvalidInputError: the file is no ONNX graph, or the size of a node cannot be derived.
+    """
+    graph = _with_fixed_shapes(_load(path), shapes)
+    known = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    for info in (*graph.input, *graph.output, *graph.value_info):
+        dims = info.type.tensor_type.shape.dim
+        if info.type.tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in dims):
+            known[info.name] = tuple(dim.dim_value for dim in dims)
+    macs: dict[str, int] = {}
+    for node in graph.node:
+        if node.op_type not in WEIGHTED:
+            continue
+        lacking = [name for name in (*node.input[:2], node.output[0]) if name not in known]
+        if lacking:
+            raise InvalidInputError(f"the size of {node.name} in {path.name} is unknown: {lacking[0]} has no shape")
+        macs[node.name] = _macs(node, *(known[name] for name in (*node.input[:2], node.output[0])))
+    return macs
+
+
+def _macs(node: Any, x: tuple[int, ...], w: tuple[int, ...], y: tuple[int, ...]) -> int:
+    """MACs of a node with inputs of shape x and w and an output of shape y."""
+    if node.op_type == "Conv":
+        return prod(y) * prod(w[1:])
+    if node.op_type == "ConvTranspose":
+        return prod(x) * prod(w[1:])
+    transposed = any(a.name == "transA" and a.i for a in node.attribute)
+    return prod(y) * (x[0] if transposed else x[-1])
+
+
+def meant_int8(path: Path) -> set[str]:
+    """Names of the nodes both of whose inputs come from integers: they were quantized to run as int8.
+
+    Raises:
+        InvalidInputError: the file is no ONNX graph.
+    """
+    graph = _load(path).graph
+    producer = {output: node for node in graph.node for output in node.output}
+
+    def from_integers(name: str) -> bool:
+        node = producer.get(name)
+        while node is not None and node.op_type in _MOVES:
+            node = producer.get(node.input[0])
+        return node is not None and node.op_type == "DequantizeLinear"
+
+    weighted = (node for node in graph.node if node.op_type in WEIGHTED)
+    return {node.name for node in weighted if all(from_integers(name) for name in node.input[:2])}
+
+
+def int8_mac_share(
+    kernels: Sequence[Kernel], macs: Mapping[str, int], meant: set[str] | frozenset[str]
+) -> dict[str, float]:
+    """Share of the multiplications that ran in int8, by what the runtime says that it executed.
+
+    Args:
+        kernels: what was executed.
+        macs: MACs by node, as of `graph_macs`.
+        meant: the nodes that were meant to run in int8, as of `meant_int8`.
+
+    Returns:
+        ``int8_mac_share`` of all MACs and ``int8_mac_share_of_meant`` of those meant; the latter is 1
+        where nothing was meant.
+    """
+    ran = int8_layers(kernels)
+    total, wanted = sum(macs.values()), sum(macs[name] for name in meant if name in macs)
+    share = sum(count for name, count in macs.items() if name in ran) / total if total else 0.0
+    kept = sum(count for name, count in macs.items() if name in ran and name in meant)
+    return {
+        "int8_mac_share": round(share, 4),
+        "int8_mac_share_of_meant": round(kept / wanted, 4) if wanted else 1.0,
+    }
+
+
+def int8_layers(kernels: Sequence[Kernel]) -> set[str]:
+    """Names of the graph's nodes that multiplied in int8."""
+    return {layer for kernel in kernels if _multiplies(kernel) and kernel.precision == "int8" for layer in kernel.layers}
+
+
+def _multiplies(kernel: Kernel) -> bool:
+    """Whether a kernel multiplies matrices; others move int8 data without saving a multiplication."""
+    words = ("conv", "matmul", "fullyconnected", "gemm", "attention")
+    return any(word in kernel.kind.lower() for word in words)
+
+
+def _load(path: Path) -> Any:
+    import onnx
+
+    try:
+        return onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf's errors have no common base
+        raise InvalidInputError(f"{path} is damaged or no ONNX graph") from error
+
+
+def _with_fixed_shapes(model: Any, shapes: Mapping[str, Sequence[int]]) -> Any:
+    """The graph with shapes inferred anew from fixed shapes of its inputs."""
+    import onnx.shape_inference
+
+    graph = model.graph
+    for node in graph.node:
+        if node.op_type in _SAME_SHAPE:
+            node.op_type, node.domain = "Identity", ""
+            del node.input[1:], node.attribute[:]
+    for port in graph.input:
+        if port.name not in shapes:
+            continue
+        del port.type.tensor_type.shape.dim[:]
+        for size in shapes[port.name]:
+            port.type.tensor_type.shape.dim.add().dim_value = size
+    # What the exporter wrote down holds for the symbolic batch, and would win over what is inferred.
+    del graph.value_info[:]
+    for port in graph.output:
+        port.type.tensor_type.ClearField("shape")
+    try:
+        return onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    except Exception as error:
+        raise InvalidInputError(f"the shapes of the graph {graph.name!r} contradict each other: {error}") from error

@@ -1,0 +1,154 @@
+"""ONNX Runtime on CPUs: the oracle that engines are compared with, and a portable fallback.
+
+Its kernels compute a convolution in int8 only when the output is quantized too. With Q/DQ on inputs alone
+it computes in float what the calibration simulated, number for number.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qdeploy.engines.base import Backend, Engine, Kernel, Port, why
+from qdeploy.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qdeploy.artifact import Artifact
+
+MODEL = "model.onnx"
+WEIGHTS = "model.onnx_data"
+
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(bool)": "bool",
+}
+_INT8_OPS = {
+    "QLinearConv", "ConvInteger", "ConvIntegerToFloat", "QLinearMatMul", "MatMulInteger",
+    "MatMulIntegerToFloat", "QGemm", "DynamicQuantizeMatMul", "QAttention",
+}  # fmt: skip
+# Endings that graph optimizations put behind the name of a node.
+_ENDINGS = re.compile(r"(/MatMulAddFusion|_token_\d+)+/?$")
+
+
+class ONNXRuntimeEngine(Engine):
+    """A graph on ONNX Runtime's CPU provider.
+
+    Args:
+        artifact: the engine's folder.
+        threads: number of threads; ONNX Runtime's own choice if None.
+
+    Raises:
+        InvalidInputError: ONNX Runtime cannot load the graph.
+    """
+
+    backend = "onnxruntime"
+
+    def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
+        super().__init__(artifact)
+        self._file = artifact.file(f"{self.component}/{MODEL}")
+        self._threads = threads
+        # Merging MatMul with the bias's Add into Gemm would separate it from its Q/DQ, and so from int8.
+        self._disabled = ["MatMulAddFusion"] if self.facts.get("activations") not in (None, "none") else []
+        self._session = self._load(self._session_options())
+        self.ports = {
+            port.name: Port(_DTYPES[port.type], tuple(d if isinstance(d, int) else None for d in port.shape))
+            for port in self._session.get_inputs()
+        }
+
+    def _session_options(self) -> Any:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
+        # Signed activations stay signed: rewriting them to unsigned breaks some graphs (1.31).
+        options.add_session_config_entry("session.qdqisint8allowed", "1")
+        return options
+
+    def _load(self, options: Any) -> Any:
+        import onnxruntime
+
+        try:
+            return onnxruntime.InferenceSession(
+                str(self._file),
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=self._disabled,
+            )
+        except Exception as error:  # ONNX Runtime's exceptions have no base class but Exception
+            raise InvalidInputError(f"ONNX Runtime cannot load {self.path}: {why(error)}") from error
+
+    def _run(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self._infer(self._session, inputs)
+
+    def _infer(self, session: Any, inputs: dict[str, Tensor]) -> Tensor:
+        import torch
+
+        try:
+            (output,) = session.run(None, {name: x.numpy() for name, x in inputs.items()})
+        except Exception as error:
+            raise InvalidInputError(f"ONNX Runtime cannot run {self.path}: {why(error)}") from error
+        return torch.from_numpy(output)
+
+    def _kernels(self, inputs: dict[str, Tensor]) -> list[Kernel]:
+        with tempfile.TemporaryDirectory() as folder:
+            options = self._session_options()
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(folder) / "profile")
+            session = self._load(options)
+            self._infer(session, inputs)
+            events = json.loads(Path(session.end_profiling()).read_text())
+        return [_kernel(event) for event in events if "op_name" in event.get("args", {})]
+
+
+def _kernel(event: dict[str, Any]) -> Kernel:
+    """One executed node of the profile."""
+    name = str(event["name"]).removesuffix("_kernel_time")
+    kind = str(event["args"]["op_name"])
+    inputs = [next(iter(shaped)) for shaped in event["args"].get("input_type_shape", [])]
+    precision = "int8" if kind in _INT8_OPS else {"float": "f32"}.get(inputs[0], inputs[0]) if inputs else ""
+    return Kernel(name, (_ENDINGS.sub("", name),), kind, precision, kind)
+
+
+def build(onnx_path: Path, folder: Path) -> None:
+    """Copy the graph and its weights; ONNX Runtime optimizes it when it loads it.
+
+    Raises:
+        InvalidInputError: ONNX Runtime cannot load the graph.
+    """
+    import onnxruntime
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (MODEL, WEIGHTS):
+        if (onnx_path.parent / name).is_file():
+            shutil.copyfile(onnx_path.parent / name, folder / name)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        onnxruntime.InferenceSession(str(folder / MODEL), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise InvalidInputError(
+            f"ONNX Runtime cannot take {onnx_path.parent.name}/{onnx_path.name}: {why(error)}"
+        ) from error
+
+
+BACKEND = Backend(
+    name="onnxruntime",
+    description="ONNX Runtime on CPUs: computes what was calibrated, number for number, rarely in int8",
+    package="onnxruntime",
+    build=build,
+    load=ONNXRuntimeEngine,
+    precisions=("f32",),
+    rank=0,
+)

@@ -1,0 +1,209 @@
+"""OpenVINO on CPUs: the IR that diffusers' OpenVINO pipelines open, int8 kernels where Q/DQ allow them."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qdeploy.engines.base import Backend, Engine, Kernel, Port, why
+from qdeploy.engines.machine import has_bf16
+from qdeploy.errors import CapabilityError, InvalidInputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qdeploy.artifact import Artifact
+
+MODEL = "openvino_model.xml"
+# Compiled models that are kept, one per set of input shapes. Each holds its own packed weights.
+KEPT_SHAPES = 4
+
+_DTYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32", "boolean": "bool"}
+# Endings that OpenVINO's importer and its transformations put behind the name of an ONNX node.
+_ENDINGS = re.compile(r"(/WithoutBiases|/DequantizationMultiply|/fused_weights|_original)+$")
+# Operations whose output holds the same values as their input, only elsewhere.
+_MOVES = {
+    "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "StridedSlice", "Interpolate", "MaxPool",
+    "Relu", "Clamp", "Pad", "Split", "VariadicSplit", "Convert",
+}  # fmt: skip
+
+
+class OpenVINOEngine(Engine):
+    """An IR on OpenVINO's CPU plugin, compiled for the shapes it meets.
+
+    Shapes are fixed before compiling: static kernels are faster, and the plugin can lay out memory ahead.
+
+    Args:
+        artifact: the engine's folder.
+        threads: number of threads; OpenVINO's own choice if None.
+
+    Raises:
+        CapabilityError: the engine is a bf16 one and this processor has no bf16.
+        InvalidInputError: OpenVINO cannot read the model.
+    """
+
+    backend = "openvino"
+
+    def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
+        import openvino
+
+        super().__init__(artifact)
+        if self.precision == "bf16" and not has_bf16():
+            raise CapabilityError(f"{self.path} computes in bf16, which this processor lacks: build it with f32")
+        self._core = openvino.Core()
+        self._options: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": self.precision,
+            # Otherwise the plugin may quantize float activations on its own, which nobody calibrated.
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+        }
+        if threads is not None:
+            self._options["INFERENCE_NUM_THREADS"] = threads
+        try:
+            self._model = self._core.read_model(artifact.file(f"{self.component}/{MODEL}"))
+        except RuntimeError as error:
+            raise InvalidInputError(f"OpenVINO cannot read {self.path}: {why(error)}") from error
+        self.ports = {}
+        for port in self._model.inputs:
+            dims = port.partial_shape
+            shape = tuple(None if dim.is_dynamic else dim.get_length() for dim in dims)
+            self.ports[port.any_name] = Port(_DTYPES[port.element_type.get_type_name()], shape)
+        self._requests: OrderedDict[tuple[tuple[int, ...], ...], Any] = OrderedDict()
+
+    def _request(self, inputs: dict[str, Tensor]) -> Any:
+        """The inference request for these shapes, compiled at first sight."""
+        key = tuple(tuple(inputs[name].shape) for name in self.ports)
+        if key in self._requests:
+            self._requests.move_to_end(key)
+            return self._requests[key]
+        try:
+            self._model.reshape({name: list(inputs[name].shape) for name in self.ports})
+            compiled = self._core.compile_model(self._model, "CPU", self._options)
+        except RuntimeError as error:
+            raise InvalidInputError(f"OpenVINO cannot run {self.path} for these shapes: {why(error)}") from error
+        self._requests[key] = compiled.create_infer_request()
+        if len(self._requests) > KEPT_SHAPES:
+            self._requests.popitem(last=False)
+        return self._requests[key]
+
+    def _run(self, inputs: dict[str, Tensor]) -> Tensor:
+        import torch
+        from openvino import Tensor as Shared
+
+        request = self._request(inputs)
+        shape = request.get_compiled_model().output(0).shape
+        output = torch.empty(tuple(shape), dtype=torch.float32)
+        # Both sides read and write the same memory; nothing is copied.
+        for name, x in inputs.items():
+            request.set_tensor(name, Shared(x.numpy(), shared_memory=True))
+        request.set_output_tensor(0, Shared(output.numpy(), shared_memory=True))
+        request.infer()
+        return output
+
+    def _kernels(self, inputs: dict[str, Tensor]) -> list[Kernel]:
+        executed = self._request(inputs).get_compiled_model().get_runtime_model()
+        return [kernel for op in executed.get_ordered_ops() if (kernel := _kernel(op)) is not None]
+
+    def close(self) -> None:
+        self._requests.clear()
+
+
+def _kernel(op: Any) -> Kernel | None:
+    """What the plugin says of one operation of the executed graph; None for constants and ends."""
+    told = op.get_rt_info()
+
+    def tell(key: str) -> str:
+        return str(told[key].astype(str)) if key in told else ""
+
+    kind, implementation = tell("layerType"), tell("primitiveType")
+    if kind in ("Const", "Input", "Output"):
+        return None
+    # runtimePrecision is that of the first input; the implementation's name tells the arithmetic.
+    precision = implementation.rpartition("_")[2].lower() or tell("runtimePrecision").lower()
+    names = [_ENDINGS.sub("", name) for name in tell("originalLayersNames").split(",") if name]
+    return Kernel(
+        name=str(op.get_friendly_name()),
+        layers=tuple(dict.fromkeys(names)),
+        kind=kind,
+        precision="int8" if precision in ("i8", "u8") else precision,
+        type=implementation,
+    )
+
+
+# -- building ----------------------------------------------------------------------------------------------
+
+
+def build(onnx_path: Path, folder: Path) -> None:
+    """Convert a graph to IR: ``openvino_model.xml`` and ``.bin``, equal bytes for equal graphs.
+
+    Raises:
+        InvalidInputError: OpenVINO has no rule for one of the operations, or cannot read the graph.
+    """
+    import openvino
+
+    try:
+        model = openvino.Core().read_model(onnx_path)
+    except RuntimeError as error:
+        raise InvalidInputError(
+            f"OpenVINO cannot convert {onnx_path.parent.name}/{onnx_path.name}: {why(error)}"
+            f"{_where(onnx_path, why(error))}"
+        ) from error
+    _keep_concat_apart(model)
+    _name_deterministically(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    openvino.save_model(model, folder / MODEL, compress_to_fp16=False)
+
+
+def _where(onnx_path: Path, message: str) -> str:
+    """Names of the first nodes of the operations that a message speaks of."""
+    import onnx
+
+    try:
+        nodes = onnx.load(onnx_path, load_external_data=False).graph.node
+    except Exception:  # the message tells already that the file cannot be read
+        return ""
+    spoken = set(re.findall(r"[\w.]+", message))
+    found = [node.name for node in nodes if f"{node.domain}.{node.op_type}".lstrip(".") in spoken]
+    return f", first in {found[0]!r}" if found else ""
+
+
+def _keep_concat_apart(model: Any) -> None:
+    """Keep OpenVINO from moving a quantization in front of the Concat whose output it quantizes.
+
+    OpenVINO 2026.4 does so where nothing else reads the Concat, then computes the next convolution as if
+    the zero point of its unsigned input were 0: 10 dB from the right result. A maximum with the lowest
+    float stops the move, and runs within the quantization's own kernel.
+    """
+    from openvino import opset13
+
+    for op in model.get_ordered_ops():
+        if op.get_type_name() != "FakeQuantize":
+            continue
+        above = op.input_value(0)
+        while above.get_node().get_type_name() in _MOVES:
+            above = above.get_node().input_value(0)
+        if above.get_node().get_type_name() != "Concat":
+            continue
+        name = op.get_friendly_name()
+        lowest = opset13.constant(-3.4028235e38, dtype="float32", name=f"{name}/lowest")
+        barrier = opset13.maximum(op.input_value(0), lowest, name=f"{name}/barrier")
+        op.input(0).replace_source_output(barrier.output(0))
+
+
+def _name_deterministically(model: Any) -> None:
+    """Replace the names that OpenVINO makes up from a counter of the whole process."""
+    for index, op in enumerate(model.get_ordered_ops()):
+        if op.get_friendly_name() == op.get_name():
+            op.set_friendly_name(f"{op.get_type_name()}/{index}")
+
+
+BACKEND = Backend(
+    name="openvino",
+    description="OpenVINO on CPUs: int8 on VNNI and AMX, everything else in f32 or bf16",
+    package="openvino",
+    build=build,
+    load=OpenVINOEngine,
+    rank=10,
+)

@@ -1,0 +1,92 @@
+"""Names that people and profilers recognise, and nothing of the machine that traced the graph."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+
+import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult
+
+from qdeploy.export.graph import WEIGHTED_OPS
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+_ROOT = "denoiser."
+
+
+class Names(InPlacePass):  # type: ignore[misc]
+    """Weighted nodes bear their layer's path; initializers bear their tensor's name in the checkpoint.
+
+    1. A Conv, Gemm or MatMul that belongs to a weighted layer is named by the layer's path; if a layer
+       has several (a split shortcut), ``/0``, ``/1``, ... follow.
+    2. Every other node is named by the module that it came from and its operator.
+    3. Initializers lose the prefixes that tracing added: quantizers are called as in
+       `qdeploy.calibrate.state`.
+    4. All metadata of the tracer goes: it holds source paths of the machine.
+    """
+
+    def call(self, model: ir.Model) -> PassResult:
+        own = Counter(path for node in model.graph if (path := _layer(node)))
+        used: Counter[str] = Counter()
+        for node in model.graph:
+            path = _layer(node)
+            if path and own[path] == 1:
+                node.name = path
+            else:
+                base = path or f"{_module(node)}/{node.op_type}".lstrip("/")
+                node.name = f"{base}/{used[base]}"
+                used[base] += 1
+        for node in model.graph:
+            node.metadata_props.clear()
+            node.doc_string = None
+            for value in node.outputs:
+                value.metadata_props.clear()
+        for initializer in list(model.graph.initializers.values()):
+            initializer.metadata_props.clear()
+            name = tensor_name(initializer.name or "")
+            if name != initializer.name and name not in model.graph.initializers:
+                model.graph.initializers.pop(initializer.name)
+                initializer.name = name
+                model.graph.initializers[name] = initializer
+        for value in (*model.graph.inputs, *model.graph.outputs):
+            value.metadata_props.clear()
+        model.graph.metadata_props.clear()
+        model.metadata_props.clear()
+        model.graph.name = "denoiser"
+        model.doc_string = model.graph.doc_string = None
+        return PassResult(model, True)
+
+
+def tensor_name(traced: str) -> str:
+    """The checkpoint's name of a traced parameter or buffer."""
+    name = traced.removeprefix(_ROOT).replace(".inner.", ".")
+    name = name.replace(".weight_quantizers.", ".weight.").replace(".input_quantizers.", ".input.")
+    head, _, last = name.rpartition(".")
+    if last == "frozen":
+        return f"{head}.codes" if ".weight." in f"{head}." else f"{head}.zero_point"
+    return name
+
+
+def _scopes(node: ir.Node) -> list[str]:
+    scopes = node.metadata_props.get(_SCOPES)
+    return list(ast.literal_eval(scopes))[:-1] if scopes else []
+
+
+def _module(node: ir.Node) -> str:
+    scopes = _scopes(node)
+    return scopes[-1].removeprefix(_ROOT).removesuffix(".inner") if scopes else ""
+
+
+def _layer(node: ir.Node) -> str | None:
+    if node.op_type not in WEIGHTED_OPS:
+        return None
+    # An attention product is a MatMul too, but neither of its inputs leads to a stored weight.
+    weight = node.inputs[1]
+    while weight is not None and weight.const_value is None:
+        before = weight.producer()
+        if before is None or before.op_type not in ("DequantizeLinear", "Transpose", "Reshape", "Cast"):
+            return None
+        weight = before.inputs[0]
+    name = tensor_name(weight.name or "") if weight is not None else ""
+    path, found, _ = name.rpartition(".weight")
+    return path if found else _module(node) or None

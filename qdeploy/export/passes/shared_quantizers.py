@@ -1,0 +1,39 @@
+"""Quantize a tensor once for all layers that read it with the same scale."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult
+
+from qdeploy.export.graph import constant
+
+
+class SharedQuantizers(InPlacePass):  # type: ignore[misc]
+    """Equal Q/DQ pairs on one tensor become one pair.
+
+    1. Two QuantizeLinear, or two DequantizeLinear, read the same tensor.
+    2. Their scales and zero points are equal constants, and so are their attributes.
+    3. Then the later one's users read the earlier one's output.
+    """
+
+    def call(self, model: ir.Model) -> PassResult:
+        modified = False
+        seen: dict[tuple[object, ...], ir.Node] = {}
+        for node in list(model.graph):
+            if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+                continue
+            parameters = [constant(value) for value in node.inputs[1:] if value is not None]
+            if any(parameter is None for parameter in parameters):
+                continue
+            key = (
+                node.op_type,
+                id(node.inputs[0]),
+                *(parameter.tobytes() for parameter in parameters if parameter is not None),
+                *sorted(str(attribute) for attribute in node.attributes.values()),
+            )
+            first = seen.setdefault(key, node)
+            if first is not node:
+                ir.convenience.replace_all_uses_with(node.outputs[0], first.outputs[0])
+                model.graph.remove(node, safe=True)
+                modified = True
+        return PassResult(model, modified)

@@ -1,0 +1,191 @@
+"""The verb ``export``: a checkpoint or a model in, an ONNX bundle out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from qdeploy.artifact import Artifact, Draft, is_artifact, open_artifact
+from qdeploy.calibrate.checkpoint import (
+    PROBE,
+    checkpoint_model,
+    copy_pipeline_files,
+    load_checkpoint,
+    write_probe,
+)
+from qdeploy.calibrate.fakequant import freeze
+from qdeploy.denoiser import Model, open_model
+from qdeploy.errors import CapabilityError, InvalidInputError, UsageError
+from qdeploy.export.lower import PASSES, lower
+from qdeploy.paths import default_output
+from qdeploy.progress import say
+from qdeploy.targets import TARGETS, find_target
+
+LARGE = 2**30  # bytes of initializers above which they go to a file of their own
+
+
+def export(
+    source: str | Path | Artifact,
+    output: str | Path | None = None,
+    *,
+    target: str | None = None,
+    calibration: str | Path | Artifact | None = None,
+    overwrite: bool = False,
+) -> Artifact:
+    """Write a denoiser as ONNX, in the folder layout that diffusers' ONNX pipelines open.
+
+    Args:
+        source: a checkpoint; or a model, which is exported in full precision.
+        output: folder of the bundle; beside the source by default.
+        target: the dialect; by default the one that the checkpoint was calibrated for.
+        calibration: for a model, the set that its probe comes from; one is made from noise otherwise.
+        overwrite: replace another artifact at ``output``.
+
+    Raises:
+        UsageError: an unknown target, or one that the checkpoint was not made for.
+        CapabilityError: the checkpoint is a simulation that no engine can run.
+        InvalidInputError: the source cannot be used, or the graph fails the checker.
+    """
+    path = source.path if isinstance(source, Artifact) else Path(source)
+    if is_artifact(path):
+        return _export_checkpoint(open_artifact(path, "checkpoint"), output, target, overwrite)
+    return _export_model(open_model(path if path.exists() else str(source)), output, target, calibration, overwrite)
+
+
+def _export_checkpoint(
+    checkpoint: Artifact, output: str | Path | None, target: str | None, overwrite: bool
+) -> Artifact:
+    facts = checkpoint.facts
+    if facts["simulated"]:
+        raise CapabilityError(
+            f"{checkpoint.path} is a simulation and cannot be exported: {'; '.join(facts['simulated'])}"
+        )
+    dialect = _dialect(target or facts["target"])
+    for part in ("weights", "activations"):
+        if facts[part] not in getattr(TARGETS[dialect], part):
+            raise UsageError(
+                f"target {dialect} cannot run the {facts[part]} {part} of {checkpoint.path}: calibrate with "
+                f"--target {dialect}"
+            )
+    place = Path(output) if output else default_output(checkpoint.path, "onnx")
+    draft = Draft(
+        place,
+        "onnx",
+        {"checkpoint": checkpoint.sha256, **checkpoint.manifest["made_from"]},
+        checkpoint.recipe,
+        checkpoint.manifest["seed"],
+        {"target": dialect},
+        overwrite,
+    )
+    if done := draft.finished():
+        return done
+    with draft:
+        denoiser = load_checkpoint(checkpoint)
+        draft.copy(checkpoint.file(PROBE), PROBE)
+        kept = ("component", "class", "model_sha256", "precision", "weights", "activations", "simulated")
+        described = {key: facts[key] for key in kept} | {"target": dialect}
+        notes = {"source": checkpoint.manifest["notes"].get("source")}
+        return _write(draft, denoiser, checkpoint_model(checkpoint), described, notes)
+
+
+def _export_model(
+    model: Model, output: str | Path | None, target: str | None, calibration: Any, overwrite: bool
+) -> Artifact:
+    dialect = _dialect(target or "portable")
+    place = Path(output) if output else default_output(model.path, "onnx")
+    draft = Draft(place, "onnx", {"model": model.sha256}, None, None, {"target": dialect}, overwrite)
+    if done := draft.finished():
+        return done
+    with draft:
+        denoiser = model.load()
+        write_probe(draft, denoiser, _probe_inputs(model, denoiser, calibration))
+        described = {
+            "component": model.name,
+            "class": model.class_name,
+            "model_sha256": model.sha256,
+            "precision": "fp32",
+            "weights": "none",
+            "activations": "none",
+            "simulated": [],
+            "target": dialect,
+        }
+        return _write(draft, denoiser, model, described, {"source": str(model.path.absolute())})
+
+
+def _write(
+    draft: Draft, denoiser: nn.Module, model: Model, facts: dict[str, Any], notes: dict[str, Any]
+) -> Artifact:
+    from safetensors.torch import load_file
+
+    from qdeploy.export.trace import trace
+
+    say(f"tracing {model.class_name} into ONNX")
+    probe = load_file(draft.content / PROBE)
+    inputs = {name.removeprefix("input."): rows for name, rows in probe.items() if name.startswith("input.")}
+    freeze(denoiser)
+    graph = lower(trace(denoiser, inputs), facts["target"])
+    _describe(graph, draft, facts)
+    save(graph, draft.content / model.name / "model.onnx")
+    draft.json(f"{model.name}/config.json", model.config)
+    copy_pipeline_files(draft, model.path)
+    facts["inputs"] = [
+        {"name": value.name, "dtype": str(value.dtype), "shape": [str(axis) for axis in value.shape or ()]}
+        for value in graph.graph.inputs
+    ]
+    return draft.finish(facts=facts, notes=notes)
+
+
+def save(graph: ir.Model, path: Path) -> None:
+    """Write a graph and check it: the full checker, with strict shape inference.
+
+    Raises:
+        InvalidInputError: the graph is not valid ONNX.
+    """
+    import onnx
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size = sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value)
+    ir.save(graph, path, external_data="model.onnx_data" if size > LARGE else None)
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise InvalidInputError(f"the exported graph is not valid ONNX: {str(error).splitlines()[0]}") from error
+
+
+def _describe(graph: ir.Model, draft: Draft, facts: dict[str, Any]) -> None:
+    """Put the provenance into the graph itself, where it survives without the folder."""
+    from qdeploy.version import __version__
+
+    graph.producer_name, graph.producer_version = "qdeploy", __version__
+    graph.metadata_props["qdeploy.version"] = __version__
+    graph.metadata_props["qdeploy.precision"] = facts["precision"]
+    graph.metadata_props["qdeploy.target"] = facts["target"]
+    if draft.recipe is not None:
+        graph.metadata_props["qdeploy.method"] = str(draft.recipe["method"])
+        graph.metadata_props["qdeploy.seed"] = str(draft.seed)
+    for name, digest in draft.made_from.items():
+        graph.metadata_props[f"qdeploy.made_from.{name}"] = digest
+
+
+def _dialect(target: str) -> str:
+    find_target(target)
+    if target not in PASSES:
+        raise UsageError(f"target {target!r} is for simulation and has no ONNX form: choose from {', '.join(PASSES)}")
+    return target
+
+
+def _probe_inputs(model: Model, denoiser: nn.Module, calibration: Any) -> dict[str, Tensor]:
+    if calibration is not None:
+        from qdeploy.calibrate.dataset import CalibrationSet
+
+        data = CalibrationSet.open(calibration.path if isinstance(calibration, Artifact) else calibration)
+        data.check_fits(model, denoiser)
+        rows = torch.linspace(0, len(data) - 1, min(16, len(data))).round().long()
+        return data.inputs(rows)
+    from qdeploy.denoiser import example_inputs
+
+    return example_inputs(model, rows=4)

@@ -1,0 +1,96 @@
+"""From a torch denoiser to an ONNX graph, as it stands.
+
+The network is traced with its quantizers in place. Their two operations are written as the ONNX operators
+that compute the same function (`qdeploy.calibrate.operators`), so the graph says what the simulation did.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from qdeploy.calibrate.operators import onnx_translations
+from qdeploy.denoiser import denoise
+from qdeploy.errors import InvalidInputError
+
+OPSET = 21
+OUTPUT = "out_sample"
+
+
+class _Call(nn.Module):
+    """The denoiser as a function of plain tensors in a fixed order."""
+
+    def __init__(self, denoiser: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.denoiser, self.names = denoiser, names
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return denoise(self.denoiser, dict(zip(self.names, tensors, strict=True)))
+
+
+def trace(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> ir.Model:
+    """Trace a denoiser into ONNX, opset 21.
+
+    Args:
+        denoiser: in evaluation mode, quantized or not.
+        inputs: two rows or more of its inputs, named as `qdeploy.denoiser.flatten_inputs` names them. The
+            timestep becomes a float32 scalar: schedulers use fractional timesteps too.
+
+    Returns:
+        A graph whose inputs bear the same names, with a dynamic first axis ``batch``, and whose output is
+        ``out_sample``.
+
+    Raises:
+        InvalidInputError: the network cannot be traced.
+    """
+    names = tuple(inputs)
+    tensors = tuple(
+        value.flatten()[0].float() if name == "timestep" else value[:2] for name, value in inputs.items()
+    )
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    shapes = tuple({} if name == "timestep" else {0: batch} for name in names)
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                _Call(denoiser, names).eval(),
+                tensors,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(names),
+                output_names=[OUTPUT],
+                dynamic_shapes=(shapes,),
+                custom_translation_table=onnx_translations(),
+                verbose=False,
+            )
+    except Exception as error:
+        # The exporter raises a dozen types of its own; the deepest cause is the one that says something.
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        first = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        raise InvalidInputError(f"{type(denoiser).__name__} cannot be traced into ONNX: {first}") from error
+    assert program is not None
+    return program.model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter reports its progress on stdout, which belongs to our JSON."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,186 @@
+"""Recipes: everything that decides a calibration, resolved and checked before any work.
+
+A recipe names a method, and the method is a list of stages; a recipe may also give its own list, so that
+stages of several papers combine. Presets are the YAML files in ``recipes/``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from qdeploy.calibrate.coverage import find_coverage
+from qdeploy.calibrate.effort import find_effort
+from qdeploy.errors import InvalidInputError, UsageError
+from qdeploy.formats import parse_format
+from qdeploy.targets import find_target
+
+_PRESETS = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A resolved recipe.
+
+    Attributes:
+        method: name of the method.
+        stages: the stages with their options, in order.
+        weights: format of weights, or ``none``.
+        activations: format of layer inputs, or ``none``.
+        coverage: which layers are quantized.
+        target: the grid that rounding has to know.
+        effort: how much work is done.
+        seed: where all randomness comes from.
+        exclude: shell globs of layer paths that stay in float.
+    """
+
+    method: str
+    stages: tuple[tuple[str, Mapping[str, Any]], ...]
+    weights: str = "int8"
+    activations: str = "int8"
+    coverage: str = "portable"
+    target: str = "portable"
+    effort: str = "balanced"
+    seed: int = 0
+    exclude: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The recipe as JSON values; `from_json` undoes it."""
+        value = asdict(self)
+        value["stages"] = [{name: dict(options)} for name, options in self.stages]
+        value["exclude"] = list(self.exclude)
+        return value
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Recipe:
+        """A recipe from `to_json`'s values."""
+        stages = tuple(next(iter(stage.items())) for stage in value["stages"])
+        return cls(**{**value, "stages": stages, "exclude": tuple(value["exclude"])})
+
+    @property
+    def precision(self) -> str:
+        """The usual short form, such as W4A8; ``fp`` stands for what is left in float."""
+        weights, activations = parse_format(self.weights), parse_format(self.activations)
+        return f"W{weights.bits if weights else 'fp'}A{activations.bits if activations else 'fp'}"
+
+    def simulated(self) -> list[str]:
+        """Why no engine can run the result; empty if one can."""
+        coverage = find_coverage(self.coverage)
+        portable = find_target("openvino")
+        reasons = []
+        if coverage.attention and self.activations != "none":
+            reasons.append(f"coverage {self.coverage} quantizes q, k, v and the softmax output")
+        if self.weights not in portable.weights:
+            reasons.append(f"no engine has a kernel for {self.weights} weights")
+        if self.activations not in portable.activations:
+            reasons.append(f"no engine has a kernel for {self.activations} activations")
+        return reasons
+
+
+def resolve_recipe(preset: str | Path | None = None, **given: Any) -> Recipe:
+    """The recipe of a preset or YAML file, with what the caller gave on top.
+
+    Args:
+        preset: name of a preset, or path of a YAML file; None for defaults.
+        given: fields of `Recipe`; None means not given.
+
+    Raises:
+        InvalidInputError: the file is no recipe.
+        UsageError: unknown names, or a combination that the target cannot run.
+    """
+    values: dict[str, Any] = dict(_read(preset)) if preset is not None else {}
+    chosen = {key: value for key, value in given.items() if value is not None}
+    if "method" in chosen and chosen["method"] != values.get("method"):
+        values.pop("stages", None)
+    values |= chosen
+    values.pop("description", None)
+    unknown = values.keys() - {field.name for field in fields(Recipe)}
+    if unknown:
+        raise InvalidInputError(f"the recipe has an unknown entry {sorted(unknown)[0]!r}")
+    values.setdefault("method", "minmax")
+    values["exclude"] = tuple(values.get("exclude", ()))
+    if "target" not in values:
+        attention = find_coverage(values.get("coverage", "portable")).attention
+        values["target"] = "simulated" if attention else "portable"
+    return _checked(values)
+
+
+def presets() -> dict[str, str]:
+    """The presets with their descriptions."""
+    return {file.stem: str(_load(file).get("description", "")) for file in sorted(_PRESETS.glob("*.yaml"))}
+
+
+def _checked(values: dict[str, Any]) -> Recipe:
+    from qdeploy.calibrate.methods import check_stages, find_method
+
+    method = find_method(values["method"])
+    values["stages"] = check_stages(values.get("stages") or method.stages)
+    try:
+        recipe = Recipe(**values)
+        recipe = replace(recipe, seed=int(recipe.seed))
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(f"the recipe cannot be used: {error}") from error
+    coverage, target = find_coverage(recipe.coverage), find_target(recipe.target)
+    find_effort(recipe.effort)
+    for part, number_format, allowed in (
+        ("weights", recipe.weights, target.weights),
+        ("activations", recipe.activations, target.activations),
+    ):
+        parse_format(number_format)
+        if number_format not in allowed:
+            raise UsageError(
+                f"target {target.name} cannot run {number_format} {part}: choose {_words(allowed)}, or "
+                "--target simulated for research"
+            )
+    if coverage.attention and not target.attention:
+        raise UsageError(
+            f"target {target.name} cannot run coverage {coverage.name}, which quantizes the attention "
+            "products: choose --target simulated, or --coverage portable"
+        )
+    if recipe.weights == recipe.activations == "none":
+        raise UsageError("nothing would be quantized: weights and activations are both 'none'")
+    if recipe.weights == "none":
+        raise UsageError("activations alone cannot be quantized: an integer kernel needs integer weights too")
+    return recipe
+
+
+def _words(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
+
+
+def _read(preset: str | Path) -> Mapping[str, Any]:
+    path = Path(preset)
+    if path.suffix not in (".yaml", ".yml"):
+        path = _PRESETS / f"{preset}.yaml"
+        if not path.is_file():
+            raise UsageError(f"unknown recipe {str(preset)!r}: choose from {', '.join(presets())}, or a YAML file")
+    values = _load(path)
+    stages = values.get("stages")
+    if stages is not None:
+        values = {**values, "stages": tuple(map(partial(_stage, path), stages))}
+    return values
+
+
+def _stage(path: Path, entry: Any) -> tuple[str, Mapping[str, Any]]:
+    if isinstance(entry, str):
+        return entry, {}
+    if isinstance(entry, Mapping) and len(entry) == 1:
+        name, options = next(iter(entry.items()))
+        if options is None or isinstance(options, Mapping):
+            return str(name), dict(options or {})
+    raise InvalidInputError(f"{path}: a stage is a name, or a name with a mapping of options, not {entry!r}")
+
+
+def _load(path: Path) -> Mapping[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InvalidInputError(f"{path} cannot be read as a recipe: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, Mapping):
+        raise InvalidInputError(f"{path} is no recipe: it holds no mapping")
+    return values

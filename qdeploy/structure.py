@@ -1,0 +1,223 @@
+"""What a denoiser is made of, found by running it once: no list of module names decides anything.
+
+One traced forward gives the weighted layers in execution order, the layers that read one tensor, the
+layers that read a concatenation (split shortcuts) and the modules that attend. A second run with another
+sample and the same timestep tells which layers depend on the timestep alone: their outputs are
+bit-identical.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from qdeploy.denoiser import denoise
+
+WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Linear)
+_CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weighted layer.
+
+    Attributes:
+        path: its name in the module tree.
+        order: its place in the order of execution.
+        unit: path of the reconstruction unit that it belongs to.
+        reads: path of the first layer of the unit that reads the same input tensor.
+        split: channels of the parts, if its input is a concatenation along the channels; else empty.
+        temporal: whether its output depends on the timestep alone.
+        first: whether it is the first layer that sees the sample.
+        last: whether it is the last layer of the network.
+        macs: multiply-accumulate operations per sample at the traced size.
+    """
+
+    path: str
+    order: int
+    unit: str
+    reads: str
+    split: tuple[int, ...]
+    temporal: bool
+    first: bool
+    last: bool
+    macs: int
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A denoiser's layers, units and attention modules, each in execution order."""
+
+    layers: tuple[Layer, ...]
+    attentions: tuple[str, ...]
+
+    @property
+    def units(self) -> dict[str, list[Layer]]:
+        """The layers of each reconstruction unit; units in the order of their first layer."""
+        units: dict[str, list[Layer]] = {}
+        for layer in self.layers:
+            units.setdefault(layer.unit, []).append(layer)
+        return units
+
+    def __getitem__(self, path: str) -> Layer:
+        return next(layer for layer in self.layers if layer.path == path)
+
+
+def find_structure(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> Structure:
+    """Trace a denoiser.
+
+    Args:
+        denoiser: the network, in evaluation mode.
+        inputs: one row or more of its inputs, named as `qdeploy.denoiser.flatten_inputs` names them.
+    """
+    one_row = {name: value[:1] if value.ndim else value for name, value in inputs.items()}
+    trace = _run(denoiser, one_row)
+    other = _run(denoiser, _same_timestep(one_row))
+    units = _units(denoiser, {layer.path for layer in trace.layers})
+    firsts: dict[tuple[str, int], str] = {}
+    layers: list[Layer] = []
+    for layer, tensor in zip(trace.layers, trace.inputs, strict=True):
+        unit = next(path for path in units if layer.path == path or layer.path.startswith(f"{path}."))
+        reads = firsts.setdefault((unit, id(tensor)), layer.path)
+        temporal = torch.equal(trace.outputs[layer.path], other.outputs[layer.path])
+        layers.append(replace(layer, unit=unit, reads=reads, temporal=temporal))
+    spatial = [layer.order for layer in layers if not layer.temporal]
+    ends = (min(spatial), max(spatial)) if spatial else (-1, -1)
+    return Structure(
+        tuple(
+            replace(
+                layer,
+                first=layer.order == ends[0],
+                last=layer.order == ends[1],
+                split=() if layer.temporal else layer.split,
+            )
+            for layer in layers
+        ),
+        tuple(dict.fromkeys(trace.attentions)),
+    )
+
+
+class _Trace(TorchFunctionMode):
+    """Records layers, concatenations and attention while a network runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers: list[Layer] = []
+        self.inputs: list[Tensor] = []  # held, so that identities stay unique during the run
+        self.outputs: dict[str, Tensor] = {}
+        self.attentions: list[str] = []
+        self.stack: list[str] = []
+        self._parts: dict[int, tuple[Tensor, tuple[int, ...], int]] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.cat, torch.concat, torch.concatenate) and isinstance(result, Tensor):
+            dim = (kwargs or {}).get("dim", args[1] if len(args) > 1 else 0) % result.ndim
+            self._parts[id(result)] = (result, tuple(part.shape[dim] for part in args[0]), dim)
+        if func is nn.functional.scaled_dot_product_attention and self.stack:
+            self.attentions.append(self.stack[-1])
+        return result
+
+    def enter(self, path: str) -> None:
+        self.stack.append(path)
+
+    def leave(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.stack.pop()
+        if not isinstance(module, WEIGHTED) or path in self.outputs:
+            return
+        source = args[0]
+        self.inputs.append(source)
+        self.outputs[path] = output
+        macs = output[0].numel() * module.weight[0].numel()
+        self.layers.append(
+            Layer(path, len(self.layers), path, path, self._split(source, module), False, False, False, macs)
+        )
+
+    def _split(self, source: Tensor, module: nn.Module) -> tuple[int, ...]:
+        features = source.ndim - 1 if isinstance(module, nn.Linear) else 1
+        _, sizes, dim = self._parts.get(id(source), (None, (), -1))
+        grouped = getattr(module, "groups", 1) > 1
+        return sizes if dim == features and len(sizes) == 2 and not grouped else ()
+
+
+def _run(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> _Trace:
+    trace = _Trace()
+    with _observed(denoiser, trace), torch.no_grad(), trace:
+        denoise(denoiser, inputs)
+    return trace
+
+
+@contextmanager
+def _observed(denoiser: nn.Module, trace: _Trace) -> Iterator[None]:
+    handles = []
+    for path, module in denoiser.named_modules():
+
+        def before(module: nn.Module, args: Any, path: str = path) -> None:
+            trace.enter(path)
+
+        def after(module: nn.Module, args: Any, output: Any, path: str = path) -> None:
+            trace.leave(path, module, args, output)
+
+        handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _same_timestep(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Other values for everything but the timestep."""
+    generator = torch.Generator().manual_seed(0)
+    other: dict[str, Tensor] = {}
+    for name, value in inputs.items():
+        if name == "timestep":
+            other[name] = value
+        elif value.is_floating_point():
+            noise = torch.randn(value.shape, generator=generator).to(value)
+            other[name] = value + noise
+        else:
+            other[name] = torch.where(value > 0, value - 1, value + 1).to(value.dtype)
+    return other
+
+
+def _units(denoiser: nn.Module, weighted: set[str]) -> list[str]:
+    """Paths of the reconstruction units: the smallest modules that are built from layers.
+
+    A module that holds a list of blocks is a frame and is opened; a block, whose parts are layers, is one
+    unit (a residual block, an attention, a transformer block); a layer outside of any block is its own.
+    """
+
+    def count(prefix: str) -> int:
+        return sum(path == prefix or path.startswith(f"{prefix}.") for path in weighted)
+
+    def is_frame(module: nn.Module, prefix: str) -> bool:
+        for path, inner in module.named_modules(prefix=prefix):
+            if isinstance(inner, _CONTAINERS):
+                blocks = [f"{path}.{name}" for name, _ in inner.named_children()]
+                if any(count(block) > 1 for block in blocks):
+                    return True
+        return False
+
+    units: list[str] = []
+
+    def descend(module: nn.Module, prefix: str) -> None:
+        if prefix and count(prefix) == 0:
+            return
+        called = prefix and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        if called and (prefix in weighted or not is_frame(module, prefix)):
+            units.append(prefix)
+            return
+        for name, child in module.named_children():
+            descend(child, f"{prefix}.{name}" if prefix else name)
+
+    descend(denoiser, "")
+    return units

@@ -1,0 +1,142 @@
+"""Tiny diffusers pipelines with random weights, written to a folder in tens of milliseconds.
+
+Nothing is downloaded: even the tokenizer is made here. The networks are as small as their classes allow, but
+have all the kinds of layers that the large ones have: residual blocks, attention, up- and downsampling,
+shortcuts over concatenated features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,"
+PROMPT_LENGTH = 8
+TEXT_WIDTH = 16
+
+
+def ddpm_folder(
+    path: Path, *, size: int = 8, channels: Sequence[int] = (8, 16), dropout: float = 0.1, seed: int = 0
+) -> Path:
+    """A `DDPMPipeline`: an unconditional `UNet2DModel` on RGB images of ``size`` pixels."""
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    plain = len(channels) - 1
+    with _seeded(seed):
+        unet = UNet2DModel(
+            sample_size=size,
+            block_out_channels=tuple(channels),
+            layers_per_block=1,
+            norm_num_groups=4,
+            attention_head_dim=4,
+            dropout=dropout,
+            down_block_types=("DownBlock2D",) * plain + ("AttnDownBlock2D",),
+            up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * plain,
+        )
+    return _saved(DDPMPipeline(unet, DDPMScheduler()), path)
+
+
+def stable_diffusion_folder(path: Path, *, size: int = 8, channels: Sequence[int] = (8, 16), seed: int = 0) -> Path:
+    """A `StableDiffusionPipeline`: cross-attention on prompts, latents of ``size`` pixels, PNDM."""
+    from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+    plain = len(channels) - 1
+    with _seeded(seed):
+        unet = UNet2DConditionModel(
+            sample_size=size,
+            block_out_channels=tuple(channels),
+            layers_per_block=1,
+            norm_num_groups=4,
+            attention_head_dim=2,
+            cross_attention_dim=TEXT_WIDTH,
+            down_block_types=("DownBlock2D",) * plain + ("CrossAttnDownBlock2D",),
+            up_block_types=("CrossAttnUpBlock2D",) + ("UpBlock2D",) * plain,
+        )
+        vae, (text_encoder, tokenizer) = _vae(size), _text_encoder()
+    scheduler = PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        steps_offset=1,
+        set_alpha_to_one=False,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return _saved(pipeline, path)
+
+
+def dit_folder(path: Path, *, size: int = 8, seed: int = 0) -> Path:
+    """A `DiTPipeline`: a class-conditional transformer on latents of ``size`` pixels, DDIM."""
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    with _seeded(seed):
+        transformer = DiTTransformer2DModel(
+            sample_size=size,
+            in_channels=4,
+            out_channels=8,
+            patch_size=2,
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=4,
+            norm_num_groups=4,
+            num_embeds_ada_norm=1000,  # the pipeline has 1000 wired in as the null class
+        )
+        vae = _vae(size)
+    return _saved(DiTPipeline(transformer=transformer, vae=vae, scheduler=DDIMScheduler()), path)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def _vae(size: int) -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        sample_size=size,
+        latent_channels=4,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+    )
+
+
+def _text_encoder() -> tuple[Any, Any]:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    words = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(letter + "</w>" for letter in LETTERS)]
+    tokenizer = CLIPTokenizer({word: code for code, word in enumerate(words)}, [], model_max_length=PROMPT_LENGTH)
+    config = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=TEXT_WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=PROMPT_LENGTH,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    return CLIPTextModel(config).eval(), tokenizer
+
+
+def _saved(pipeline: Any, path: Path) -> Path:
+    pipeline.save_pretrained(path)
+    return path
