@@ -61,7 +61,10 @@ def sha256_of(value: object) -> str:
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def sha256_files(paths: Mapping[str, Path]) -> str:

@@ -126,10 +126,13 @@ class Model:
             raise InvalidInputError(
                 f"{self.path} holds a denoiser alone; sampling needs the whole pipeline's folder, with {INDEX}"
             )
-        parts = {self.component: denoiser if denoiser is not None else self.load()}
+        diffusers.utils.logging.disable_progress_bar()
+        parts: dict[str, Any] = {self.component: denoiser if denoiser is not None else self.load()}
+        if "safety_checker" in _read_json(self.path / INDEX):
+            parts["safety_checker"] = None
         try:
             pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                self.path, local_files_only=True, use_safetensors=True, safety_checker=None, **parts
+                self.path, local_files_only=True, use_safetensors=True, **parts
             )
         except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -44,14 +44,16 @@ def make_scheduler(name: str | None, current: Any) -> Any:
     try:
         return _for_any_pipeline(found).from_config(current.config)
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
-        raise InvalidInputError(f"the scheduler {name} cannot take over this model's schedule: {error}") from error
+        raise InvalidInputError(
+            f"the scheduler {name} cannot take over this model's schedule: {error}"
+        ) from error
 
 
 def _for_any_pipeline(found: Any) -> Any:
     """A scheduler class that pipelines written for another one can call, or are told that they cannot.
 
-    `DDPMPipeline`, for one, passes ``generator`` to every scheduler, even to those that take none. And it never
-    scales its samples: with a scheduler that needs this, diffusers would sample garbage without a word.
+    `DDPMPipeline`, for one, passes ``generator`` to every scheduler, even to those that take none. And it
+    never scales its samples: with a scheduler that needs this, diffusers would sample garbage without a word.
     """
     accepted = inspect.signature(found.step).parameters
 
@@ -59,8 +61,8 @@ def _for_any_pipeline(found: Any) -> Any:
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         if float(getattr(self, "init_noise_sigma", 1)) != 1 and not getattr(self, "scaled", False):
             raise UsageError(
-                f"this pipeline does not scale its samples as {found.__name__} needs it: choose ddim, ddpm, pndm, "
-                "dpm++ or unipc"
+                f"this pipeline does not scale its samples as {found.__name__} needs it: choose ddim, ddpm, "
+                "pndm, dpm++ or unipc"
             )
         return found.step(self, *args, **{name: value for name, value in kwargs.items() if name in accepted})
 

@@ -40,7 +40,9 @@ def ddpm_folder(
     return _saved(DDPMPipeline(unet, DDPMScheduler()), path)
 
 
-def stable_diffusion_folder(path: Path, *, size: int = 8, channels: Sequence[int] = (8, 16), seed: int = 0) -> Path:
+def stable_diffusion_folder(
+    path: Path, *, size: int = 8, channels: Sequence[int] = (8, 16), seed: int = 0
+) -> Path:
     """A `StableDiffusionPipeline`: cross-attention on prompts, latents of ``size`` pixels, PNDM."""
     from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
@@ -122,7 +124,8 @@ def _text_encoder() -> tuple[Any, Any]:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     words = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(letter + "</w>" for letter in LETTERS)]
-    tokenizer = CLIPTokenizer({word: code for code, word in enumerate(words)}, [], model_max_length=PROMPT_LENGTH)
+    codes = {word: code for code, word in enumerate(words)}
+    tokenizer = CLIPTokenizer(codes, [], model_max_length=PROMPT_LENGTH)
     config = CLIPTextConfig(
         vocab_size=len(words),
         hidden_size=TEXT_WIDTH,

@@ -1,7 +1,8 @@
 """Calibration sets: the denoiser's own inputs along the sampling trajectory, read from disk.
 
-`qdeploy.calibrate.trajectory` and `qdeploy.calibrate.importers` write them; the storage format is described in
-`qdeploy.calibrate.shards`. Nothing is loaded whole: tensors are memory-mapped, and what is asked for is copied.
+`qdeploy.calibrate.trajectory` and `qdeploy.calibrate.importers` write them; the storage format is described
+in `qdeploy.calibrate.shards`. Nothing is loaded whole: tensors are memory-mapped, and what is asked for is
+copied.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ class CalibrationSet:
         path = Path(path)
         if path.is_file():
             raise InvalidInputError(
-                f"{path} is a file, not a calibration set: if it is a .pt file in Q-Diffusion's layout, import it "
-                "with `qdeploy collect MODEL --from-qdiffusion FILE`"
+                f"{path} is a file, not a calibration set: if it is a .pt file in Q-Diffusion's layout, "
+                "import it with `qdeploy collect MODEL --from-qdiffusion FILE`"
             )
         artifact = open_artifact(path, "calibration-set")
         return cls(artifact, open_shards(path))
@@ -84,7 +85,7 @@ class CalibrationSet:
 
     @cached_property
     def conditional(self) -> Tensor | None:
-        """Which rows are conditional under guidance, ``[rows]`` bool; None without guidance or if not known."""
+        """Which rows are conditional under guidance, ``[rows]`` bool; None without guidance or if unknown."""
         return self._column("conditional") if "conditional" in self._shards[0] else None
 
     def _column(self, name: str) -> Tensor:
@@ -133,20 +134,25 @@ class CalibrationSet:
         path, made_from = self.artifact.path, self.artifact.manifest["made_from"].get("model")
         if made_from != model.sha256:
             raise InvalidInputError(
-                f"the calibration set {path} was made from another model than {model.path}: collect one from this model"
+                f"the calibration set {path} was made from another model than {model.path}: "
+                "collect one from this model"
             )
         known = inspect.signature(denoiser.forward).parameters
         foreign = [name for name in self._layout if name.partition(".")[0] not in known]
         if foreign or self.sample != sample_name(denoiser):
             what = (foreign or [self.sample])[0]
-            raise InvalidInputError(f"the calibration set {path} has an input {what!r} that {model.class_name} has not")
+            raise InvalidInputError(
+                f"the calibration set {path} has an input {what!r} that {model.class_name} has not"
+            )
         first = next(denoiser.parameters(), torch.empty(0))
         try:
             with torch.no_grad():
                 denoise(denoiser, self.inputs([0], device=first.device))
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InvalidInputError(f"the inputs in {path} do not fit {model.class_name}: {reason}") from error
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InvalidInputError(
+                f"the calibration set {path} does not fit {model.class_name}: {reason}"
+            ) from error
 
 
 def _rows(shard: Shard, name: str, rows: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Calibration sets that others have published.
 
-Q-Diffusion (arXiv 2302.04304) and the papers that build on it calibrate with one ``.pt`` file: a dictionary of
+Q-Diffusion (arXiv 2302.04304) and papers that build on it calibrate with one ``.pt`` file: a dictionary of
 
     xs        [S, N, C, H, W]   noisy samples at S steps of N images
     ts        [S, N] or [S]     the t that the network was given, long or float
@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from qdeploy.artifact import Artifact, Draft, sha256_file
+from qdeploy.calibrate.batch import Batch
 from qdeploy.calibrate.recorder import chosen_calls
-from qdeploy.calibrate.shards import TIMESTEP_DTYPES, Batch, describe, finite, open_shards, shard_name
+from qdeploy.calibrate.shards import TIMESTEP_DTYPES, describe, finite, open_shards, shard_name
 from qdeploy.denoiser import Model, open_model
 from qdeploy.errors import InvalidInputError, UsageError
 from qdeploy.progress import track
@@ -46,8 +47,8 @@ def import_qdiffusion(
 ) -> Artifact:
     """Turn a file in Q-Diffusion's layout into a calibration set.
 
-    With ``cs`` and ``ucs`` every (x, t) makes two rows, a conditional and an unconditional one; with ``cs`` alone all
-    rows are conditional.
+    With ``cs`` and ``ucs`` every (x, t) makes two rows, a conditional and an unconditional one; with ``cs``
+    alone all rows are conditional.
 
     Args:
         model: the model that the file was made from.
@@ -81,8 +82,9 @@ def import_qdiffusion(
             if not draft.has(shard_name(number)):
                 draft.tensors(shard_name(number), partial(source.pack, calls, images, fields))
         facts = describe(open_shards(draft.content), fields["xs"])
-        facts |= {"scheduler": None, "inference_steps": len(source.ts), "guidance": None, "layout": "qdiffusion"}
-        return draft.finish(facts, notes={"source": str(model.path.absolute()), "file": str(path.absolute())})
+        facts |= {"scheduler": None, "inference_steps": len(source.ts), "guidance": None}
+        notes = {"source": str(model.path.absolute()), "file": str(path.absolute())}
+        return draft.finish({**facts, "layout": "qdiffusion"}, notes=notes)
 
 
 @dataclass(frozen=True)
@@ -113,11 +115,10 @@ class QDiffusionFile:
                 if name == "ts" and step.ndim == 0:
                     step = step.expand(samples)
                 if step.ndim < 1 or step.shape[1:] != entry[calls[0]].shape[1:]:
-                    raise InvalidInputError(f"{self.path} is broken: the shape of {name!r} differs at step {call}")
+                    raise InvalidInputError(f"{self.path}: the shape of {name!r} differs at step {call}")
                 if len(step) < samples:
                     raise UsageError(
-                        f"{self.path} holds {len(step)} samples of {name!r} at step {call}: ask for no more than "
-                        f"{len(step)} samples"
+                        f"{self.path} holds {len(step)} samples of {name!r} at step {call}: ask for no more"
                     )
                 if not finite(step[:samples]):
                     raise InvalidInputError(f"{self.path} holds NaN or Inf in {name!r} at step {call}")
@@ -144,7 +145,7 @@ def _read(path: Path) -> QDiffusionFile:
     """Map a file into memory, as tensors and nothing else.
 
     Raises:
-        InvalidInputError: it is not there, cannot be read, holds other things than tensors, or lacks an entry.
+        InvalidInputError: it is not there, cannot be read, holds more than tensors, or lacks an entry.
     """
     if not path.is_file():
         raise InvalidInputError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
@@ -152,20 +153,23 @@ def _read(path: Path) -> QDiffusionFile:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise InvalidInputError(
-            f"{path} holds more than tensors, such as code, and was not read any further: nothing in it was executed"
+            f"{path} holds more than tensors, such as code; it is refused, and nothing in it was executed"
         ) from error
     except Exception as error:
         if "mmap can only be used with files saved with" in str(error):
             raise InvalidInputError(
-                f"{path} is a plain pickle or was saved by a PyTorch before 1.6: save it again with a newer torch.save"
+                f"{path} is a plain pickle, or of PyTorch's format before 1.6, and was not read: "
+                "if you trust it, load it yourself and save its tensors with torch.save"
             ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InvalidInputError(f"{path} cannot be read as a PyTorch file: {reason}") from error
     if not isinstance(content, dict):
-        raise InvalidInputError(f"{path} holds a {type(content).__name__} instead of a dictionary with 'xs' and 'ts'")
+        found = type(content).__name__
+        raise InvalidInputError(f"{path} holds a {found} instead of a dictionary of 'xs' and 'ts'")
     for name in ("xs", "ts"):
-        if name not in content:
-            raise InvalidInputError(f"{path} lacks {name!r}: it has {', '.join(map(repr, content)) or 'nothing'}")
+        if content.get(name) is None:
+            there = ", ".join(map(repr, content)) or "nothing"
+            raise InvalidInputError(f"{path} lacks {name!r}: it has {there}")
     if content.get("ucs") is not None and content.get("cs") is None:
         raise InvalidInputError(f"{path} has 'ucs' but lacks 'cs'")
     source = QDiffusionFile(path, content["xs"], content["ts"], content.get("cs"), content.get("ucs"))
@@ -176,9 +180,10 @@ def _read(path: Path) -> QDiffusionFile:
 def _check_entries(source: QDiffusionFile) -> None:
     path, length = source.path, len(source.ts) if isinstance(source.ts, Tensor | list | tuple) else 0
     for name, entry in source.entries().items():
+        scalar = isinstance(entry, Tensor) and entry.ndim == 0
         tensors = list(entry) if isinstance(entry, list | tuple) else [entry]
-        if not all(isinstance(tensor, Tensor) for tensor in tensors) or (isinstance(entry, Tensor) and entry.ndim == 0):
-            raise InvalidInputError(f"{path} holds {name!r} as something else than a tensor or a list of tensors")
+        if scalar or not all(isinstance(tensor, Tensor) for tensor in tensors):
+            raise InvalidInputError(f"{path} holds {name!r} as neither a tensor nor a list of tensors")
         if not sum(tensor.numel() for tensor in tensors):
             raise InvalidInputError(f"{path} is empty: {name!r} has no elements")
         kinds, allowed = ("int64, int32 or float", TIMESTEP_DTYPES) if name == "ts" else ("float", _FLOATS)
@@ -196,7 +201,8 @@ def _fit(source: QDiffusionFile, model: Model) -> dict[str, str]:
         InvalidInputError: the entries do not fit the model's configuration.
     """
     config = model.config
-    parameters = dict(list(inspect.signature(model.denoiser_class().forward).parameters.items())[1:])  # without self
+    parameters = dict(inspect.signature(model.denoiser_class().forward).parameters)
+    parameters.pop("self")
     fields = {"xs": next(iter(parameters)), "ts": "timestep"}
     if source.cs is not None:
         fields["cs"] = CONDITION
@@ -212,15 +218,16 @@ def _fit(source: QDiffusionFile, model: Model) -> dict[str, str]:
     height, width = size if isinstance(size, list | tuple) else (size, size)
     wanted = [config.get("in_channels"), height, width]
     if x.ndim != 4 or any(n is not None and n != m for n, m in zip(wanted, x.shape[1:], strict=True)):
-        shape = [n if n is not None else "any" for n in wanted]
+        takes = [n if n is not None else "any" for n in wanted]
         raise InvalidInputError(
-            f"{source.path} holds samples of shape {list(x.shape[1:])}, but {model.path} takes {shape}: "
+            f"{source.path} holds samples of shape {list(x.shape[1:])}, but {model.path} takes {takes}: "
             "is it from another model?"
         )
     depth = config.get("cross_attention_dim")
     for name, c in (("cs", source.cs), ("ucs", source.ucs)):
         if c is not None and (c[0].ndim != 3 or (isinstance(depth, int) and c[0].shape[-1] != depth)):
+            shape = list(c[0].shape[1:])
             raise InvalidInputError(
-                f"{source.path} holds {name!r} of shape {list(c[0].shape[1:])}, but {model.path} takes [tokens, {depth}]"
+                f"{source.path} holds {name!r} of shape {shape}, but {model.path} takes [tokens, {depth}]"
             )
     return fields

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdeploy.calibrate.shards import Batch
+from qdeploy.calibrate.batch import Batch
 from qdeploy.denoiser import flatten_inputs, sample_name
 from qdeploy.errors import InvalidInputError, UsageError
 
@@ -30,8 +30,8 @@ def chosen_calls(calls: int, steps: int) -> list[int]:
     """
     if steps > calls:
         raise UsageError(
-            f"{steps} steps cannot be chosen from a trajectory of {calls} denoiser calls: ask for fewer steps or for "
-            "more inference steps"
+            f"{steps} steps cannot be chosen from a trajectory of {calls} denoiser calls: "
+            "ask for fewer steps or for more inference steps"
         )
     return [int(call) for call in torch.linspace(0, calls - 1, steps, dtype=torch.float64).round()]
 
@@ -39,9 +39,10 @@ def chosen_calls(calls: int, steps: int) -> list[int]:
 def conditional_half(prediction: Tensor, guided: Tensor) -> int | None:
     """Which half of a batch is the conditional one under classifier-free guidance.
 
-    Pipelines stack the two in either order. Guidance (Ho & Salimans, arXiv 2207.12598) makes ``u + g (c - u)`` with
-    g > 1 of them, so that the conditional prediction has a positive weight in the result and the unconditional one
-    a negative weight, whatever g is and however the result is rescaled. The weights are found by least squares.
+    Pipelines stack the two in either order. Guidance (Ho & Salimans, arXiv 2207.12598) makes
+    ``u + g (c - u)`` with g > 1 of them, so that the conditional prediction has a positive weight in the result,
+    the unconditional one a negative, whatever g is and however the result is rescaled. The weights
+    are found by least squares.
 
     Args:
         prediction: the network's output, ``[2N, C, ...]``.
@@ -182,7 +183,8 @@ class Recorder:
             and times[self.calls] != times[self.calls - 1]
         ):
             raise InvalidInputError(
-                f"{type(self.pipeline).__name__} calls its denoiser more than once per step: it cannot be recorded"
+                f"{type(self.pipeline).__name__} calls its denoiser more than once per step: "
+                "it cannot be recorded"
             )
         self._timestep = timestep.detach().clone()
 

@@ -20,8 +20,7 @@ guidance, or if it could not be told which half is which.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,12 @@ from torch import Tensor
 from qdeploy.errors import InvalidInputError
 
 TIMESTEP_DTYPES = (torch.int64, torch.int32, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INDEX_DTYPES = {
+    "image": torch.int64,
+    "call": torch.int64,
+    "condition_row": torch.int64,
+    "conditional": torch.bool,
+}
 _CHUNK = 2**22  # elements looked at in one go, so that a check takes little memory
 
 
@@ -45,102 +50,6 @@ def finite(tensor: Tensor) -> bool:
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return True
     return all(bool(torch.isfinite(part).all()) for part in tensor.reshape(-1).split(_CHUNK))
-
-
-class Batch:
-    """The inputs recorded for one batch of images, on their way into a shard.
-
-    Args:
-        sample: name of the input that holds the noisy sample.
-        images: number of the image that each row of the batch belongs to, ``[B]``.
-        conditional: which rows are conditional, ``[B]``, if that is known.
-    """
-
-    def __init__(self, sample: str, images: Tensor, conditional: Tensor | None = None) -> None:
-        self.sample, self.images, self.conditional = sample, images, conditional
-        self.calls: list[int] = []
-        self.inputs: list[dict[str, Tensor]] = []
-
-    def add(self, call: int, inputs: Mapping[str, Tensor]) -> None:
-        """Keep the inputs of a call; what is as it was in the call before takes no further memory.
-
-        Raises:
-            InvalidInputError: they hold NaN or Inf, or are not the inputs that earlier calls had.
-        """
-        before = self.inputs[-1] if self.inputs else {}
-        if before and before.keys() != inputs.keys():
-            raise InvalidInputError(f"call {call} of the denoiser has other inputs than the calls before it")
-        kept = {}
-        for name, value in inputs.items():
-            value = value.detach().cpu()
-            if not finite(value):
-                raise InvalidInputError(
-                    f"the full-precision model itself is broken: {name!r} holds NaN or Inf in denoiser call {call}"
-                )
-            same = name in before and _equal(before[name], value)
-            kept[name] = before[name] if same else value.clone()
-        self.calls.append(call)
-        self.inputs.append(kept)
-
-    def pack(self) -> dict[str, Tensor]:
-        """The tensors of the shard.
-
-        Raises:
-            InvalidInputError: an input has a form that a calibration set cannot hold.
-        """
-        key = self.images * 2 + (0 if self.conditional is None else (~self.conditional).long())
-        order, calls = key.argsort(stable=True), len(self.calls)
-        packed = {
-            "image": self.images[order].repeat(calls),
-            "call": torch.tensor(self.calls).repeat_interleave(len(order)),
-        }
-        if self.conditional is not None:
-            packed["conditional"] = self.conditional[order].repeat(calls)
-        conditions = {}
-        for name in self.inputs[0]:
-            values = [call[name] for call in self.inputs]
-            if name == "timestep":
-                values = [_expanded(value, len(order)) for value in values]
-            batched = values[0].ndim > 0 and len(values[0]) == len(order)
-            constant = all(_equal(value, values[0]) for value in values[1:])
-            if name in (self.sample, "timestep") or (batched and not constant):
-                packed[f"input.{name}"] = torch.cat([value[order] for value in values])
-            elif batched:
-                conditions[name] = values[0][order]
-            elif constant:
-                packed[f"shared.{name}"] = values[0]
-            else:
-                raise InvalidInputError(f"the denoiser's input {name!r} changes, but has no batch dimension")
-        if conditions:
-            chosen, index = _distinct(list(conditions.values()))
-            packed |= {f"condition.{name}": value[chosen] for name, value in conditions.items()}
-            packed["condition_row"] = index.repeat(calls)
-        return packed
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one is other or (one.dtype == other.dtype and torch.equal(one, other))
-
-
-def _expanded(timestep: Tensor, rows: int) -> Tensor:
-    if timestep.numel() not in (1, rows):
-        raise InvalidInputError(f"the denoiser's timestep has shape {list(timestep.shape)}, not one t per row")
-    return timestep.reshape(-1).expand(rows)
-
-
-def _distinct(columns: Sequence[Tensor]) -> tuple[list[int], Tensor]:
-    """First row of each distinct value that the columns take together, and for each row which it is."""
-    found: dict[bytes, int] = {}
-    chosen, index = [], []
-    for row in range(len(columns[0])):
-        digest = hashlib.sha256()
-        for column in columns:
-            digest.update(column[row].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        if digest.digest() not in found:
-            found[digest.digest()] = len(chosen)
-            chosen.append(row)
-        index.append(found[digest.digest()])
-    return chosen, torch.tensor(index)
 
 
 class Shard:
@@ -161,7 +70,8 @@ class Shard:
         if any(name.startswith("condition.") for name in self.names):
             missing |= {"condition_row"} - self.names
         if missing:
-            raise InvalidInputError(f"{path} is no shard of a calibration set: it lacks {sorted(missing)[0]!r}")
+            lacking = sorted(missing)[0]
+            raise InvalidInputError(f"{path} is no shard of a calibration set: it lacks {lacking!r}")
 
     def __contains__(self, name: str) -> bool:
         return name in self.names
@@ -200,9 +110,12 @@ class Shard:
         """
         timesteps = self.tensor("input.timestep")
         if timesteps.dtype not in TIMESTEP_DTYPES:
-            raise InvalidInputError(f"{self.path} holds timesteps of {timesteps.dtype}: int64, int32 or float is needed")
+            raise InvalidInputError(
+                f"{self.path} holds timesteps of {timesteps.dtype}: int64, int32 or float is needed"
+            )
         if timesteps.ndim != 1:
-            raise InvalidInputError(f"{self.path} holds timesteps of shape {list(timesteps.shape)}, not one per row")
+            shape = list(timesteps.shape)
+            raise InvalidInputError(f"{self.path} holds timesteps of shape {shape}, not one per row")
         distinct = 0
         for name in sorted(self.names):
             tensor, group = self.tensor(name), name.partition(".")[0]
@@ -213,13 +126,13 @@ class Shard:
             expected = {"shared": None, "condition": distinct}.get(group, len(timesteps))
             if expected is not None and (tensor.ndim == 0 or len(tensor) != expected):
                 raise InvalidInputError(f"{self.path} contradicts itself: {name!r} has not {expected} rows")
-        for name, dtype in (("image", torch.int64), ("call", torch.int64), ("conditional", torch.bool)):
-            if name in self and self.tensor(name).dtype != dtype:
-                raise InvalidInputError(f"{self.path} holds {name!r} as {self.tensor(name).dtype} instead of {dtype}")
-        if "condition_row" in self:
+        for name, dtype in _INDEX_DTYPES.items():
+            if name in self and (found := self.tensor(name).dtype) != dtype:
+                raise InvalidInputError(f"{self.path} holds {name!r} as {found} instead of {dtype}")
+        if "condition_row" in self and len(timesteps):
             rows = self.tensor("condition_row")
-            if rows.dtype != torch.int64 or (len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < distinct):
-                raise InvalidInputError(f"{self.path} contradicts itself: 'condition_row' points outside the conditions")
+            if not 0 <= int(rows.min()) <= int(rows.max()) < distinct:
+                raise InvalidInputError(f"{self.path} contradicts itself: 'condition_row' points nowhere")
 
 
 def open_shards(folder: Path) -> list[Shard]:
@@ -235,8 +148,8 @@ def open_shards(folder: Path) -> list[Shard]:
         shard.check()
         if shard.layout() != shards[0].layout() or ("conditional" in shard) != ("conditional" in shards[0]):
             raise InvalidInputError(
-                f"the shards {shards[0].path.name} and {shard.path.name} of {folder} do not fit together: their inputs "
-                f"differ in name, dtype or shape"
+                f"the shards {shards[0].path.name} and {shard.path.name} of {folder} do not fit together: "
+                "their inputs differ in name, dtype or shape"
             )
     return shards
 

@@ -1,34 +1,21 @@
-"""The Engine: one denoiser call on one runtime; and the registry of the backends that make engines.
-
-A backend is one module of this package with a ``BACKEND``; nothing else needs to know of it. Modules keep
-the import of their runtime inside functions, so that the list of backends can be read without them.
-"""
+"""The Engine: one denoiser call on one runtime."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
-import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from qdeploy.errors import CapabilityError, InvalidInputError, UsageError
+from qdeploy.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from qdeploy.artifact import Artifact
     from qdeploy.runtime.denoiser import EngineDenoiser
-
-# Backends that people ask for and that this version cannot build.
-PLANNED = {"tensorrt": "TensorRT is not supported by this version of qdeploy: choose another --backend"}
-PRECISIONS = ("f32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -91,7 +78,7 @@ class Engine(ABC):
         self.facts = artifact.facts
         self.sha256 = artifact.sha256
         self.component = str(self.facts["component"])
-        self.precision = str(self.facts["precision"])
+        self.precision = str(self.facts["engine_precision"])
         self.config: dict[str, Any] = json.loads(artifact.file(f"{self.component}/config.json").read_text())
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -169,13 +156,12 @@ class Engine(ABC):
         """Inputs checked, and cast to the graph's dtypes without copying what fits already."""
         import torch
 
-        unknown, missing = sorted(inputs.keys() - self.ports.keys()), sorted(self.ports.keys() - inputs.keys())
-        if unknown:
+        for name in inputs.keys() - self.ports.keys():
             raise InvalidInputError(
-                f"the graph of {self.path} has no input {unknown[0]!r}, it takes {', '.join(self.ports)}"
+                f"the graph of {self.path} has no input {name!r}, it takes {', '.join(self.ports)}"
             )
-        if missing:
-            raise InvalidInputError(f"the input {missing[0]!r} of {self.path} is missing")
+        for name in self.ports.keys() - inputs.keys():
+            raise InvalidInputError(f"the input {name!r} of {self.path} is missing")
         ready: dict[str, Tensor] = {}
         batch: int | None = None
         for name, port in self.ports.items():
@@ -195,92 +181,12 @@ class Engine(ABC):
         if t is not None and t.ndim > 0:
             if t.ndim > 1 or len(t) not in (1, batch):
                 raise InvalidInputError(
-                    f"'timestep' must be a scalar or have one entry for each of {batch} rows, not {list(t.shape)}"
+                    f"'timestep' must be a scalar or have one entry for each of {batch} rows, not "
+                    f"{list(t.shape)}"
                 )
             if len(t) == 1:
                 ready["timestep"] = t[0]
         return ready
-
-
-# -- backends ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Backend:
-    """A runtime that engines can be built for.
-
-    Attributes:
-        name: the word for ``--backend``; also the pip extra that brings the package.
-        description: one line for people.
-        package: the import name of the runtime.
-        precisions: what it can compute float operations in.
-        build: writes the runtime's files for a ``model.onnx`` into a folder.
-        load: the engine of a verified folder, with a number of threads or the runtime's own choice.
-        rank: ``auto`` takes the available backend of the highest rank; 0 is never taken.
-    """
-
-    name: str
-    description: str
-    package: str
-    build: Callable[[Path, Path], None]
-    load: Callable[[Artifact, int | None], Engine]
-    precisions: tuple[str, ...] = PRECISIONS
-    rank: int = 0
-
-    def available(self) -> bool:
-        """Whether the runtime is installed."""
-        return importlib.util.find_spec(self.package) is not None
-
-    def require(self) -> None:
-        """Make sure that the runtime is installed.
-
-        Raises:
-            CapabilityError: it is not.
-        """
-        if not self.available():
-            raise CapabilityError(
-                f"the backend {self.name} needs the package {self.package}: pip install 'qdeploy[{self.name}]'"
-            )
-
-    def version(self) -> str:
-        """Version of the installed runtime."""
-        return str(importlib.import_module(self.package).__version__)
-
-
-@cache
-def backends() -> dict[str, Backend]:
-    """All backends by name, best first: one for each module of this package that has a ``BACKEND``."""
-    package = importlib.import_module("qdeploy.engines")
-    found: list[Backend] = []
-    for info in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"qdeploy.engines.{info.name}")
-        backend = getattr(module, "BACKEND", None)
-        if isinstance(backend, Backend):
-            found.append(backend)
-    return {backend.name: backend for backend in sorted(found, key=lambda b: (-b.rank, b.name))}
-
-
-def find_backend(name: str = "auto") -> Backend:
-    """The backend of that name, its package installed.
-
-    Args:
-        name: a backend, or ``auto`` for the fastest that is installed.
-
-    Raises:
-        UsageError: there is no such backend.
-        CapabilityError: its package is missing, or this version cannot build for it.
-    """
-    if name == "auto":
-        ranked = [backend for backend in backends().values() if backend.rank > 0]
-        chosen = next((backend for backend in ranked if backend.available()), ranked[0])
-        chosen.require()
-        return chosen
-    if name in PLANNED and name not in backends():
-        raise CapabilityError(PLANNED[name])
-    if name not in backends():
-        raise UsageError(f"unknown backend {name!r}: choose from auto, {', '.join(backends())}")
-    backends()[name].require()
-    return backends()[name]
 
 
 def why(error: BaseException) -> str:

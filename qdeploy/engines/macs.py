@@ -45,7 +45,9 @@ def graph_macs(path: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, int
             continue
         lacking = [name for name in (*node.input[:2], node.output[0]) if name not in known]
         if lacking:
-            raise InvalidInputError(f"the size of {node.name} in {path.name} is unknown: {lacking[0]} has no shape")
+            raise InvalidInputError(
+                f"the size of {node.name} in {path.name} is unknown: {lacking[0]} has no shape"
+            )
         macs[node.name] = _macs(node, *(known[name] for name in (*node.input[:2], node.output[0])))
     return macs
 
@@ -105,7 +107,8 @@ def int8_mac_share(
 
 def int8_layers(kernels: Sequence[Kernel]) -> set[str]:
     """Names of the graph's nodes that multiplied in int8."""
-    return {layer for kernel in kernels if _multiplies(kernel) and kernel.precision == "int8" for layer in kernel.layers}
+    ran = (kernel for kernel in kernels if _multiplies(kernel) and kernel.precision == "int8")
+    return {layer for kernel in ran for layer in kernel.layers}
 
 
 def _multiplies(kernel: Kernel) -> bool:
@@ -145,4 +148,4 @@ def _with_fixed_shapes(model: Any, shapes: Mapping[str, Sequence[int]]) -> Any:
     try:
         return onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     except Exception as error:
-        raise InvalidInputError(f"the shapes of the graph {graph.name!r} contradict each other: {error}") from error
+        raise InvalidInputError(f"the shapes in {graph.name!r} contradict each other: {error}") from error

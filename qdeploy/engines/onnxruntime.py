@@ -13,7 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qdeploy.engines.base import Backend, Engine, Kernel, Port, why
+from qdeploy.engines.base import Engine, Kernel, Port, why
+from qdeploy.engines.registry import Backend
 from qdeploy.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -147,6 +148,7 @@ BACKEND = Backend(
     name="onnxruntime",
     description="ONNX Runtime on CPUs: computes what was calibrated, number for number, rarely in int8",
     package="onnxruntime",
+    install="onnxruntime",
     build=build,
     load=ONNXRuntimeEngine,
     precisions=("f32",),

@@ -7,8 +7,9 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qdeploy.engines.base import Backend, Engine, Kernel, Port, why
+from qdeploy.engines.base import Engine, Kernel, Port, why
 from qdeploy.engines.machine import has_bf16
+from qdeploy.engines.registry import Backend
 from qdeploy.errors import CapabilityError, InvalidInputError
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class OpenVINOEngine(Engine):
 
         super().__init__(artifact)
         if self.precision == "bf16" and not has_bf16():
-            raise CapabilityError(f"{self.path} computes in bf16, which this processor lacks: build it with f32")
+            raise CapabilityError(f"{self.path} needs bf16, which this processor lacks: build it with f32")
         self._core = openvino.Core()
         self._options: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
@@ -82,7 +83,7 @@ class OpenVINOEngine(Engine):
             self._model.reshape({name: list(inputs[name].shape) for name in self.ports})
             compiled = self._core.compile_model(self._model, "CPU", self._options)
         except RuntimeError as error:
-            raise InvalidInputError(f"OpenVINO cannot run {self.path} for these shapes: {why(error)}") from error
+            raise InvalidInputError(f"OpenVINO cannot run {self.path} at {key}: {why(error)}") from error
         self._requests[key] = compiled.create_infer_request()
         if len(self._requests) > KEPT_SHAPES:
             self._requests.popitem(last=False)
@@ -203,6 +204,7 @@ BACKEND = Backend(
     name="openvino",
     description="OpenVINO on CPUs: int8 on VNNI and AMX, everything else in f32 or bf16",
     package="openvino",
+    install="openvino",
     build=build,
     load=OpenVINOEngine,
     rank=10,

@@ -6,6 +6,7 @@ that compute the same function (`qdeploy.calibrate.operators`), so the graph say
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -50,22 +51,24 @@ def trace(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> ir.Model:
     Raises:
         InvalidInputError: the network cannot be traced.
     """
-    names = tuple(inputs)
+    parameters = list(inspect.signature(denoiser.forward).parameters)
+    names = tuple(sorted(inputs, key=lambda name: (parameters.index(name.partition(".")[0]), name)))
+    inputs = {name: inputs[name] for name in names}
     tensors = tuple(
         value.flatten()[0].float() if name == "timestep" else value[:2] for name, value in inputs.items()
     )
-    batch = torch.export.Dim("batch", min=1, max=4096)
-    shapes = tuple({} if name == "timestep" else {0: batch} for name in names)
+    # Some layers copy large batches to contiguous memory first; AUTO lets such a guard pass, since the graph
+    # is the same on both sides of it.
+    shapes = tuple({} if name == "timestep" else {0: torch.export.Dim.AUTO} for name in names)
     try:
         with _quiet(), torch.no_grad():
+            traced = torch.export.export(_Call(denoiser, names).eval(), tensors, dynamic_shapes=(shapes,))
             program = torch.onnx.export(
-                _Call(denoiser, names).eval(),
-                tensors,
+                traced,
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=list(names),
                 output_names=[OUTPUT],
-                dynamic_shapes=(shapes,),
                 custom_translation_table=onnx_translations(),
                 verbose=False,
             )
@@ -77,7 +80,18 @@ def trace(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> ir.Model:
         first = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise InvalidInputError(f"{type(denoiser).__name__} cannot be traced into ONNX: {first}") from error
     assert program is not None
-    return program.model
+    return _name_batch(program.model)
+
+
+def _name_batch(graph: ir.Model) -> ir.Model:
+    """Call the dynamic axis ``batch`` wherever its size appears."""
+    sizes = {str(value.shape[0]) for value in graph.graph.inputs if value.shape}
+    values = [*graph.graph.inputs, *(value for node in graph.graph for value in node.outputs)]
+    for value in values:
+        for axis, size in enumerate(value.shape or ()):
+            if str(size) in sizes and not isinstance(size, int):
+                value.shape[axis] = ir.SymbolicDim("batch")  # type: ignore[index]
+    return graph
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def generate(
         try:
             arguments["class_labels"] = [int(label) for label in labels]
         except ValueError as error:
-            raise UsageError(f"{type(pipeline).__name__} takes class numbers instead of prompts: {error}") from error
+            raise UsageError(f"{type(pipeline).__name__} takes class numbers as prompts: {error}") from error
     elif "batch_size" in known:
         arguments["batch_size"] = len(seeds)
     if guidance is not None:

@@ -1,0 +1,34 @@
+# `make demo` and `make test` do all of their own set-up.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup demo test lint format bench clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup  ## the whole way on the shipped model: engines, a picture, a table
+	$(BIN)/qdeploy demo --output qdeploy-demo
+
+test: setup  ## the test suite
+	$(BIN)/python -m pytest
+
+lint: setup  ## style and types
+	$(BIN)/ruff check qdeploy tests benchmarks
+	$(BIN)/ruff format --check qdeploy tests benchmarks
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format qdeploy tests benchmarks
+	$(BIN)/ruff check --fix qdeploy tests benchmarks
+
+bench: setup  ## the tables of docs/benchmarks.md
+	$(BIN)/python benchmarks/digits_quality.py --output runs/digits-quality
+
+clean:
+	rm -rf $(VENV) qdeploy-demo runs .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,317 @@
+"""The command line: each verb parses, calls one function and prints. No logic.
+
+Results go to stdout, as text or with ``--json`` as one JSON object; everything else goes to stderr.
+Imports of what does the work happen inside the verbs, so that ``qdeploy --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from qdeploy.errors import CheckFailed, QDeployError
+from qdeploy.progress import verbosity
+from qdeploy.version import __version__
+
+F = TypeVar("F", bound=Callable[..., Any])
+FOLDER = click.Path(path_type=Path)
+
+
+class _Commands(click.Group):
+    """A group whose errors are one sentence and an exit code."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        debug = "--debug" in sys.argv
+        try:
+            kwargs["standalone_mode"] = False
+            code = super().main(*args, **kwargs)
+            sys.exit(code if isinstance(code, int) else 0)
+        except click.ClickException as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except (click.Abort, KeyboardInterrupt):
+            _fail("stopped: run the same command again to continue", 130)
+        except QDeployError as error:
+            if debug:
+                raise
+            _fail(str(error), error.exit_code)
+        except Exception as error:
+            if debug:
+                raise
+            _fail(f"internal error: {type(error).__name__}: {error} (--debug shows where)", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"qdeploy: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def verb(function: F) -> F:
+    """The options that every verb has."""
+
+    @functools.wraps(function)
+    def run(*args: Any, quiet: bool, verbose: int, debug: bool, **kwargs: Any) -> Any:
+        verbosity.level = 0 if quiet else 1 + verbose
+        _silence_libraries(debug)
+        return function(*args, **kwargs)
+
+    for option in (
+        click.option("--debug", is_flag=True, help="Show tracebacks and the messages of libraries."),
+        click.option("-v", "--verbose", count=True, help="Say more."),
+        click.option("-q", "--quiet", is_flag=True, help="Say nothing but results and errors."),
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout."),
+    ):
+        run = option(run)
+    return run  # type: ignore[return-value]
+
+
+def _silence_libraries(debug: bool) -> None:
+    if debug:
+        return
+    import logging
+    import os
+    import warnings
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+
+
+def _report(result: Any, began: float, as_json: bool) -> None:
+    """Print what a verb that writes an artifact (or only estimates one) came to."""
+    from qdeploy.artifact import Artifact
+
+    if isinstance(result, Artifact):
+        summary = result.summary(time.perf_counter() - began)
+        text = f"{summary['kind']} {summary['path']} ({summary['sha256'][:12]}) in {summary['seconds']:.1f} s"
+    else:
+        summary = {"estimate": {"seconds": round(result.seconds, 1), "bytes": int(result.bytes)}}
+        text = f"estimated: {result}"
+    click.echo(json.dumps(summary) if as_json else text)
+
+
+OUTPUT = click.option("-o", "--output", type=FOLDER, help="Folder to write.")
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace another artifact at the output.")
+SEED = click.option("--seed", type=int, default=0, show_default=True, help="Where all randomness comes from.")
+DEVICE = click.option("--device", default="cpu", show_default=True, help="Torch device.")
+DRY_RUN = click.option("--dry-run", is_flag=True, help="Say what it would cost, and stop.")
+PROMPTS = click.option("--prompts", type=FOLDER, help="Text file, one prompt per line.")
+GUIDANCE = click.option("--guidance", type=float, help="Classifier-free guidance scale.")
+SCHEDULER = click.option("--scheduler", help="ddim, pndm, euler, dpm++, ... or a diffusers class.")
+ETA = click.option("--eta", type=float, help="DDIM's eta.")
+BATCH = click.option("--batch", type=int, default=16, show_default=True, help="Images at a time.")
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="qdeploy")
+def main() -> None:
+    """From a diffusion model to a measured low-bit engine."""
+
+
+@main.command()
+@click.option("-o", "--output", type=FOLDER, default=Path("qdeploy-demo"), show_default=True)
+@verb
+def demo(as_json: bool, **options: Any) -> None:
+    """The whole way on a model that the package ships."""
+    from qdeploy.evaluate.demo import demo
+
+    result = demo(**options)
+    click.echo(json.dumps(result.to_json()) if as_json else result.table)
+
+
+@main.command()
+@click.argument("model")
+@click.option("-o", "--output", type=FOLDER, required=True, help="Folder to write.")
+@click.option("--steps", type=int, default=20, show_default=True, help="Denoiser calls to keep per image.")
+@click.option("--samples", type=int, default=64, show_default=True, help="Images to sample.")
+@click.option("--inference-steps", type=int, default=100, show_default=True, help="Length of the trajectory.")
+@click.option("--from-qdiffusion", type=FOLDER, help="Import Q-Diffusion's .pt file instead of sampling.")
+@click.option("--height", type=int)
+@click.option("--width", type=int)
+@SCHEDULER
+@ETA
+@PROMPTS
+@GUIDANCE
+@BATCH
+@SEED
+@DEVICE
+@DRY_RUN
+@OVERWRITE
+@verb
+def collect(model: str, from_qdiffusion: Path | None, prompts: Path | None, as_json: bool, **options: Any) -> None:
+    """Record a calibration set: denoiser inputs along the sampling trajectory."""
+    began = time.perf_counter()
+    if from_qdiffusion:
+        from qdeploy.calibrate.importers import import_qdiffusion
+
+        kept = {name: options[name] for name in ("output", "steps", "samples", "seed", "overwrite")}
+        _report(import_qdiffusion(model, from_qdiffusion, **kept), began, as_json)
+        return
+    from qdeploy.calibrate.trajectory import collect
+
+    _report(collect(model, prompts=_prompts(prompts), **options), began, as_json)
+
+
+@main.command()
+@click.argument("model")
+@OUTPUT
+@click.option("-r", "--recipe", help="A preset's name or a YAML file.")
+@click.option("--calibration", type=FOLDER, help="A set that `qdeploy collect` wrote.")
+@click.option("--method", help="minmax, qdiffusion, ...: see `qdeploy methods`.")
+@click.option("--weights", help="Weight format: int8, int4, ...")
+@click.option("--activations", help="Activation format: int8, ... or none.")
+@click.option("--coverage", help="Which layers: portable, qdiffusion-paper, ...")
+@click.option("--target", help="What the result must run on.")
+@click.option("--effort", help="fast, balanced or best.")
+@click.option("--exclude", multiple=True, help="Shell glob of layers that stay in float; repeatable.")
+@click.option("--max-memory", type=float, default=4.0, show_default=True, help="GiB for recorded activations.")
+@click.option("--seed", type=int, help="Where all randomness comes from.  [default: 0]")
+@DEVICE
+@DRY_RUN
+@OVERWRITE
+@verb
+def calibrate(model: str, exclude: tuple[str, ...], max_memory: float, as_json: bool, **options: Any) -> None:
+    """Quantize a model: integer weights and scales."""
+    from qdeploy.calibrate.run import calibrate
+
+    began = time.perf_counter()
+    result = calibrate(model, exclude=exclude or None, max_memory=int(max_memory * 2**30), **options)
+    _report(result, began, as_json)
+
+
+@main.command()
+@click.argument("source")
+@OUTPUT
+@click.option("--target", help="Dialect of Q/DQ.  [default: what the checkpoint was calibrated for]")
+@click.option("--calibration", type=FOLDER, help="For a model: the set that its probe comes from.")
+@OVERWRITE
+@verb
+def export(source: str, as_json: bool, **options: Any) -> None:
+    """Write a checkpoint, or a model in full precision, as ONNX."""
+    from qdeploy.export.run import export
+
+    began = time.perf_counter()
+    _report(export(source, **options), began, as_json)
+
+
+@main.command("build-engine")
+@click.argument("onnx", type=FOLDER)
+@OUTPUT
+@click.option("--backend", default="auto", show_default=True, help="openvino or onnxruntime.")
+@click.option("--precision", default="f32", show_default=True, help="What is not integer: f32 or bf16.")
+@click.option("--batch", type=int, default=1, show_default=True, help="Batch size that is measured.")
+@click.option("--threads", type=int, help="CPU threads.  [default: all]")
+@OVERWRITE
+@verb
+def build_engine(onnx: Path, as_json: bool, **options: Any) -> None:
+    """Build an engine from an ONNX bundle, and measure it."""
+    from qdeploy.engines.build import build_engine
+
+    began = time.perf_counter()
+    _report(build_engine(onnx, **options), began, as_json)
+
+
+@main.command()
+@click.argument("source")
+@click.option("-o", "--output", type=FOLDER, required=True, help="Folder to write.")
+@click.option("-n", "--count", type=int, default=16, show_default=True, help="Number of images.")
+@click.option("--steps", type=int, default=50, show_default=True, help="Sampling steps.")
+@click.option("--model", help="The model whose pipeline is used.  [default: the one the engine was made from]")
+@click.option("--height", type=int)
+@click.option("--width", type=int)
+@SCHEDULER
+@ETA
+@PROMPTS
+@GUIDANCE
+@BATCH
+@SEED
+@OVERWRITE
+@verb
+def sample(source: str, prompts: Path | None, as_json: bool, **options: Any) -> None:
+    """Sample images with an engine, a checkpoint or a model."""
+    from qdeploy.runtime.sample import sample
+
+    began = time.perf_counter()
+    _report(sample(source, prompts=_prompts(prompts), **options), began, as_json)
+
+
+@main.command()
+@click.argument("subject", type=FOLDER)
+@click.option("--reference", help="The full-precision model to compare quality with.")
+@click.option("--onnx", type=FOLDER, help="Also compare with this ONNX bundle.")
+@click.option("--checkpoint", type=FOLDER, help="Also compare with this checkpoint.")
+@click.option("--samples", type=int, default=64, show_default=True, help="Images for paired quality.")
+@click.option("--steps", type=int, default=20, show_default=True, help="Timesteps at which SQNR is taken.")
+@click.option("--inference-steps", type=int, default=50, show_default=True, help="Length of the trajectory.")
+@click.option("--min-parity", type=float, help="dB.  [default: 45, for engines at f32 40]")
+@click.option("--min-sqnr", type=float, help="dB, median over timesteps.  [default: 20]")
+@click.option("--min-psnr", type=float, help="dB, of images on the same seeds.")
+@click.option("--max-fd-increase", type=float, help="FD-local above the reference's.")
+@click.option("--scheduler", default="ddim", show_default=True)
+@click.option("--seed", type=int, default=1, show_default=True, help="Seed of the held-out trajectories.")
+@verb
+def check(subject: Path, as_json: bool, **options: Any) -> None:
+    """Compare with the simulation and with full precision; exit code 3 if a threshold is missed."""
+    from qdeploy.evaluate.check import check
+
+    result = check(subject, **options)
+    click.echo(json.dumps(result.to_json()) if as_json else result.table())
+    if not result.passed:
+        raise CheckFailed("; ".join(result.failures))
+
+
+@main.command()
+@click.argument("paths", nargs=-1, required=True, type=FOLDER)
+@click.option("--reference", help="The full-precision model.  [default: the one the engines were made from]")
+@click.option("--batch", type=int, multiple=True, default=(1,), show_default=True, help="Repeatable.")
+@click.option("--rounds", type=int, default=30, show_default=True, help="Interleaved measurements of each.")
+@click.option("--threads", type=int, help="CPU threads.  [default: all]")
+@verb
+def benchmark(paths: tuple[Path, ...], as_json: bool, **options: Any) -> None:
+    """Latency beside the full-precision and 16-bit engines of the same model, in one run."""
+    from qdeploy.evaluate.benchmark import benchmark
+
+    result = benchmark(paths, **options)
+    click.echo(json.dumps(result.to_json()) if as_json else result.table())
+
+
+@main.command()
+@click.argument("path")
+@verb
+def inspect(path: str, as_json: bool) -> None:
+    """Say what an artifact or a model is, and whether it is intact."""
+    from qdeploy.inspect import as_text, inspect
+
+    result = inspect(path)
+    click.echo(json.dumps(result) if as_json else as_text(result))
+    if not result["valid"]:
+        from qdeploy.errors import InvalidInputError
+
+        raise InvalidInputError(f"{path} is not valid: {result['problem']}")
+
+
+@main.command()
+@verb
+def methods(as_json: bool) -> None:
+    """List methods, stages, presets, formats, coverages, efforts and targets."""
+    from qdeploy.inspect import as_text, vocabulary
+
+    words = vocabulary()
+    click.echo(json.dumps(words) if as_json else as_text(words))
+
+
+def _prompts(file: Path | None) -> list[str] | None:
+    if file is None:
+        return None
+    from qdeploy.runtime.prompts import read_prompts
+
+    return read_prompts(file)

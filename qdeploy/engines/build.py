@@ -1,0 +1,168 @@
+"""The verb ``build-engine``: an ONNX bundle in, an engine with its measurements out."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from qdeploy.artifact import Artifact, Draft, open_artifact
+from qdeploy.engines.base import Engine
+from qdeploy.engines.machine import BF16_INSTRUCTIONS, has_bf16, has_int8, machine
+from qdeploy.engines.macs import graph_macs, int8_layers, int8_mac_share, meant_int8
+from qdeploy.engines.measure import (
+    latency,
+    noise_power,
+    parity,
+    read_macs,
+    read_probe,
+    repeat_rows,
+    row_by_row,
+)
+from qdeploy.engines.registry import PRECISIONS, Backend, find_backend
+from qdeploy.errors import CapabilityError, UsageError
+from qdeploy.paths import default_output
+from qdeploy.progress import say
+
+# Facts that an engine hands on from its bundle.
+_CARRIED = ("component", "class", "model_sha256", "precision", "weights", "activations", "target")
+# An engine may round differently here and there, and every difference spreads. Two independent roundings are
+# twice the quantization noise apart; beyond twice that, the engine computes something else.
+_NOISE_RATIO = 4.0
+
+
+def build_engine(
+    bundle: str | Path | Artifact,
+    output: str | Path | None = None,
+    *,
+    backend: str = "auto",
+    precision: str = "f32",
+    batch: int = 1,
+    threads: int | None = None,
+    overwrite: bool = False,
+) -> Artifact:
+    """Build the engine of an ONNX bundle, and measure it.
+
+    Args:
+        bundle: an artifact of kind ``onnx``.
+        output: the engine's folder; beside the working directory's other artifacts by default.
+        backend: name of a backend, or ``auto`` for the fastest that is installed.
+        precision: what everything that is not int8 is computed in, ``f32`` or ``bf16``.
+        batch: number of samples per call that the speed is measured with; the engine takes any number.
+        threads: number of threads that the engine runs on; the runtime's own choice if None.
+        overwrite: replace another artifact at ``output``.
+
+    Returns:
+        An artifact of kind ``engine``, in the layout that the runtime's own diffusers pipelines open.
+
+    Raises:
+        UsageError: an unknown backend or precision, an impossible number.
+        CapabilityError: the backend is not installed, the machine lacks bf16, or the bundle is a simulation.
+        InvalidInputError: the bundle is damaged, or holds what the backend cannot run.
+    """
+    if batch < 1 or (threads is not None and threads < 1):
+        raise UsageError(f"batch and threads must be at least 1, not {batch if batch < 1 else threads}")
+    source = open_artifact(bundle.path if isinstance(bundle, Artifact) else bundle, "onnx")
+    if reasons := source.facts.get("simulated"):
+        raise CapabilityError(f"{source.path} is a simulation that no engine can run: {'; '.join(reasons)}")
+    chosen = find_backend(backend)
+    _check_precision(chosen, precision)
+    options = {
+        "backend": chosen.name,
+        "backend_version": chosen.version(),
+        "engine_precision": precision,
+        "batch": batch,
+        "threads": threads,
+    }
+    place = Path(output) if output else default_output(source.path, "engine")
+    made_from = {"onnx": source.sha256, **source.manifest["made_from"]}
+    draft = Draft(place, "engine", made_from, source.recipe, source.manifest["seed"], options, overwrite)
+    if done := draft.finished():
+        return done
+    facts = {key: source.facts[key] for key in _CARRIED if key in source.facts} | options
+    if facts.get("activations", "none") != "none" and not has_int8():
+        say("this processor has neither VNNI nor AMX: int8 will hardly be faster than float32 here")
+    with draft:
+        say(f"building a {chosen.name} engine of {source.path.name}")
+        _convert(chosen, source, draft, facts)
+        measured = _measure(chosen, draft, facts)
+        notes = {"source": source.manifest["notes"].get("source")}
+        return draft.finish(facts=facts, measured=measured, notes=notes)
+
+
+def load_engine(path: str | Path | Artifact) -> Engine:
+    """Open an engine that `build_engine` made; its files are verified first.
+
+    Raises:
+        InvalidInputError: it is no engine, or damaged.
+        CapabilityError: its runtime is not installed, or this machine cannot run it.
+    """
+    artifact = open_artifact(path.path if isinstance(path, Artifact) else path, "engine")
+    return find_backend(str(artifact.facts["backend"])).load(artifact, artifact.facts["threads"])
+
+
+def _check_precision(backend: Backend, precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise UsageError(f"unknown engine precision {precision!r}: choose from {', '.join(PRECISIONS)}")
+    if precision not in backend.precisions:
+        able = " or ".join(backend.precisions)
+        raise CapabilityError(f"{backend.name} computes in {able} only, not in {precision}")
+    if precision == "bf16" and not has_bf16():
+        needed = " or ".join(BF16_INSTRUCTIONS)
+        raise CapabilityError(f"this processor has no bf16 instructions ({needed}): build with f32")
+
+
+def _convert(backend: Backend, source: Artifact, draft: Draft, facts: dict[str, Any]) -> None:
+    """The runtime's files; those of the bundle that still matter; and the sizes of all layers."""
+    component = facts["component"]
+    graph = source.file(f"{component}/model.onnx")
+    backend.build(graph, draft.content / component)
+    for name in source.manifest["files"]:
+        if not name.startswith(f"{component}/model.onnx"):
+            draft.copy(source.file(name), name)
+    inputs, _, _ = read_probe(source.path)
+    shapes = {name: list(x.shape) if name == "timestep" else [1, *x.shape[1:]] for name, x in inputs.items()}
+    if "timestep" in shapes:
+        shapes["timestep"] = []
+    draft.json("macs.json", {"macs": graph_macs(graph, shapes), "meant_int8": sorted(meant_int8(graph))})
+
+
+def _measure(backend: Backend, draft: Draft, facts: dict[str, Any]) -> dict[str, Any]:
+    """Run the engine as it stands in the draft: its speed, its kernels, its distance from the probe."""
+    manifest = {"kind": "engine", "facts": facts, "sha256": ""}
+    inputs, reference, simulated = read_probe(draft.content)
+    single = repeat_rows(inputs, 1)
+    began = time.perf_counter()
+    with backend.load(Artifact(draft.content, manifest), facts["threads"]) as engine:
+        engine(single)
+        loaded = time.perf_counter() - began
+        macs, meant = read_macs(draft.content)
+        kernels = engine.kernels(single)
+        shares = int8_mac_share(kernels, macs, meant)
+        result = row_by_row(engine, inputs)
+        ms = latency(engine, repeat_rows(inputs, facts["batch"]))
+    if shares["int8_mac_share_of_meant"] < 0.9:
+        left = meant - int8_layers(kernels)
+        _warn_of_float(backend, shares["int8_mac_share_of_meant"], sorted(left, key=lambda name: -macs[name]))
+    distance = parity(result, reference if simulated is None else simulated)
+    if simulated is not None:
+        noise, quantization = noise_power(result, simulated), noise_power(simulated, reference)
+        if noise > _NOISE_RATIO * quantization:
+            say(
+                f"warning: this engine is only {distance['sqnr_db']} dB from the model that was calibrated, "
+                "further than that is from full precision: choose another backend, and report this"
+            )
+    size = sum(file.stat().st_size for file in (draft.content / facts["component"]).iterdir())
+    return {
+        "ms": ms,
+        "load_seconds": round(loaded, 3),
+        **shares,
+        "parity": distance,
+        "size_mb": round(size / 1e6, 3),
+        "machine": machine(),
+    }
+
+
+def _warn_of_float(backend: Backend, share: float, layers: list[str]) -> None:
+    named = ", ".join(layers[:5]) + (f" and {len(layers) - 5} more" if len(layers) > 5 else "")
+    say(f"warning: {backend.name} runs {1 - share:.0%} of what was meant for int8 in float, first {named}")

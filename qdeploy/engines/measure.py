@@ -1,0 +1,120 @@
+"""What an engine shows of itself: its speed, its kernels, and how near it is to what was calibrated."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qdeploy.engines.macs import int8_mac_share
+from qdeploy.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qdeploy.engines.base import Engine
+
+PROBE = "probe.safetensors"
+# Reported for outputs that are equal bit for bit, whose ratio is infinite.
+EXACT_DB = 200.0
+
+
+def read_probe(folder: Path) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+    """The probe of a bundle or engine.
+
+    Returns:
+        The inputs, ``[rows, ...]`` each; the full-precision output; and that of the fake-quantized model,
+        where there is one.
+
+    Raises:
+        InvalidInputError: the folder has no probe.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(folder / PROBE)
+        reference = tensors["reference"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise InvalidInputError(f"{folder} has no usable {PROBE}: export it again") from error
+    inputs = {name.removeprefix("input."): x for name, x in tensors.items() if name.startswith("input.")}
+    return inputs, reference, tensors.get("simulated")
+
+
+def repeat_rows(inputs: Mapping[str, Tensor], batch: int) -> dict[str, Tensor]:
+    """The first rows of a probe, repeated to a batch, all at the first row's timestep."""
+    import torch
+
+    repeated = {name: x[torch.arange(batch) % len(x)] for name, x in inputs.items()}
+    if "timestep" in repeated:
+        repeated["timestep"] = inputs["timestep"].flatten()[0]
+    return repeated
+
+
+def row_by_row(engine: Engine, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The engine's output for every row of a probe, one call each, so that one shape serves them all."""
+    import torch
+
+    rows = len(next(iter(inputs.values())))
+    return torch.cat([engine({name: x[row : row + 1] for name, x in inputs.items()}) for row in range(rows)])
+
+
+def latency(
+    engine: Engine, inputs: Mapping[str, Tensor], seconds: float = 2.0, least: int = 5
+) -> dict[str, float]:
+    """Median and 95th percentile of a call, in milliseconds.
+
+    Args:
+        engine: the engine; its first two calls are not counted.
+        inputs: inputs of a call.
+        seconds: about how long to measure.
+        least: how many calls to measure at least.
+    """
+    for _ in range(2):
+        engine(inputs)
+    took: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(took) < least or (time.perf_counter() < end and len(took) < 200):
+        began = time.perf_counter()
+        engine(inputs)
+        took.append((time.perf_counter() - began) * 1e3)
+    took.sort()
+    middle, rank = len(took) // 2, math.ceil(0.95 * len(took)) - 1
+    median = took[middle] if len(took) % 2 else (took[middle - 1] + took[middle]) / 2
+    return {"median": round(median, 3), "p95": round(took[rank], 3)}
+
+
+def parity(output: Tensor, expected: Tensor) -> dict[str, float]:
+    """Signal-to-noise ratio in dB, over all rows together, and the largest difference.
+
+    Raises:
+        InvalidInputError: the output holds NaN or Inf.
+    """
+    if not bool(output.isfinite().all()):
+        raise InvalidInputError("the engine computes NaN or Inf for its own probe")
+    noise, signal = noise_power(output, expected), float(expected.double().square().mean())
+    ratio = 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else EXACT_DB
+    return {
+        "sqnr_db": round(min(ratio, EXACT_DB), 2),
+        "max_abs": float((output.double() - expected.double()).abs().max()),
+    }
+
+
+def noise_power(output: Tensor, expected: Tensor) -> float:
+    """Mean square of the difference."""
+    return float((output.double() - expected.double()).square().mean())
+
+
+def int8_shares(engine: Engine, inputs: Mapping[str, Tensor]) -> dict[str, float]:
+    """`int8_mac_share` of an engine, from the kernels that it executes for these inputs."""
+    macs, meant = read_macs(engine.path)
+    return int8_mac_share(engine.kernels(inputs), macs, meant)
+
+
+def read_macs(folder: Path) -> tuple[dict[str, int], set[str]]:
+    """MACs of one sample by node, and the nodes meant to run in int8, of an engine's folder."""
+    described: dict[str, Any] = json.loads((folder / "macs.json").read_text())
+    return described["macs"], set(described["meant_int8"])

@@ -1,0 +1,106 @@
+"""The backends that engines are built for: one module of this package each, with a ``BACKEND``.
+
+Nothing else needs to know of a backend. Its module keeps the import of the runtime inside functions, so that
+the list of backends can be read without any of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qdeploy.errors import CapabilityError, UsageError
+
+if TYPE_CHECKING:
+    from qdeploy.artifact import Artifact
+    from qdeploy.engines.base import Engine
+
+# Backends that people ask for and that this version cannot build.
+PLANNED = {"tensorrt": "TensorRT is not supported by this version of qdeploy: choose another --backend"}
+PRECISIONS = ("f32", "bf16")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A runtime that engines can be built for.
+
+    Attributes:
+        name: the word for ``--backend``.
+        description: one line for people.
+        package: the import name of the runtime.
+        install: what to tell pip to get it: the package, or an extra of qdeploy.
+        precisions: what it can compute float operations in.
+        build: writes the runtime's files for a ``model.onnx`` into a folder.
+        load: the engine of a verified folder, with a number of threads or the runtime's own choice.
+        rank: ``auto`` takes the available backend of the highest rank; 0 is never taken.
+    """
+
+    name: str
+    description: str
+    package: str
+    install: str
+    build: Callable[[Path, Path], None]
+    load: Callable[[Artifact, int | None], Engine]
+    precisions: tuple[str, ...] = PRECISIONS
+    rank: int = 0
+
+    def available(self) -> bool:
+        """Whether the runtime is installed."""
+        return importlib.util.find_spec(self.package) is not None
+
+    def require(self) -> None:
+        """Make sure that the runtime is installed.
+
+        Raises:
+            CapabilityError: it is not.
+        """
+        if not self.available():
+            raise CapabilityError(
+                f"the backend {self.name} needs the package {self.package}: pip install {self.install}"
+            )
+
+    def version(self) -> str:
+        """Version of the installed runtime."""
+        return str(importlib.import_module(self.package).__version__)
+
+
+@cache
+def backends() -> dict[str, Backend]:
+    """All backends by name, best first: one for each module of this package that has a ``BACKEND``."""
+    package = importlib.import_module("qdeploy.engines")
+    found: list[Backend] = []
+    for info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"qdeploy.engines.{info.name}")
+        backend = getattr(module, "BACKEND", None)
+        if isinstance(backend, Backend):
+            found.append(backend)
+    return {backend.name: backend for backend in sorted(found, key=lambda b: (-b.rank, b.name))}
+
+
+def find_backend(name: str = "auto") -> Backend:
+    """The backend of that name, its package installed.
+
+    Args:
+        name: a backend, or ``auto`` for the fastest that is installed.
+
+    Raises:
+        UsageError: there is no such backend.
+        CapabilityError: its package is missing, or this version cannot build for it.
+    """
+    if name == "auto":
+        ranked = [backend for backend in backends().values() if backend.rank > 0]
+        chosen = next((backend for backend in ranked if backend.available()), ranked[0])
+        chosen.require()
+        return chosen
+    if name in PLANNED and name not in backends():
+        raise CapabilityError(PLANNED[name])
+    if name not in backends():
+        raise UsageError(f"unknown backend {name!r}: choose from auto, {', '.join(backends())}")
+    backends()[name].require()
+    return backends()[name]

@@ -1,0 +1,112 @@
+"""What an artifact or a model says of itself, and what words recipes know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qdeploy.artifact import KINDS, damage, is_artifact, read_manifest
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """Describe an artifact, or the model at ``path``.
+
+    Returns:
+        For an artifact its manifest's entries, the sizes of its files and ``valid``; if that is false,
+        ``problem`` says why.
+
+    Raises:
+        InvalidInputError: there is neither an artifact nor a model that this version can read.
+    """
+    folder = Path(path)
+    if not is_artifact(folder):
+        return _inspect_model(str(path))
+    manifest = read_manifest(folder)
+    problems = list(damage(folder, manifest))
+    sizes = {name: (folder / name).stat().st_size for name in manifest["files"] if (folder / name).exists()}
+    return {
+        "kind": manifest["kind"],
+        "description": KINDS[manifest["kind"]],
+        "path": str(folder),
+        "schema": manifest["schema"],
+        "version": manifest["version"],
+        "sha256": manifest["sha256"],
+        "valid": not problems,
+        **({"problem": problems[0]} if problems else {}),
+        "made_from": manifest["made_from"],
+        "recipe": manifest["recipe"],
+        "seed": manifest["seed"],
+        "facts": manifest["facts"],
+        "measured": manifest["measured"],
+        "notes": manifest["notes"],
+        "size_mb": round(sum(sizes.values()) / 2**20, 3),
+        "files": sizes,
+    }
+
+
+def _inspect_model(source: str) -> dict[str, Any]:
+    from qdeploy.denoiser import open_model
+
+    model = open_model(source)
+    denoiser = model.load()
+    return {
+        "kind": "model",
+        "path": str(model.path),
+        "schema": None,
+        "sha256": model.sha256,
+        "valid": True,
+        "made_from": {},
+        "recipe": None,
+        "seed": None,
+        "component": model.name,
+        "class": model.class_name,
+        "pipeline": model.has_pipeline,
+        "parameters": sum(parameter.numel() for parameter in denoiser.parameters()),
+        "size_mb": round(sum(file.stat().st_size for file in model.weights) / 2**20, 3),
+    }
+
+
+def vocabulary() -> dict[str, Any]:
+    """The words that recipes and options know, with a line on each."""
+    from qdeploy.calibrate.coverage import COVERAGES
+    from qdeploy.calibrate.effort import EFFORTS
+    from qdeploy.calibrate.methods import methods, stages
+    from qdeploy.formats import FORMATS, NONE
+    from qdeploy.recipe import presets
+    from qdeploy.targets import TARGETS
+
+    return {
+        "methods": {
+            name: {
+                "description": method.description,
+                "paper": method.paper,
+                "stages": [stage for stage, _ in method.stages],
+            }
+            for name, method in methods().items()
+        },
+        "stages": {
+            name: {"description": stage.description, "options": stage.options} for name, stage in stages().items()
+        },
+        "presets": presets(),
+        "formats": [*FORMATS, NONE],
+        "coverages": {name: coverage.description for name, coverage in COVERAGES.items()},
+        "efforts": {
+            name: f"{effort.rows} rows, {effort.rounding} rounding and {effort.scales} scale steps per unit"
+            for name, effort in EFFORTS.items()
+        },
+        "targets": {name: target.description for name, target in TARGETS.items()},
+    }
+
+
+def as_text(value: Mapping[str, Any], indent: int = 0) -> str:
+    """A mapping as indented lines for people."""
+    lines = []
+    pad = "  " * indent
+    for key, item in value.items():
+        if isinstance(item, Mapping) and item:
+            lines += [f"{pad}{key}:", as_text(item, indent + 1)]
+        elif item not in (None, {}, []):
+            shown = ", ".join(map(str, item)) if isinstance(item, list | tuple) else item
+            lines.append(f"{pad}{key}: {shown}")
+    return "\n".join(lines)
