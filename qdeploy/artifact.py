@@ -21,6 +21,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -315,11 +316,11 @@ class Draft:
         return (self.content / name).exists()
 
     def _once(self, path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        from safetensors.torch import load_file, save_file
+        from safetensors.torch import load_file
 
         if not path.exists():
             tensors = {name: tensor.contiguous() for name, tensor in compute().items()}
-            write_atomically(path, lambda partial: save_file(tensors, partial))
+            write_atomically(path, lambda partial: _save_tensors(tensors, partial))
         return load_file(path)
 
     def json(self, name: str, value: object) -> None:
@@ -364,6 +365,21 @@ class Draft:
             os.rename(self.content, self.output)
             shutil.rmtree(self.work, ignore_errors=True)
         return Artifact(self.output, json.loads(canonical(manifest)))
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        # The library reports the system's refusals as text; they are ours to explain.
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        code = int(number.group(1))
+        raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -94,7 +94,7 @@ def _report(result: Any, began: float, as_json: bool) -> None:
         summary = result.summary(time.perf_counter() - began)
         text = f"{summary['kind']} {summary['path']} ({summary['sha256'][:12]}) in {summary['seconds']:.1f} s"
     else:
-        summary = {"estimate": {"seconds": round(result.seconds, 1), "bytes": int(result.bytes)}}
+        summary = {"estimate": {"seconds": round(result.seconds, 3), "bytes": int(result.bytes)}}
         text = f"estimated: {result}"
     click.echo(json.dumps(summary) if as_json else text)
 
@@ -315,3 +315,7 @@ def _prompts(file: Path | None) -> list[str] | None:
     from qdeploy.runtime.prompts import read_prompts
 
     return read_prompts(file)
+
+
+if __name__ == "__main__":
+    main()

@@ -115,7 +115,7 @@ class CalibrationSet:
                 inputs[name] = self._shards[0].tensor(f"shared.{name}").clone().to(device)
                 continue
             result = torch.empty(len(wanted), *form["shape"], dtype=getattr(torch, form["dtype"]))
-            for owner in owners.unique().tolist():
+            for owner in set(owners.tolist()):
                 places = (owners == owner).nonzero().flatten()
                 result[places] = _rows(self._shards[owner], name, wanted[places] - self._starts[owner])
             inputs[name] = result.to(device)

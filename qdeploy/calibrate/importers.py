@@ -178,8 +178,8 @@ def _read(path: Path) -> QDiffusionFile:
 
 
 def _check_entries(source: QDiffusionFile) -> None:
-    path, length = source.path, len(source.ts) if isinstance(source.ts, Tensor | list | tuple) else 0
-    for name, entry in source.entries().items():
+    path, entries = source.path, source.entries()
+    for name, entry in entries.items():
         scalar = isinstance(entry, Tensor) and entry.ndim == 0
         tensors = list(entry) if isinstance(entry, list | tuple) else [entry]
         if scalar or not all(isinstance(tensor, Tensor) for tensor in tensors):
@@ -190,8 +190,10 @@ def _check_entries(source: QDiffusionFile) -> None:
         for tensor in tensors:
             if tensor.dtype not in allowed:
                 raise InvalidInputError(f"{path} holds {name!r} as {tensor.dtype} instead of {kinds}")
-        if len(entry) - length not in ((0, 1) if name == "xs" else (0,)):
-            raise InvalidInputError(f"{path} has {len(entry)} steps of {name!r}, but {length} of 'ts'")
+    steps = len(source.ts)
+    for name, entry in entries.items():
+        if len(entry) not in ((steps, steps + 1) if name == "xs" else (steps,)):
+            raise InvalidInputError(f"{path} has {len(entry)} steps of {name!r}, but {steps} of 'ts'")
 
 
 def _fit(source: QDiffusionFile, model: Model) -> dict[str, str]:

@@ -40,8 +40,8 @@ def conditional_half(prediction: Tensor, guided: Tensor) -> int | None:
     """Which half of a batch is the conditional one under classifier-free guidance.
 
     Pipelines stack the two in either order. Guidance (Ho & Salimans, arXiv 2207.12598) makes
-    ``u + g (c - u)`` with g > 1 of them, so that the conditional prediction has a positive weight in the result,
-    the unconditional one a negative, whatever g is and however the result is rescaled. The weights
+    ``u + g (c - u)`` with g > 1 of them, so that the conditional prediction has a positive weight in the
+    result and the unconditional one a negative, whatever g is and however the result is rescaled. The weights
     are found by least squares.
 
     Args:
@@ -54,7 +54,7 @@ def conditional_half(prediction: Tensor, guided: Tensor) -> int | None:
     if prediction.ndim != guided.ndim or prediction.ndim < 2 or len(prediction) % 2:
         return None
     half, channels = len(prediction) // 2, guided.shape[1]
-    halves = [part[:, :channels].double().flatten() for part in prediction.split(half)]
+    halves = [part[:, :channels].double().flatten() for part in (prediction[:half], prediction[half:])]
     target = guided[:half].double().flatten()
     if halves[0].shape != target.shape:
         return None
@@ -83,7 +83,7 @@ class Recorder:
         batch: what has been recorded.
         calls: number of denoiser calls made.
         total: number of calls in the whole trajectory; 0 before the first.
-        seconds: duration of each call.
+        seconds: duration of each call; on a GPU only of the first two.
     """
 
     def __init__(
@@ -103,6 +103,7 @@ class Recorder:
         self._timestep: Tensor | None = None
         self._prediction: Tensor | None = None
         self._hooks: list[Any] = []
+        self._began = 0.0
 
     @property
     def complete(self) -> bool:
@@ -154,15 +155,22 @@ class Recorder:
         self._check_one_call_per_step(inputs["timestep"])
         if self.batch is not None and self.calls in self._wanted:
             self.batch.add(self.calls, inputs)
+        self._wait_to_be_timed()
         self._began = time.perf_counter()
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._wait_to_be_timed()
         self.seconds.append(time.perf_counter() - self._began)
         if not self.calls:
             first = output if isinstance(output, Tensor) else output[0]
             self._prediction = first.detach()
         self.calls += 1
         self._after_call(self)
+
+    def _wait_to_be_timed(self) -> None:
+        """Let a GPU finish around the first calls, whose durations are looked at."""
+        if self.calls < 2 and torch.cuda.is_available():
+            torch.cuda.synchronize()
 
     def _new_batch(self, inputs: Mapping[str, Tensor]) -> Batch:
         name = sample_name(self.denoiser)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from qdeploy.calibrate.methods import stages
 from qdeploy.calibrate.methods.minmax import round_to_nearest
 from qdeploy.calibrate.session import Session, quantize_structure
 from qdeploy.denoiser import Model, denoise, open_model
-from qdeploy.errors import CapabilityError
+from qdeploy.errors import CapabilityError, UsageError
 from qdeploy.paths import cache_folder, default_output
 from qdeploy.progress import say
 from qdeploy.recipe import Recipe, resolve_recipe
@@ -202,6 +203,9 @@ def _calibration(source: Model, given: Any, seed: int, device: str) -> Path:
         return given.path if isinstance(given, Artifact) else Path(given)
     from qdeploy.calibrate.trajectory import collect
 
+    index = source.path / "model_index.json"
+    if index.is_file() and "text_encoder" in json.loads(index.read_text()):
+        raise UsageError(f"{source.path} takes prompts: collect a set with `qdeploy collect --prompts` first")
     say("no calibration set was given: collecting a default one")
     name = f"{source.sha256[:16]}-seed{seed}"
     collected = collect(source.path, cache_folder() / "calibration" / name, seed=seed, device=device)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,7 +37,7 @@ _INDEX_DTYPES = {
     "condition_row": torch.int64,
     "conditional": torch.bool,
 }
-_CHUNK = 2**22  # elements looked at in one go, so that a check takes little memory
+_CHUNK = 2**20  # elements looked at in one go, so that a check takes little memory
 
 
 def shard_name(number: int) -> str:
@@ -49,7 +49,9 @@ def finite(tensor: Tensor) -> bool:
     """Whether a tensor is free of NaN and Inf, in little memory."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return True
-    return all(bool(torch.isfinite(part).all()) for part in tensor.reshape(-1).split(_CHUNK))
+    flat = tensor.reshape(-1)
+    starts = range(0, len(flat), _CHUNK)
+    return all(bool(torch.isfinite(flat[start : start + _CHUNK]).all()) for start in starts)
 
 
 class Shard:
@@ -62,7 +64,7 @@ class Shard:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = safe_open(str(path), framework="pt")
+            self._file = cast(Any, safe_open(str(path), framework="pt"))
         except (SafetensorError, OSError) as error:
             raise InvalidInputError(f"{path} is damaged: {error}") from error
         self.names = frozenset(self._file.keys())
@@ -156,17 +158,18 @@ def open_shards(folder: Path) -> list[Shard]:
 
 def describe(shards: Sequence[Shard], sample: str) -> dict[str, Any]:
     """The facts that follow from the shards alone."""
-    timesteps = torch.cat([shard.tensor("input.timestep") for shard in shards]).unique()
-    images = torch.cat([shard.tensor("image") for shard in shards]).unique()
+    timesteps, images, calls = (
+        sorted({number for shard in shards for number in shard.tensor(name).tolist()})
+        for name in ("input.timestep", "image", "call")
+    )
     rows = sum(shard.rows for shard in shards)
-    calls = torch.cat([shard.tensor("call") for shard in shards]).unique()
-    pairs = "known" if "conditional" in shards[0] else "undecided"
+    pairs = "undecided" if rows > len(images) * len(calls) else None
     return {
         "sample": sample,
         "inputs": list(shards[0].layout().values()),
         "rows": rows,
         "images": len(images),
         "steps": len(calls),
-        "timesteps": sorted(timesteps.tolist()),
-        "pairs": pairs if rows > len(images) * len(calls) or "conditional" in shards[0] else None,
+        "timesteps": timesteps,
+        "pairs": "known" if "conditional" in shards[0] else pairs,
     }

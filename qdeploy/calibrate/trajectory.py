@@ -174,7 +174,7 @@ class _Work:
         sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in packed.items()}
         once = sum(size for name, size in sizes.items() if name.startswith(("condition.", "shared.")))
         per_call = (sum(sizes.values()) - once) / len(recorder.batch.calls)
-        seconds = min(recorder.seconds) * recorder.needed * self._left / full
+        seconds = min(recorder.seconds[:2]) * recorder.needed * self._left / full
         size = (once + per_call * request.steps) * request.samples / full
         self.estimate = Estimate(seconds, round(size))
         say(

@@ -20,7 +20,7 @@ from qdeploy.engines.measure import (
     row_by_row,
 )
 from qdeploy.engines.registry import PRECISIONS, Backend, find_backend
-from qdeploy.errors import CapabilityError, UsageError
+from qdeploy.errors import CapabilityError, InvalidInputError, UsageError
 from qdeploy.paths import default_output
 from qdeploy.progress import say
 
@@ -62,9 +62,11 @@ def build_engine(
     """
     if batch < 1 or (threads is not None and threads < 1):
         raise UsageError(f"batch and threads must be at least 1, not {batch if batch < 1 else threads}")
-    source = open_artifact(bundle.path if isinstance(bundle, Artifact) else bundle, "onnx")
+    source = open_artifact(bundle.path if isinstance(bundle, Artifact) else bundle, "onnx", "checkpoint")
     if reasons := source.facts.get("simulated"):
         raise CapabilityError(f"{source.path} is a simulation that no engine can run: {'; '.join(reasons)}")
+    if source.kind == "checkpoint":
+        raise InvalidInputError(f"{source.path} is a checkpoint: export it first, with `qdeploy export`")
     chosen = find_backend(backend)
     _check_precision(chosen, precision)
     options = {

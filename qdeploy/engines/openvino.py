@@ -147,9 +147,12 @@ def build(onnx_path: Path, folder: Path) -> None:
     try:
         model = openvino.Core().read_model(onnx_path)
     except RuntimeError as error:
+        # Operations without a rule come before the operations that fail because of them.
+        lacking = re.search("No conversion rule found for operations: .+", str(error))
+        reason = lacking[0] if lacking else why(error)
         raise InvalidInputError(
-            f"OpenVINO cannot convert {onnx_path.parent.name}/{onnx_path.name}: {why(error)}"
-            f"{_where(onnx_path, why(error))}"
+            f"OpenVINO cannot convert {onnx_path.parent.name}/{onnx_path.name}: {reason}"
+            f"{_where(onnx_path, reason)}"
         ) from error
     _keep_concat_apart(model)
     _name_deterministically(model)

@@ -9,7 +9,8 @@ import shutil
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[nn.Module]]:
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The denoisers that were loaded, each counting its calls in ``calls``."""
     denoisers: list[Any] = []
     load = Model.load
@@ -65,7 +66,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[nn.Module]]:
         return denoiser
 
     monkeypatch.setattr(Model, "load", counting)
-    yield denoisers
+    return denoisers
 
 
 def collected(model: Path, output: Path, **options: Any) -> CalibrationSet:
@@ -207,7 +208,7 @@ def test_steps_are_exactly_as_many_as_asked_for_and_evenly_spread(calls: int, da
     assert chosen == sorted(chosen)
     assert chosen[0] == 0
     assert steps == 1 or chosen[-1] == calls - 1
-    gaps = {after - before for before, after in zip(chosen, chosen[1:])}
+    gaps = {after - before for before, after in pairwise(chosen)}
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 
@@ -297,7 +298,13 @@ def test_no_more_than_one_image_batch_is_held(
 
 
 def test_same_request_gives_the_same_bytes(models: dict[str, Path], tmp_path: Path) -> None:
-    options: dict[str, Any] = dict(steps=3, samples=5, batch=2, inference_steps=6, scheduler="ddpm")
+    options: dict[str, Any] = {
+        "steps": 3,
+        "samples": 5,
+        "batch": 2,
+        "inference_steps": 6,
+        "scheduler": "ddpm",
+    }
     torch.manual_seed(1)
     first = collected(models["dit"], tmp_path / "first", **options)
     torch.manual_seed(2)
@@ -317,7 +324,7 @@ def test_the_global_random_state_is_left_alone(models: dict[str, Path], tmp_path
 
 
 def test_images_do_not_depend_on_the_batch(models: dict[str, Path], tmp_path: Path) -> None:
-    options: dict[str, Any] = dict(steps=3, samples=4, inference_steps=6)
+    options: dict[str, Any] = {"steps": 3, "samples": 4, "inference_steps": 6}
     one = collected(models["ddpm"], tmp_path / "one", batch=1, **options)
     four = collected(models["ddpm"], tmp_path / "four", batch=4, **options)
     for image in range(4):
@@ -329,7 +336,7 @@ def test_images_do_not_depend_on_the_batch(models: dict[str, Path], tmp_path: Pa
 def test_an_interrupted_collection_continues_where_it_stopped(
     models: dict[str, Path], tmp_path: Path, loaded: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: dict[str, Any] = dict(steps=2, samples=6, batch=2, inference_steps=5)
+    options: dict[str, Any] = {"steps": 2, "samples": 6, "batch": 2, "inference_steps": 5}
     whole = collected(models["ddpm"], tmp_path / "whole", **options)
     with monkeypatch.context() as patch:
         patch.setattr(trajectory, "generate", _interrupted(generate, after=2))
@@ -361,7 +368,7 @@ import os, random, signal, sys, time
 from pathlib import Path
 import torch
 from qdeploy.calibrate.trajectory import collect
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel  # before the fork, so that a child starts at once
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel  # before the fork: a child starts at once
 
 model, output = Path(sys.argv[1]), Path(sys.argv[2])
 shards = output.parent / f".{output.name}.work" / "content"
@@ -371,11 +378,11 @@ def there():
 
 random.seed(0)
 kills = 0
-for _ in range(6):
+for _ in range(4):
     before = there()
     if (child := os.fork()) == 0:
         torch.set_num_threads(1)
-        collect(model, output, steps=5, samples=24, batch=2, inference_steps=40)
+        collect(model, output, steps=3, samples=20, batch=2, inference_steps=20)
         os._exit(0)
     while there() <= before and os.waitpid(child, os.WNOHANG) == (0, 0):
         time.sleep(0.002)
@@ -390,7 +397,7 @@ print(kills)
 
 
 def test_killed_at_random_moments_it_ends_in_the_same_set(models: dict[str, Path], tmp_path: Path) -> None:
-    options: dict[str, Any] = dict(steps=5, samples=24, batch=2, inference_steps=40)  # as in KILLER
+    options: dict[str, Any] = {"steps": 3, "samples": 20, "batch": 2, "inference_steps": 20}  # as in KILLER
     script = subprocess.run(
         [sys.executable, "-c", KILLER, str(models["ddpm"]), str(tmp_path / "set")],
         capture_output=True,
@@ -408,7 +415,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_set(models: dict[str, Path
 def test_finished_work_is_returned_without_loading_the_model(
     models: dict[str, Path], tmp_path: Path, loaded: list[Any]
 ) -> None:
-    options: dict[str, Any] = dict(steps=2, samples=2, inference_steps=4)
+    options: dict[str, Any] = {"steps": 2, "samples": 2, "inference_steps": 4}
     first = collect(models["ddpm"], tmp_path / "set", **options)
     again = collect(models["ddpm"], tmp_path / "set", **options)
     assert again == first
@@ -416,7 +423,7 @@ def test_finished_work_is_returned_without_loading_the_model(
 
 
 def test_another_request_does_not_overwrite_by_itself(models: dict[str, Path], tmp_path: Path) -> None:
-    options: dict[str, Any] = dict(samples=2, inference_steps=4)
+    options: dict[str, Any] = {"samples": 2, "inference_steps": 4}
     collect(models["ddpm"], tmp_path / "set", steps=2, **options)
     with pytest.raises(UsageError, match="--overwrite"):
         collect(models["ddpm"], tmp_path / "set", steps=3, **options)
@@ -424,7 +431,7 @@ def test_another_request_does_not_overwrite_by_itself(models: dict[str, Path], t
 
 
 def test_a_changed_text_encoder_makes_another_set(models: dict[str, Path], tmp_path: Path) -> None:
-    options: dict[str, Any] = dict(steps=1, samples=1, inference_steps=2, prompts=PROMPTS)
+    options: dict[str, Any] = {"steps": 1, "samples": 1, "inference_steps": 2, "prompts": PROMPTS}
     changed = shutil.copytree(models["sd"], tmp_path / "changed")
     other = stable_diffusion_folder(tmp_path / "other", seed=1)
     shutil.copytree(other / "text_encoder", changed / "text_encoder", dirs_exist_ok=True)
@@ -436,7 +443,13 @@ def test_a_changed_text_encoder_makes_another_set(models: dict[str, Path], tmp_p
 def test_a_dry_run_writes_nothing_and_foretells_the_size(
     models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options: dict[str, Any] = dict(steps=10, samples=6, batch=4, inference_steps=12, prompts=PROMPTS)
+    options: dict[str, Any] = {
+        "steps": 10,
+        "samples": 6,
+        "batch": 4,
+        "inference_steps": 12,
+        "prompts": PROMPTS,
+    }
     estimate = collect(models["sd"], tmp_path / "set", dry_run=True, **options)
     assert isinstance(estimate, Estimate)
     assert estimate.seconds > 0
@@ -520,14 +533,14 @@ def test_a_denoiser_without_a_pipeline_cannot_be_sampled(models: dict[str, Path]
 
 
 def test_a_pipeline_with_two_calls_per_step_is_refused(models: dict[str, Path]) -> None:
-    model = open_model(models["ddpm"])
-    pipeline = model.pipeline()
-    unet, scheduler = pipeline.unet, pipeline.scheduler
-    with (
-        pytest.raises(InvalidInputError, match="more than once per step"),
-        Recorder(pipeline, unet, torch.tensor([0]), steps=2),
-    ):
-        scheduler.set_timesteps(4)
-        for t in scheduler.timesteps:
-            for _ in range(2):
-                unet(torch.zeros(1, 3, 8, 8), t)
+    pipeline = open_model(models["ddpm"]).pipeline()
+    pipeline.scheduler.set_timesteps(4)
+
+    def sample_with_two_calls_per_step() -> None:
+        with Recorder(pipeline, pipeline.unet, torch.tensor([0]), steps=2):
+            for t in pipeline.scheduler.timesteps:
+                for _ in range(2):
+                    pipeline.unet(torch.zeros(1, 3, 8, 8), t)
+
+    with pytest.raises(InvalidInputError, match="more than once per step"):
+        sample_with_two_calls_per_step()

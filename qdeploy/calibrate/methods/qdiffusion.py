@@ -41,7 +41,7 @@ def round_weights(session: Session, *, weight: float = 0.01, warmup: float = 0.2
         lr: Adam's learning rate; 0 chooses the paper's 1e-3, raised where there are fewer steps.
     """
     steps = session.effort.rounding
-    rate = lr or PAPER_LR * min(20.0, PAPER_STEPS / steps)
+    rate = lr or PAPER_LR * min(10.0, PAPER_STEPS / steps)
     for number, (unit, layers) in enumerate(track(list(session.units.items()), "rounding")):
 
         def compute(unit: str = unit, modules: list[QuantizedLayer] = session.quantized(layers)) -> None:

@@ -1,0 +1,93 @@
+"""What a metric is given, and the registry of metrics.
+
+A metric compares two denoisers that sample from the same seeds: the reference in full precision, and the
+subject. It sees one batch of images after the other, so that nothing but its own sums has to be kept.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from qdeploy.denoiser import Model
+
+# Reported for what is equal bit for bit, whose ratio is infinite.
+EXACT_DB = 200.0
+
+
+@dataclass(frozen=True)
+class Call:
+    """One denoiser call of the reference's trajectory, with what the subject makes of it.
+
+    Attributes:
+        timestep: the t that the network is given.
+        expected: the reference's prediction, ``[rows, ...]``.
+        predicted: the subject's prediction for the very same inputs.
+        expected_sample: x_t of the reference, ``[rows, ...]``.
+        sample: x_t of the subject, which began with the same noise and went its own way.
+    """
+
+    timestep: float
+    expected: Tensor
+    predicted: Tensor
+    expected_sample: Tensor
+    sample: Tensor
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A batch of images and the trajectories to them.
+
+    Attributes:
+        calls: denoiser calls, in the order of sampling.
+        expected_images: the reference's images, ``[N, C, H, W]`` in [0, 1].
+        images: the subject's, from the same seeds.
+    """
+
+    calls: Sequence[Call]
+    expected_images: Tensor
+    images: Tensor
+
+
+class Meter(Protocol):
+    """A measurement in progress."""
+
+    def add(self, pair: Pair) -> None:
+        """Take a batch into account."""
+
+    def result(self) -> Any:
+        """The measured value, in JSON's types."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A way to measure quality.
+
+    Attributes:
+        name: the value's name in reports; ends with its unit, where it has one.
+        description: one line for people.
+        start: begins a measurement for a reference model; gives None where the model lacks what it takes.
+    """
+
+    name: str
+    description: str
+    start: Callable[[Model], Meter | None]
+
+
+@cache
+def metrics() -> dict[str, Metric]:
+    """All metrics by name, in alphabetical order of their modules."""
+    package = importlib.import_module("qdeploy.evaluate.metrics")
+    found: dict[str, Metric] = {}
+    for info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{package.__name__}.{info.name}")
+        metric = getattr(module, "METRIC", None)
+        if isinstance(metric, Metric):
+            found[metric.name] = metric
+    return found

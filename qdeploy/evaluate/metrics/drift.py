@@ -1,0 +1,52 @@
+"""How far a trajectory drifts from the reference's when both begin with the same noise."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from qdeploy.denoiser import Model
+from qdeploy.evaluate.metrics.base import Metric, Pair
+from qdeploy.evaluate.metrics.sqnr import powers, timestep_name
+
+
+def drift(sample: Tensor, expected: Tensor) -> float:
+    """Relative distance ||x_t - x'_t|| / ||x_t||; 0 for equal trajectories."""
+    signal, noise = powers(sample, expected)
+    return _ratio(signal, noise)
+
+
+def _ratio(signal: float, noise: float) -> float:
+    return math.sqrt(noise / signal) if signal else 0.0
+
+
+class DriftMeter:
+    """Sums powers for each call of the trajectory, in the order of sampling."""
+
+    def __init__(self) -> None:
+        self._powers: list[tuple[float, float, float]] = []
+
+    def add(self, pair: Pair) -> None:
+        if not self._powers:
+            self._powers = [(call.timestep, 0.0, 0.0) for call in pair.calls]
+        for number, call in enumerate(pair.calls):
+            signal, noise = powers(call.sample, call.expected_sample)
+            t, signals, noises = self._powers[number]
+            self._powers[number] = (t, signals + signal, noises + noise)
+
+    def result(self) -> dict[str, Any]:
+        ratios = [(timestep_name(t), round(_ratio(signal, noise), 6)) for t, signal, noise in self._powers]
+        return {
+            "final": ratios[-1][1],
+            "worst": max(ratio for _, ratio in ratios),
+            "by_timestep": dict(ratios),
+        }
+
+
+def _start(model: Model) -> DriftMeter:
+    return DriftMeter()
+
+
+METRIC = Metric("drift", "relative distance of x_t from the reference's trajectory, by timestep", _start)

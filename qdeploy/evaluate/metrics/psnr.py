@@ -1,0 +1,44 @@
+"""Peak signal-to-noise ratio of images that were sampled from the same seeds."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from qdeploy.denoiser import Model
+from qdeploy.evaluate.metrics.base import Metric, Pair
+
+# 8-bit images that are equal but for rounding are about 59 dB apart; a mean shall not hang on few equal ones.
+EQUAL_DB = 100.0
+
+
+def psnr_db(images: Tensor, expected: Tensor) -> list[float]:
+    """PSNR = 10 log10(1 / mean squared difference) of each image, in dB, at most 100.
+
+    Args:
+        images: ``[N, C, H, W]`` in [0, 1].
+        expected: likewise.
+    """
+    errors = (images.double() - expected.double()).square().flatten(1).mean(1).tolist()
+    return [min(EQUAL_DB, -10 * math.log10(error)) if error > 0 else EQUAL_DB for error in errors]
+
+
+class PsnrMeter:
+    """Mean over images, as is usual."""
+
+    def __init__(self) -> None:
+        self._values: list[float] = []
+
+    def add(self, pair: Pair) -> None:
+        self._values += psnr_db(pair.images, pair.expected_images)
+
+    def result(self) -> float:
+        return round(sum(self._values) / len(self._values), 2)
+
+
+def _start(model: Model) -> PsnrMeter:
+    return PsnrMeter()
+
+
+METRIC = Metric("psnr_db", "PSNR of images on the same seeds, mean over images", _start)

@@ -1,0 +1,175 @@
+"""Parity: whether engine, ONNX graph and fake-quantized model compute one function.
+
+Every bundle carries a probe: a few inputs with what the fake-quantized model gave for them. Engines add up
+in another order, so their floats differ in the last bits. A quantizer turns a difference in the last bit
+into a whole step wherever a value lies at the edge between two codes, and every such flip makes more of them
+further down. So a row either agrees to all digits, or differs by as much as the rounding of activations
+itself amounts to: nothing lies between. That amount, the rounding floor, is measured: it is the distance
+between the subject's outputs for an input and for the same input times 1.001, which moves every rounding
+and nothing else. A subject that stays within it computes the function; one that does not is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdeploy.artifact import Artifact, open_artifact
+from qdeploy.calibrate.checkpoint import load_checkpoint
+from qdeploy.denoiser import denoise, sample_name
+from qdeploy.engines.base import Engine
+from qdeploy.engines.build import load_engine
+from qdeploy.engines.measure import read_probe, row_by_row
+from qdeploy.engines.registry import find_backend
+from qdeploy.errors import InvalidInputError
+from qdeploy.evaluate.metrics.sqnr import sqnr_by_row, sqnr_db, timestep_name
+
+# From the first step to the last of the way. Kinds of artifacts, with the words that reports use.
+STAGES = {"checkpoint": "fake-quant", "onnx": "onnx", "engine": "engine"}
+SAME_DB = 80.0  # rows at or above agree but for the last bits of float arithmetic
+NUDGE = 1e-3
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something that computes a denoiser's function.
+
+    Attributes:
+        artifact: an engine, an ONNX bundle or a checkpoint.
+        denoiser: it, in the shape of a diffusers model.
+        predict: its outputs for rows of inputs, each with its own timestep.
+        sample: name of the input that holds the noisy sample.
+        backend: the runtime that computes it.
+    """
+
+    artifact: Artifact
+    denoiser: nn.Module
+    predict: Callable[[Mapping[str, Tensor]], Tensor]
+    sample: str
+    backend: str
+
+    @property
+    def stage(self) -> str:
+        """``fake-quant``, ``onnx`` or ``engine``."""
+        return STAGES[self.artifact.kind]
+
+
+def open_subject(path: str | Path | Artifact) -> Subject:
+    """Open an engine, an ONNX bundle (to be run by ONNX Runtime) or a checkpoint (by torch).
+
+    Raises:
+        InvalidInputError: it is none of these, or damaged.
+        CapabilityError: its runtime is not installed.
+    """
+    artifact = open_artifact(path.path if isinstance(path, Artifact) else path, *STAGES)
+    if artifact.kind == "checkpoint":
+        denoiser = load_checkpoint(artifact)
+        return Subject(artifact, denoiser, _predictor(denoiser), sample_name(denoiser), "torch")
+    engine = _run_bundle(artifact) if artifact.kind == "onnx" else load_engine(artifact)
+    stand_in = engine.as_denoiser()
+    sample = next(name for name in engine.ports if name != "timestep" and "." not in name)
+    return Subject(artifact, stand_in, lambda inputs: row_by_row(engine, inputs), sample, engine.backend)
+
+
+def _run_bundle(bundle: Artifact) -> Engine:
+    """A bundle as ONNX Runtime runs it where it lies."""
+    return find_backend("onnxruntime").load(bundle, None)
+
+
+def _predictor(denoiser: nn.Module) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    def predict(inputs: Mapping[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            return denoise(denoiser, inputs)
+
+    return predict
+
+
+def distance(output: Tensor, expected: Tensor) -> dict[str, Any]:
+    """How far outputs ``[rows, ...]`` are from what is expected.
+
+    Returns:
+        ``sqnr_db``, the median over rows; ``worst_db``, the worst row; ``pooled_db``, over all elements;
+        ``same_rows``, the share of rows that agree but for the last bits; and ``max_abs``.
+    """
+    rows = sqnr_by_row(output, expected)
+    return {
+        "sqnr_db": round(median(rows), 2),
+        "worst_db": round(min(rows), 2),
+        "pooled_db": round(sqnr_db(output, expected), 2),
+        "same_rows": round(sum(row >= SAME_DB for row in rows) / len(rows), 4),
+        "max_abs": float((output.double() - expected.double()).abs().max()),
+    }
+
+
+def measure_parity(subject: Subject, others: Sequence[Subject] = ()) -> dict[str, Any]:
+    """The subject beside the probe that travels with it, and beside other stages of the same way.
+
+    Args:
+        subject: what is checked.
+        others: the ONNX bundle and the checkpoint that it was made from, as far as they are at hand.
+
+    Returns:
+        The `distance` from the probe's ``expected``, ``simulated`` or (where nothing is quantized)
+        ``reference``; ``simulated_db`` and ``subject_db``, the median SQNR of both to full precision;
+        ``rounding_floor_db``, the median distance that rounding alone leads to; ``floors_db`` and
+        ``by_row_db``, row by row with their ``timesteps``; and ``pairs`` of stages.
+
+    Raises:
+        InvalidInputError: a subject cannot take the probe, or computes NaN or Inf.
+    """
+    inputs, reference, simulated = read_probe(subject.artifact.path)
+    expected = reference if simulated is None else simulated
+    output = _finite(subject, subject.predict(inputs))
+    nudged = {**inputs, subject.sample: inputs[subject.sample] * (1 + NUDGE)}
+    floors = sqnr_by_row(_finite(subject, subject.predict(nudged)), output)
+    measured = distance(output, expected)
+    measured |= {
+        "expected": "reference" if simulated is None else "simulated",
+        "backend": subject.backend,
+        "subject_db": round(median(sqnr_by_row(output, reference)), 2),
+        "rounding_floor_db": round(median(floors), 2),
+        "timesteps": [timestep_name(t) for t in inputs["timestep"].flatten().tolist()],
+        "by_row_db": [round(row, 2) for row in sqnr_by_row(output, expected)],
+        "floors_db": [round(floor, 2) for floor in floors],
+    }
+    if simulated is not None:
+        measured["simulated_db"] = round(median(sqnr_by_row(simulated, reference)), 2)
+    outputs = {subject.stage: output}
+    for other in others:
+        _check_same_way(subject, other)
+        outputs[other.stage] = _finite(other, other.predict(inputs))
+    measured["pairs"] = dict(_pairs(outputs))
+    return measured
+
+
+def _pairs(outputs: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Any]]]:
+    ordered = [stage for stage in STAGES.values() if stage in outputs]
+    for one, other in combinations(ordered, 2):
+        yield f"{one} vs {other}", distance(outputs[other], outputs[one])
+
+
+def _check_same_way(subject: Subject, other: Subject) -> None:
+    """Make sure that one was made from the other.
+
+    Raises:
+        InvalidInputError: they belong to different models or calibrations.
+    """
+    one, two = subject.artifact, other.artifact
+    if one.kind == two.kind:
+        raise InvalidInputError(f"{one.path} and {two.path} are both of kind {one.kind!r}: there is no pair to compare")
+    linked = one.manifest["made_from"].get(two.kind) == two.sha256
+    if not linked and two.manifest["made_from"].get(one.kind) != one.sha256:
+        raise InvalidInputError(f"{one.path} was not made from {two.path}: name the one that it was made from")
+
+
+def _finite(subject: Subject, output: Tensor) -> Tensor:
+    if not bool(output.isfinite().all()):
+        raise InvalidInputError(f"{subject.artifact.path} computes NaN or Inf for its own probe")
+    return output

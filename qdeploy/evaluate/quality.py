@@ -1,0 +1,231 @@
+"""Paired quality: a reference and a subject sample from the same seeds, and every metric looks on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdeploy.calibrate.recorder import chosen_calls
+from qdeploy.denoiser import Model, denoise, flatten_inputs, sample_name
+from qdeploy.errors import InvalidInputError, UsageError
+from qdeploy.evaluate.metrics.base import Call, Meter, Pair, metrics
+from qdeploy.progress import track
+from qdeploy.runtime.pipeline import generate
+from qdeploy.schedulers import make_scheduler
+
+# Image i of an evaluation has the seed FIRST_SEED + SEEDS_APART * seed + i: whatever ordinary seed a
+# calibration set was collected with, the evaluation meets none of its images again.
+FIRST_SEED = 2**40
+SEEDS_APART = 2**20
+# Recorded trajectories are kept in memory up to this size, and recorded anew beyond it.
+KEPT_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is sampled for a comparison.
+
+    Attributes:
+        samples: number of images.
+        steps: number of denoiser calls of each trajectory that are compared, evenly spread.
+        inference_steps: length of the trajectory.
+        scheduler: a name of `qdeploy.schedulers`; the model's own if None.
+        seed: chooses the images.
+        batch: images at a time.
+        prompts: for pipelines that take prompts or class numbers; used in turns.
+        guidance: classifier-free guidance scale.
+
+    Raises:
+        UsageError: an impossible number.
+    """
+
+    samples: int = 64
+    steps: int = 20
+    inference_steps: int = 50
+    scheduler: str | None = "ddim"
+    seed: int = 1
+    batch: int = 16
+    prompts: tuple[str, ...] | None = None
+    guidance: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "steps", "inference_steps", "batch"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name.replace('_', ' ')} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.seed < SEEDS_APART:
+            raise UsageError(f"the seed of a check must be from 0 to {SEEDS_APART - 1}, not {self.seed}")
+        if self.prompts is not None and not self.prompts:
+            raise UsageError("the list of prompts is empty")
+
+    def batches(self) -> list[range]:
+        """Numbers of the images in each batch."""
+        starts = range(0, self.samples, self.batch)
+        return [range(first, min(first + self.batch, self.samples)) for first in starts]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One batch of images and how a denoiser came to them.
+
+    Attributes:
+        inputs: the denoiser's inputs in each of the chosen calls.
+        samples: x_t in each.
+        outputs: the prediction in each.
+        images: ``[N, C, H, W]`` in [0, 1].
+    """
+
+    inputs: list[dict[str, Tensor]]
+    samples: list[Tensor]
+    outputs: list[Tensor]
+    images: Tensor
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it takes."""
+        tensors = [self.images, *self.outputs, *(x for call in self.inputs for x in call.values())]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class Trajectories:
+    """The reference's trajectories, recorded when they are asked for and kept if they are not too large.
+
+    Args:
+        model: the full-precision model, with its pipeline.
+        plan: what to sample.
+
+    Raises:
+        InvalidInputError: the model has no pipeline that can be loaded.
+    """
+
+    def __init__(self, model: Model, plan: Plan) -> None:
+        self.model, self.plan = model, plan
+        self._denoiser = model.load()
+        self.sample = sample_name(self._denoiser)
+        self._pipeline = model.pipeline(self._denoiser)
+        self._pipeline.scheduler = make_scheduler(plan.scheduler, self._pipeline.scheduler)
+        self._kept: dict[int, Trajectory] = {}
+
+    def reference(self) -> Iterator[Trajectory]:
+        """The reference's own, batch by batch."""
+        for number, images in enumerate(track(self.plan.batches(), "full precision")):
+            trajectory = self._kept.get(number) or self._run(self._denoiser, images, keep_inputs=True)
+            if sum(kept.bytes for kept in self._kept.values()) + trajectory.bytes <= KEPT_BYTES:
+                self._kept[number] = trajectory
+            yield trajectory
+
+    def pairs(self, subject: nn.Module) -> Iterator[Pair]:
+        """The reference beside a subject, batch by batch.
+
+        Args:
+            subject: a denoiser, or what stands in for one.
+
+        Raises:
+            InvalidInputError: the subject cannot run in the pipeline, or computes NaN or Inf.
+        """
+        for images, reference in zip(self.plan.batches(), self.reference(), strict=True):
+            own = self._run(subject, images, keep_inputs=False)
+            calls = []
+            for inputs, sample, expected, own_sample in zip(
+                reference.inputs, reference.samples, reference.outputs, own.samples, strict=True
+            ):
+                t = float(inputs["timestep"].flatten()[0])
+                with torch.no_grad():
+                    predicted = denoise(subject, inputs)
+                if not bool(predicted.isfinite().all()):
+                    raise InvalidInputError(f"it computes NaN or Inf at timestep {t:g}")
+                calls.append(Call(t, expected, predicted, sample, own_sample))
+            if not bool(own.images.isfinite().all()):
+                raise InvalidInputError("the images that it leads to hold NaN or Inf")
+            yield Pair(calls, reference.images, own.images)
+
+    def _run(self, denoiser: nn.Module, images: range, keep_inputs: bool) -> Trajectory:
+        plan, first = self.plan, FIRST_SEED + SEEDS_APART * self.plan.seed
+        setattr(self._pipeline, self.model.component, denoiser)
+        with _watching(self._pipeline, denoiser, self.sample, plan.steps, keep_inputs) as seen, _seeded(first):
+            made = generate(
+                self._pipeline,
+                [first + image for image in images],
+                plan.inference_steps,
+                [plan.prompts[image % len(plan.prompts)] for image in images] if plan.prompts else None,
+                plan.guidance,
+            )
+        return Trajectory(seen.inputs, seen.samples, seen.outputs, made.clamp(0, 1))
+
+
+class _Seen:
+    def __init__(self) -> None:
+        self.inputs: list[dict[str, Tensor]] = []
+        self.samples: list[Tensor] = []
+        self.outputs: list[Tensor] = []
+
+
+@contextmanager
+def _watching(pipeline: Any, denoiser: nn.Module, sample: str, steps: int, keep_inputs: bool) -> Iterator[_Seen]:
+    """Keep what a denoiser is given and gives in ``steps`` of its calls."""
+    seen, wanted, number = _Seen(), set[int](), -1
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal number
+        number += 1
+        if number == 0:
+            calls = len(pipeline.scheduler.timesteps)
+            wanted.update(chosen_calls(calls, min(steps, calls)))
+        if number not in wanted:
+            return
+        seen.samples.append((kwargs[sample] if sample in kwargs else args[0]).detach().clone())
+        if keep_inputs:
+            inputs = flatten_inputs(module, args, kwargs)
+            seen.inputs.append({name: value.detach().clone() for name, value in inputs.items()})
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        if keep_inputs and number in wanted:
+            first = output if isinstance(output, Tensor) else output[0]
+            seen.outputs.append(first.detach().clone())
+
+    hooks = [
+        denoiser.register_forward_pre_hook(before, with_kwargs=True),
+        denoiser.register_forward_hook(after),
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Some pipelines do not pass their generators on to the scheduler; these draw from torch's own."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def measure_quality(trajectories: Trajectories, subject: nn.Module) -> dict[str, Any]:
+    """Every metric of a subject beside the reference.
+
+    Args:
+        trajectories: of the reference.
+        subject: a denoiser, or what stands in for one.
+
+    Returns:
+        The metrics' values by name, without those that the model lacks the means for.
+
+    Raises:
+        InvalidInputError: the subject cannot run in the pipeline, or computes NaN or Inf.
+    """
+    meters: Mapping[str, Meter] = {
+        name: meter
+        for name, metric in metrics().items()
+        if (meter := metric.start(trajectories.model)) is not None
+    }
+    for pair in trajectories.pairs(subject):
+        for meter in meters.values():
+            meter.add(pair)
+    values = {name: meter.result() for name, meter in meters.items()}
+    return {name: value for name, value in values.items() if value is not None}

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import qdeploy.engines
+from qdeploy.engines.registry import PLANNED, backends, find_backend
+from qdeploy.errors import CapabilityError, UsageError
+
+NEW = """
+from qdeploy.engines.registry import Backend
+BACKEND = Backend("abacus", "beads on wires", "abacus_runtime", "abacus-runtime", print, print, rank=99)
+"""
+
+
+@pytest.fixture
+def fresh_registry() -> None:
+    backends.cache_clear()
+    yield
+    backends.cache_clear()
+
+
+def test_backends_are_found_and_described() -> None:
+    assert {"openvino", "onnxruntime"} <= backends().keys()
+    assert all(backend.description for backend in backends().values())
+    assert find_backend("auto").name == "openvino"
+
+
+@pytest.mark.usefixtures("fresh_registry")
+def test_one_new_file_makes_a_new_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "abacus.py").write_text(NEW)
+    monkeypatch.setattr(qdeploy.engines, "__path__", [*qdeploy.engines.__path__, str(tmp_path)])
+    assert next(iter(backends())) == "abacus"
+    with pytest.raises(CapabilityError, match="pip install abacus-runtime"):
+        find_backend("abacus")
+    assert find_backend("auto").name == "openvino"  # the best of those that are installed
+    monkeypatch.delitem(sys.modules, "qdeploy.engines.abacus")
+
+
+def test_a_missing_package_is_a_missing_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(CapabilityError, match="pip install openvino") as error:
+        find_backend("openvino")
+    assert error.value.exit_code == 4
+    with pytest.raises(CapabilityError, match="pip install openvino"):
+        find_backend("auto")  # onnxruntime is the oracle; nobody gets it without asking
+
+
+def test_planned_and_unknown_backends_are_told_apart() -> None:
+    for name in PLANNED.keys() - backends().keys():
+        with pytest.raises(CapabilityError, match="not supported by this version"):
+            find_backend(name)
+    with pytest.raises(UsageError, match="unknown backend 'magic'") as error:
+        find_backend("magic")
+    assert error.value.exit_code == 2
+
+
+def test_the_list_of_backends_needs_no_runtime() -> None:
+    import subprocess
+
+    program = (
+        "import sys; from qdeploy.engines.registry import backends; backends(); "
+        "print([m for m in ('torch', 'openvino', 'onnxruntime', 'onnx', 'diffusers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,151 @@
+"""Small things that many tests need: networks, calibration rows in memory, sessions, measures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdeploy.artifact import Draft
+from qdeploy.calibrate import effort as efforts
+from qdeploy.calibrate.effort import Effort
+from qdeploy.calibrate.fakequant import QuantizedLayer
+from qdeploy.calibrate.ranges import minmax_weights, to_scale
+from qdeploy.calibrate.reconstruct import Rows, UnitProblem
+from qdeploy.calibrate.session import Session, quantize_structure
+from qdeploy.denoiser import denoise
+from qdeploy.formats import Format
+from qdeploy.recipe import resolve_recipe
+from qdeploy.structure import find_structure
+
+TINY = Effort("tiny", rows=26, batch=5, rounding=20, scales=10)
+
+
+def sqnr_db(reference: Tensor, other: Tensor) -> float:
+    """Signal to quantization noise, in dB."""
+    noise = (reference - other).double().square().sum()
+    return float(10 * torch.log10(reference.double().square().sum() / noise))
+
+
+def relative(reference: Tensor, other: Tensor) -> float:
+    """Norm of the difference, relative to the reference's."""
+    return float((reference - other).norm() / reference.norm())
+
+
+# -- networks and rows -------------------------------------------------------------------------------------
+
+
+def tiny_unet(channels: Sequence[int] = (8, 16), layers: int = 1, seed: int = 0, size: int = 8) -> nn.Module:
+    """An unconditional U-Net with attention, concatenating shortcuts, tied q, k, v, and dropout."""
+    from diffusers import UNet2DModel
+
+    plain = len(channels) - 1
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network: nn.Module = UNet2DModel(
+            sample_size=size,
+            block_out_channels=tuple(channels),
+            layers_per_block=layers,
+            norm_num_groups=4,
+            attention_head_dim=4,
+            dropout=0.1,
+            down_block_types=("DownBlock2D",) * plain + ("AttnDownBlock2D",),
+            up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * plain,
+        )
+    return network.eval().requires_grad_(False)
+
+
+class MemoryRows:
+    """What a session needs of a calibration set, in memory: noisy images, image after image."""
+
+    sha256 = "0" * 64
+
+    def __init__(self, tensors: dict[str, Tensor], images: Tensor) -> None:
+        self.tensors, self.images = tensors, images
+        self.timesteps = tensors["timestep"]
+
+    @classmethod
+    def noisy(cls, images: int = 16, steps: int = 4, channels: int = 3, size: int = 8) -> MemoryRows:
+        """Smooth images with noise that grows with t, as a sampler meets them."""
+        generator = torch.Generator().manual_seed(7)
+        clean = torch.randn(images, channels, 2, 2, generator=generator)
+        clean = nn.functional.interpolate(clean, size=size, mode="bilinear").repeat_interleave(steps, 0)
+        timesteps = torch.linspace(999, 1, steps).round().long().repeat(images)
+        share = (timesteps / 1000).view(-1, 1, 1, 1)
+        noise = torch.randn(clean.shape, generator=generator)
+        sample = (1 - share).sqrt() * clean + share.sqrt() * noise
+        return cls({"sample": sample, "timestep": timesteps}, torch.arange(images).repeat_interleave(steps))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def inputs(self, rows: Sequence[int] | Tensor, device: str = "cpu") -> dict[str, Tensor]:
+        chosen = torch.as_tensor(rows)
+        return {name: tensor[chosen].to(device) for name, tensor in self.tensors.items()}
+
+    def check_fits(self, model: Any, denoiser: nn.Module) -> None:
+        denoise(denoiser, self.inputs([0]))
+
+
+# -- calibrations ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def calibrating(
+    denoiser: nn.Module,
+    data: Any,
+    output: Path,
+    effort: Effort = TINY,
+    max_memory: int = 2**30,
+    **recipe: Any,
+) -> Iterator[Session]:
+    """A session whose draft is open; ``recipe`` holds fields of a recipe."""
+    known = dict(efforts.EFFORTS)
+    efforts.EFFORTS[effort.name] = effort
+    try:
+        resolved = resolve_recipe(effort=effort.name, **recipe)
+        structure = find_structure(denoiser, data.inputs([0]))
+        layers = quantize_structure(denoiser, structure, resolved)
+        denoiser.eval().requires_grad_(False)
+        made_from = {"model": "1" * 64, "calibration": data.sha256}
+        draft = Draft(output, "checkpoint", made_from, resolved.to_json(), resolved.seed)
+        with draft:
+            yield Session(denoiser, structure, layers, data, resolved, draft, max_memory=max_memory)
+    finally:
+        efforts.EFFORTS.clear()
+        efforts.EFFORTS.update(known)
+
+
+def layer_problem(layer: QuantizedLayer, x: Tensor, y: Tensor, learn: int) -> UnitProblem:
+    """The reconstruction problem of one layer: ``learn`` rows to learn from, the others to judge by."""
+    inputs = Rows([x], lambda tensors: ((tensors[0],), {}))
+    targets = Rows([y], lambda tensors: tensors[0])
+    rows = torch.arange(len(x))
+    return UnitProblem(layer, inputs, targets, rows[:learn], rows[learn:])
+
+
+def bare_session(batch: int = 16, seed: int = 0) -> Any:
+    """As much of a session as the work on one unit asks for."""
+
+    def generator(*names: str) -> torch.Generator:
+        return torch.Generator().manual_seed(seed)
+
+    return SimpleNamespace(generator=generator, effort=SimpleNamespace(batch=batch))
+
+
+def minmax_layer(
+    inner: nn.Module, x: Tensor, weights: Format, activations: Format | None, split: tuple[int, ...] = ()
+) -> QuantizedLayer:
+    """A layer quantized with min-max ranges of its weight and of ``x``."""
+    layer = QuantizedLayer(inner, weights, activations, split).requires_grad_(False)
+    for quantizer, weight in zip(layer.weight_quantizers, layer.weight_parts(), strict=True):
+        quantizer.set(*minmax_weights(weight, weights))  # type: ignore[operator]
+    if activations:
+        for quantizer, part in zip(layer.input_quantizers, layer.input_parts(x), strict=True):
+            quantizer.set(*to_scale(part.min(), part.max(), activations))  # type: ignore[operator]
+    return layer
