@@ -193,6 +193,7 @@ def calibrate(model: str, exclude: tuple[str, ...], max_memory: float, as_json: 
 @OUTPUT
 @click.option("--target", help="Dialect of Q/DQ.  [default: what the checkpoint was calibrated for]")
 @click.option("--calibration", type=FOLDER, help="For a model: the set that its probe comes from.")
+@click.option("--components/--no-components", default=True, help="Also text encoders and autoencoder.")
 @OVERWRITE
 @verb
 def export(source: str, as_json: bool, **options: Any) -> None:

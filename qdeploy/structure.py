@@ -120,8 +120,9 @@ class _Trace(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in (torch.cat, torch.concat, torch.concatenate) and isinstance(result, Tensor):
-            dim = (kwargs or {}).get("dim", args[1] if len(args) > 1 else 0) % result.ndim
-            self._parts[id(result)] = (result, tuple(part.shape[dim] for part in args[0]), dim)
+            given = dict(zip(("tensors", "dim"), args, strict=False)) | (kwargs or {})
+            dim = given.get("dim", given.get("axis", 0)) % result.ndim
+            self._parts[id(result)] = (result, tuple(part.shape[dim] for part in given["tensors"]), dim)
         if func is nn.functional.scaled_dot_product_attention and self.stack:
             self.attentions.append(self.stack[-1])
         return result

@@ -92,15 +92,19 @@ def build_engine(
         return draft.finish(facts=facts, measured=measured, notes=notes)
 
 
-def load_engine(path: str | Path | Artifact) -> Engine:
+def load_engine(path: str | Path | Artifact, *, threads: int | None = None) -> Engine:
     """Open an engine that `build_engine` made; its files are verified first.
+
+    Args:
+        path: the engine's folder.
+        threads: number of threads; that of the build if None.
 
     Raises:
         InvalidInputError: it is no engine, or damaged.
         CapabilityError: its runtime is not installed, or this machine cannot run it.
     """
     artifact = open_artifact(path.path if isinstance(path, Artifact) else path, "engine")
-    return find_backend(str(artifact.facts["backend"])).load(artifact, artifact.facts["threads"])
+    return find_backend(str(artifact.facts["backend"])).load(artifact, threads or artifact.facts["threads"])
 
 
 def _check_precision(backend: Backend, precision: str) -> None:
@@ -120,7 +124,7 @@ def _convert(backend: Backend, source: Artifact, draft: Draft, facts: dict[str, 
     graph = source.file(f"{component}/model.onnx")
     backend.build(graph, draft.content / component)
     for name in source.manifest["files"]:
-        if not name.startswith(f"{component}/model.onnx"):
+        if not name.endswith((".onnx", ".onnx_data")):
             draft.copy(source.file(name), name)
     inputs, _, _ = read_probe(source.path)
     shapes = {name: list(x.shape) if name == "timestep" else [1, *x.shape[1:]] for name, x in inputs.items()}

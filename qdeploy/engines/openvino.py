@@ -71,10 +71,10 @@ class OpenVINOEngine(Engine):
             dims = port.partial_shape
             shape = tuple(None if dim.is_dynamic else dim.get_length() for dim in dims)
             self.ports[port.any_name] = Port(_DTYPES[port.element_type.get_type_name()], shape)
-        self._requests: OrderedDict[tuple[tuple[int, ...], ...], Any] = OrderedDict()
+        self._requests: OrderedDict[tuple[tuple[int, ...], ...], tuple[Any, tuple[int, ...]]] = OrderedDict()
 
-    def _request(self, inputs: dict[str, Tensor]) -> Any:
-        """The inference request for these shapes, compiled at first sight."""
+    def _request(self, inputs: dict[str, Tensor]) -> tuple[Any, tuple[int, ...]]:
+        """The inference request for these shapes, compiled at first sight; and the output's shape."""
         key = tuple(tuple(inputs[name].shape) for name in self.ports)
         if key in self._requests:
             self._requests.move_to_end(key)
@@ -84,7 +84,7 @@ class OpenVINOEngine(Engine):
             compiled = self._core.compile_model(self._model, "CPU", self._options)
         except RuntimeError as error:
             raise InvalidInputError(f"OpenVINO cannot run {self.path} at {key}: {why(error)}") from error
-        self._requests[key] = compiled.create_infer_request()
+        self._requests[key] = compiled.create_infer_request(), tuple(compiled.output(0).shape)
         if len(self._requests) > KEPT_SHAPES:
             self._requests.popitem(last=False)
         return self._requests[key]
@@ -93,9 +93,8 @@ class OpenVINOEngine(Engine):
         import torch
         from openvino import Tensor as Shared
 
-        request = self._request(inputs)
-        shape = request.get_compiled_model().output(0).shape
-        output = torch.empty(tuple(shape), dtype=torch.float32)
+        request, shape = self._request(inputs)
+        output = torch.empty(shape, dtype=torch.float32)
         # Both sides read and write the same memory; nothing is copied.
         for name, x in inputs.items():
             request.set_tensor(name, Shared(x.numpy(), shared_memory=True))
@@ -104,7 +103,7 @@ class OpenVINOEngine(Engine):
         return output
 
     def _kernels(self, inputs: dict[str, Tensor]) -> list[Kernel]:
-        executed = self._request(inputs).get_compiled_model().get_runtime_model()
+        executed = self._request(inputs)[0].get_compiled_model().get_runtime_model()
         return [kernel for op in executed.get_ordered_ops() if (kernel := _kernel(op)) is not None]
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from itertools import combinations
 from pathlib import Path
 from statistics import median
@@ -22,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.artifact import Artifact, open_artifact
-from qdeploy.calibrate.checkpoint import load_checkpoint
-from qdeploy.denoiser import denoise, sample_name
+from qdeploy.calibrate.checkpoint import checkpoint_model, load_checkpoint
+from qdeploy.denoiser import denoise
 from qdeploy.engines.base import Engine
 from qdeploy.engines.build import load_engine
 from qdeploy.engines.measure import read_probe, row_by_row
@@ -69,18 +70,21 @@ def open_subject(path: str | Path | Artifact) -> Subject:
         CapabilityError: its runtime is not installed.
     """
     artifact = open_artifact(path.path if isinstance(path, Artifact) else path, *STAGES)
+    # All three hold the denoiser's configuration in the same place.
+    sample = list(signature(checkpoint_model(artifact).denoiser_class().forward).parameters)[1]
     if artifact.kind == "checkpoint":
         denoiser = load_checkpoint(artifact)
-        return Subject(artifact, denoiser, _predictor(denoiser), sample_name(denoiser), "torch")
+        return Subject(artifact, denoiser, _predictor(denoiser), sample, "torch")
     engine = _run_bundle(artifact) if artifact.kind == "onnx" else load_engine(artifact)
-    stand_in = engine.as_denoiser()
-    sample = next(name for name in engine.ports if name != "timestep" and "." not in name)
-    return Subject(artifact, stand_in, lambda inputs: row_by_row(engine, inputs), sample, engine.backend)
+    return Subject(
+        artifact, engine.as_denoiser(), lambda inputs: row_by_row(engine, inputs), sample, engine.backend
+    )
 
 
 def _run_bundle(bundle: Artifact) -> Engine:
     """A bundle as ONNX Runtime runs it where it lies."""
-    return find_backend("onnxruntime").load(bundle, None)
+    facts = bundle.facts | {"backend": "onnxruntime", "engine_precision": "f32"}
+    return find_backend("onnxruntime").load(Artifact(bundle.path, {**bundle.manifest, "facts": facts}), None)
 
 
 def _predictor(denoiser: nn.Module) -> Callable[[Mapping[str, Tensor]], Tensor]:
@@ -163,10 +167,14 @@ def _check_same_way(subject: Subject, other: Subject) -> None:
     """
     one, two = subject.artifact, other.artifact
     if one.kind == two.kind:
-        raise InvalidInputError(f"{one.path} and {two.path} are both of kind {one.kind!r}: there is no pair to compare")
+        raise InvalidInputError(
+            f"{one.path} and {two.path} are both of kind {one.kind!r}: there is no pair to compare"
+        )
     linked = one.manifest["made_from"].get(two.kind) == two.sha256
     if not linked and two.manifest["made_from"].get(one.kind) != one.sha256:
-        raise InvalidInputError(f"{one.path} was not made from {two.path}: name the one that it was made from")
+        raise InvalidInputError(
+            f"{one.path} was not made from {two.path}: name the one that it was made from"
+        )
 
 
 def _finite(subject: Subject, output: Tensor) -> Tensor:

@@ -146,7 +146,10 @@ class Trajectories:
     def _run(self, denoiser: nn.Module, images: range, keep_inputs: bool) -> Trajectory:
         plan, first = self.plan, FIRST_SEED + SEEDS_APART * self.plan.seed
         setattr(self._pipeline, self.model.component, denoiser)
-        with _watching(self._pipeline, denoiser, self.sample, plan.steps, keep_inputs) as seen, _seeded(first):
+        with (
+            _watching(self._pipeline, denoiser, self.sample, plan.steps, keep_inputs) as seen,
+            _seeded(first),
+        ):
             made = generate(
                 self._pipeline,
                 [first + image for image in images],
@@ -165,7 +168,9 @@ class _Seen:
 
 
 @contextmanager
-def _watching(pipeline: Any, denoiser: nn.Module, sample: str, steps: int, keep_inputs: bool) -> Iterator[_Seen]:
+def _watching(
+    pipeline: Any, denoiser: nn.Module, sample: str, steps: int, keep_inputs: bool
+) -> Iterator[_Seen]:
     """Keep what a denoiser is given and gives in ``steps`` of its calls."""
     seen, wanted, number = _Seen(), set[int](), -1
 

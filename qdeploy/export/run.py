@@ -20,6 +20,7 @@ from qdeploy.calibrate.checkpoint import (
 from qdeploy.calibrate.fakequant import freeze
 from qdeploy.denoiser import Model, open_model
 from qdeploy.errors import CapabilityError, InvalidInputError, UsageError
+from qdeploy.export.components import has_components, write_components
 from qdeploy.export.lower import PASSES, lower
 from qdeploy.paths import default_output
 from qdeploy.progress import say
@@ -34,6 +35,7 @@ def export(
     *,
     target: str | None = None,
     calibration: str | Path | Artifact | None = None,
+    components: bool = True,
     overwrite: bool = False,
 ) -> Artifact:
     """Write a denoiser as ONNX, in the folder layout that diffusers' ONNX pipelines open.
@@ -43,6 +45,7 @@ def export(
         output: folder of the bundle; beside the source by default.
         target: the dialect; by default the one that the checkpoint was calibrated for.
         calibration: for a model, the set that its probe comes from; one is made from noise otherwise.
+        components: also export the pipeline's text encoders and autoencoder, in float32.
         overwrite: replace another artifact at ``output``.
 
     Raises:
@@ -52,12 +55,13 @@ def export(
     """
     path = source.path if isinstance(source, Artifact) else Path(source)
     if is_artifact(path):
-        return _export_checkpoint(open_artifact(path, "checkpoint"), output, target, overwrite)
-    return _export_model(open_model(path if path.exists() else str(source)), output, target, calibration, overwrite)
+        return _export_checkpoint(open_artifact(path, "checkpoint"), output, target, components, overwrite)
+    model = open_model(path if path.exists() else str(source))
+    return _export_model(model, output, target, calibration, components, overwrite)
 
 
 def _export_checkpoint(
-    checkpoint: Artifact, output: str | Path | None, target: str | None, overwrite: bool
+    checkpoint: Artifact, output: str | Path | None, target: str | None, components: bool, overwrite: bool
 ) -> Artifact:
     facts = checkpoint.facts
     if facts["simulated"]:
@@ -72,13 +76,14 @@ def _export_checkpoint(
                 f"--target {dialect}"
             )
     place = Path(output) if output else default_output(checkpoint.path, "onnx")
+    rest = _rest_of_pipeline(checkpoint, components)
     draft = Draft(
         place,
         "onnx",
         {"checkpoint": checkpoint.sha256, **checkpoint.manifest["made_from"]},
         checkpoint.recipe,
         checkpoint.manifest["seed"],
-        {"target": dialect},
+        {"target": dialect, "components": rest is not None},
         overwrite,
     )
     if done := draft.finished():
@@ -89,15 +94,22 @@ def _export_checkpoint(
         kept = ("component", "class", "model_sha256", "precision", "weights", "activations", "simulated")
         described = {key: facts[key] for key in kept} | {"target": dialect}
         notes = {"source": checkpoint.manifest["notes"].get("source")}
-        return _write(draft, denoiser, checkpoint_model(checkpoint), described, notes)
+        return _write(draft, denoiser, checkpoint_model(checkpoint), rest, described, notes)
 
 
 def _export_model(
-    model: Model, output: str | Path | None, target: str | None, calibration: Any, overwrite: bool
+    model: Model,
+    output: str | Path | None,
+    target: str | None,
+    calibration: Any,
+    components: bool,
+    overwrite: bool,
 ) -> Artifact:
     dialect = _dialect(target or "portable")
     place = Path(output) if output else default_output(model.path, "onnx")
-    draft = Draft(place, "onnx", {"model": model.sha256}, None, None, {"target": dialect}, overwrite)
+    rest = model.path if components and has_components(model.path) else None
+    options = {"target": dialect, "components": rest is not None}
+    draft = Draft(place, "onnx", {"model": model.sha256}, None, None, options, overwrite)
     if done := draft.finished():
         return done
     with draft:
@@ -113,11 +125,28 @@ def _export_model(
             "simulated": [],
             "target": dialect,
         }
-        return _write(draft, denoiser, model, described, {"source": str(model.path.absolute())})
+        return _write(draft, denoiser, model, rest, described, {"source": str(model.path.absolute())})
+
+
+def _rest_of_pipeline(checkpoint: Artifact, components: bool) -> Path | None:
+    """The folder of the pipeline that a checkpoint was made from, if the rest of it is to be exported."""
+    source = checkpoint.manifest["notes"].get("source")
+    if not components or source is None:
+        return None
+    if not has_components(Path(source)):
+        if not Path(source).exists():
+            say(f"the model {source} is gone: only its denoiser is exported")
+        return None
+    return Path(source)
 
 
 def _write(
-    draft: Draft, denoiser: nn.Module, model: Model, facts: dict[str, Any], notes: dict[str, Any]
+    draft: Draft,
+    denoiser: nn.Module,
+    model: Model,
+    rest: Path | None,
+    facts: dict[str, Any],
+    notes: dict[str, Any],
 ) -> Artifact:
     from safetensors.torch import load_file
 
@@ -132,6 +161,9 @@ def _write(
     save(graph, draft.content / model.name / "model.onnx")
     draft.json(f"{model.name}/config.json", model.config)
     copy_pipeline_files(draft, model.path)
+    if rest is not None:
+        say("tracing the rest of the pipeline")
+        write_components(draft, rest)
     facts["inputs"] = [
         {"name": value.name, "dtype": str(value.dtype), "shape": [str(axis) for axis in value.shape or ()]}
         for value in graph.graph.inputs

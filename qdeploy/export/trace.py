@@ -57,18 +57,37 @@ def trace(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> ir.Model:
     tensors = tuple(
         value.flatten()[0].float() if name == "timestep" else value[:2] for name, value in inputs.items()
     )
+    return export_program(_Call(denoiser, names), dict(zip(names, tensors, strict=True)), (OUTPUT,))
+
+
+def export_program(module: nn.Module, inputs: Mapping[str, Tensor], outputs: tuple[str, ...]) -> ir.Model:
+    """The ONNX graph of a module that maps plain tensors to tensors.
+
+    Args:
+        module: takes the inputs by position.
+        inputs: example inputs by name; the first axis of each, where it has one, becomes dynamic.
+        outputs: names of the outputs.
+
+    Raises:
+        InvalidInputError: the module cannot be traced.
+    """
     # Some layers copy large batches to contiguous memory first; AUTO lets such a guard pass, since the graph
     # is the same on both sides of it.
-    shapes = tuple({} if name == "timestep" else {0: torch.export.Dim.AUTO} for name in names)
+    axes = [{0: torch.export.Dim.AUTO} if value.ndim else {} for value in inputs.values()]
+    by_position = isinstance(module, _Call)
     try:
         with _quiet(), torch.no_grad():
-            traced = torch.export.export(_Call(denoiser, names).eval(), tensors, dynamic_shapes=(shapes,))
+            traced = torch.export.export(
+                module.eval(),
+                tuple(inputs.values()),
+                dynamic_shapes=(tuple(axes),) if by_position else tuple(axes),
+            )
             program = torch.onnx.export(
                 traced,
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=list(names),
-                output_names=[OUTPUT],
+                input_names=list(inputs),
+                output_names=list(outputs),
                 custom_translation_table=onnx_translations(),
                 verbose=False,
             )
@@ -78,7 +97,8 @@ def trace(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> ir.Model:
         while cause.__cause__ is not None:
             cause = cause.__cause__
         first = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        raise InvalidInputError(f"{type(denoiser).__name__} cannot be traced into ONNX: {first}") from error
+        name = type(getattr(module, "denoiser", module)).__name__
+        raise InvalidInputError(f"{name} cannot be traced into ONNX: {first}") from error
     assert program is not None
     return _name_batch(program.model)
 

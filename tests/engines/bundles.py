@@ -109,7 +109,8 @@ def denoiser_graph(quantized: bool, concat: bool = False, unknown: bool = False)
     if quantized:
         x, weight = g.quantize(x, "act_conv"), g.integer_weight(weight, 0)
     x = g.add("Conv", [x, weight, bias], "body.conv", pads=[1, 1, 1, 1])
-    x = g.add("Add", [x, g.add("Mul", ["timestep", g.constant("rate", np.float32(0.001))], "embedding")], "timed")
+    rate = g.constant("rate", np.float32(0.001))
+    x = g.add("Add", [x, g.add("Mul", ["timestep", rate], "embedding")], "timed")
     x = g.add("Transpose", [x], "to_last", perm=[0, 2, 3, 1])
     weight = g.normal("w_linear", WIDTH, WIDTH)
     if quantized:

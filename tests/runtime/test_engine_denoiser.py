@@ -9,12 +9,12 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from tests.engines.bundles import CONFIG, example_inputs, write_bundle
 
 from qdeploy.artifact import Artifact
 from qdeploy.engines.build import build_engine, load_engine
 from qdeploy.errors import CapabilityError, InvalidInputError
 from qdeploy.runtime.denoiser import EngineDenoiser
+from tests.engines.bundles import CONFIG, example_inputs, write_bundle
 
 SCHEDULERS = {
     "ddpm": (diffusers.DDPMScheduler, {}),
@@ -59,10 +59,15 @@ def test_an_unmodified_pipeline_gives_the_images_of_the_torch_model(
 def test_the_ddim_pipeline_takes_it_at_construction(ddpm: Path, ddpm_engine: Artifact) -> None:
     stock = diffusers.DDPMPipeline.from_pretrained(ddpm)
     schedule = diffusers.DDIMScheduler.from_config(stock.scheduler.config)
-    expected = images(diffusers.DDIMPipeline(stock.unet, schedule), batch_size=2, num_inference_steps=5, eta=0.5)
+    expected = images(
+        diffusers.DDIMPipeline(stock.unet, schedule), batch_size=2, num_inference_steps=5, eta=0.5
+    )
     with load_engine(ddpm_engine) as engine:
         mine = images(
-            diffusers.DDIMPipeline(engine.as_denoiser(), schedule), batch_size=2, num_inference_steps=5, eta=0.5
+            diffusers.DDIMPipeline(engine.as_denoiser(), schedule),
+            batch_size=2,
+            num_inference_steps=5,
+            eta=0.5,
         )
     torch.testing.assert_close(mine, expected, rtol=0, atol=1e-4)
 
@@ -74,7 +79,9 @@ def test_from_pretrained_takes_it_too(ddpm: Path, ddpm_engine: Artifact) -> None
         assert images(pipeline, batch_size=2, num_inference_steps=2).shape == (2, 8, 8, 3)
 
 
-def test_prompts_and_guidance_reach_the_engine(stable_diffusion: Path, stable_diffusion_engine: Artifact) -> None:
+def test_prompts_and_guidance_reach_the_engine(
+    stable_diffusion: Path, stable_diffusion_engine: Artifact
+) -> None:
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(stable_diffusion, safety_checker=None)
     arguments = {"prompt": ["a cat", "two dogs"], "num_inference_steps": 3, "guidance_scale": 4.0}
     expected = images(pipeline, **arguments)

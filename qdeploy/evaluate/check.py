@@ -1,0 +1,233 @@
+"""The verb ``check``: what was calibrated is what runs, and it is as good as it has to be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qdeploy.artifact import Artifact
+from qdeploy.denoiser import Model, open_model
+from qdeploy.engines.measure import read_probe
+from qdeploy.errors import InvalidInputError, UsageError
+from qdeploy.evaluate.metrics.sqnr import decibels, powers, summary
+from qdeploy.evaluate.parity import Subject, measure_parity, open_subject
+from qdeploy.evaluate.quality import Plan, Trajectories, measure_quality
+from qdeploy.evaluate.report import number, text_table
+from qdeploy.evaluate.thresholds import THRESHOLDS, look_up, parity_floor, rows_out_of_parity
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What was measured, and what of it missed its threshold.
+
+    Attributes:
+        subject: the artifact that was checked.
+        parity: as of `qdeploy.evaluate.parity.measure_parity`.
+        quality: the metrics' values, and ``source``: ``trajectory`` or ``probe``.
+        thresholds: the bounds by name; None where there is none.
+        failures: a sentence for each bound that is missed.
+    """
+
+    subject: Artifact
+    parity: dict[str, Any]
+    quality: dict[str, Any]
+    thresholds: dict[str, float | None]
+    failures: list[str]
+
+    @property
+    def passed(self) -> bool:
+        """Whether no threshold is missed."""
+        return not self.failures
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object of ``qdeploy check --json``."""
+        return {
+            "path": str(self.subject.path),
+            "kind": self.subject.kind,
+            "sha256": self.subject.sha256,
+            "passed": self.passed,
+            "failures": self.failures,
+            "parity": self.parity,
+            "quality": self.quality,
+            "thresholds": self.thresholds,
+        }
+
+    def table(self) -> str:
+        """The result for people."""
+        parity, quality = self.parity, self.quality
+        rows = [
+            (f"parity with the {parity['expected']} probe, dB, median row", number(parity["sqnr_db"])),
+            ("  rows that agree to all digits", f"{parity['same_rows']:.0%}"),
+            ("  what rounding alone leads to, dB", number(parity["rounding_floor_db"])),
+            *((f"  {pair}, dB", number(value["sqnr_db"])) for pair, value in parity["pairs"].items()),
+            (f"SQNR, dB, median over timesteps ({quality['source']})", number(quality["sqnr_db"]["median"])),
+            ("  worst timestep", number(quality["sqnr_db"]["worst"])),
+        ]
+        if "psnr_db" in quality:
+            rows.append(("PSNR of images on the same seeds, dB", number(quality["psnr_db"])))
+        if "drift" in quality:
+            rows.append(("drift of the trajectory at its end", number(quality["drift"]["final"], 4)))
+        if "fd_local" in quality:
+            fd = quality["fd_local"]
+            rows.append((f"FD-local, {fd['count']} images", number(fd["subject"], 3)))
+            rows.append(("  of the reference", number(fd["reference"], 3)))
+        bounds = {name: value for name, value in self.thresholds.items() if value is not None}
+        rows += [(f"threshold {name.replace('_', '-')}", number(value)) for name, value in bounds.items()]
+        verdict = "passed" if self.passed else "\n".join(f"failed: {failure}" for failure in self.failures)
+        if quality["source"] == "probe":
+            verdict += "\nimages were not compared: name the full-precision model with --reference"
+        return f"{text_table([str(self.subject.path), ''], rows)}\n{verdict}"
+
+
+def check(
+    subject: str | Path | Artifact,
+    *,
+    reference: str | Path | Model | None = None,
+    onnx: str | Path | Artifact | None = None,
+    checkpoint: str | Path | Artifact | None = None,
+    samples: int = 64,
+    steps: int = 20,
+    inference_steps: int = 50,
+    scheduler: str | None = "ddim",
+    seed: int = 1,
+    batch: int = 16,
+    prompts: Sequence[str] | None = None,
+    guidance: float | None = None,
+    min_parity: float | None = None,
+    min_sqnr: float | None = None,
+    min_psnr: float | None = None,
+    max_fd_increase: float | None = None,
+    trajectories: Trajectories | None = None,
+) -> CheckResult:
+    """Compare an artifact with what it was made from.
+
+    Parity: the subject's outputs for the probe that travels with it, beside those of the fake-quantized
+    model. Quality: beside the full-precision model on images that no calibration has seen; on the probe
+    alone, if no reference is named.
+
+    Args:
+        subject: an engine, an ONNX bundle (run by ONNX Runtime) or a checkpoint (run by torch).
+        reference: the full-precision model.
+        onnx: the bundle that an engine was made from, for parity pair by pair.
+        checkpoint: the checkpoint that it was made from, likewise.
+        samples: images to compare.
+        steps: timesteps at which predictions are compared.
+        inference_steps: length of the trajectory.
+        scheduler: a name of `qdeploy.schedulers`; the model's own if None.
+        seed: chooses the images. Its images are none that a calibration set of an ordinary seed holds.
+        batch: images at a time.
+        prompts: for pipelines that take prompts or class numbers; used in turns.
+        guidance: classifier-free guidance scale.
+        min_parity: least parity in dB, the median over the probe's rows. By default 45 for ONNX Runtime and
+            torch and 40 for other engines, lowered to what the rounding of activations leaves of it.
+        min_sqnr: least median SQNR of the prediction in dB; 20 by default.
+        min_psnr: least PSNR of images in dB; no bound by default.
+        max_fd_increase: largest increase of FD-local over the reference; no bound by default.
+        trajectories: the reference's, where they are at hand; replaces ``reference`` and how to sample.
+
+    Returns:
+        What was measured, and what of it missed a threshold.
+
+    Raises:
+        UsageError: an impossible number, or a threshold on what is not measured.
+        InvalidInputError: the subject cannot be checked, or another model is named as reference.
+        CapabilityError: the runtime that it needs is not installed.
+    """
+    given = {
+        "min_parity": min_parity,
+        "min_sqnr": min_sqnr,
+        "min_psnr": min_psnr,
+        "max_fd_increase": max_fd_increase,
+    }
+    plan = Plan(
+        samples=samples,
+        steps=steps,
+        inference_steps=inference_steps,
+        scheduler=scheduler,
+        seed=seed,
+        batch=batch,
+        prompts=tuple(prompts) if prompts is not None else None,
+        guidance=guidance,
+    )
+    opened = open_subject(subject)
+    _check_same_model(opened.artifact, reference if trajectories is None else trajectories.model)
+    if reference is not None and trajectories is None:
+        trajectories = Trajectories(_model(reference), plan)
+    others = [open_subject(other) for other in (onnx, checkpoint) if other is not None]
+    parity = measure_parity(opened, others)
+    quality = _quality(opened, trajectories)
+    return _judge(opened.artifact, parity, quality, given)
+
+
+def _model(reference: str | Path | Model) -> Model:
+    return reference if isinstance(reference, Model) else open_model(reference)
+
+
+def _check_same_model(artifact: Artifact, reference: str | Path | Model | None) -> None:
+    if reference is None:
+        return
+    model, made_from = _model(reference), artifact.facts.get("model_sha256")
+    if made_from != model.sha256:
+        raise InvalidInputError(
+            f"{artifact.path} was not made from {model.path}: name the full-precision model that it was made from"
+        )
+
+
+def _quality(subject: Subject, trajectories: Trajectories | None) -> dict[str, Any]:
+    if trajectories is None:
+        return _quality_of_probe(subject)
+    try:
+        measured = measure_quality(trajectories, subject.denoiser)
+    except InvalidInputError as error:
+        raise InvalidInputError(f"{subject.artifact.path} cannot be compared: {error}") from error
+    plan = trajectories.plan
+    return measured | {
+        "source": "trajectory",
+        "samples": plan.samples,
+        "inference_steps": plan.inference_steps,
+        "scheduler": plan.scheduler,
+        "seed": plan.seed,
+    }
+
+
+def _quality_of_probe(subject: Subject) -> dict[str, Any]:
+    """SQNR on the probe's rows, the only thing that can be told without the full-precision model."""
+    inputs, reference, _ = read_probe(subject.artifact.path)
+    output = subject.predict(inputs)
+    sums: dict[float, tuple[float, float]] = {}
+    for row, t in enumerate(inputs["timestep"].flatten().tolist()):
+        before, now = sums.get(t, (0.0, 0.0)), powers(output[row], reference[row])
+        sums[t] = (before[0] + now[0], before[1] + now[1])
+    return {
+        "sqnr_db": summary({t: decibels(*sums[t]) for t in sums}),
+        "source": "probe",
+        "samples": len(output),
+    }
+
+
+def _judge(
+    artifact: Artifact, parity: dict[str, Any], quality: dict[str, Any], given: Mapping[str, float | None]
+) -> CheckResult:
+    """Hold what was measured against the thresholds."""
+    result = {"parity": parity, "quality": quality}
+    bounds: dict[str, float | None] = {}
+    failures: list[str] = []
+    for threshold in THRESHOLDS:
+        bound = threshold.default if given[threshold.name] is None else given[threshold.name]
+        if bound is None and threshold.name == "min_parity":
+            bound = parity_floor(parity)
+            failures += list(rows_out_of_parity(parity))[:1]
+        bounds[threshold.name] = bound
+        value = look_up(result, threshold.value)
+        if bound is None:
+            continue
+        if value is None:
+            option = f"--{threshold.name.replace('_', '-')}"
+            raise UsageError(f"{option} bounds the {threshold.what}, which takes {threshold.needs}")
+        # The comparison is written so that a NaN fails.
+        if not (value >= bound if threshold.least else value <= bound):
+            side = "below" if threshold.least else "above"
+            failures.append(f"the {threshold.what} is {value:.2f}, {side} {bound:.2f}")
+    return CheckResult(artifact, parity, quality, bounds, failures)

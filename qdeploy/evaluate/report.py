@@ -1,0 +1,107 @@
+"""Results for people: tables for the terminal and for Markdown, and pictures side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qdeploy.artifact import write_atomically
+from qdeploy.errors import InvalidInputError
+
+MISSING = "–"  # noqa: RUF001 - a dash, not a minus
+_PAPER, _INK = 255, 0
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number with so many decimals, or a dash."""
+    return MISSING if value is None else f"{value:.{digits}f}"
+
+
+def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> str:
+    """A table of plain characters; the first column is text, the others are numbers."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="", header_style="")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    # Wide enough for any row: what is piped into a file shall not be cut to the width of some terminal.
+    stream = StringIO()
+    Console(file=stream, width=1000, color_system=None, force_terminal=False, highlight=False).print(table)
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()).strip("\n")
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The same table in Markdown."""
+    rule = ["---", *("---:" for _ in columns[1:])]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, rule, *rows)) + "\n"
+
+
+def image_grid(
+    groups: Mapping[str, Tensor], output: Path, *, columns: int = 4, scale: int | None = None, gap: int = 16
+) -> None:
+    """Write groups of images side by side, each under its title, the same seed at the same place.
+
+    Args:
+        groups: uint8 images ``[N, C, H, W]`` by title.
+        output: the PNG file.
+        columns: images in a row of each group.
+        scale: pixels per pixel; by default enough to make an image about 64 pixels wide.
+        gap: pixels between groups.
+
+    Raises:
+        InvalidInputError: groups differ in size, or have channels that a PNG cannot hold.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    shapes = {tuple(images.shape) for images in groups.values()}
+    if len(shapes) != 1:
+        raise InvalidInputError(f"images of different sizes cannot be compared: {sorted(shapes)}")
+    count, channels, height, width = shapes.pop()
+    if channels not in _MODES:
+        raise InvalidInputError(f"images of {channels} channels cannot be written as PNG")
+    factor = scale or max(1, round(64 / width))
+    font = ImageFont.load_default(size=20)
+    block = (columns * width * factor, math.ceil(count / columns) * height * factor)
+    # A title that is wider than its images makes room for itself.
+    step = max(block[0], *(math.ceil(font.getlength(title)) for title in groups)) + gap
+    head = 32
+    paper = _color(_PAPER, channels)
+    sheet = Image.new(_MODES[channels], (step * len(groups) + gap, head + block[1] + gap), paper)
+    draw = ImageDraw.Draw(sheet)
+    for index, (title, images) in enumerate(groups.items()):
+        left = gap + index * step
+        draw.text((left, head // 2), title, fill=_color(_INK, channels), font=font, anchor="lm")
+        picture = _picture(_tiled(images, columns), _MODES[channels])
+        sheet.paste(picture.resize(block, Image.Resampling.NEAREST), (left, head))
+    write_atomically(output, lambda partial: sheet.save(partial, format="PNG"))
+
+
+def _color(level: int, channels: int) -> Any:
+    return level if channels == 1 else (level,) * 3 + (255,) * (channels - 3)
+
+
+def _tiled(images: Tensor, columns: int) -> Tensor:
+    """Images ``[N, C, H, W]`` in rows of ``columns``: ``[C, rows * H, columns * W]``, white where none is."""
+    count, channels, height, width = images.shape
+    rows = math.ceil(count / columns)
+    padded = images.new_full((rows * columns, channels, height, width), _PAPER)
+    padded[:count] = images
+    tiles = padded.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4)
+    return tiles.reshape(channels, rows * height, columns * width)
+
+
+def _picture(image: Tensor, mode: str) -> Any:
+    from PIL import Image
+
+    pixels = image.permute(1, 2, 0).contiguous().numpy()
+    return Image.fromarray(pixels[:, :, 0] if mode == "L" else pixels)

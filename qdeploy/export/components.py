@@ -1,0 +1,134 @@
+"""The rest of a text-to-image pipeline as ONNX, so that a bundle is a whole pipeline.
+
+Text encoders and the autoencoder stay in float32. Names of folders, inputs and outputs are those that
+optimum's ``ORTDiffusionPipeline`` expects.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdeploy.artifact import Draft
+from qdeploy.errors import InvalidInputError
+from qdeploy.export.trace import export_program
+
+_COPIED = ("tokenizer", "tokenizer_2", "tokenizer_3", "feature_extractor")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One graph beside the denoiser.
+
+    Attributes:
+        folder: its folder in the bundle.
+        module: what it computes, from plain tensors to a tuple of tensors.
+        inputs: example inputs by name; axis 0 is dynamic.
+        outputs: names of the outputs.
+        config: the component's configuration.
+    """
+
+    folder: str
+    module: nn.Module
+    inputs: dict[str, Tensor]
+    outputs: tuple[str, ...]
+    config: dict[str, Any]
+
+
+def has_components(path: Path) -> bool:
+    """Whether a folder is a pipeline with more than a denoiser and a scheduler."""
+    index = path / "model_index.json"
+    return index.is_file() and any((path / name).is_dir() for name in ("vae", "text_encoder"))
+
+
+def write_components(draft: Draft, path: Path) -> None:
+    """Export text encoders and autoencoder of the pipeline in ``path``, and copy its tokenizers.
+
+    Raises:
+        InvalidInputError: a component cannot be loaded or traced.
+    """
+    from qdeploy.export.lower import lower
+    from qdeploy.export.run import save
+
+    for part in _parts(path):
+        graph = export_program(part.module, part.inputs, part.outputs)
+        save(lower(graph, "portable"), draft.content / part.folder / "model.onnx")
+        draft.json(f"{part.folder}/config.json", part.config)
+    for folder in _COPIED:
+        for file in sorted((path / folder).glob("*")):
+            draft.copy(file, f"{folder}/{file.name}")
+
+
+def _parts(path: Path) -> Iterator[Part]:
+    index = json.loads((path / "model_index.json").read_text())
+    for name, entry in index.items():
+        if not isinstance(entry, list) or entry[1] is None or not (path / name).is_dir():
+            continue
+        if name.startswith("text_encoder"):
+            yield _text_encoder(name, _load(path, name, entry), path)
+        elif name == "vae":
+            vae = _load(path, name, entry)
+            config = json.loads((path / name / "config.json").read_text())
+            latent = torch.randn(2, vae.config.latent_channels, 8, 8)
+            image = torch.randn(2, vae.config.in_channels, 32, 32)
+            yield Part("vae_decoder", _Decoder(vae), {"latent_sample": latent}, ("sample",), config)
+            yield Part("vae_encoder", _Encoder(vae), {"sample": image}, ("latent_parameters",), config)
+
+
+def _load(path: Path, name: str, entry: list[str]) -> Any:
+    from importlib import import_module
+
+    try:
+        found = getattr(import_module(entry[0]), entry[1])
+        loaded = found.from_pretrained(path / name, local_files_only=True, use_safetensors=True)
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InvalidInputError(f"the component {path / name} cannot be loaded: {first}") from error
+    return loaded.float().eval().requires_grad_(False)
+
+
+def _text_encoder(name: str, encoder: Any, path: Path) -> Part:
+    length = int(getattr(encoder.config, "max_position_embeddings", 77))
+    ids = torch.zeros(2, length, dtype=torch.int64)
+    projected = type(encoder).__name__.endswith("WithProjection")
+    layers = encoder.config.num_hidden_layers + 1 if projected else 0
+    outputs = ("text_embeds", "last_hidden_state") if projected else ("last_hidden_state", "pooler_output")
+    outputs = (*outputs, *(f"hidden_states.{layer}" for layer in range(layers)))
+    config = json.loads((path / name / "config.json").read_text())
+    return Part(name, _TextEncoder(encoder, outputs), {"input_ids": ids}, outputs, config)
+
+
+class _TextEncoder(nn.Module):
+    def __init__(self, encoder: nn.Module, outputs: tuple[str, ...]) -> None:
+        super().__init__()
+        self.encoder, self.outputs = encoder, outputs
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        hidden = any(name.startswith("hidden_states") for name in self.outputs)
+        result = self.encoder(input_ids=input_ids, output_hidden_states=hidden, return_dict=True)
+        plain = [result[name] for name in self.outputs if not name.startswith("hidden_states")]
+        return (*plain, *(result.hidden_states if hidden else ()))
+
+
+class _Decoder(nn.Module):
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latent_sample: Tensor) -> tuple[Tensor]:
+        return (self.vae.decode(latent_sample, return_dict=False)[0],)
+
+
+class _Encoder(nn.Module):
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, sample: Tensor) -> tuple[Tensor]:
+        return (self.vae.encode(sample, return_dict=False)[0].parameters,)
