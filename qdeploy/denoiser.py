@@ -275,7 +275,7 @@ def example_inputs(model: Model, rows: int, seed: int = 0) -> dict[str, Tensor]:
     inputs = {names[1]: noise(channels, size, size), "timestep": steps}
     if width := config.get("cross_attention_dim") or config.get("caption_channels"):
         if "encoder_hidden_states" in names and isinstance(width, int):
-            inputs["encoder_hidden_states"] = noise(77, width)
+            inputs["encoder_hidden_states"] = noise(_prompt_tokens(model), width)
     classes = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
     if "class_labels" in names and classes and not config.get("caption_channels"):
         inputs["class_labels"] = torch.arange(rows) % 10
@@ -284,6 +284,12 @@ def example_inputs(model: Model, rows: int, seed: int = 0) -> dict[str, Tensor]:
         inputs["added_cond_kwargs.text_embeds"] = noise(pooled)
         inputs["added_cond_kwargs.time_ids"] = torch.full((rows, 6), float(size))
     return inputs
+
+
+def _prompt_tokens(model: Model) -> int:
+    """How many tokens the pipeline's text encoder reads; CLIP's 77 if it does not say."""
+    config = model.path / "text_encoder" / "config.json"
+    return int(_read_json(config).get("max_position_embeddings", 77)) if config.is_file() else 77
 
 
 def sample_name(denoiser: nn.Module) -> str:

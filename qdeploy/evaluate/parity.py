@@ -17,7 +17,7 @@ from inspect import signature
 from itertools import combinations
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -76,9 +76,8 @@ def open_subject(path: str | Path | Artifact) -> Subject:
         denoiser = load_checkpoint(artifact)
         return Subject(artifact, denoiser, _predictor(denoiser), sample, "torch")
     engine = _run_bundle(artifact) if artifact.kind == "onnx" else load_engine(artifact)
-    return Subject(
-        artifact, engine.as_denoiser(), lambda inputs: row_by_row(engine, inputs), sample, engine.backend
-    )
+    denoiser = cast("nn.Module", engine.as_denoiser())
+    return Subject(artifact, denoiser, lambda inputs: row_by_row(engine, inputs), sample, engine.backend)
 
 
 def _run_bundle(bundle: Artifact) -> Engine:

@@ -96,7 +96,7 @@ def _tiled(images: Tensor, columns: int) -> Tensor:
     rows = math.ceil(count / columns)
     padded = images.new_full((rows * columns, channels, height, width), _PAPER)
     padded[:count] = images
-    tiles = padded.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4)
+    tiles = padded.reshape(rows, columns, channels, height, width).permute(2, 0, 3, 1, 4)
     return tiles.reshape(channels, rows * height, columns * width)
 
 

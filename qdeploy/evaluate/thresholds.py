@@ -63,7 +63,7 @@ THRESHOLDS = (
 def parity_floor(parity: Mapping[str, Any]) -> float:
     """The least median parity, in dB: an absolute one, or what rounding leaves of it."""
     absolute = ORACLE_DB if parity["backend"] in ORACLES else ENGINE_DB
-    return round(min(absolute, parity["rounding_floor_db"] - MEDIAN_MARGIN_DB), 2)
+    return round(min(absolute, float(parity["rounding_floor_db"]) - MEDIAN_MARGIN_DB), 2)
 
 
 def rows_out_of_parity(parity: Mapping[str, Any]) -> Iterator[str]:

@@ -33,7 +33,9 @@ class _Call(nn.Module):
         self.denoiser, self.names = denoiser, names
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        return denoise(self.denoiser, dict(zip(self.names, tensors, strict=True)))
+        inputs = dict(zip(self.names, tensors, strict=True))
+        rows = next(value.shape[0] for name, value in inputs.items() if name != "timestep")
+        return denoise(self.denoiser, {**inputs, "timestep": inputs["timestep"].expand(rows)})
 
 
 def trace(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> ir.Model:

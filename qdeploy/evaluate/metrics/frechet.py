@@ -35,7 +35,7 @@ class Gaussian:
 def gaussian(features: Tensor) -> Gaussian:
     """The Gaussian of feature vectors ``[N, D]``; its covariance is the unbiased one."""
     values = features.double()
-    return Gaussian(values.mean(0), torch.atleast_2d(torch.cov(values.T)), len(values))
+    return Gaussian(values.mean(0), torch.cov(values.T).reshape(values.shape[1], -1), len(values))
 
 
 def frechet_distance(one: Gaussian, other: Gaussian) -> float:
@@ -66,7 +66,7 @@ def features_of(images: Tensor, network: FeatureNetwork) -> Tensor:
     if images.dtype == torch.uint8:
         images = images.float() / 255
     with torch.no_grad():
-        return torch.cat([network.features(part * 2 - 1) for part in images.split(_BATCH)])
+        return torch.cat([network.features(part * 2 - 1) for part in torch.split(images, _BATCH)])
 
 
 def fd_local(images: Tensor, folder: Path) -> dict[str, Any]:

@@ -1,0 +1,274 @@
+"""Reconstruction sees the right inputs, in the right order, all of them, and within its memory budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from qdeploy.calibrate.fakequant import QuantizedLayer, full_precision
+from qdeploy.calibrate.methods import minmax
+from qdeploy.calibrate.reconstruct import Recorder, Rows, optimize, output_error, record_unit
+from qdeploy.calibrate.session import Session
+from qdeploy.denoiser import denoise
+from qdeploy.formats import int4, int8
+from tests.helpers import MemoryRows, calibrating, layer_problem, minmax_layer, tiny_unet
+
+RESNET = "up_blocks.0.resnets.0"
+ATTENTION = "mid_block.attentions.0"
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Iterator[Session]:
+    """A quantized network with min-max ranges; 26 of 64 rows, in batches of 5."""
+    with calibrating(tiny_unet(), MemoryRows.noisy(), tmp_path / "checkpoint") as session:
+        minmax.weight_ranges(session)
+        minmax.activation_ranges(session)
+        yield session
+
+
+def recorder(session: Session, rows: list[int] | None = None, budget: int = 2**30) -> Recorder:
+    rows = session.rows() if rows is None else rows
+    return Recorder(session.denoiser, session.inputs, rows, 5, session.draft.work / "scratch", budget)
+
+
+def live_inputs(session: Session, unit: str, rows: list[int]) -> tuple[Any, Any]:
+    """What a unit is called with while the whole network runs on ``rows``."""
+    seen: list[Any] = []
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append((args, kwargs))
+
+    handle = session.denoiser.get_submodule(unit).register_forward_pre_hook(before, with_kwargs=True)
+    with torch.no_grad():
+        denoise(session.denoiser, session.inputs(rows))
+    handle.remove()
+    args, kwargs = seen[0]
+    return args, kwargs
+
+
+def equal(first: Any, second: Any) -> bool:
+    leaves = zip(tree_leaves(first), tree_leaves(second), strict=True)
+    return all(torch.equal(a, b) if isinstance(a, Tensor) else a is b or a == b for a, b in leaves)
+
+
+# -- recording ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unit", [RESNET, ATTENTION])
+def test_recorded_inputs_are_those_of_the_quantized_network_at_that_point(
+    session: Session, unit: str
+) -> None:
+    """Units before it are quantized, and the batch is as it was (trap 11: not the float network's inputs)."""
+    rows = session.rows()
+    recorded = recorder(session).inputs(session.denoiser.get_submodule(unit))
+    for start in range(0, len(rows), 5):
+        chosen = torch.arange(start, min(start + 5, len(rows)))
+        assert equal(recorded.batch(chosen), live_inputs(session, unit, rows[start : start + 5]))
+    with full_precision(session.denoiser):
+        assert not equal(recorded.batch(torch.arange(5)), live_inputs(session, unit, rows[:5]))
+
+
+def test_targets_are_those_of_the_full_precision_network(session: Session) -> None:
+    unit = session.denoiser.get_submodule(RESNET)
+    untouched = tiny_unet()
+    seen: list[Tensor] = []
+    untouched.get_submodule(RESNET).register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        denoise(untouched, session.inputs(session.rows()[:5]))
+    with record_unit(recorder(session), unit, session.teacher) as (_, targets):
+        assert torch.equal(targets.batch(torch.arange(5)), seen[0])
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 13])
+def test_no_row_is_dropped_where_the_batch_does_not_divide_them(session: Session, rows: int) -> None:
+    """Trap 10: the released code drops the rows of the last, smaller batch."""
+    unit = session.denoiser.get_submodule(RESNET)
+    chosen = session.rows()[:rows]
+    outputs = recorder(session, chosen).outputs(unit)
+    assert [len(tensor) for tensor in outputs.tensors] == [rows]
+    last = recorder(session, chosen[-1:]).outputs(unit)
+    assert torch.allclose(outputs.tensors[0][-1], last.tensors[0][0], atol=1e-4)
+
+
+def test_rows_come_back_in_the_order_asked_for(session: Session) -> None:
+    unit = session.denoiser.get_submodule(RESNET)
+    rows = recorder(session).inputs(unit)
+    (forward, _), _ = rows.batch(torch.tensor([0, 7, 25]))
+    (backward, _), _ = rows.batch(torch.tensor([25, 7, 0]))
+    assert torch.equal(forward, backward.flip(0))
+
+
+def test_dropout_is_off_while_recording(session: Session) -> None:
+    """Trap 2: the released code leaves the network in training mode; its dropout of 0.1 is active."""
+    unit = session.denoiser.get_submodule(RESNET)
+    first, second = (recorder(session).outputs(unit).tensors for _ in range(2))
+    assert equal(first, second)
+    session.denoiser.train()
+    with pytest.raises(AssertionError, match="dropout"):
+        recorder(session).outputs(unit)
+
+
+def test_no_hook_is_left_behind(session: Session) -> None:
+    unit = session.denoiser.get_submodule(RESNET)
+    recorder(session).inputs(unit)
+    recorder(session).outputs(unit)
+    assert not unit._forward_hooks
+    assert not unit._forward_pre_hooks
+
+
+# -- memory ------------------------------------------------------------------------------------------------
+
+
+def test_what_exceeds_the_budget_goes_to_a_mapped_file_and_is_the_same(session: Session) -> None:
+    unit = session.denoiser.get_submodule(RESNET)
+    in_memory = recorder(session).inputs(unit)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in in_memory.tensors)
+    scratch = session.draft.work / "scratch"
+    for budget, mapped in ((size, False), (size - 1, True), (0, True)):
+        rows = recorder(session, budget=budget).inputs(unit)
+        files = list(scratch.glob("*.bin"))
+        assert bool(files) == mapped
+        if mapped:
+            assert sum(file.stat().st_size for file in files) == size
+        assert equal(rows.tensors, in_memory.tensors)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_mapped_files_go_when_the_unit_is_done(session: Session, fails: bool) -> None:
+    scratch = session.draft.work / "scratch"
+    unit = session.denoiser.get_submodule(RESNET)
+    with (
+        pytest.raises(ZeroDivisionError) if fails else nullcontext(),
+        record_unit(recorder(session, budget=0), unit, session.teacher),
+    ):
+        assert list(scratch.glob("*.bin"))
+        if fails:
+            _ = 1 / 0
+    assert not list(scratch.glob("*.bin"))
+
+
+@pytest.mark.parametrize("coverage", ["portable", "qdiffusion-paper"])
+def test_attention_is_one_unit_whose_maps_are_never_recorded(tmp_path: Path, coverage: str) -> None:
+    """Trap 8: maps of [rows, heads, N, N] took 300 GB, and a unit without parameters crashed the optimiser."""
+    tokens = 16  # 4x4 pixels, and no other size in this network but channels
+    with calibrating(
+        tiny_unet((8, 24)), MemoryRows.noisy(), tmp_path / "checkpoint", coverage=coverage
+    ) as session:
+        for name, layers in session.units.items():
+            unit = session.denoiser.get_submodule(name)
+            recorded = recorder(session)
+            for rows in (recorded.inputs(unit), recorded.outputs(unit)):
+                assert rows.tensors
+                for tensor in rows.tensors:
+                    assert tensor.ndim <= 4
+                    assert tensor.shape[-2:] != (tokens, tokens)
+            assert any(layer.weight_quantizers for layer in session.quantized(layers))
+        attentions = [unit for unit in session.units if "attentions" in unit]
+        assert attentions == [path for path in session.structure.attentions if path in session.units]
+        assert {len(session.units[unit]) for unit in attentions} == {4}  # q, k, v and out
+
+
+# -- the error ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", [2.0, 2.4])
+def test_images_and_tokens_weigh_the_same(p: float) -> None:
+    """Trap 9: a sum over axis 1 is one over channels of images, but over tokens of [rows, tokens, features]."""
+    y, y_hat = torch.randn(2, 3, 6, 4, 5, generator=torch.Generator().manual_seed(0))
+    images = output_error(y_hat, y, p)
+    tokens = output_error(y_hat.flatten(2).transpose(1, 2), y.flatten(2).transpose(1, 2), p)
+    assert tokens == pytest.approx(float(images), rel=1e-6)
+    assert images == pytest.approx(float((y - y_hat).abs().pow(p).mean() * 6), rel=1e-6)
+
+
+def test_the_error_does_not_grow_with_rows_or_pixels() -> None:
+    y, y_hat = torch.randn(2, 3, 6, 4, 5, generator=torch.Generator().manual_seed(0))
+    once = output_error(y_hat, y, 2)
+    assert output_error(y_hat.repeat(2, 1, 3, 3), y.repeat(2, 1, 3, 3), 2) == pytest.approx(
+        float(once), rel=1e-6
+    )
+
+
+def test_every_floating_output_counts() -> None:
+    y, count = torch.ones(2, 3), torch.tensor([1, 2])
+    error = output_error(
+        {"a": (y + 1,), "b": y, "n": count, "f": None}, {"a": (y,), "b": y, "n": count, "f": None}, 2
+    )
+    assert error == 3
+
+
+# -- optimising --------------------------------------------------------------------------------------------
+
+
+def test_only_what_is_given_is_learned_and_only_from_its_rows() -> None:
+    x = torch.randn(12, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    inner = nn.Conv2d(4, 4, 1).requires_grad_(False)
+    layer = minmax_layer(inner, x, int4, None)
+    y = inner(x)
+    y[8:] = torch.nan  # rows that must not be touched
+    gain = nn.Parameter(torch.zeros(()))
+    layer.register_forward_hook(lambda module, args, output: output * (1 + gain))
+    problem = layer_problem(layer, x, 1.5 * y, learn=8)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    optimize(problem, [gain], 200, 4, 0.05, torch.Generator().manual_seed(0), 2)
+    assert gain == pytest.approx(0.5, abs=0.05)
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+def test_rows_are_drawn_by_the_generator_alone() -> None:
+    drawn = []
+
+    class Spy(Rows):
+        def batch(self, rows: Tensor) -> Any:
+            drawn[-1].append(rows.tolist())
+            return super().batch(rows)
+
+    x = torch.randn(12, 4, 3, 3)
+    layer = minmax_layer(nn.Conv2d(4, 4, 1), x, int8, None)
+    for seed in (1, 1, 2):
+        drawn.append([])
+        problem = layer_problem(layer, x, x, learn=9)
+        problem.inputs = Spy(problem.inputs.tensors, problem.inputs.build)
+        torch.manual_seed(len(drawn))  # global randomness is none of its business
+        optimize(problem, [nn.Parameter(torch.zeros(1))], 0, 4, 0.1, torch.Generator().manual_seed(seed), 2)
+        free = nn.Parameter(torch.zeros(()))
+        layer.register_forward_hook(lambda module, args, output, free=free: output + free)
+        optimize(problem, [free], 5, 4, 0.1, torch.Generator().manual_seed(seed), 2)
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert all(row < 9 for rows in drawn[0] for row in rows)
+    assert all(len(rows) == 4 for rows in drawn[0])
+
+
+def test_held_out_rows_come_from_other_images(session: Session) -> None:
+    """Rows of one trajectory are alike: judging by them would be judging by what was learned."""
+    rows = session.rows()
+    learn, judge = session.split(rows)
+    images = session.data.images[rows]
+    assert sorted([*learn.tolist(), *judge.tolist()]) == list(range(len(rows)))
+    assert not set(images[learn].tolist()) & set(images[judge].tolist())
+    assert len(learn) > len(judge) > 0
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 20])
+def test_there_is_something_to_judge_by_even_with_one_image(session: Session, rows: int) -> None:
+    session.data.images = torch.zeros(rows, dtype=torch.int64)
+    learn, judge = session.split(range(rows))
+    assert len(learn) > 0
+    assert len(judge) > 0
+
+
+def test_judging_covers_each_held_out_row_once(session: Session) -> None:
+    x = torch.randn(13, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    layer: QuantizedLayer = minmax_layer(nn.Conv2d(4, 4, 1), x, int4, None)
+    problem = layer_problem(layer, x, torch.zeros_like(x), learn=3)
+    with torch.no_grad():
+        expected = output_error(layer(x[3:]), torch.zeros(10, 4, 3, 3), 2)
+    for batch in (1, 3, 32):
+        assert problem.judged(2, batch) == pytest.approx(float(expected), rel=1e-5)
