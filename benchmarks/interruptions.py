@@ -109,7 +109,9 @@ def main() -> None:
             failures += not same
             seen.append(f"{moment:.1f}s {state}{'' if same else ' DIFFERENT'}")
             shutil.rmtree(output)
-        print(f"{stage}: {seconds:.1f} s undisturbed, {expected[:12]}; killed at {', '.join(seen)}", flush=True)
+        print(
+            f"{stage}: {seconds:.1f} s undisturbed, {expected[:12]}; killed at {', '.join(seen)}", flush=True
+        )
     print(f"{failures} of the resumed runs differ")
     sys.exit(1 if failures else 0)
 

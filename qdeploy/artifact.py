@@ -260,9 +260,10 @@ class Draft:
         if self.overwrite and is_artifact(self.output):
             return None
         what = "holds another artifact" if is_artifact(self.output) else "already exists"
-        raise UsageError(f"{self.output} {what}: choose another output" + (
-            ", or pass --overwrite to replace it" if is_artifact(self.output) else ""
-        ))
+        raise UsageError(
+            f"{self.output} {what}: choose another output"
+            + (", or pass --overwrite to replace it" if is_artifact(self.output) else "")
+        )
 
     def __enter__(self) -> Draft:
         with explained_os_errors(self.output):
@@ -301,7 +302,9 @@ class Draft:
         except BlockingIOError:
             os.close(self._lock)
             self._lock = None
-            raise UsageError(f"another process is writing {self.output}: wait for it or choose another output") from None
+            raise UsageError(
+                f"another process is writing {self.output}: wait for it or choose another output"
+            ) from None
 
     def step(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors of a named step of the work: computed once, then found again after a stop."""

@@ -111,7 +111,9 @@ ETA = click.option("--eta", type=float, help="DDIM's eta.")
 BATCH = click.option("--batch", type=int, default=16, show_default=True, help="Images at a time.")
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(__version__, prog_name="qdeploy")
 def main() -> None:
     """From a diffusion model to a measured low-bit engine."""
@@ -147,7 +149,9 @@ def demo(as_json: bool, **options: Any) -> None:
 @DRY_RUN
 @OVERWRITE
 @verb
-def collect(model: str, from_qdiffusion: Path | None, prompts: Path | None, as_json: bool, **options: Any) -> None:
+def collect(
+    model: str, from_qdiffusion: Path | None, prompts: Path | None, as_json: bool, **options: Any
+) -> None:
     """Record a calibration set: denoiser inputs along the sampling trajectory."""
     began = time.perf_counter()
     if from_qdiffusion:
@@ -173,7 +177,9 @@ def collect(model: str, from_qdiffusion: Path | None, prompts: Path | None, as_j
 @click.option("--target", help="What the result must run on.")
 @click.option("--effort", help="fast, balanced or best.")
 @click.option("--exclude", multiple=True, help="Shell glob of layers that stay in float; repeatable.")
-@click.option("--max-memory", type=float, default=4.0, show_default=True, help="GiB for recorded activations.")
+@click.option(
+    "--max-memory", type=float, default=4.0, show_default=True, help="GiB for recorded activations."
+)
 @click.option("--seed", type=int, help="Where all randomness comes from.  [default: 0]")
 @DEVICE
 @DRY_RUN
@@ -226,7 +232,9 @@ def build_engine(onnx: Path, as_json: bool, **options: Any) -> None:
 @click.option("-o", "--output", type=FOLDER, required=True, help="Folder to write.")
 @click.option("-n", "--count", type=int, default=16, show_default=True, help="Number of images.")
 @click.option("--steps", type=int, default=50, show_default=True, help="Sampling steps.")
-@click.option("--model", help="The model whose pipeline is used.  [default: the one the engine was made from]")
+@click.option(
+    "--model", help="The model whose pipeline is used.  [default: the one the engine was made from]"
+)
 @click.option("--height", type=int)
 @click.option("--width", type=int)
 @SCHEDULER

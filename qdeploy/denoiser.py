@@ -165,7 +165,9 @@ class Model:
             try:
                 state |= load_file(file)
             except SafetensorError as error:
-                raise InvalidInputError(f"the weights {file} are truncated or no safetensors ({error})") from error
+                raise InvalidInputError(
+                    f"the weights {file} are truncated or no safetensors ({error})"
+                ) from error
         return {name: tensor.float() for name, tensor in state.items()}
 
 
@@ -185,10 +187,14 @@ def open_model(source: str | Path) -> Model:
         for component in COMPONENTS:
             if index.get(component, [None, None])[1] and (path / component / "config.json").is_file():
                 return Model(path, component)
-        raise InvalidInputError(f"{path} is a diffusers pipeline without a denoiser ({' or '.join(COMPONENTS)})")
+        raise InvalidInputError(
+            f"{path} is a diffusers pipeline without a denoiser ({' or '.join(COMPONENTS)})"
+        )
     if (path / "config.json").is_file() and "_class_name" in _read_json(path / "config.json"):
         return Model(path, "")
-    raise InvalidInputError(f"{path} is not a diffusers folder: it has neither {INDEX} nor a model's config.json")
+    raise InvalidInputError(
+        f"{path} is not a diffusers folder: it has neither {INDEX} nor a model's config.json"
+    )
 
 
 def _download(source: str) -> Path:
@@ -200,7 +206,9 @@ def _download(source: str) -> Path:
         return Path(diffusers.DiffusionPipeline.download(source, use_safetensors=True))
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InvalidInputError(f"{source} does not exist, and cannot be had from the Hub: {first}") from error
+        raise InvalidInputError(
+            f"{source} does not exist, and cannot be had from the Hub: {first}"
+        ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

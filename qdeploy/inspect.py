@@ -86,7 +86,8 @@ def vocabulary() -> dict[str, Any]:
             for name, method in methods().items()
         },
         "stages": {
-            name: {"description": stage.description, "options": stage.options} for name, stage in stages().items()
+            name: {"description": stage.description, "options": stage.options}
+            for name, stage in stages().items()
         },
         "presets": presets(),
         "formats": [*FORMATS, NONE],

@@ -156,7 +156,9 @@ def _read(preset: str | Path) -> Mapping[str, Any]:
     if path.suffix not in (".yaml", ".yml"):
         path = _PRESETS / f"{preset}.yaml"
         if not path.is_file():
-            raise UsageError(f"unknown recipe {str(preset)!r}: choose from {', '.join(presets())}, or a YAML file")
+            raise UsageError(
+                f"unknown recipe {str(preset)!r}: choose from {', '.join(presets())}, or a YAML file"
+            )
     values = _load(path)
     stages = values.get("stages")
     if stages is not None:

@@ -120,8 +120,8 @@ class _Trace(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in (torch.cat, torch.concat, torch.concatenate) and isinstance(result, Tensor):
-            given = dict(zip(("tensors", "dim"), args, strict=False)) | (kwargs or {})
-            dim = given.get("dim", given.get("axis", 0)) % result.ndim
+            given: dict[str, Any] = {**dict(zip(("tensors", "dim"), args, strict=False)), **(kwargs or {})}
+            dim = int(given.get("dim", given.get("axis", 0)) or 0) % result.ndim
             self._parts[id(result)] = (result, tuple(part.shape[dim] for part in given["tensors"]), dim)
         if func is nn.functional.scaled_dot_product_attention and self.stack:
             self.attentions.append(self.stack[-1])

@@ -98,12 +98,16 @@ def test_a_class_that_is_no_denoiser_is_refused(qdeploy: Run, ddpm: Path, tmp_pa
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused(qdeploy: Run, ddpm: Path, tmp_path: Path, value: float) -> None:
+def test_weights_that_are_not_finite_are_refused(
+    qdeploy: Run, ddpm: Path, tmp_path: Path, value: float
+) -> None:
     weights = edited(ddpm, tmp_path / "model") / WEIGHTS
     state = load_file(weights)
     state["conv_out.weight"].view(-1)[7] = value
     save_file(state, weights)
-    refused(qdeploy("collect", tmp_path / "model", "-o", tmp_path / "set"), 5, "NaN or Inf", "conv_out.weight")
+    refused(
+        qdeploy("collect", tmp_path / "model", "-o", tmp_path / "set"), 5, "NaN or Inf", "conv_out.weight"
+    )
 
 
 # -- calibration sets --------------------------------------------------------------------------------------
@@ -318,14 +322,18 @@ def test_json_is_the_only_thing_on_stdout(qdeploy: Run, ddpm: Path, tmp_path: Pa
     assert summary["sha256"] == open_artifact(tmp_path / "set").sha256
 
 
-def test_the_same_request_again_returns_the_finished_artifact(qdeploy: Run, ddpm: Path, tmp_path: Path) -> None:
+def test_the_same_request_again_returns_the_finished_artifact(
+    qdeploy: Run, ddpm: Path, tmp_path: Path
+) -> None:
     first = json.loads(qdeploy("collect", ddpm, "-o", tmp_path / "set", *SMALL, "--json").stdout)
     again = json.loads(qdeploy("collect", ddpm, "-o", tmp_path / "set", *SMALL, "--json").stdout)
     assert first["sha256"] == again["sha256"]
     refused(qdeploy("collect", ddpm, "-o", tmp_path / "set", *SMALL, "--seed", 1), 2, "another artifact")
 
 
-def test_dry_run_estimates_and_writes_nothing(qdeploy: Run, ddpm: Path, artifacts: Path, tmp_path: Path) -> None:
+def test_dry_run_estimates_and_writes_nothing(
+    qdeploy: Run, ddpm: Path, artifacts: Path, tmp_path: Path
+) -> None:
     result = qdeploy(
         "calibrate", ddpm, "-o", tmp_path / "out", "--calibration", artifacts / "set", "--dry-run", "--json"
     )

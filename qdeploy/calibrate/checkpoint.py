@@ -96,7 +96,9 @@ def load_checkpoint(checkpoint: str | Path | Artifact, device: str = "cpu") -> n
     missing, unexpected = denoiser.load_state_dict(parameters, strict=False)
     left = [name for name in missing if not _is_quantizer_state(name)]
     if left or unexpected:
-        raise InvalidInputError(f"{artifact.path} does not fit its config.json, first at {[*left, *unexpected][0]}")
+        raise InvalidInputError(
+            f"{artifact.path} does not fit its config.json, first at {[*left, *unexpected][0]}"
+        )
     shapes = {
         f"{layer['path']}.weight.{part}": tuple(shape)
         for layer in described["layers"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +133,7 @@ class QuantizedLayer(nn.Module):
         self.inner = inner
         self.split = split
         parts = max(1, len(split))
-        channels = int(inner.weight.shape[0])  # type: ignore[union-attr, arg-type]
+        channels = len(self.weight)
         self.weight_quantizers = nn.ModuleList(
             [WeightQuantizer(weights, channels) for _ in range(parts)] if weights else []
         )
@@ -145,14 +145,12 @@ class QuantizedLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The original weight."""
-        weight: Tensor = self.inner.weight  # type: ignore[assignment]
-        return weight
+        return cast(Tensor, self.inner.weight)
 
     @property
     def bias(self) -> Tensor | None:
         """The bias, which stays in float."""
-        bias: Tensor | None = self.inner.bias  # type: ignore[assignment]
-        return bias
+        return cast("Tensor | None", self.inner.bias)
 
     @property
     def feature_axis(self) -> int:
@@ -162,6 +160,11 @@ class QuantizedLayer(nn.Module):
     def weight_parts(self) -> list[Tensor]:
         """The original weight, cut along its input channels as the quantizers see it."""
         return list(self.weight.split(self.split, dim=1)) if self.split else [self.weight]
+
+    def weight_pairs(self) -> list[tuple[WeightQuantizer, Tensor]]:
+        """Each weight quantizer with the original weight that it quantizes."""
+        quantizers = cast("list[WeightQuantizer]", list(self.weight_quantizers))
+        return list(zip(quantizers, self.weight_parts(), strict=True)) if quantizers else []
 
     def input_parts(self, x: Tensor) -> list[Tensor]:
         """The input, cut along its channels as the quantizers see it."""
@@ -192,7 +195,7 @@ class QuantizedLayer(nn.Module):
     def _operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if isinstance(self.inner, nn.Linear):
             return nn.functional.linear(x, weight, bias)
-        output: Tensor = self.inner._conv_forward(x, weight, bias)  # type: ignore[operator]
+        output: Tensor = cast(nn.Conv2d, self.inner)._conv_forward(x, weight, bias)
         return output
 
 

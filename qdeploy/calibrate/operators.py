@@ -27,7 +27,7 @@ class _Round(torch.autograd.Function):
 
 def round_through(x: Tensor) -> Tensor:
     """Round half to even; the gradient passes unchanged."""
-    rounded: Tensor = _Round.apply(x)  # type: ignore[no-untyped-call]
+    rounded: Tensor = _Round.apply(x)
     return rounded
 
 

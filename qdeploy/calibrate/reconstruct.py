@@ -78,11 +78,16 @@ class Recorder:
         kept: list[bool] = []
         constants: list[Any] = []
         spec: Any = None
-        for start, seen in self._runs(unit, what):
+        single: list[Any] | None = None
+        for start, rows, seen in self._runs(unit, what):
             leaves, spec = tree_flatten(seen)
-            rows = len(self.rows[start : start + self.batch])
+            if single is None:
+                single = leaves
+                continue
             if not kept:
-                kept = [isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == rows for leaf in leaves]
+                # A constant table may be as long as the batch too, but not one long when one row is given.
+                pairs = zip(leaves, single, strict=True)
+                kept = [_length(leaf) == rows and _length(alone) == 1 for leaf, alone in pairs]
                 constants = [None if keep else leaf for leaf, keep in zip(leaves, kept, strict=True)]
                 stored = self._allocate(what, [leaf for leaf, keep in zip(leaves, kept, strict=True) if keep])
             tensors = [leaf for leaf, keep in zip(leaves, kept, strict=True) if keep]
@@ -96,7 +101,10 @@ class Recorder:
 
         return Rows(stored, build)
 
-    def _runs(self, unit: nn.Module, what: str) -> Iterator[tuple[int, Any]]:
+    def _runs(self, unit: nn.Module, what: str) -> Iterator[tuple[int, int, Any]]:
+        """First row, number of rows and what was seen: of one row alone, then of each batch."""
+        starts = range(0, len(self.rows), self.batch)
+        batches = [(0, self.rows[:1]), *((start, self.rows[start : start + self.batch]) for start in starts)]
         seen: list[Any] = []
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -113,14 +121,14 @@ class Recorder:
             unit.register_forward_hook(after),
         ]
         try:
-            for start in range(0, len(self.rows), self.batch):
+            for start, rows in batches:
                 assert not self.denoiser.training, "dropout must be off while activations are recorded"
                 with torch.no_grad():
                     try:
-                        denoise(self.denoiser, self.load(self.rows[start : start + self.batch]))
+                        denoise(self.denoiser, self.load(rows))
                     except _Stop:
                         pass
-                yield start, seen.pop()
+                yield start, len(rows), seen.pop()
         finally:
             for handle in handles:
                 handle.remove()
@@ -132,17 +140,21 @@ class Recorder:
             for shape, tensor in zip(shapes, tensors, strict=True)
         ]
         if sum(sizes) <= self.budget:
-            return [torch.empty(shape, dtype=tensor.dtype) for shape, tensor in zip(shapes, tensors, strict=True)]
+            return [
+                torch.empty(shape, dtype=tensor.dtype) for shape, tensor in zip(shapes, tensors, strict=True)
+            ]
         stores = []
         self.scratch.mkdir(parents=True, exist_ok=True)
         for number, (shape, tensor) in enumerate(zip(shapes, tensors, strict=True)):
             file = self.scratch / f"{what}-{number}.bin"
             file.unlink(missing_ok=True)
-            flat = torch.from_file(
-                str(file), shared=True, size=torch.Size(shape).numel(), dtype=tensor.dtype
-            )
+            flat = torch.from_file(str(file), shared=True, size=torch.Size(shape).numel(), dtype=tensor.dtype)
             stores.append(flat.view(shape))
         return stores
+
+
+def _length(leaf: Any) -> int | None:
+    return len(leaf) if isinstance(leaf, Tensor) and leaf.ndim else None
 
 
 def output_error(output: Any, target: Any, p: float) -> Tensor:
@@ -222,7 +234,7 @@ def optimize(
         if extra is not None:
             loss = loss + extra
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         if schedule is not None:
             schedule.step()

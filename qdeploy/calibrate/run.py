@@ -140,14 +140,16 @@ def _run_stages(session: Session) -> None:
     took = {}
     for number, (name, options) in enumerate(session.recipe.stages):
         began = time.perf_counter()
+        session.stage = f"{number}-{name}"
         known[name].run(session, **options)
-        took[f"{number}-{name}"] = round(time.perf_counter() - began, 3)
+        took[session.stage] = round(time.perf_counter() - began, 3)
     session.report["stage_seconds"] = took
 
     def finish_rounding() -> None:
         for layer in quantized_layers(session.denoiser).values():
             round_to_nearest(layer)
 
+    session.stage = "end"
     session.once("rounded", finish_rounding)
 
 
@@ -195,7 +197,9 @@ def _check_device(device: str) -> None:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise CapabilityError(f"the device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise CapabilityError(
+            f"the device {device!r} cannot be used here: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _calibration(source: Model, given: Any, seed: int, device: str) -> Path:

@@ -76,7 +76,8 @@ class Session:
         draft: the checkpoint in the making; holds the journal of finished steps.
         device: where the network is.
         max_memory: bytes that recorded activations may take.
-        report: what stages found out; becomes part of the checkpoint's facts.
+        report: what stages found out about their work; kept with the checkpoint's measurements.
+        stage: the stage that is running, with its place in the recipe; names its steps in the journal.
     """
 
     denoiser: nn.Module
@@ -88,6 +89,7 @@ class Session:
     device: str = "cpu"
     max_memory: int = 4 * 2**30
     report: dict[str, Any] = field(default_factory=dict)
+    stage: str = "stage"
 
     @property
     def effort(self) -> Effort:
@@ -142,7 +144,8 @@ class Session:
             compute()
             return read_state(self.denoiser, prefix)
 
-        write_state(self.denoiser, self.draft.step(name, computed), code_shapes(self.denoiser), prefix)
+        step = f"{self.stage}-{name}"
+        write_state(self.denoiser, self.draft.step(step, computed), code_shapes(self.denoiser), prefix)
 
     def problem(self, unit: str, student: Callable[[], Any]) -> Any:
         """Context manager: the reconstruction problem of a unit, its inputs from the ``student`` mode."""

@@ -98,8 +98,8 @@ def _text_encoder(name: str, encoder: Any, path: Path) -> Part:
     ids = torch.zeros(2, length, dtype=torch.int64)
     projected = type(encoder).__name__.endswith("WithProjection")
     layers = encoder.config.num_hidden_layers + 1 if projected else 0
-    outputs = ("text_embeds", "last_hidden_state") if projected else ("last_hidden_state", "pooler_output")
-    outputs = (*outputs, *(f"hidden_states.{layer}" for layer in range(layers)))
+    plain = ("text_embeds", "last_hidden_state") if projected else ("last_hidden_state", "pooler_output")
+    outputs = (*plain, *(f"hidden_states.{layer}" for layer in range(layers)))
     config = json.loads((path / name / "config.json").read_text())
     return Part(name, _TextEncoder(encoder, outputs), {"input_ids": ids}, outputs, config)
 

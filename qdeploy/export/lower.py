@@ -28,5 +28,10 @@ PASSES: dict[str, tuple[type[InPlacePass], ...]] = {
 def lower(model: ir.Model, target: str) -> ir.Model:
     """Rewrite a traced graph for a target; the numbers in it stay the same."""
     passes = [rewrite() for rewrite in PASSES[target]]
-    clean = (IdentityEliminationPass(), RemoveUnusedNodesPass(), RemoveUnusedOpsetsPass(), TopologicalSortPass())
+    clean = (
+        IdentityEliminationPass(),
+        RemoveUnusedNodesPass(),
+        RemoveUnusedOpsetsPass(),
+        TopologicalSortPass(),
+    )
     return Sequential(*passes, *clean, Names())(model).model

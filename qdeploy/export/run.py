@@ -185,7 +185,9 @@ def save(graph: ir.Model, path: Path) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise InvalidInputError(f"the exported graph is not valid ONNX: {str(error).splitlines()[0]}") from error
+        raise InvalidInputError(
+            f"the exported graph is not valid ONNX: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _describe(graph: ir.Model, draft: Draft, facts: dict[str, Any]) -> None:
@@ -206,7 +208,9 @@ def _describe(graph: ir.Model, draft: Draft, facts: dict[str, Any]) -> None:
 def _dialect(target: str) -> str:
     find_target(target)
     if target not in PASSES:
-        raise UsageError(f"target {target!r} is for simulation and has no ONNX form: choose from {', '.join(PASSES)}")
+        raise UsageError(
+            f"target {target!r} is for simulation and has no ONNX form: choose from {', '.join(PASSES)}"
+        )
     return target
 
 

@@ -50,7 +50,7 @@ class EngineDenoiser(diffusers.ModelMixin, ConfigMixin):
     config_name = "config.json"  # type: ignore[assignment]
 
     def __init__(self, engine: Engine) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.engine = engine
         name = str(engine.config.get("_class_name"))
         original = getattr(diffusers, name, None)
@@ -58,7 +58,7 @@ class EngineDenoiser(diffusers.ModelMixin, ConfigMixin):
             raise InvalidInputError(f"{engine.path} was made from a {name}, which this diffusers lacks")
         self._original = original
         # ``register_to_config`` would look for __init__ parameters; the configuration is another class's.
-        self._internal_dict: Any = FrozenDict(engine.config)  # type: ignore[no-untyped-call]
+        self._internal_dict: Any = FrozenDict(engine.config)
         signature = inspect.signature(original.forward)
         self._signature = signature.replace(parameters=list(signature.parameters.values())[1:])
 

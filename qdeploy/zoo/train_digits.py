@@ -105,8 +105,9 @@ def train_denoiser(output: Path, seed: int, steps: int, batch: int, device: str,
     from diffusers.training_utils import EMAModel
 
     torch.manual_seed(seed)
-    scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
-    unet = UNet2DModel(**UNET).to(device)
+    scheduler: Any = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+    unet: Any = UNet2DModel(**UNET)
+    unet.to(device)
     ema = EMAModel(unet.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=steps, pct_start=0.05)
@@ -145,7 +146,8 @@ def train_denoiser(output: Path, seed: int, steps: int, batch: int, device: str,
         if step % 1000 == 0 or step == steps:
             ema.store(unet.parameters())
             ema.copy_to(unet.parameters())
-            DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(output)
+            pipeline: Any = DDPMPipeline(unet=unet, scheduler=scheduler)
+            pipeline.save_pretrained(output)
             ema.restore(unet.parameters())
             _save_snapshot(snapshot, unet, ema, optimizer, schedule, step)
     snapshot.unlink(missing_ok=True)
@@ -186,9 +188,7 @@ def main() -> None:
     log = arguments.output / "training.log"
     if not (arguments.output / "features" / "features.safetensors").exists():
         train_features(arguments.output / "features", arguments.seed, arguments.feature_steps, log)
-    train_denoiser(
-        arguments.output, arguments.seed, arguments.steps, arguments.batch, arguments.device, log
-    )
+    train_denoiser(arguments.output, arguments.seed, arguments.steps, arguments.batch, arguments.device, log)
 
 
 if __name__ == "__main__":

@@ -97,6 +97,31 @@ def test_no_row_is_dropped_where_the_batch_does_not_divide_them(session: Session
     assert torch.allclose(outputs.tensors[0][-1], last.tensors[0][0], atol=1e-4)
 
 
+class Rotated(nn.Module):
+    """A denoiser whose block gets a table of five positions, as rotary embeddings are passed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        return (self.block(sample.flatten(2), table=torch.arange(5.0)[:, None].expand(5, 3)),)
+
+
+class Block(nn.Module):
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        return x[..., :5] + table.T
+
+
+@pytest.mark.parametrize("rows", [1, 5, 13])
+def test_a_table_that_happens_to_be_as_long_as_the_batch_is_no_row_data(tmp_path: Path, rows: int) -> None:
+    network, data = Rotated().eval(), MemoryRows.noisy()
+    recorded = Recorder(network, data.inputs, list(range(rows)), 5, tmp_path, 2**30).inputs(network.block)
+    _, kwargs = recorded.batch(torch.arange(rows).flip(0))
+    assert torch.equal(kwargs["table"], torch.arange(5.0)[:, None].expand(5, 3))
+    assert [len(tensor) for tensor in recorded.tensors] == [rows]
+
+
 def test_rows_come_back_in_the_order_asked_for(session: Session) -> None:
     unit = session.denoiser.get_submodule(RESNET)
     rows = recorder(session).inputs(unit)
@@ -156,7 +181,7 @@ def test_mapped_files_go_when_the_unit_is_done(session: Session, fails: bool) ->
 
 @pytest.mark.parametrize("coverage", ["portable", "qdiffusion-paper"])
 def test_attention_is_one_unit_whose_maps_are_never_recorded(tmp_path: Path, coverage: str) -> None:
-    """Trap 8: maps of [rows, heads, N, N] took 300 GB, and a unit without parameters crashed the optimiser."""
+    """Trap 8: maps of [rows, heads, N, N] took 300 GB; a unit without parameters crashed the optimiser."""
     tokens = 16  # 4x4 pixels, and no other size in this network but channels
     with calibrating(
         tiny_unet((8, 24)), MemoryRows.noisy(), tmp_path / "checkpoint", coverage=coverage
@@ -180,7 +205,7 @@ def test_attention_is_one_unit_whose_maps_are_never_recorded(tmp_path: Path, cov
 
 @pytest.mark.parametrize("p", [2.0, 2.4])
 def test_images_and_tokens_weigh_the_same(p: float) -> None:
-    """Trap 9: a sum over axis 1 is one over channels of images, but over tokens of [rows, tokens, features]."""
+    """Trap 9: axis 1 holds the channels of images, but the tokens of [rows, tokens, features]."""
     y, y_hat = torch.randn(2, 3, 6, 4, 5, generator=torch.Generator().manual_seed(0))
     images = output_error(y_hat, y, p)
     tokens = output_error(y_hat.flatten(2).transpose(1, 2), y.flatten(2).transpose(1, 2), p)
@@ -218,7 +243,7 @@ def test_only_what_is_given_is_learned_and_only_from_its_rows() -> None:
     problem = layer_problem(layer, x, 1.5 * y, learn=8)
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     optimize(problem, [gain], 200, 4, 0.05, torch.Generator().manual_seed(0), 2)
-    assert gain == pytest.approx(0.5, abs=0.05)
+    assert float(gain) == pytest.approx(0.5, abs=0.05)
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
 
 

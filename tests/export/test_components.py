@@ -27,7 +27,9 @@ def bundle(pipeline_folder: Path) -> Artifact:
 
 
 def run(bundle: Artifact, part: str, **inputs: np.ndarray) -> list[np.ndarray]:
-    session = onnxruntime.InferenceSession(bundle.file(f"{part}/model.onnx"), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        bundle.file(f"{part}/model.onnx"), providers=["CPUExecutionProvider"]
+    )
     outputs: list[np.ndarray] = session.run(None, inputs)
     return outputs
 

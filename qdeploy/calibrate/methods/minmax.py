@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -25,10 +27,10 @@ def weight_ranges(session: Session, *, finder: str = "minmax") -> None:
 
     def compute() -> None:
         for layer in track(list(quantized_layers(session.denoiser).values()), "weight ranges"):
-            for quantizer, weight in zip(layer.weight_quantizers, layer.weight_parts(), strict=False):
-                quantizer.set(*WEIGHT_FINDERS[finder](weight, quantizer.format))  # type: ignore[operator]
+            for quantizer, weight in layer.weight_pairs():
+                quantizer.set(*WEIGHT_FINDERS[finder](weight, quantizer.format))
 
-    session.once(f"weight-ranges-{finder}", compute)
+    session.once("weights", compute)
 
 
 def activation_ranges(session: Session, *, finder: str = "minmax") -> None:
@@ -46,7 +48,7 @@ def activation_ranges(session: Session, *, finder: str = "minmax") -> None:
         for quantizer, summary in summaries:
             quantizer.set(*ACTIVATION_FINDERS[finder](summary, quantizer.format))
 
-    session.once(f"activation-ranges-{finder}", compute)
+    session.once("activations", compute)
 
 
 def observe(session: Session, rows: list[int]) -> list[tuple[ActivationQuantizer, Summary]]:
@@ -69,7 +71,7 @@ def observe(session: Session, rows: list[int]) -> list[tuple[ActivationQuantizer
     return found
 
 
-def _hook(summary: Summary):  # type: ignore[no-untyped-def]
+def _hook(summary: Summary) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
     def before(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         summary.observe(args[0])
 
@@ -78,14 +80,16 @@ def _hook(summary: Summary):  # type: ignore[no-untyped-def]
 
 def round_to_nearest(layer: QuantizedLayer) -> None:
     """Decide every code that nothing else has decided."""
-    for quantizer, weight in zip(layer.weight_quantizers, layer.weight_parts(), strict=False):
+    for quantizer, weight in layer.weight_pairs():
         if quantizer.codes is None:
-            quantizer.codes = quantizer.nearest(weight)  # type: ignore[operator]
+            quantizer.codes = quantizer.nearest(weight)
 
 
 STAGES = (
     Stage("weight-ranges", weight_ranges, "scales of weights, per output channel", lambda session: (0.5, 0)),
-    Stage("activation-ranges", activation_ranges, "scales of layer inputs, per tensor", lambda session: (1, 0)),
+    Stage(
+        "activation-ranges", activation_ranges, "scales of layer inputs, per tensor", lambda session: (1, 0)
+    ),
 )
 
 METHOD = Method(

@@ -15,12 +15,13 @@ activations. Departures from the released code, each for a reason:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
 from torch import nn
 
-from qdeploy.calibrate.fakequant import ActivationQuantizer, QuantizedLayer, WeightQuantizer
+from qdeploy.calibrate.fakequant import ActivationQuantizer, QuantizedLayer
 from qdeploy.calibrate.methods import Method, Stage
 from qdeploy.calibrate.reconstruct import UnitProblem, optimize
 from qdeploy.calibrate.rounding import AdaRound, annealed_beta, regularizer
@@ -49,7 +50,7 @@ def round_weights(session: Session, *, weight: float = 0.01, warmup: float = 0.2
                 gain = _round_unit(session, problem, modules, f"round/{unit}", steps, rate, weight, warmup)
             say(f"  {unit}: {gain:.2f} times the error of rounding to nearest", level=2)
 
-        session.once(f"round-{number:04d}", compute, prefix=unit)
+        session.once(f"{number:04d}", compute, prefix=unit)
 
 
 def _round_unit(
@@ -63,12 +64,7 @@ def _round_unit(
     warmup: float,
 ) -> float:
     """Round one unit; returns the ratio of its held-out error to that of rounding to nearest."""
-    pairs = [
-        (quantizer, part)
-        for layer in layers
-        for quantizer, part in zip(layer.weight_quantizers, layer.weight_parts(), strict=True)
-        if isinstance(quantizer, WeightQuantizer)
-    ]
+    pairs = [pair for layer in layers for pair in layer.weight_pairs()]
     nearest = problem.judged(p=2)
     learned = []
     for quantizer, part in pairs:
@@ -114,7 +110,7 @@ def learn_scales(session: Session, *, lr: float = 0.01, p: float = 2.4) -> None:
             with session.problem(unit, nullcontext) as problem:
                 kept += _learn_unit(session, problem, unit, lr, p)
 
-        session.once(f"scales-{number:04d}", compute, prefix=unit)
+        session.once(f"{number:04d}", compute, prefix=unit)
     say(f"learned activation scales were kept in {kept} of {len(session.units)} units", level=2)
 
 
@@ -143,7 +139,7 @@ def _learn_unit(session: Session, problem: UnitProblem, unit: str, lr: float, p:
     return False
 
 
-def _follow(log: nn.Parameter):  # type: ignore[no-untyped-def]
+def _follow(log: nn.Parameter) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
     """Make a quantizer use ``exp(log)`` as its step, with gradient."""
 
     def before(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:

@@ -14,7 +14,7 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 _ROOT = "denoiser."
 
 
-class Names(InPlacePass):  # type: ignore[misc]
+class Names(InPlacePass):
     """Weighted nodes bear their layer's path; initializers bear their tensor's name in the checkpoint.
 
     1. A Conv, Gemm or MatMul that belongs to a weighted layer is named by the layer's path; if a layer
@@ -41,11 +41,11 @@ class Names(InPlacePass):  # type: ignore[misc]
             node.doc_string = None
             for value in node.outputs:
                 value.metadata_props.clear()
-        for initializer in list(model.graph.initializers.values()):
+        for traced, initializer in list(model.graph.initializers.items()):
             initializer.metadata_props.clear()
-            name = tensor_name(initializer.name or "")
-            if name != initializer.name and name not in model.graph.initializers:
-                model.graph.initializers.pop(initializer.name)
+            name = tensor_name(traced)
+            if name != traced and name not in model.graph.initializers:
+                model.graph.initializers.pop(traced)
                 initializer.name = name
                 model.graph.initializers[name] = initializer
         for value in (*model.graph.inputs, *model.graph.outputs):

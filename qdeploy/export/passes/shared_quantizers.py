@@ -8,7 +8,7 @@ from onnx_ir.passes import InPlacePass, PassResult
 from qdeploy.export.graph import constant
 
 
-class SharedQuantizers(InPlacePass):  # type: ignore[misc]
+class SharedQuantizers(InPlacePass):
     """Equal Q/DQ pairs on one tensor become one pair.
 
     1. Two QuantizeLinear, or two DequantizeLinear, read the same tensor.

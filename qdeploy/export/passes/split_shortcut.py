@@ -8,7 +8,7 @@ from onnx_ir.passes import InPlacePass, PassResult
 from qdeploy.export.graph import constant, producer
 
 
-class SplitShortcut(InPlacePass):  # type: ignore[misc]
+class SplitShortcut(InPlacePass):
     """``Split(Concat(a, b))`` becomes ``a`` and ``b``.
 
     A split shortcut quantizes the halves of a concatenation on their own. Traced, it cuts the

@@ -8,7 +8,7 @@ from onnx_ir.passes import InPlacePass, PassResult
 from qdeploy.export.graph import constant, producer
 
 
-class TransposedWeights(InPlacePass):  # type: ignore[misc]
+class TransposedWeights(InPlacePass):
     """``Transpose(DequantizeLinear(codes, axis=0))`` becomes ``DequantizeLinear(codes^T, axis=1)``.
 
     Engines look for DequantizeLinear directly at the weight input.

@@ -1,0 +1,141 @@
+"""The full-precision and 16-bit engines that every speed is measured beside."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qdeploy.artifact import Artifact
+from qdeploy.denoiser import Model, open_model
+from qdeploy.engines.build import build_engine
+from qdeploy.engines.machine import has_bf16
+from qdeploy.engines.registry import find_backend
+from qdeploy.errors import InvalidInputError
+from qdeploy.export.run import export
+from qdeploy.paths import cache_folder
+from qdeploy.progress import say
+from qdeploy.version import __version__
+
+FULL, HALF = "f32", "bf16"
+
+
+def is_baseline(engine: Artifact) -> bool:
+    """Whether an engine is itself a full-precision or 16-bit one: nothing in it is quantized."""
+    return bool(engine.facts.get("weights", "none") == "none")
+
+
+def baseline_precisions(backend: str) -> list[str]:
+    """What a backend can compute a baseline in on this machine: f32, and bf16 where the processor has it."""
+    wanted = (FULL, HALF) if has_bf16() else (FULL,)
+    return [precision for precision in wanted if precision in find_backend(backend).precisions]
+
+
+def baseline_engine(model: Model, backend: str, precision: str) -> Artifact:
+    """The engine of a full-precision model, built at its first use and kept in the cache.
+
+    Raises:
+        InvalidInputError: the model cannot be exported.
+        UsageError: another process is building it right now.
+    """
+    folder = cache_folder() / "reference" / model.sha256[:32]
+    bundle = export(model.path, folder / f"onnx-{__version__}")
+    version = find_backend(backend).version().split("-")[0]
+    place = folder / f"{backend}-{version}-{precision}-{__version__}"
+    return build_engine(bundle, place, backend=backend, precision=precision)
+
+
+def source_model(engine: Artifact, reference: str | Path | Model | None = None) -> Model:
+    """The full-precision model that an engine was made from.
+
+    Args:
+        engine: the engine.
+        reference: where the model is; by default where it was when the engine was made.
+
+    Raises:
+        InvalidInputError: it is not there, or is another one.
+    """
+    wanted = engine.facts.get("model_sha256")
+    if reference is not None:
+        model = reference if isinstance(reference, Model) else open_model(reference)
+        if model.sha256 != wanted:
+            raise InvalidInputError(
+                f"{engine.path} was not made from {model.path}: name the full-precision model that it was "
+                "made from"
+            )
+        return model
+    noted = engine.manifest["notes"].get("source")
+    if noted is not None and Path(noted).exists():
+        model = open_model(noted)
+        if model.sha256 == wanted:
+            return model
+    raise InvalidInputError(
+        f"the full-precision model that {engine.path} was made from is not at {noted or 'a known place'} any "
+        "more: name its folder with --reference"
+    )
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """An engine that takes part.
+
+    Attributes:
+        name: how ratios call it.
+        artifact: its folder.
+        rivals: names of the baselines of the same model and backend, by precision.
+    """
+
+    name: str
+    artifact: Artifact
+    rivals: Mapping[str, str]
+
+    @property
+    def precision(self) -> str:
+        """``W8A8`` or the like; for a baseline what it computes in."""
+        facts = self.artifact.facts
+        return str(facts["engine_precision"] if is_baseline(self.artifact) else facts["precision"])
+
+
+def enter(artifacts: Sequence[Artifact], reference: str | Path | Model | None) -> list[Entrant]:
+    """The engines under names of their own, after the baselines of each model and backend."""
+    names = _distinct_names(artifacts)
+    groups: dict[tuple[str, str], list[Artifact]] = defaultdict(list)
+    for artifact in artifacts:
+        groups[str(artifact.facts.get("model_sha256")), str(artifact.facts["backend"])].append(artifact)
+    baselines: list[Entrant] = []
+    entered: list[Entrant] = []
+    for group, members in groups.items():
+        backend = group[1]
+        rivals: dict[str, str] = {}
+        for precision in baseline_precisions(backend):
+            own = [a for a in members if is_baseline(a) and a.facts["engine_precision"] == precision]
+            if own:
+                rivals[precision] = names[own[0].path]
+                continue
+            say(f"the {precision} engine to compare with, on {backend}", level=2)
+            built = baseline_engine(source_model(members[0], reference), backend, precision)
+            rivals[precision] = name = _baseline_name(precision, *group, groups)
+            baselines.append(Entrant(name, built, {}))
+        entered += [
+            Entrant(name, a, {kind: rival for kind, rival in rivals.items() if rival != name})
+            for a in members
+            for name in [names[a.path]]
+        ]
+    return baselines + entered
+
+
+def _baseline_name(precision: str, model: str, backend: str, groups: Collection[tuple[str, str]]) -> str:
+    """The precision, with as much more as tells baselines of several models and backends apart."""
+    models, backends = ({group[index] for group in groups} for index in (0, 1))
+    parts = [precision, *([backend] if len(backends) > 1 else []), *([model[:8]] if len(models) > 1 else [])]
+    return " ".join(parts)
+
+
+def _distinct_names(artifacts: Sequence[Artifact]) -> dict[Path, str]:
+    """The folders' names, or their whole paths where two names are equal."""
+    names = [artifact.path.resolve().name for artifact in artifacts]
+    return {
+        artifact.path: name if names.count(name) == 1 else str(artifact.path)
+        for artifact, name in zip(artifacts, names, strict=True)
+    }

@@ -1,0 +1,221 @@
+"""The verb ``benchmark``: speed, always beside the full-precision and 16-bit engines of the same model.
+
+Engines take turns, so that whatever else the machine does meets all of them alike. A ratio is the median over
+rounds of the quotient within one round, which is steadier than the quotient of two medians.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from qdeploy.artifact import Artifact, open_artifact
+from qdeploy.denoiser import Model
+from qdeploy.engines.base import Engine
+from qdeploy.engines.machine import machine
+from qdeploy.engines.measure import int8_shares, read_probe, repeat_rows
+from qdeploy.engines.registry import find_backend
+from qdeploy.errors import UsageError
+from qdeploy.evaluate.baselines import (
+    FULL,
+    HALF,
+    Entrant,
+    enter,
+    is_baseline,
+)
+from qdeploy.evaluate.report import MISSING, markdown_table, number, text_table
+from qdeploy.evaluate.timing import quantile, take_turns
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """What was measured.
+
+    Attributes:
+        results: for every engine and batch size ``name``, ``path``, ``backend``, ``precision``, ``float``,
+            ``batch``, ``ms``, ``size_mb`` and ``int8_mac_share``.
+        ratios: how many times as fast as its baselines an engine is, such as ``w8a8-engine vs bf16``.
+        spread: the quartiles of each ratio over rounds.
+        conditions: the machine, threads, rounds.
+    """
+
+    results: list[dict[str, Any]]
+    ratios: dict[str, float]
+    spread: dict[str, list[float]]
+    conditions: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object of ``qdeploy benchmark --json``."""
+        return {
+            "results": self.results,
+            "ratios": self.ratios,
+            "ratios_quartiles": self.spread,
+            "ratio_is": "how many times as fast: the baseline's time by the engine's",
+            **self.conditions,
+        }
+
+    def ratio(self, name: str, precision: str, batch: int) -> float | None:
+        """How many times as fast as a baseline an engine is."""
+        return self.ratios.get(_ratio_name(name, precision, batch, self.batches))
+
+    @property
+    def batches(self) -> list[int]:
+        """The batch sizes, ascending."""
+        return sorted({result["batch"] for result in self.results})
+
+    def rows(self) -> tuple[list[str], list[list[str]]]:
+        """Columns and rows of the table."""
+        columns = [
+            "engine",
+            "backend",
+            "precision",
+            "batch",
+            "ms",
+            "p95",
+            "vs f32",
+            "vs bf16",
+            "MB",
+            "int8 MACs",
+        ]
+        rows = []
+        for result in self.results:
+            ratios = (self.ratio(result["name"], kind, result["batch"]) for kind in (FULL, HALF))
+            rows.append(
+                [
+                    result["name"],
+                    result["backend"],
+                    result["precision"],
+                    str(result["batch"]),
+                    number(result["ms"]["median"], 3),
+                    number(result["ms"]["p95"], 3),
+                    *(MISSING if ratio is None else f"{ratio:.2f}x" for ratio in ratios),
+                    number(result["size_mb"]),
+                    f"{result['int8_mac_share']:.0%}",
+                ]
+            )
+        return columns, rows
+
+    def table(self) -> str:
+        """The result for people."""
+        where = self.conditions["machine"]
+        threads = self.conditions["threads"] or "all"
+        note = f"{where['cpu']} ({', '.join(where['features'])}), {where['cores']} cores, threads: {threads}"
+        return f"{text_table(*self.rows())}\n{note}"
+
+    def markdown(self) -> str:
+        """The table in Markdown."""
+        return markdown_table(*self.rows())
+
+
+def benchmark(
+    paths: Sequence[str | Path | Artifact],
+    *,
+    reference: str | Path | Model | None = None,
+    batch: int | Sequence[int] = 1,
+    rounds: int = 30,
+    seconds: float = 60.0,
+    threads: int | None = None,
+) -> BenchmarkResult:
+    """Time engines beside the full-precision and 16-bit engines of the same model, in one run.
+
+    The baselines are built at their first use and kept in the cache.
+
+    Args:
+        paths: engines.
+        reference: the full-precision model; by default the one that an engine was made from, where it was.
+        batch: samples per call; several are measured one after the other.
+        rounds: turns of every engine, at each batch size.
+        seconds: about how long all rounds of a batch size may take; beyond that, fewer are made.
+        threads: threads of all engines; by default the number that they were built for, if it is the same
+            for all, else each runtime's own choice.
+
+    Returns:
+        Median and 95th percentile of a call, and how many times as fast as the baselines that is.
+
+    Raises:
+        UsageError: no engine is named, or an impossible number.
+        InvalidInputError: a path is no engine, or the model it was made from cannot be found.
+        CapabilityError: a runtime is not installed.
+    """
+    batches = [batch] if isinstance(batch, int) else list(batch)
+    if not paths or not batches:
+        raise UsageError("name at least one engine, and one batch size")
+    if min(*batches, rounds, threads or 1) < 1:
+        raise UsageError("batch, rounds and threads must be at least 1")
+    artifacts = [open_artifact(path.path if isinstance(path, Artifact) else path, "engine") for path in paths]
+    if threads is None:
+        built_for = {artifact.facts.get("threads") for artifact in artifacts}
+        threads = built_for.pop() if len(built_for) == 1 else None
+    entrants = enter(artifacts, reference)
+    results: list[dict[str, Any]] = []
+    ratios: dict[str, float] = {}
+    spread: dict[str, list[float]] = {}
+    with ExitStack() as stack:
+        engines = {
+            entrant.name: stack.enter_context(_load(entrant.artifact, threads)) for entrant in entrants
+        }
+        probes = {entrant.name: _inputs(entrant, entrants) for entrant in entrants}
+        for size in sorted(set(batches)):
+            inputs = {name: repeat_rows(probe, size) for name, probe in probes.items()}
+            turns = take_turns(engines, inputs, rounds, seconds, f"batch {size}")
+            for entrant in entrants:
+                shares = int8_shares(engines[entrant.name], inputs[entrant.name])
+                results.append(_result(entrant, size, turns[entrant.name], shares["int8_mac_share"]))
+                for precision, rival in entrant.rivals.items():
+                    name = _ratio_name(entrant.name, precision, size, batches)
+                    quotients = [
+                        median(theirs) / median(own)
+                        for own, theirs in zip(turns[entrant.name], turns[rival], strict=True)
+                    ]
+                    ratios[name] = round(median(quotients), 3)
+                    spread[name] = [round(quantile(quotients, share), 3) for share in (0.25, 0.75)]
+    conditions = {"machine": machine(), "threads": threads, "rounds": rounds}
+    return BenchmarkResult(results, ratios, spread, conditions)
+
+
+def _inputs(entrant: Entrant, entrants: Sequence[Entrant]) -> dict[str, Tensor]:
+    """The probe to call an engine with: one for all engines of a model, that of one made from real inputs."""
+    model = entrant.artifact.facts.get("model_sha256")
+    same = [other for other in entrants if other.artifact.facts.get("model_sha256") == model]
+    return read_probe(next((e for e in same if not is_baseline(e.artifact)), entrant).artifact.path)[0]
+
+
+def _load(artifact: Artifact, threads: int | None) -> Engine:
+    return find_backend(str(artifact.facts["backend"])).load(artifact, threads)
+
+
+def _result(
+    entrant: Entrant, batch: int, turns: Sequence[Sequence[float]], int8_share: float
+) -> dict[str, Any]:
+    times = [ms for turn in turns for ms in turn]
+    facts = entrant.artifact.facts
+    return {
+        "name": entrant.name,
+        "path": str(entrant.artifact.path),
+        "backend": facts["backend"],
+        "precision": entrant.precision,
+        "float": facts["engine_precision"],
+        "batch": batch,
+        "ms": {"median": round(median(times), 4), "p95": round(quantile(times, 0.95), 4)},
+        "calls": len(times),
+        "size_mb": _size_mb(entrant.artifact),
+        "int8_mac_share": int8_share,
+    }
+
+
+def _size_mb(artifact: Artifact) -> float:
+    """Size of what the runtime loads, in MB of 10^6 bytes."""
+    folder = artifact.file(str(artifact.facts["component"]))
+    return round(sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) / 1e6, 3)
+
+
+def _ratio_name(name: str, precision: str, batch: int, batches: Sequence[int]) -> str:
+    suffix = f", batch {batch}" if len(set(batches)) > 1 else ""
+    return f"{name} vs {precision}{suffix}"
