@@ -281,9 +281,9 @@ def example_inputs(model: Model, rows: int, seed: int = 0) -> dict[str, Tensor]:
     names = list(inspect.signature(model.denoiser_class().forward).parameters)
     steps = torch.linspace(1, 999, rows).round().long()
     inputs = {names[1]: noise(channels, size, size), "timestep": steps}
-    if width := config.get("cross_attention_dim") or config.get("caption_channels"):
-        if "encoder_hidden_states" in names and isinstance(width, int):
-            inputs["encoder_hidden_states"] = noise(_prompt_tokens(model), width)
+    width = config.get("cross_attention_dim") or config.get("caption_channels")
+    if "encoder_hidden_states" in names and isinstance(width, int):
+        inputs["encoder_hidden_states"] = noise(_prompt_tokens(model), width)
     classes = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
     if "class_labels" in names and classes and not config.get("caption_channels"):
         inputs["class_labels"] = torch.arange(rows) % 10

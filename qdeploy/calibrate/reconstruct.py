@@ -8,7 +8,7 @@ attention maps are never stored.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,11 +123,8 @@ class Recorder:
         try:
             for start, rows in batches:
                 assert not self.denoiser.training, "dropout must be off while activations are recorded"
-                with torch.no_grad():
-                    try:
-                        denoise(self.denoiser, self.load(rows))
-                    except _Stop:
-                        pass
+                with torch.no_grad(), suppress(_Stop):
+                    denoise(self.denoiser, self.load(rows))
                 yield start, len(rows), seen.pop()
         finally:
             for handle in handles:

@@ -183,7 +183,7 @@ def estimate_cost(session: Session) -> Estimate:
     known = stages()
     passes, steps = 0.0, 0.0
     for name, _ in session.recipe.stages:
-        stage_passes, stage_steps = known[name].cost(session)
+        stage_passes, stage_steps = known[name].cost(len(session.units), session.effort)
         passes, steps = passes + stage_passes, steps + stage_steps
     batches = len(rows) / min(session.effort.batch, len(rows))
     seconds = forward * (passes * batches + 3 * steps)

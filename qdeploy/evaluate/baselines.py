@@ -99,6 +99,7 @@ class Entrant:
 
 def enter(artifacts: Sequence[Artifact], reference: str | Path | Model | None) -> list[Entrant]:
     """The engines under names of their own, after the baselines of each model and backend."""
+    artifacts = list({artifact.path.resolve(): artifact for artifact in artifacts}.values())
     names = _distinct_names(artifacts)
     groups: dict[tuple[str, str], list[Artifact]] = defaultdict(list)
     for artifact in artifacts:
@@ -135,7 +136,8 @@ def _baseline_name(precision: str, model: str, backend: str, groups: Collection[
 def _distinct_names(artifacts: Sequence[Artifact]) -> dict[Path, str]:
     """The folders' names, or their whole paths where two names are equal."""
     names = [artifact.path.resolve().name for artifact in artifacts]
+    taken = [*names, FULL, HALF]
     return {
-        artifact.path: name if names.count(name) == 1 else str(artifact.path)
+        artifact.path: name if taken.count(name) == 1 else str(artifact.path.resolve())
         for artifact, name in zip(artifacts, names, strict=True)
     }

@@ -20,13 +20,7 @@ from qdeploy.engines.machine import machine
 from qdeploy.engines.measure import int8_shares, read_probe, repeat_rows
 from qdeploy.engines.registry import find_backend
 from qdeploy.errors import UsageError
-from qdeploy.evaluate.baselines import (
-    FULL,
-    HALF,
-    Entrant,
-    enter,
-    is_baseline,
-)
+from qdeploy.evaluate.baselines import FULL, HALF, Entrant, enter, is_baseline
 from qdeploy.evaluate.report import MISSING, markdown_table, number, text_table
 from qdeploy.evaluate.timing import quantile, take_turns
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from qdeploy.artifact import Draft
 from qdeploy.errors import InvalidInputError
+from qdeploy.export.graph import save
+from qdeploy.export.lower import lower
 from qdeploy.export.trace import export_program
 
 _COPIED = ("tokenizer", "tokenizer_2", "tokenizer_3", "feature_extractor")
@@ -53,9 +55,6 @@ def write_components(draft: Draft, path: Path) -> None:
     Raises:
         InvalidInputError: a component cannot be loaded or traced.
     """
-    from qdeploy.export.lower import lower
-    from qdeploy.export.run import save
-
     for part in _parts(path):
         graph = export_program(part.module, part.inputs, part.outputs)
         save(lower(graph, "portable"), draft.content / part.folder / "model.onnx")

@@ -19,14 +19,13 @@ from qdeploy.calibrate.checkpoint import (
 )
 from qdeploy.calibrate.fakequant import freeze
 from qdeploy.denoiser import Model, open_model
-from qdeploy.errors import CapabilityError, InvalidInputError, UsageError
+from qdeploy.errors import CapabilityError, UsageError
 from qdeploy.export.components import has_components, write_components
+from qdeploy.export.graph import save
 from qdeploy.export.lower import PASSES, lower
 from qdeploy.paths import default_output
 from qdeploy.progress import say
 from qdeploy.targets import TARGETS, find_target
-
-LARGE = 2**30  # bytes of initializers above which they go to a file of their own
 
 
 def export(
@@ -169,25 +168,6 @@ def _write(
         for value in graph.graph.inputs
     ]
     return draft.finish(facts=facts, notes=notes)
-
-
-def save(graph: ir.Model, path: Path) -> None:
-    """Write a graph and check it: the full checker, with strict shape inference.
-
-    Raises:
-        InvalidInputError: the graph is not valid ONNX.
-    """
-    import onnx
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    size = sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value)
-    ir.save(graph, path, external_data="model.onnx_data" if size > LARGE else None)
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise InvalidInputError(
-            f"the exported graph is not valid ONNX: {str(error).splitlines()[0]}"
-        ) from error
 
 
 def _describe(graph: ir.Model, draft: Draft, facts: dict[str, Any]) -> None:

@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from qdeploy.calibrate.effort import Effort
 from qdeploy.errors import UsageError
-
-if TYPE_CHECKING:
-    from qdeploy.calibrate.session import Session
 
 Stages = tuple[tuple[str, Mapping[str, Any]], ...]
 
@@ -30,14 +28,14 @@ class Stage:
         name: the word that recipes use.
         run: does it; keyword arguments are its options.
         description: one line for people.
-        passes: how often it runs the denoiser over all rows, and how many training steps it makes per
-            unit: ``effort -> (passes, steps)``. The estimate of the cost comes from this.
+        cost: for a number of units and an effort, how often it runs the denoiser over all rows, and how
+            many training steps it makes per unit. The estimate of a calibration comes from this.
     """
 
     name: str
     run: Callable[..., None]
     description: str
-    cost: Callable[[Session], tuple[float, float]]
+    cost: Callable[[int, Effort], tuple[float, float]]
 
     @property
     def options(self) -> dict[str, Any]:

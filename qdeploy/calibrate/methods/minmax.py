@@ -86,9 +86,17 @@ def round_to_nearest(layer: QuantizedLayer) -> None:
 
 
 STAGES = (
-    Stage("weight-ranges", weight_ranges, "scales of weights, per output channel", lambda session: (0.5, 0)),
     Stage(
-        "activation-ranges", activation_ranges, "scales of layer inputs, per tensor", lambda session: (1, 0)
+        "weight-ranges",
+        weight_ranges,
+        "scales of weights, per output channel",
+        lambda units, effort: (0.5, 0),
+    ),
+    Stage(
+        "activation-ranges",
+        activation_ranges,
+        "scales of layer inputs, per tensor",
+        lambda units, effort: (1, 0),
     ),
 )
 

@@ -28,6 +28,7 @@ from qdeploy.calibrate.rounding import AdaRound, annealed_beta, regularizer
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.state import quantizers
 from qdeploy.progress import say, track
+from qdeploy.structure import Layer
 
 PAPER_STEPS, PAPER_LR = 20000, 1e-3
 
@@ -45,7 +46,8 @@ def round_weights(session: Session, *, weight: float = 0.01, warmup: float = 0.2
     rate = lr or PAPER_LR * min(10.0, PAPER_STEPS / steps)
     for number, (unit, layers) in enumerate(track(list(session.units.items()), "rounding")):
 
-        def compute(unit: str = unit, modules: list[QuantizedLayer] = session.quantized(layers)) -> None:
+        def compute(unit: str = unit, layers: list[Layer] = layers) -> None:
+            modules = session.quantized(layers)
             with session.weights_only(), session.problem(unit, nullcontext) as problem:
                 gain = _round_unit(session, problem, modules, f"round/{unit}", steps, rate, weight, warmup)
             say(f"  {unit}: {gain:.2f} times the error of rounding to nearest", level=2)
@@ -153,13 +155,13 @@ STAGES = (
         "round-weights",
         round_weights,
         "AdaRound by reconstruction of units",
-        lambda session: (len(session.units), session.effort.rounding),
+        lambda units, effort: (units, effort.rounding),
     ),
     Stage(
         "learn-scales",
         learn_scales,
         "learned steps of activations, kept if unseen rows agree",
-        lambda session: (len(session.units), session.effort.scales),
+        lambda units, effort: (units, effort.scales),
     ),
 )
 
