@@ -23,7 +23,7 @@ from qdeploy.formats import Format
 from qdeploy.recipe import resolve_recipe
 from qdeploy.structure import find_structure
 
-TINY = Effort("tiny", rows=26, batch=5, rounding=20, scales=10)
+TINY = Effort("tiny", rows=26, batch=12, rounding=8, scales=4)
 
 
 def sqnr_db(reference: Tensor, other: Tensor) -> float:

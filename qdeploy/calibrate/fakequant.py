@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any, cast
 
 import torch
@@ -211,7 +212,13 @@ def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def freeze(denoiser: nn.Module) -> None:
-    """Switch every quantizer to the operators that export writes; for a network that is only traced."""
+    """Switch every quantizer to the operators that export writes; for a network that is only traced.
+
+    Shared quantizers are copied, since a tracer calls a shared tensor by any of its names. The exported
+    graph shares them again, under the first name.
+    """
+    for layer in quantized_layers(denoiser).values():
+        layer.input_quantizers = deepcopy(layer.input_quantizers)
     for module in denoiser.modules():
         if isinstance(module, ActivationQuantizer | WeightQuantizer):
             module.freeze()

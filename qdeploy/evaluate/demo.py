@@ -17,11 +17,12 @@ from typing import Any, TypeVar
 
 from qdeploy.artifact import Artifact, explained_os_errors, sha256_of, write_atomically, write_json
 from qdeploy.denoiser import Model, open_model
-from qdeploy.engines.machine import has_bf16, machine
+from qdeploy.engines.machine import machine
 from qdeploy.engines.registry import find_backend
 from qdeploy.evaluate.baselines import FULL, HALF, baseline_engine, baseline_precisions
 from qdeploy.evaluate.quality import Plan, Trajectories
-from qdeploy.evaluate.report import MISSING, image_grid, markdown_table, number, text_table
+from qdeploy.evaluate.report import image_grid, markdown_table, text_table
+from qdeploy.evaluate.summary import summary_notes, summary_rows
 from qdeploy.progress import say, verbosity
 
 T = TypeVar("T")
@@ -29,6 +30,7 @@ T = TypeVar("T")
 STEPS = 50  # of DDIM, for calibration, images and checks alike
 IMAGES, FIRST_IMAGE = 32, 1000  # of the picture; the calibration set holds seeds 0 to 63
 BATCH = 16  # that speed is told for, as in sampling
+THREADS = 1  # the model is too small to gain from more, and a busy second core would blur the times
 # Title, recipe, effort.
 VARIANTS = {
     "w8a8": ("8-bit (W8A8)", "w8a8-minmax", "fast"),
@@ -91,7 +93,7 @@ def demo(
     *,
     model: str | Path = "digits",
     backend: str = "auto",
-    samples: int = 128,
+    samples: int = 96,
     rounds: int = 30,
 ) -> DemoResult:
     """Collect, calibrate to 8 and 4 bits, export, build engines, sample, check and benchmark.
@@ -118,8 +120,10 @@ def demo(
     work.picture(engines)
     checks = work.check(engines)
     speed = work.benchmark(engines)
-    columns, rows = table_rows(engines, checks, speed)
-    notes = table_notes(checks, speed, work.output)
+    titles = {FULL: "full precision", HALF: "16-bit"}
+    titles |= {name: title for name, (title, _, _) in VARIANTS.items()}
+    columns, rows = summary_rows(engines, titles, checks, speed, BATCH)
+    notes = [*summary_notes(checks, speed), f"images of the same seeds: {work.output / 'grid.png'}"]
     result = DemoResult(work.output, columns, rows, work.stages, checks, speed, notes)
     write_json(work.output / "results.json", result.to_json())
     write_atomically(work.output / "table.md", lambda partial: _write_text(partial, result.markdown()))
@@ -145,33 +149,35 @@ class _Work:
         from qdeploy.export.run import export
 
         source = self.model.path
-        data = self._stage(
+        data = self._make(
             "collect",
             partial(
                 collect, source, self.output / "set", inference_steps=STEPS, scheduler="ddim", batch=BATCH
             ),
         )
-        checkpoints = {}
-        for name, (_, recipe, effort) in VARIANTS.items():
-            options = {"recipe": recipe, "effort": effort, "calibration": data}
-            checkpoints[name] = self._stage(
-                f"calibrate {name}", partial(calibrate, source, self.output / name, **options)
+        checkpoints = {
+            name: self._make(
+                f"calibrate {name}",
+                partial(
+                    calibrate, source, self.output / name, recipe=recipe, effort=effort, calibration=data
+                ),
             )
+            for name, (_, recipe, effort) in VARIANTS.items()
+        }
         bundles = {
-            name: self._stage(f"export {name}", partial(export, made, self.output / f"{name}-onnx"))
+            name: self._make(f"export {name}", partial(export, made, self.output / f"{name}-onnx"))
             for name, made in checkpoints.items()
         }
-        engines: dict[str, Artifact] = {}
-        for kind in baseline_precisions(self.backend):
-            engines[kind] = self._stage(
-                f"build {kind}", partial(baseline_engine, self.model, self.backend, kind)
-            )
-        # What is not int8 is computed in 16 bits where the processor can, as in the engine it is held against.
-        rest = HALF if HALF in engines and has_bf16() else FULL
+        engines = {
+            kind: self._make(f"build {kind}", partial(baseline_engine, self.model, self.backend, kind))
+            for kind in baseline_precisions(self.backend)
+        }
+        # What is not int8 is computed in 16 bits where the processor can: the rival does so too.
+        how = {"backend": self.backend, "precision": HALF if HALF in engines else FULL}
         for name, bundle in bundles.items():
             place = self.output / f"{name}-engine"
-            options = {"backend": self.backend, "precision": rest}
-            engines[name] = self._stage(f"build {name}", partial(build_engine, bundle, place, **options))
+            build = partial(build_engine, bundle, place, threads=THREADS, **how)
+            engines[name] = self._make(f"build {name}", build)
         return engines
 
     def picture(self, engines: dict[str, Artifact]) -> None:
@@ -187,7 +193,7 @@ class _Work:
         groups = {}
         for name, (title, source) in sources.items():
             place = self.output / f"{name}-samples"
-            made = self._stage(f"sample {name}", partial(sample, source, place, batch=BATCH, **options))
+            made = self._make(f"sample {name}", partial(sample, source, place, batch=BATCH, **options))
             groups[title] = load_file(made.file(FILE))["images"]
         image_grid(groups, self.output / "grid.png")
 
@@ -220,12 +226,18 @@ class _Work:
 
         def measure() -> dict[str, Any]:
             named = [engines[name] for name in VARIANTS]
-            return benchmark(named, reference=self.model, batch=(1, BATCH), rounds=self.rounds).to_json()
+            options: dict[str, Any] = {"batch": (1, BATCH), "rounds": self.rounds, "threads": THREADS}
+            return benchmark(named, reference=self.model, **options).to_json()
 
         key = [[engine.sha256 for engine in engines.values()], self.rounds, machine()]
         return self._stage("benchmark", partial(self._remembered, "benchmark", key, measure))
 
-    def _stage(self, name: str, run: Callable[[], Any]) -> Any:
+    def _make(self, name: str, run: Callable[[], object]) -> Artifact:
+        made = self._stage(name, run)
+        assert isinstance(made, Artifact)
+        return made
+
+    def _stage(self, name: str, run: Callable[[], T]) -> T:
         began = time.perf_counter()
         with _status(name):
             result = run()
@@ -266,75 +278,3 @@ def _status(name: str) -> Iterator[None]:
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text)
-
-
-# -- the table ---------------------------------------------------------------------------------------------
-
-
-def table_rows(
-    engines: dict[str, Artifact], checks: dict[str, dict[str, Any]], speed: dict[str, Any]
-) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows: one row for each engine."""
-    results = {
-        name: result
-        for result in speed["results"]
-        if result["batch"] == BATCH
-        for name, engine in engines.items()
-        if Path(result["path"]) == engine.path
-    }
-    titles = {FULL: "full precision", HALF: "16-bit"} | {
-        name: title for name, (title, _, _) in VARIANTS.items()
-    }
-    columns = [
-        "engine",
-        "MB",
-        f"ms per step, {BATCH} images",
-        "vs f32",
-        "vs bf16",
-        "SQNR dB, median",
-        "worst",
-        "PSNR dB",
-        "FD-local",
-        "int8 MACs",
-        "parity dB",
-    ]
-    reference = next((check["quality"].get("fd_local") for check in checks.values()), None)
-    rows = []
-    for name in engines:
-        result, check = results[name], checks.get(name)
-        quality = check["quality"] if check else {}
-        sqnr = quality.get("sqnr_db", {})
-        fd = quality.get("fd_local", {}).get("subject")
-        if check is None and reference:
-            fd = reference["reference"]
-        ratios = [speed["ratios"].get(f"{result['name']} vs {kind}, batch {BATCH}") for kind in (FULL, HALF)]
-        rows.append(
-            [
-                titles[name],
-                number(result["size_mb"], 1),
-                number(result["ms"]["median"]),
-                *(MISSING if ratio is None else f"{ratio:.2f}x" for ratio in ratios),
-                number(sqnr.get("median"), 1),
-                number(sqnr.get("worst"), 1),
-                number(quality.get("psnr_db"), 1),
-                number(fd),
-                f"{result['int8_mac_share']:.0%}",
-                number(check["parity"]["sqnr_db"] if check else None, 1),
-            ]
-        )
-    return columns, rows
-
-
-def table_notes(checks: dict[str, dict[str, Any]], speed: dict[str, Any], output: Path) -> list[str]:
-    """What the table's numbers are of."""
-    where, some = speed["machine"], next(iter(checks.values()))["quality"]
-    threads = speed["threads"] or "all"
-    notes = [
-        f"speed: {where['cpu']}, {where['cores']} cores, threads: {threads}, medians of interleaved rounds",
-        f"quality: {some['samples']} images of fresh seeds, DDIM {some['inference_steps']} steps, beside full "
-        "precision; FD-local is no FID",
-    ]
-    for name, check in checks.items():
-        verdict = "passed" if check["passed"] else "; ".join(check["failures"])
-        notes.append(f"check {name}: {verdict}")
-    return [*notes, f"images of the same seeds: {output / 'grid.png'}"]

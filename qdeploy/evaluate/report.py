@@ -15,6 +15,7 @@ from qdeploy.errors import InvalidInputError
 
 MISSING = "–"  # noqa: RUF001 - a dash, not a minus
 _PAPER, _INK = 255, 0
+_HEAD, _BETWEEN = 32, 4  # pixels for the titles, and between images
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -70,34 +71,27 @@ def image_grid(
     if channels not in _MODES:
         raise InvalidInputError(f"images of {channels} channels cannot be written as PNG")
     factor = scale or max(1, round(64 / width))
+    tile = (width * factor, height * factor)
     font = ImageFont.load_default(size=20)
-    block = (columns * width * factor, math.ceil(count / columns) * height * factor)
+    block = columns * (tile[0] + _BETWEEN)
     # A title that is wider than its images makes room for itself.
-    step = max(block[0], *(math.ceil(font.getlength(title)) for title in groups)) + gap
-    head = 32
-    paper = _color(_PAPER, channels)
-    sheet = Image.new(_MODES[channels], (step * len(groups) + gap, head + block[1] + gap), paper)
+    step = max(block, *(math.ceil(font.getlength(title)) for title in groups)) + gap
+    bottom = _HEAD + math.ceil(count / columns) * (tile[1] + _BETWEEN) + gap
+    mode = _MODES[channels]
+    sheet = Image.new(mode, (step * len(groups) + gap, bottom), _color(_PAPER, channels))
     draw = ImageDraw.Draw(sheet)
     for index, (title, images) in enumerate(groups.items()):
         left = gap + index * step
-        draw.text((left, head // 2), title, fill=_color(_INK, channels), font=font, anchor="lm")
-        picture = _picture(_tiled(images, columns), _MODES[channels])
-        sheet.paste(picture.resize(block, Image.Resampling.NEAREST), (left, head))
+        draw.text((left, _HEAD // 2), title, fill=_color(_INK, channels), font=font, anchor="lm")
+        for place, image in enumerate(images):
+            row, column = divmod(place, columns)
+            corner = (left + column * (tile[0] + _BETWEEN), _HEAD + row * (tile[1] + _BETWEEN))
+            sheet.paste(_picture(image, mode).resize(tile, Image.Resampling.NEAREST), corner)
     write_atomically(output, lambda partial: sheet.save(partial, format="PNG"))
 
 
 def _color(level: int, channels: int) -> Any:
     return level if channels == 1 else (level,) * 3 + (255,) * (channels - 3)
-
-
-def _tiled(images: Tensor, columns: int) -> Tensor:
-    """Images ``[N, C, H, W]`` in rows of ``columns``: ``[C, rows * H, columns * W]``, white where none is."""
-    count, channels, height, width = images.shape
-    rows = math.ceil(count / columns)
-    padded = images.new_full((rows * columns, channels, height, width), _PAPER)
-    padded[:count] = images
-    tiles = padded.reshape(rows, columns, channels, height, width).permute(2, 0, 3, 1, 4)
-    return tiles.reshape(channels, rows * height, columns * width)
 
 
 def _picture(image: Tensor, mode: str) -> Any:

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import diffusers
 import torch
@@ -15,7 +16,6 @@ from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.utils.outputs import BaseOutput
 from torch import Tensor, nn
 
-from qdeploy.engines.base import Engine
 from qdeploy.errors import CapabilityError, InvalidInputError
 
 # Parameters of the diffusers classes that say how to answer, not what to compute.
@@ -34,6 +34,25 @@ class DenoiserOutput(BaseOutput):
         return self.sample
 
 
+class Predictor(Protocol):
+    """What this needs of an engine.
+
+    Attributes:
+        path: where it lies, for messages.
+        config: the denoiser's diffusers configuration.
+    """
+
+    path: Path
+    config: dict[str, Any]
+
+    @property
+    def ports(self) -> Mapping[str, Any]:
+        """Its inputs by name."""
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The network's prediction."""
+
+
 class EngineDenoiser(diffusers.ModelMixin, ConfigMixin):
     """A drop-in for the diffusers model that an engine was made from.
 
@@ -49,7 +68,7 @@ class EngineDenoiser(diffusers.ModelMixin, ConfigMixin):
 
     config_name = "config.json"  # type: ignore[assignment]
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Predictor) -> None:
         super().__init__()
         self.engine = engine
         name = str(engine.config.get("_class_name"))

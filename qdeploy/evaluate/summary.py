@@ -1,0 +1,89 @@
+"""One table of engines: size, speed, quality and parity side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qdeploy.artifact import Artifact
+from qdeploy.evaluate.baselines import FULL, HALF
+from qdeploy.evaluate.report import MISSING, number
+
+
+def summary_rows(
+    engines: Mapping[str, Artifact],
+    titles: Mapping[str, str],
+    checks: Mapping[str, Mapping[str, Any]],
+    speed: Mapping[str, Any],
+    batch: int,
+) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of a table with one row for each engine.
+
+    Args:
+        engines: by name; ``f32`` and ``bf16`` are the baselines.
+        titles: of the rows.
+        checks: JSON objects of `qdeploy.check` by name; the full-precision engine has none.
+        speed: the JSON object of `qdeploy.benchmark`, measured at several batch sizes.
+        batch: the batch size to tell the speed of.
+    """
+    results = {
+        name: result
+        for result in speed["results"]
+        if result["batch"] == batch
+        for name, engine in engines.items()
+        if Path(result["path"]) == engine.path
+    }
+    columns = [
+        "engine",
+        "MB",
+        f"ms per step, {batch} images",
+        "vs f32",
+        "vs bf16",
+        "SQNR dB, median",
+        "worst",
+        "PSNR dB",
+        "FD-local",
+        "int8 MACs",
+        "parity dB",
+    ]
+    reference = next((check["quality"].get("fd_local") for check in checks.values()), None)
+    rows = []
+    for name in engines:
+        result, check = results[name], checks.get(name)
+        quality = check["quality"] if check else {}
+        sqnr = quality.get("sqnr_db", {})
+        fd = quality.get("fd_local", {}).get("subject")
+        if check is None and reference:
+            fd = reference["reference"]
+        ratios = [speed["ratios"].get(f"{result['name']} vs {kind}, batch {batch}") for kind in (FULL, HALF)]
+        rows.append(
+            [
+                titles[name],
+                number(result["size_mb"], 1),
+                number(result["ms"]["median"]),
+                *(MISSING if ratio is None else f"{ratio:.2f}x" for ratio in ratios),
+                number(sqnr.get("median"), 1),
+                number(sqnr.get("worst"), 1),
+                number(quality.get("psnr_db"), 1),
+                number(fd),
+                f"{result['int8_mac_share']:.0%}",
+                number(check["parity"]["sqnr_db"] if check else None, 1),
+            ]
+        )
+    return columns, rows
+
+
+def summary_notes(checks: Mapping[str, Mapping[str, Any]], speed: Mapping[str, Any]) -> list[str]:
+    """What the table's numbers are of."""
+    where, some = speed["machine"], next(iter(checks.values()))["quality"]
+    threads = speed["threads"] or "all"
+    notes = [
+        f"speed: {where['cpu']}, {where['cores']} cores, threads: {threads}, medians of interleaved rounds",
+        f"quality: {some['samples']} images of fresh seeds, {some['inference_steps']} steps, beside full "
+        "precision; FD-local is no FID",
+    ]
+    for name, check in checks.items():
+        verdict = "passed" if check["passed"] else "; ".join(check["failures"])
+        notes.append(f"check {name}: {verdict}")
+    return notes
