@@ -37,7 +37,9 @@ def equal_scales(checkpoint: Artifact, graph: onnx.ModelProto) -> tuple[int, int
     return equal, len(used)
 
 
-def run_with_everything(path: Path, feed: dict[str, np.ndarray]) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+def run_with_everything(
+    path: Path, feed: dict[str, np.ndarray]
+) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
     """The graph and the value of every input and output of quantizers and weighted nodes."""
     graph = onnx.load(path)
     wanted = {
@@ -46,7 +48,10 @@ def run_with_everything(path: Path, feed: dict[str, np.ndarray]) -> tuple[onnx.M
         if node.op_type in ("QuantizeLinear", *WEIGHTED)
         for name, kind in (
             (node.input[0], onnx.TensorProto.FLOAT),
-            (node.output[0], onnx.TensorProto.INT8 if node.op_type == "QuantizeLinear" else onnx.TensorProto.FLOAT),
+            (
+                node.output[0],
+                onnx.TensorProto.INT8 if node.op_type == "QuantizeLinear" else onnx.TensorProto.FLOAT,
+            ),
         )
     }
     known = {value.name for value in (*graph.graph.input, *graph.graph.output)}
@@ -55,7 +60,9 @@ def run_with_everything(path: Path, feed: dict[str, np.ndarray]) -> tuple[onnx.M
             graph.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
     names = [output.name for output in session.get_outputs()]
     return graph, dict(zip(names, session.run(names, feed), strict=True))
 
@@ -65,7 +72,10 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("onnx", type=Path)
     arguments = parser.parse_args()
-    checkpoint, bundle = open_artifact(arguments.checkpoint, "checkpoint"), open_artifact(arguments.onnx, "onnx")
+    checkpoint, bundle = (
+        open_artifact(arguments.checkpoint, "checkpoint"),
+        open_artifact(arguments.onnx, "onnx"),
+    )
     path = bundle.file(f"{bundle.facts['component']}/model.onnx")
     denoiser = load_checkpoint(checkpoint)
     probe = load_file(bundle.file("probe.safetensors"))

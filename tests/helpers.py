@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdeploy.artifact import Draft
 from qdeploy.calibrate import effort as efforts
 from qdeploy.calibrate.effort import Effort
 from qdeploy.calibrate.fakequant import QuantizedLayer
@@ -19,6 +18,7 @@ from qdeploy.calibrate.ranges import minmax_weights, to_scale
 from qdeploy.calibrate.reconstruct import Rows, UnitProblem
 from qdeploy.calibrate.session import Session, quantize_structure
 from qdeploy.denoiser import denoise
+from qdeploy.draft import Draft
 from qdeploy.formats import Format
 from qdeploy.recipe import resolve_recipe
 from qdeploy.structure import find_structure

@@ -22,16 +22,16 @@ from qdeploy.artifact import (
     MANIFEST,
     SCHEMA,
     Artifact,
-    Draft,
     is_artifact,
     open_artifact,
     read_manifest,
     sha256_file,
     sha256_files,
     sha256_of,
-    write_atomically,
 )
+from qdeploy.draft import Draft
 from qdeploy.errors import CapabilityError, InvalidInputError, UsageError
+from qdeploy.files import write_atomically
 
 REQUEST: dict[str, Any] = {
     "kind": "checkpoint",
@@ -125,7 +125,7 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
 def test_truncated_and_missing_files_are_found_and_named(tmp_path: Path) -> None:
     made = make(tmp_path / "a")
     for name, content in files(made.path).items():
-        (made.path / name).write_bytes(content[:-1])
+        (made.path / name).write_bytes(content[:-9])
         with pytest.raises(InvalidInputError, match=name):
             open_artifact(made.path)
         (made.path / name).unlink()
@@ -137,7 +137,7 @@ def test_truncated_and_missing_files_are_found_and_named(tmp_path: Path) -> None
 def test_a_newer_schema_is_refused_with_what_to_do(tmp_path: Path) -> None:
     made = make(tmp_path / "a")
     rewrite(made.path, schema=SCHEMA + 1)
-    with pytest.raises(InvalidInputError, match="newer qdeploy.*upgrade"):
+    with pytest.raises(InvalidInputError, match=r"newer qdeploy.*upgrade"):
         open_artifact(made.path)
 
 
@@ -185,12 +185,17 @@ def test_nothing_is_at_the_output_before_the_end(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def fail_after_a_step(work: Draft, compute: Counted) -> None:
+    with work:
+        work.step("one", compute)
+        _ = 1 / 0
+
+
 def test_an_error_leaves_nothing_at_the_output_and_keeps_finished_steps(tmp_path: Path) -> None:
     output = tmp_path / "out"
     counted = Counted()
-    with pytest.raises(ZeroDivisionError), draft(output) as work:
-        work.step("one", counted)
-        _ = 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        fail_after_a_step(draft(output), counted)
     assert not output.exists()
     with draft(output) as work:
         work.step("one", counted)
@@ -250,7 +255,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> 
 SCRIPT = """
 import sys, time, torch
 from pathlib import Path
-from qdeploy.artifact import Draft
+from qdeploy.draft import Draft
 
 output, pause = Path(sys.argv[1]), float(sys.argv[2])
 with Draft(output, "checkpoint", {"model": "a"}, None, 7) as draft:
@@ -343,7 +348,7 @@ def test_the_same_request_is_already_done(tmp_path: Path) -> None:
 
 def test_another_request_is_refused_and_overwrites_only_when_told(tmp_path: Path) -> None:
     first = make(tmp_path / "out")
-    with pytest.raises(UsageError, match="another artifact.*--overwrite"):
+    with pytest.raises(UsageError, match=r"another artifact.*--overwrite"):
         draft(tmp_path / "out", seed=4).finished()
     assert open_artifact(first.path).sha256 == first.sha256
     assert draft(tmp_path / "out", seed=4, overwrite=True).finished() is None
@@ -353,10 +358,20 @@ def test_another_request_is_refused_and_overwrites_only_when_told(tmp_path: Path
 
 def test_overwriting_keeps_the_old_artifact_until_the_new_one_is_whole(tmp_path: Path) -> None:
     first = make(tmp_path / "out")
-    with pytest.raises(ZeroDivisionError), draft(tmp_path / "out", seed=4, overwrite=True) as work:
-        work.step("one", Counted())
-        _ = 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        fail_after_a_step(draft(tmp_path / "out", seed=4, overwrite=True), Counted())
     assert open_artifact(tmp_path / "out").sha256 == first.sha256
+
+
+@pytest.mark.xfail(strict=True, reason="a damaged artifact has to be removed by hand so far")
+@pytest.mark.parametrize("seed", [3, 4])
+def test_a_damaged_artifact_can_be_made_again_when_told(tmp_path: Path, seed: int) -> None:
+    """The message about damage says so: make it again."""
+    made = make(tmp_path / "out")
+    for name in files(made.path):
+        (made.path / name).write_bytes(b"damaged")
+        assert draft(tmp_path / "out", seed=seed, overwrite=True).finished() is None
+        made = make(tmp_path / "out", seed=seed, overwrite=True)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -397,12 +412,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_is_explained_and_finished_steps_are_kept(small_disk: Path) -> None:
     output, counted = small_disk / "out", Counted()
-    with (
-        pytest.raises(CapabilityError, match="no space left for .*out.*finished steps are kept"),
-        draft(output) as work,
-    ):
-        work.step("one", counted)
-        work.step("two", lambda: {"x": torch.zeros(200_000)})
+
+    def fill() -> None:
+        with draft(output) as work:
+            work.step("one", counted)
+            work.step("two", lambda: {"x": torch.zeros(200_000)})
+
+    with pytest.raises(CapabilityError, match=r"no space left for .*out.*finished steps are kept"):
+        fill()
     assert not output.exists()
     with draft(output) as work:
         work.step("one", counted)
@@ -434,10 +451,14 @@ def test_a_refused_write_is_one_sentence(
     def refuse(descriptor: int) -> None:
         raise OSError(number, os.strerror(number))
 
-    with pytest.raises(expected) as caught, draft(tmp_path / "out") as work:
-        work.step("one", Counted())
-        monkeypatch.setattr(module.os, "fsync", refuse)
-        write(work)
+    def work_on() -> None:
+        with draft(tmp_path / "out") as work:
+            work.step("one", Counted())
+            monkeypatch.setattr(module.os, "fsync", refuse)
+            write(work)
+
+    with pytest.raises(expected) as caught:
+        work_on()
     assert str(tmp_path / "out") in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
     assert not (tmp_path / "out").exists()

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdeploy.artifact import Artifact, Draft, open_artifact
+from qdeploy.artifact import Artifact, open_artifact
 from qdeploy.calibrate.attention import AttentionQuantizers, quantize_attention
 from qdeploy.calibrate.fakequant import QuantizedLayer, full_precision, quantized_layers, replace_module
 from qdeploy.calibrate.session import share_inputs
 from qdeploy.calibrate.state import read_state, write_state
 from qdeploy.denoiser import Model, denoise
+from qdeploy.draft import Draft
 from qdeploy.errors import InvalidInputError
 from qdeploy.formats import parse_format, uint8
 from qdeploy.recipe import Recipe

@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdeploy.artifact import Artifact, Draft, sha256_file
+from qdeploy.artifact import Artifact, sha256_file
 from qdeploy.calibrate.batch import Batch
 from qdeploy.calibrate.recorder import chosen_calls
 from qdeploy.calibrate.shards import TIMESTEP_DTYPES, describe, finite, open_shards, shard_name
 from qdeploy.denoiser import Model, open_model
+from qdeploy.draft import Draft
 from qdeploy.errors import InvalidInputError, UsageError
 from qdeploy.progress import track
 

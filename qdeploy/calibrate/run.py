@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qdeploy.artifact import Artifact, Draft
+from qdeploy.artifact import Artifact
 from qdeploy.calibrate.checkpoint import write_checkpoint, write_probe
 from qdeploy.calibrate.dataset import CalibrationSet
 from qdeploy.calibrate.estimate import Estimate
@@ -18,6 +18,7 @@ from qdeploy.calibrate.methods import stages
 from qdeploy.calibrate.methods.minmax import round_to_nearest
 from qdeploy.calibrate.session import Session, quantize_structure
 from qdeploy.denoiser import Model, denoise, open_model
+from qdeploy.draft import Draft
 from qdeploy.errors import CapabilityError, UsageError
 from qdeploy.paths import cache_folder, default_output
 from qdeploy.progress import say

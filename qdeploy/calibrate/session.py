@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qdeploy.artifact import Draft
 from qdeploy.calibrate.attention import AttentionQuantizers, quantize_attention
 from qdeploy.calibrate.coverage import covered, find_coverage
 from qdeploy.calibrate.effort import Effort, find_effort
@@ -23,6 +22,7 @@ from qdeploy.calibrate.fakequant import (
 )
 from qdeploy.calibrate.reconstruct import Recorder, UnitProblem, record_unit
 from qdeploy.calibrate.state import code_shapes, read_state, write_state
+from qdeploy.draft import Draft
 from qdeploy.formats import parse_format, uint8
 from qdeploy.recipe import Recipe
 from qdeploy.structure import Layer, Structure

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdeploy.artifact import Artifact, Draft
+from qdeploy.artifact import Artifact
 from qdeploy.calibrate.estimate import Estimate, readable_size, readable_time
 from qdeploy.calibrate.recorder import Recorded, Recorder
 from qdeploy.calibrate.request import Request, check_pipeline, pipeline_sha256
 from qdeploy.calibrate.shards import describe, open_shards, shard_name
 from qdeploy.denoiser import Model, open_model, sample_name
+from qdeploy.draft import Draft
 from qdeploy.progress import say, track
 from qdeploy.runtime.pipeline import generate
 from qdeploy.schedulers import make_scheduler

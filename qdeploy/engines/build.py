@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qdeploy.artifact import Artifact, Draft, open_artifact
+from qdeploy.artifact import Artifact, open_artifact
+from qdeploy.draft import Draft
 from qdeploy.engines.base import Engine
 from qdeploy.engines.machine import BF16_INSTRUCTIONS, has_bf16, has_int8, machine
 from qdeploy.engines.macs import graph_macs, int8_layers, int8_mac_share, meant_int8

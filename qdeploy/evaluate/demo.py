@@ -15,7 +15,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qdeploy.artifact import Artifact, explained_os_errors, sha256_of, write_atomically, write_json
+from qdeploy.artifact import Artifact, sha256_of
 from qdeploy.denoiser import Model, open_model
 from qdeploy.engines.machine import machine
 from qdeploy.engines.registry import find_backend
@@ -23,6 +23,7 @@ from qdeploy.evaluate.baselines import FULL, HALF, baseline_engine, baseline_pre
 from qdeploy.evaluate.quality import Plan, Trajectories
 from qdeploy.evaluate.report import image_grid, markdown_table, text_table
 from qdeploy.evaluate.summary import summary_notes, summary_rows
+from qdeploy.files import explained_os_errors, write_atomically, write_json
 from qdeploy.progress import say, verbosity
 
 T = TypeVar("T")
@@ -173,7 +174,7 @@ class _Work:
             for kind in baseline_precisions(self.backend)
         }
         # What is not int8 is computed in 16 bits where the processor can: the rival does so too.
-        how = {"backend": self.backend, "precision": HALF if HALF in engines else FULL}
+        how: dict[str, Any] = {"backend": self.backend, "precision": HALF if HALF in engines else FULL}
         for name, bundle in bundles.items():
             place = self.output / f"{name}-engine"
             build = partial(build_engine, bundle, place, threads=THREADS, **how)

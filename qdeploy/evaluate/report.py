@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from qdeploy.artifact import write_atomically
 from qdeploy.errors import InvalidInputError
+from qdeploy.files import write_atomically
 
 MISSING = "–"  # noqa: RUF001 - a dash, not a minus
 _PAPER, _INK = 255, 0

@@ -34,6 +34,7 @@ def summary_rows(
         for name, engine in engines.items()
         if Path(result["path"]) == engine.path
     }
+    reference = next((check["quality"].get("fd_local") for check in checks.values()), None)
     columns = [
         "engine",
         "MB",
@@ -43,11 +44,10 @@ def summary_rows(
         "SQNR dB, median",
         "worst",
         "PSNR dB",
-        "FD-local",
+        "FD-local" if reference is None else f"FD-local, {reference['count']} images",
         "int8 MACs",
         "parity dB",
     ]
-    reference = next((check["quality"].get("fd_local") for check in checks.values()), None)
     rows = []
     for name in engines:
         result, check = results[name], checks.get(name)

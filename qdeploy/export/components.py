@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdeploy.artifact import Draft
+from qdeploy.draft import Draft
 from qdeploy.errors import InvalidInputError
 from qdeploy.export.graph import save
 from qdeploy.export.lower import lower

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from qdeploy.artifact import Artifact, Draft, is_artifact, open_artifact
+from qdeploy.artifact import Artifact, is_artifact, open_artifact
 from qdeploy.calibrate.checkpoint import (
     PROBE,
     checkpoint_model,
@@ -19,6 +19,7 @@ from qdeploy.calibrate.checkpoint import (
 )
 from qdeploy.calibrate.fakequant import freeze
 from qdeploy.denoiser import Model, open_model
+from qdeploy.draft import Draft
 from qdeploy.errors import CapabilityError, UsageError
 from qdeploy.export.components import has_components, write_components
 from qdeploy.export.graph import save

@@ -16,8 +16,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
-from qdeploy.artifact import Artifact, Draft, is_artifact, open_artifact, sha256_files
+from qdeploy.artifact import Artifact, is_artifact, open_artifact, sha256_files
 from qdeploy.denoiser import INDEX, Model, open_model
+from qdeploy.draft import Draft
 from qdeploy.errors import InvalidInputError, UsageError
 from qdeploy.paths import default_output
 from qdeploy.progress import say, track

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qdeploy.artifact import Artifact, Draft
+from qdeploy.artifact import Artifact
 from qdeploy.calibrate.batch import Batch
 from qdeploy.calibrate.dataset import CalibrationSet
 from qdeploy.calibrate.shards import describe, open_shards, shard_name
 from qdeploy.calibrate.trajectory import collect
 from qdeploy.denoiser import denoise, open_model
+from qdeploy.draft import Draft
 from qdeploy.errors import InvalidInputError
 from tests.models import ddpm_folder, stable_diffusion_folder
 

@@ -15,7 +15,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from qdeploy.artifact import Artifact, Draft
+from qdeploy.artifact import Artifact
+from qdeploy.draft import Draft
 
 CHANNELS, WIDTH, SIZE = 3, 16, 6
 SCALE = 0.03

@@ -12,8 +12,10 @@ class SharedQuantizers(InPlacePass):
     """Equal Q/DQ pairs on one tensor become one pair.
 
     1. Two QuantizeLinear, or two DequantizeLinear, read the same tensor.
-    2. Their scales and zero points are equal constants, and so are their attributes.
+    2. Their scales and zero points are equal constants of equal types, and so are their attributes.
     3. Then the later one's users read the earlier one's output.
+
+    It does not fire where the later one's output is an output of the graph.
     """
 
     def call(self, model: ir.Model) -> PassResult:
@@ -22,13 +24,15 @@ class SharedQuantizers(InPlacePass):
         for node in list(model.graph):
             if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
                 continue
+            if node.outputs[0].is_graph_output():
+                continue
             parameters = [constant(value) for value in node.inputs[1:] if value is not None]
             if any(parameter is None for parameter in parameters):
                 continue
             key = (
                 node.op_type,
                 id(node.inputs[0]),
-                *(parameter.tobytes() for parameter in parameters if parameter is not None),
+                *((parameter.dtype.str, parameter.shape, parameter.tobytes()) for parameter in parameters),
                 *sorted(str(attribute) for attribute in node.attributes.values()),
             )
             first = seen.setdefault(key, node)

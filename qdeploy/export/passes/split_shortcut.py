@@ -20,7 +20,7 @@ class SplitShortcut(InPlacePass):
     3. Then the outputs are replaced by the inputs and the Split goes; the Concat stays for its other
        users.
 
-    It does not fire when sizes are unknown or differ.
+    It does not fire when sizes are unknown or differ, nor where a part is an output of the graph.
     """
 
     def call(self, model: ir.Model) -> PassResult:
@@ -37,7 +37,7 @@ class SplitShortcut(InPlacePass):
 
 
 def _parts(node: ir.Node) -> list[ir.Value] | None:
-    if node.op_type != "Split":
+    if node.op_type != "Split" or any(output.is_graph_output() for output in node.outputs):
         return None
     concat = producer(node.inputs[0])
     sizes = constant(node.inputs[1]) if len(node.inputs) > 1 else None

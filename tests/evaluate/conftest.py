@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from qdeploy.artifact import Artifact
+from qdeploy.calibrate.run import calibrate
+from qdeploy.calibrate.trajectory import collect
+from qdeploy.engines.build import build_engine
+from qdeploy.evaluate.quality import Plan
+from qdeploy.export.run import export
+
+SMALL = Plan(samples=4, steps=3, inference_steps=5, batch=2)
+
+
+@dataclass(frozen=True)
+class Way:
+    """Every artifact on the way from a tiny model to its engine."""
+
+    model: Path
+    checkpoint: Artifact
+    onnx: Artifact
+    engine: Artifact
+
+
+@pytest.fixture(scope="session")
+def way(ddpm: Path, tmp_path_factory: pytest.TempPathFactory) -> Way:
+    folder = tmp_path_factory.mktemp("way")
+    data = collect(ddpm, folder / "set", samples=8, steps=4, inference_steps=5, scheduler="ddim")
+    checkpoint = calibrate(ddpm, folder / "w8a8", recipe="w8a8-minmax", effort="fast", calibration=data)
+    assert isinstance(checkpoint, Artifact)
+    bundle = export(checkpoint, folder / "w8a8-onnx")
+    engine = build_engine(bundle, folder / "w8a8-engine", backend="openvino", threads=1)
+    return Way(ddpm, checkpoint, bundle, engine)
+
+
+@pytest.fixture
+def small() -> Plan:
+    return SMALL
