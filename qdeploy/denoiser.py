@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -50,7 +49,7 @@ class Model:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The denoiser's ``config.json``."""
-        return _read_json(self.folder / "config.json")
+        return read_json(self.folder / "config.json")
 
     @property
     def class_name(self) -> str:
@@ -128,7 +127,7 @@ class Model:
             )
         diffusers.utils.logging.disable_progress_bar()
         parts: dict[str, Any] = {self.component: denoiser if denoiser is not None else self.load()}
-        if "safety_checker" in _read_json(self.path / INDEX):
+        if "safety_checker" in read_json(self.path / INDEX):
             parts["safety_checker"] = None
         try:
             pipeline = diffusers.DiffusionPipeline.from_pretrained(
@@ -183,14 +182,14 @@ def open_model(source: str | Path) -> Model:
     if not path.is_dir():
         raise InvalidInputError(f"{path} is not a diffusers folder: it is a file")
     if (path / INDEX).is_file():
-        index = _read_json(path / INDEX)
+        index = read_json(path / INDEX)
         for component in COMPONENTS:
             if index.get(component, [None, None])[1] and (path / component / "config.json").is_file():
                 return Model(path, component)
         raise InvalidInputError(
             f"{path} is a diffusers pipeline without a denoiser ({' or '.join(COMPONENTS)})"
         )
-    if (path / "config.json").is_file() and "_class_name" in _read_json(path / "config.json"):
+    if (path / "config.json").is_file() and "_class_name" in read_json(path / "config.json"):
         return Model(path, "")
     raise InvalidInputError(
         f"{path} is not a diffusers folder: it has neither {INDEX} nor a model's config.json"
@@ -211,7 +210,12 @@ def _download(source: str) -> Path:
         ) from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        InvalidInputError: there is none.
+    """
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -219,87 +223,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidInputError(f"{path} cannot be read: it holds no JSON object")
     return value
-
-
-# -- inputs ------------------------------------------------------------------------------------------------
-
-
-def flatten_inputs(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors of one ``forward`` call by parameter name; those in dictionaries as ``name.key``."""
-    import torch
-
-    bound = inspect.signature(denoiser.forward).bind(*args, **kwargs).arguments
-    flat: dict[str, Any] = {}
-    for name, value in bound.items():
-        if isinstance(value, torch.Tensor):
-            flat[name] = value
-        elif isinstance(value, Mapping):
-            flat |= {f"{name}.{key}": item for key, item in value.items() if isinstance(item, torch.Tensor)}
-        elif name == "timestep":
-            flat[name] = torch.as_tensor(value)
-    return flat
-
-
-def nest_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Undo the dotted names of `flatten_inputs`."""
-    nested: dict[str, Any] = {}
-    for name, value in inputs.items():
-        outer, _, inner = name.partition(".")
-        if inner:
-            nested.setdefault(outer, {})[inner] = value
-        else:
-            nested[outer] = value
-    return nested
-
-
-def denoise(denoiser: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """The network's prediction for inputs named as in `flatten_inputs`."""
-    output: Tensor = denoiser(**nest_inputs(inputs), return_dict=False)[0]
-    return output
-
-
-def example_inputs(model: Model, rows: int, seed: int = 0) -> dict[str, Tensor]:
-    """Random inputs of the shapes that a denoiser's configuration and signature ask for.
-
-    Raises:
-        InvalidInputError: its configuration does not tell.
-    """
-    import torch
-
-    config = model.config
-    generator = torch.Generator().manual_seed(seed)
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(rows, *shape, generator=generator)
-
-    size = config.get("sample_size")
-    channels = config.get("in_channels")
-    if not isinstance(size, int) or not isinstance(channels, int):
-        raise InvalidInputError(
-            f"{model.folder} does not say its sample size: pass a calibration set, whose inputs fit"
-        )
-    names = list(inspect.signature(model.denoiser_class().forward).parameters)
-    steps = torch.linspace(1, 999, rows).round().long()
-    inputs = {names[1]: noise(channels, size, size), "timestep": steps}
-    width = config.get("cross_attention_dim") or config.get("caption_channels")
-    if "encoder_hidden_states" in names and isinstance(width, int):
-        inputs["encoder_hidden_states"] = noise(_prompt_tokens(model), width)
-    classes = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
-    if "class_labels" in names and classes and not config.get("caption_channels"):
-        inputs["class_labels"] = torch.arange(rows) % 10
-    if config.get("addition_embed_type") == "text_time":
-        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        inputs["added_cond_kwargs.text_embeds"] = noise(pooled)
-        inputs["added_cond_kwargs.time_ids"] = torch.full((rows, 6), float(size))
-    return inputs
-
-
-def _prompt_tokens(model: Model) -> int:
-    """How many tokens the pipeline's text encoder reads; CLIP's 77 if it does not say."""
-    config = model.path / "text_encoder" / "config.json"
-    return int(_read_json(config).get("max_position_embeddings", 77)) if config.is_file() else 77
-
-
-def sample_name(denoiser: nn.Module) -> str:
-    """Name of the input that holds the noisy sample: the first parameter of ``forward``."""
-    return next(iter(inspect.signature(denoiser.forward).parameters))

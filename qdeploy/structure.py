@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from qdeploy.denoiser import denoise
+from qdeploy.inputs import denoise
 
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Linear)
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
@@ -74,7 +74,7 @@ def find_structure(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> Structu
 
     Args:
         denoiser: the network, in evaluation mode.
-        inputs: one row or more of its inputs, named as `qdeploy.denoiser.flatten_inputs` names them.
+        inputs: one row or more of its inputs, named as `qdeploy.inputs.flatten_inputs` names them.
     """
     one_row = {name: value[:1] if value.ndim else value for name, value in inputs.items()}
     trace = _run(denoiser, one_row)

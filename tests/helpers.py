@@ -17,9 +17,9 @@ from qdeploy.calibrate.fakequant import QuantizedLayer
 from qdeploy.calibrate.ranges import minmax_weights, to_scale
 from qdeploy.calibrate.reconstruct import Rows, UnitProblem
 from qdeploy.calibrate.session import Session, quantize_structure
-from qdeploy.denoiser import denoise
 from qdeploy.draft import Draft
 from qdeploy.formats import Format
+from qdeploy.inputs import denoise
 from qdeploy.recipe import resolve_recipe
 from qdeploy.structure import find_structure
 

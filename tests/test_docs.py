@@ -45,7 +45,12 @@ def test_every_command_shown_can_be_parsed(line: str) -> None:
 def test_python_shown_uses_names_that_exist() -> None:
     import qdeploy
 
-    shown = {name for page in PAGES for block in blocks(page, "python") for name in re.findall(r"qdeploy\.(\w+)\(", block)}
+    shown = {
+        name
+        for page in PAGES
+        for block in blocks(page, "python")
+        for name in re.findall(r"qdeploy\.(\w+)\(", block)
+    }
     assert shown >= {"collect", "calibrate", "export", "build_engine", "load_engine"}
     assert all(callable(getattr(qdeploy, name)) for name in shown)
 

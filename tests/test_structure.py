@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdeploy.denoiser import denoise
+from qdeploy.inputs import denoise
 from qdeploy.structure import WEIGHTED, Layer, Structure, find_structure
 from tests.helpers import tiny_unet
 

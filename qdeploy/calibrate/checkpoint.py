@@ -25,10 +25,11 @@ from qdeploy.calibrate.attention import AttentionQuantizers, quantize_attention
 from qdeploy.calibrate.fakequant import QuantizedLayer, full_precision, quantized_layers, replace_module
 from qdeploy.calibrate.session import share_inputs
 from qdeploy.calibrate.state import read_state, write_state
-from qdeploy.denoiser import Model, denoise
+from qdeploy.denoiser import Model
 from qdeploy.draft import Draft
 from qdeploy.errors import InvalidInputError
 from qdeploy.formats import parse_format, uint8
+from qdeploy.inputs import denoise
 from qdeploy.recipe import Recipe
 from qdeploy.structure import Layer
 

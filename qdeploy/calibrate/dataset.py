@@ -18,8 +18,8 @@ from torch import Tensor
 
 from qdeploy.artifact import Artifact, open_artifact
 from qdeploy.calibrate.shards import Shard, open_shards
-from qdeploy.denoiser import denoise, sample_name
 from qdeploy.errors import InvalidInputError
+from qdeploy.inputs import denoise, sample_name
 
 if TYPE_CHECKING:
     from torch import nn

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from qdeploy.denoiser import denoise
+from qdeploy.inputs import denoise
 
 
 @dataclass

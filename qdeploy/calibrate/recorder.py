@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.calibrate.batch import Batch
-from qdeploy.denoiser import flatten_inputs, sample_name
 from qdeploy.errors import InvalidInputError, UsageError
+from qdeploy.inputs import flatten_inputs, sample_name
 
 
 class Recorded(Exception):

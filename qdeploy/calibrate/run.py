@@ -17,9 +17,10 @@ from qdeploy.calibrate.fakequant import quantized_layers
 from qdeploy.calibrate.methods import stages
 from qdeploy.calibrate.methods.minmax import round_to_nearest
 from qdeploy.calibrate.session import Session, quantize_structure
-from qdeploy.denoiser import Model, denoise, open_model
+from qdeploy.denoiser import Model, open_model
 from qdeploy.draft import Draft
 from qdeploy.errors import CapabilityError, UsageError
+from qdeploy.inputs import denoise
 from qdeploy.paths import cache_folder, default_output
 from qdeploy.progress import say
 from qdeploy.recipe import Recipe, resolve_recipe

@@ -2,7 +2,7 @@
 
 A shard ``rows-00000.safetensors`` holds one batch of images. A row is one denoiser input; rows are ordered by
 call, then by image, then conditional before unconditional. ``NAME`` is an input's name as
-`qdeploy.denoiser.flatten_inputs` gives it.
+`qdeploy.inputs.flatten_inputs` gives it.
 
     input.SAMPLE      [rows, ...]      the noisy sample, named as the first parameter of ``forward``
     input.timestep    [rows]           t as the network was given it, in its own dtype

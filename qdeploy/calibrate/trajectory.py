@@ -23,8 +23,9 @@ from qdeploy.calibrate.estimate import Estimate, readable_size, readable_time
 from qdeploy.calibrate.recorder import Recorded, Recorder
 from qdeploy.calibrate.request import Request, check_pipeline, pipeline_sha256
 from qdeploy.calibrate.shards import describe, open_shards, shard_name
-from qdeploy.denoiser import Model, open_model, sample_name
+from qdeploy.denoiser import Model, open_model
 from qdeploy.draft import Draft
+from qdeploy.inputs import sample_name
 from qdeploy.progress import say, track
 from qdeploy.runtime.pipeline import generate
 from qdeploy.schedulers import make_scheduler

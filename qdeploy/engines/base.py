@@ -85,7 +85,7 @@ class Engine(ABC):
         """The network's prediction.
 
         Args:
-            inputs: tensors named as in `qdeploy.denoiser.flatten_inputs`. ``timestep`` is a scalar or
+            inputs: tensors named as in `qdeploy.inputs.flatten_inputs`. ``timestep`` is a scalar or
                 has one entry per row; rows of different t take one call per distinct t.
 
         Returns:

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 
 from qdeploy.artifact import Artifact, open_artifact
 from qdeploy.calibrate.checkpoint import checkpoint_model, load_checkpoint
-from qdeploy.denoiser import denoise
 from qdeploy.engines.base import Engine
 from qdeploy.engines.build import load_engine
 from qdeploy.engines.measure import read_probe, row_by_row
 from qdeploy.engines.registry import find_backend
 from qdeploy.errors import InvalidInputError
 from qdeploy.evaluate.metrics.sqnr import sqnr_by_row, sqnr_db, timestep_name
+from qdeploy.inputs import denoise
 
 # From the first step to the last of the way. Kinds of artifacts, with the words that reports use.
 STAGES = {"checkpoint": "fake-quant", "onnx": "onnx", "engine": "engine"}

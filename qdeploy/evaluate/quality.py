@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.calibrate.recorder import chosen_calls
-from qdeploy.denoiser import Model, denoise, flatten_inputs, sample_name
+from qdeploy.denoiser import Model
 from qdeploy.errors import InvalidInputError, UsageError
 from qdeploy.evaluate.metrics.base import Call, Meter, Pair, metrics
+from qdeploy.inputs import denoise, flatten_inputs, sample_name
 from qdeploy.progress import track
 from qdeploy.runtime.pipeline import generate
 from qdeploy.schedulers import make_scheduler

@@ -203,6 +203,6 @@ def _probe_inputs(model: Model, denoiser: nn.Module, calibration: Any) -> dict[s
         data.check_fits(model, denoiser)
         rows = torch.linspace(0, len(data) - 1, min(16, len(data))).round().long()
         return data.inputs(rows)
-    from qdeploy.denoiser import example_inputs
+    from qdeploy.inputs import example_inputs
 
     return example_inputs(model, rows=4)

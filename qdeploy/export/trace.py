@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.calibrate.operators import onnx_translations
-from qdeploy.denoiser import denoise
 from qdeploy.errors import InvalidInputError
+from qdeploy.inputs import denoise
 
 OPSET = 21
 OUTPUT = "out_sample"
@@ -43,7 +43,7 @@ def trace(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> ir.Model:
 
     Args:
         denoiser: in evaluation mode, quantized or not.
-        inputs: two rows or more of its inputs, named as `qdeploy.denoiser.flatten_inputs` names them. The
+        inputs: two rows or more of its inputs, named as `qdeploy.inputs.flatten_inputs` names them. The
             timestep becomes a float32 scalar: schedulers use fractional timesteps too.
 
     Returns:

@@ -105,7 +105,7 @@ class EngineDenoiser(diffusers.ModelMixin, ConfigMixin):
         return DenoiserOutput(sample=result) if given.get("return_dict", True) else (result,)
 
     def _flatten(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The tensors among the arguments, named as in `qdeploy.denoiser.flatten_inputs`."""
+        """The tensors among the arguments, named as in `qdeploy.inputs.flatten_inputs`."""
         flat: dict[str, Tensor] = {}
         for name, value in given.items():
             if name in _MANNERS:

@@ -23,9 +23,10 @@ from qdeploy.calibrate.methods import minmax
 from qdeploy.calibrate.run import any_attention
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.state import code_shapes, pack, quantizers, read_state, unpack, write_state
-from qdeploy.denoiser import Model, denoise, open_model
+from qdeploy.denoiser import Model, open_model
 from qdeploy.errors import InvalidInputError
 from qdeploy.formats import FORMATS, Format, parse_format
+from qdeploy.inputs import denoise
 from tests.helpers import MemoryRows, calibrating, minmax_layer
 from tests.models import ddpm_folder
 

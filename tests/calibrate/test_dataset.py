@@ -19,9 +19,10 @@ from qdeploy.calibrate.batch import Batch
 from qdeploy.calibrate.dataset import CalibrationSet
 from qdeploy.calibrate.shards import describe, open_shards, shard_name
 from qdeploy.calibrate.trajectory import collect
-from qdeploy.denoiser import denoise, open_model
+from qdeploy.denoiser import open_model
 from qdeploy.draft import Draft
 from qdeploy.errors import InvalidInputError
+from qdeploy.inputs import denoise
 from tests.models import ddpm_folder, stable_diffusion_folder
 
 CALLS = 3

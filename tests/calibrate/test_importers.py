@@ -14,8 +14,9 @@ from torch import Tensor
 from qdeploy.calibrate.dataset import CalibrationSet
 from qdeploy.calibrate.importers import import_qdiffusion
 from qdeploy.calibrate.recorder import chosen_calls
-from qdeploy.denoiser import denoise, open_model
+from qdeploy.denoiser import open_model
 from qdeploy.errors import InvalidInputError, UsageError
+from qdeploy.inputs import denoise
 from tests.models import PROMPT_LENGTH, TEXT_WIDTH, ddpm_folder, dit_folder, stable_diffusion_folder
 
 STEPS, SAMPLES = 6, 20

@@ -25,9 +25,9 @@ from qdeploy.calibrate.reconstruct import UnitProblem
 from qdeploy.calibrate.run import _run_stages
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.state import quantizers, read_state
-from qdeploy.denoiser import denoise
 from qdeploy.errors import UsageError
 from qdeploy.formats import FORMATS, integer
+from qdeploy.inputs import denoise
 from qdeploy.structure import find_structure
 from tests.helpers import MemoryRows, calibrating, relative, tiny_unet
 

@@ -27,8 +27,9 @@ from qdeploy.calibrate.dataset import CalibrationSet
 from qdeploy.calibrate.estimate import Estimate
 from qdeploy.calibrate.recorder import Recorder, chosen_calls, conditional_half
 from qdeploy.calibrate.trajectory import collect
-from qdeploy.denoiser import Model, flatten_inputs, open_model
+from qdeploy.denoiser import Model, open_model
 from qdeploy.errors import InvalidInputError, UsageError
+from qdeploy.inputs import flatten_inputs
 from qdeploy.runtime.pipeline import generate
 from qdeploy.schedulers import make_scheduler
 from tests.models import ddpm_folder, dit_folder, stable_diffusion_folder

@@ -12,7 +12,7 @@ from qdeploy.calibrate.methods import Method, Stage
 from qdeploy.calibrate.ranges import ACTIVATION_FINDERS, WEIGHT_FINDERS, Summary, check_finder
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.state import quantizers
-from qdeploy.denoiser import denoise
+from qdeploy.inputs import denoise
 from qdeploy.progress import track
 
 
