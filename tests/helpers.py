@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qdeploy.artifact import Artifact
 from qdeploy.calibrate import effort as efforts
 from qdeploy.calibrate.effort import Effort
 from qdeploy.calibrate.fakequant import QuantizedLayer
@@ -149,3 +150,35 @@ def minmax_layer(
         for quantizer, part in zip(layer.input_quantizers, layer.input_parts(x), strict=True):
             quantizer.set(*to_scale(part.min(), part.max(), activations))  # type: ignore[operator]
     return layer
+
+
+# -- artifacts ---------------------------------------------------------------------------------------------
+
+REQUEST: dict[str, Any] = {
+    "kind": "checkpoint",
+    "made_from": {"model": "a" * 64},
+    "recipe": {"method": "minmax", "seed": 3},
+    "seed": 3,
+}
+
+
+def small_draft(output: Path, **changes: Any) -> Draft:
+    """A request, with some of it changed."""
+    return Draft(output, **{**REQUEST, **changes})
+
+
+def small_artifact(output: Path, content: float = 1.0, **changes: Any) -> Artifact:
+    """A small artifact, with a file in a folder and one beside it."""
+    facts = changes.pop("facts", {"layers": 4})
+    measured, notes = changes.pop("measured", None), changes.pop("notes", None)
+    with small_draft(output, **changes) as work:
+        work.tensors("part/weights.safetensors", lambda: {"x": torch.full((3,), content)})
+        work.json("config.json", {"size": 8})
+        return work.finish(facts, measured, notes)
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """Content of all files below a folder by relative path."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }

@@ -325,6 +325,32 @@ def test_a_concatenation_by_keyword_is_one_too() -> None:
     assert roles(USUAL, keywords=True) == roles(USUAL)
 
 
+class Tokens(nn.Module):
+    """A network on tokens: concatenations along features, along tokens, of three parts, and of times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time, self.features, self.three = nn.Linear(4, 6), nn.Linear(9, 6), nn.Linear(18, 6)
+        self.tokens, self.grouped = nn.Linear(6, 6), nn.Conv1d(8, 4, 1, groups=2)
+
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        t = timestep.float().reshape(-1, 1) / 1000
+        time = self.time(torch.cat([t.expand(-1, 2), t.expand(-1, 2).cos()], dim=-1))[:, None]
+        x = sample.flatten(2)[..., :6] + time
+        x = self.features(torch.cat([x, x[..., :3]], dim=2))
+        x = self.three(torch.cat([x, x, x], dim=-1))
+        x = self.tokens(torch.cat([x, x[:, :1]], dim=1))
+        return (self.grouped(torch.cat([x, x], dim=1)),)
+
+
+def test_only_two_parts_along_the_channels_that_are_multiplied_are_split() -> None:
+    """Not tokens, not three parts, not groups of channels, and not what depends on the timestep alone."""
+    inputs = {"sample": noise(2, 3, 8, 8), "timestep": torch.tensor([3, 500])}
+    structure = find_structure(Tokens().eval(), inputs)
+    assert len(structure.layers) == 5
+    assert {layer.path: layer.split for layer in structure.layers if layer.split} == {"features": (6, 3)}
+
+
 def test_tracing_leaves_nothing_behind(case: Case) -> None:
     network, inputs = case
     before = {name: value.clone() for name, value in network.state_dict().items()}

@@ -32,6 +32,20 @@ def baseline_precisions(backend: str) -> list[str]:
     return [precision for precision in wanted if precision in find_backend(backend).precisions]
 
 
+def _folder(model: Model) -> Path:
+    return cache_folder() / "reference" / model.sha256[:32]
+
+
+def baseline_bundle(model: Model) -> Artifact:
+    """A full-precision model as ONNX, exported at its first use and kept in the cache.
+
+    Raises:
+        InvalidInputError: the model cannot be exported.
+        UsageError: another process is exporting it right now.
+    """
+    return export(model.path, _folder(model) / f"onnx-{__version__}")
+
+
 def baseline_engine(model: Model, backend: str, precision: str) -> Artifact:
     """The engine of a full-precision model, built at its first use and kept in the cache.
 
@@ -39,11 +53,9 @@ def baseline_engine(model: Model, backend: str, precision: str) -> Artifact:
         InvalidInputError: the model cannot be exported.
         UsageError: another process is building it right now.
     """
-    folder = cache_folder() / "reference" / model.sha256[:32]
-    bundle = export(model.path, folder / f"onnx-{__version__}")
     version = find_backend(backend).version().split("-")[0]
-    place = folder / f"{backend}-{version}-{precision}-{__version__}"
-    return build_engine(bundle, place, backend=backend, precision=precision)
+    place = _folder(model) / f"{backend}-{version}-{precision}-{__version__}"
+    return build_engine(baseline_bundle(model), place, backend=backend, precision=precision)
 
 
 def source_model(engine: Artifact, reference: str | Path | Model | None = None) -> Model:

@@ -33,8 +33,8 @@ class BenchmarkResult:
     """What was measured.
 
     Attributes:
-        results: for every engine and batch size ``name``, ``path``, ``backend``, ``precision``, ``float``,
-            ``batch``, ``ms``, ``size_mb`` and ``int8_mac_share``.
+        results: for every engine and batch size ``name``, ``path``, ``sha256``, ``backend``, ``precision``,
+            ``float``,
         ratios: how many times as fast as its baselines an engine is, such as ``w8a8-engine vs bf16``.
         spread: the quartiles of each ratio over rounds.
         conditions: the machine, threads, rounds.
@@ -141,7 +141,7 @@ def benchmark(
     batches = [batch] if isinstance(batch, int) else list(batch)
     if not paths or not batches:
         raise UsageError("name at least one engine, and one batch size")
-    if min(*batches, rounds, threads or 1) < 1:
+    if min(*batches, rounds, 1 if threads is None else threads) < 1:
         raise UsageError("batch, rounds and threads must be at least 1")
     artifacts = [open_artifact(path.path if isinstance(path, Artifact) else path, "engine") for path in paths]
     if threads is None:
@@ -193,6 +193,7 @@ def _result(
     return {
         "name": entrant.name,
         "path": str(entrant.artifact.path),
+        "sha256": entrant.artifact.sha256,
         "backend": facts["backend"],
         "precision": entrant.precision,
         "float": facts["engine_precision"],

@@ -6,7 +6,6 @@ a finished one answers at once.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,12 +14,13 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qdeploy.artifact import Artifact, sha256_of
+from qdeploy.artifact import Artifact
 from qdeploy.denoiser import Model, open_model
 from qdeploy.engines.machine import machine
 from qdeploy.engines.registry import find_backend
 from qdeploy.evaluate.baselines import FULL, HALF, baseline_engine, baseline_precisions
 from qdeploy.evaluate.quality import Plan, Trajectories
+from qdeploy.evaluate.remembered import remembered
 from qdeploy.evaluate.report import image_grid, markdown_table, text_table
 from qdeploy.evaluate.summary import summary_notes, summary_rows
 from qdeploy.files import explained_os_errors, write_atomically, write_json
@@ -216,9 +216,8 @@ class _Work:
                 return check(engine, trajectories=trajectories(), **pairs).to_json()
 
             key = [engine.sha256, self.model.sha256, repr(plan)]
-            results[name] = self._stage(
-                f"check {name}", partial(self._remembered, f"check-{name}", key, measure)
-            )
+            file = self.output / "measured" / f"check-{name}.json"
+            results[name] = self._stage(f"check {name}", partial(remembered, file, key, measure))
         return results
 
     def benchmark(self, engines: dict[str, Artifact]) -> dict[str, Any]:
@@ -231,7 +230,8 @@ class _Work:
             return benchmark(named, reference=self.model, **options).to_json()
 
         key = [[engine.sha256 for engine in engines.values()], self.rounds, machine()]
-        return self._stage("benchmark", partial(self._remembered, "benchmark", key, measure))
+        file = self.output / "measured" / "benchmark.json"
+        return self._stage("benchmark", partial(remembered, file, key, measure))
 
     def _make(self, name: str, run: Callable[[], object]) -> Artifact:
         made = self._stage(name, run)
@@ -245,19 +245,6 @@ class _Work:
         self.stages[name] = round(time.perf_counter() - began, 1)
         say(f"{name:<16} {self.stages[name]:6.1f} s")
         return result
-
-    def _remembered(self, name: str, key: Any, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """A result from ``measured/NAME.json``, if it is that of ``key``; else measured and put there."""
-        file, wanted = self.output / "measured" / f"{name}.json", sha256_of(key)
-        try:
-            stored = json.loads(file.read_text())
-            if stored["key"] == wanted:
-                return dict(stored["value"])
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        value = measure()
-        write_json(file, {"key": wanted, "value": value})
-        return value
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from qdeploy.artifact import Artifact
@@ -32,7 +31,7 @@ def summary_rows(
         for result in speed["results"]
         if result["batch"] == batch
         for name, engine in engines.items()
-        if Path(result["path"]) == engine.path
+        if result["sha256"] == engine.sha256
     }
     reference = next((check["quality"].get("fd_local") for check in checks.values()), None)
     columns = [

@@ -319,12 +319,13 @@ def test_codes_are_whole_numbers_next_to_the_weights(finished: Session) -> None:
 # -- learned scales ----------------------------------------------------------------------------------------
 
 
+def found_activations(session: Session) -> dict[str, ActivationQuantizer]:
+    found = quantizers(session.denoiser)
+    return {name: quantizer for name, quantizer in found if isinstance(quantizer, ActivationQuantizer)}
+
+
 def activation_scales(session: Session) -> dict[str, Tensor]:
-    return {
-        name: quantizer.scale.clone()
-        for name, quantizer in quantizers(session.denoiser)
-        if isinstance(quantizer, ActivationQuantizer)
-    }
+    return {name: quantizer.scale.clone() for name, quantizer in found_activations(session).items()}
 
 
 def prepared(session: Session) -> None:
@@ -335,8 +336,11 @@ def prepared(session: Session) -> None:
 @pytest.mark.parametrize("lr", [0.01, 3.0])
 def test_learned_scales_stay_positive_and_are_kept_only_if_better(tmp_path: Path, lr: float) -> None:
     """Trap 12: steps that are learned as they are can cross zero; a wild learning rate provokes it."""
+    used: list[float] = []
     with calibrating(tiny_unet(), DATA, tmp_path / "out", SHORT, weights="int4") as session:
         prepared(session)
+        for quantizer in found_activations(session).values():
+            quantizer.register_forward_hook(lambda module, args, output: used.append(float(module.scale)))
         for unit in session.units:
             with session.problem(unit, session.teacher) as problem:
                 before, scales = problem.judged(2.4), activation_scales(session)
@@ -345,6 +349,7 @@ def test_learned_scales_stay_positive_and_are_kept_only_if_better(tmp_path: Path
             assert after < before if kept else after == before
             assert kept == any(not torch.equal(scales[name], learned[name]) for name in scales)
         assert all(scale > 0 and torch.isfinite(scale) for scale in activation_scales(session).values())
+    assert min(used) > 0
 
 
 @pytest.mark.parametrize("bad", [4.0, torch.nan, -torch.inf])

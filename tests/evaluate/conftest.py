@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,10 @@ import pytest
 from qdeploy.artifact import Artifact
 from qdeploy.calibrate.run import calibrate
 from qdeploy.calibrate.trajectory import collect
+from qdeploy.denoiser import open_model
 from qdeploy.engines.build import build_engine
+from qdeploy.engines.measure import latency
+from qdeploy.evaluate.baselines import baseline_bundle
 from qdeploy.evaluate.quality import Plan
 from qdeploy.export.run import export
 
@@ -34,6 +38,18 @@ def way(ddpm: Path, tmp_path_factory: pytest.TempPathFactory) -> Way:
     bundle = export(checkpoint, folder / "w8a8-onnx")
     engine = build_engine(bundle, folder / "w8a8-engine", backend="openvino", threads=1)
     return Way(ddpm, checkpoint, bundle, engine)
+
+
+@pytest.fixture(autouse=True)
+def short_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines are built here to be checked, not to be timed."""
+    monkeypatch.setattr("qdeploy.engines.build.latency", partial(latency, seconds=0.0))
+
+
+@pytest.fixture
+def full_bundle(way: Way) -> Artifact:
+    """The model in full precision, where the benchmark looks for it."""
+    return baseline_bundle(open_model(way.model))
 
 
 @pytest.fixture

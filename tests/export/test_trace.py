@@ -20,11 +20,11 @@ from qdeploy.calibrate.fakequant import QuantizedLayer, freeze, quantized_layers
 from qdeploy.calibrate.methods import minmax
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.state import read_state
-from qdeploy.denoiser import denoise
 from qdeploy.export.graph import WEIGHTED_OPS, constant, producer, save
 from qdeploy.export.lower import PASSES, lower
 from qdeploy.export.trace import OUTPUT, trace
 from qdeploy.formats import int4, int8
+from qdeploy.inputs import denoise
 from tests.helpers import MemoryRows, calibrating, minmax_layer, sqnr_db, tiny_unet
 
 DATA = MemoryRows.noisy()
@@ -45,7 +45,7 @@ class Exported:
 
     def run(self, rows: list[int], timestep: float) -> Tensor:
         inputs = DATA.inputs(rows)
-        feeds = {"sample": inputs["sample"].numpy(), "timestep": np.float32(timestep)}
+        feeds = {"sample": inputs["sample"].numpy(), "timestep": np.array(timestep, np.float32)}
         return torch.from_numpy(self.engine.run([OUTPUT], feeds)[0])
 
     def simulate(self, rows: list[int], timestep: float) -> Tensor:
@@ -141,11 +141,11 @@ def test_every_scale_and_every_code_is_that_of_the_checkpoint(exported: Exported
 
 
 def test_nothing_else_is_quantized(exported: Exported) -> None:
-    counted = Counter(node.op_type for node in exported.model.graph)
-    pairs = {id(quantizer) for layer in exported.layers.values() for quantizer in layer.input_quantizers}
+    used = {quantizer(node.inputs[0]).name for _, _, node in weighted(exported)}
+    nodes = Counter(node.op_type for node in exported.model.graph)
+    assert used == {node.name for node in exported.model.graph if node.op_type == "QuantizeLinear"}
     weights = sum(len(layer.weight_quantizers) for layer in exported.layers.values())
-    assert counted["QuantizeLinear"] == len(pairs)
-    assert counted["DequantizeLinear"] == len(pairs) + weights
+    assert nodes["DequantizeLinear"] == nodes["QuantizeLinear"] + weights
     floats = [
         path for path, module in exported.denoiser.named_modules()
         if isinstance(module, (nn.Conv2d, nn.Linear)) and not path.endswith(".inner")
@@ -320,7 +320,7 @@ def test_layers_with_equal_weights_keep_their_own_names(tmp_path: Path, quantize
     join = ["join/0", "join/1"] if quantized else ["join"]
     assert layers == sorted(["left", "right", "zero", "other", *join])
     engine = onnxruntime.InferenceSession(tmp_path / "model.onnx", options())
-    feeds = {"sample": inputs["sample"].numpy(), "timestep": np.float32(3)}
+    feeds = {"sample": inputs["sample"].numpy(), "timestep": np.array(3, np.float32)}
     with torch.no_grad():
         assert sqnr_db(denoise(network, inputs), torch.from_numpy(engine.run(None, feeds)[0])) >= 45
 

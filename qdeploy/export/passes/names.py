@@ -12,6 +12,7 @@ from qdeploy.export.graph import WEIGHTED_OPS
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _ROOT = "denoiser."
+_NOWHERE = ("denoiser", "_empty_nn_module_stack_from_metadata_hook")
 
 
 class Names(InPlacePass):
@@ -73,8 +74,11 @@ def _scopes(node: ir.Node) -> list[str]:
 
 
 def _module(node: ir.Node) -> str:
+    """Path of the module that a node came from; empty for the network itself and for what has no origin."""
     scopes = _scopes(node)
-    return scopes[-1].removeprefix(_ROOT).removesuffix(".inner") if scopes else ""
+    if not scopes or scopes[-1] in _NOWHERE:
+        return ""
+    return scopes[-1].removeprefix(_ROOT).removesuffix(".inner")
 
 
 def _layer(node: ir.Node) -> str | None:
@@ -89,4 +93,6 @@ def _layer(node: ir.Node) -> str | None:
         weight = before.inputs[0]
     name = tensor_name(weight.name or "") if weight is not None else ""
     path, found, _ = name.rpartition(".weight")
-    return path if found else _module(node) or None
+    # Exporters merge equal tensors: a weight may bear the name of another layer's.
+    module = _module(node)
+    return path if found and f"{path}.".startswith(f"{module}." if module else "") else module or None
