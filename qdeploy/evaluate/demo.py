@@ -117,8 +117,9 @@ def demo(
     say(f"{work.model.path.name}: about five minutes on two cores; everything goes to {work.output}/")
     with explained_os_errors(work.output):
         work.output.mkdir(parents=True, exist_ok=True)
-    engines = work.build()
-    work.picture(engines)
+    with _one_torch_thread():
+        engines = work.build()
+        work.picture(engines)
     checks = work.check(engines)
     speed = work.benchmark(engines)
     titles = {FULL: "full precision", HALF: "16-bit"}
@@ -245,6 +246,19 @@ class _Work:
         self.stages[name] = round(time.perf_counter() - began, 1)
         say(f"{name:<16} {self.stages[name]:6.1f} s")
         return result
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Networks this small gain little from a second thread, and lose much where other work runs beside."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
