@@ -16,7 +16,7 @@ demo: setup  ## the whole way on the shipped model: engines, a picture, a table
 	$(BIN)/qdeploy demo --output qdeploy-demo
 
 test: setup  ## the test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup  ## style and types
 	$(BIN)/ruff check qdeploy tests benchmarks

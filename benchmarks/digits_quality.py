@@ -22,6 +22,7 @@ from qdeploy.calibrate.run import calibrate
 from qdeploy.calibrate.trajectory import collect
 from qdeploy.denoiser import open_model
 from qdeploy.engines.build import build_engine
+from qdeploy.engines.machine import machine
 from qdeploy.evaluate.check import check
 from qdeploy.evaluate.quality import Plan, Trajectories
 from qdeploy.evaluate.remembered import remembered
@@ -139,7 +140,7 @@ def main() -> None:
     runs = measure(arguments.output, arguments.effort or ["fast"], arguments.seeds, arguments.samples)
     columns, rows = table(runs)
     note = f"{arguments.samples} images, DDIM {STEPS} steps; mean ± deviation over {arguments.seeds} calibrations"
-    results = {"note": note, "summary": summarize(runs), "runs": runs}
+    results = {"note": note, "machine": machine(), "summary": summarize(runs), "runs": runs}
     write_json(arguments.output / "results.json", results)
     text = f"{markdown_table(columns, rows)}\n{note}\n"
     write_atomically(arguments.output / "table.md", lambda partial: _write(partial, text))

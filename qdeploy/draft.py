@@ -30,7 +30,7 @@ from qdeploy.artifact import (
     sha256_file,
     sha256_of,
 )
-from qdeploy.errors import UsageError
+from qdeploy.errors import InvalidInputError, UsageError
 from qdeploy.files import copy_file, explained_os_errors, write_json, write_tensors, write_text
 from qdeploy.version import __version__
 
@@ -90,9 +90,14 @@ class Draft:
         """
         if not self.output.exists() or (self.output.is_dir() and not any(self.output.iterdir())):
             return None
-        if is_artifact(self.output) and read_manifest(self.output).get("request") == self.request:
-            shutil.rmtree(self.work, ignore_errors=True)
-            return open_artifact(self.output, self.kind)
+        try:
+            if is_artifact(self.output) and read_manifest(self.output).get("request") == self.request:
+                done = open_artifact(self.output, self.kind)
+                shutil.rmtree(self.work, ignore_errors=True)
+                return done
+        except InvalidInputError:
+            if not self.overwrite:  # what is damaged can be made again
+                raise
         if self.overwrite and is_artifact(self.output):
             return None
         what = "holds another artifact" if is_artifact(self.output) else "already exists"

@@ -100,12 +100,24 @@ def resolve_recipe(preset: str | Path | None = None, **given: Any) -> Recipe:
     unknown = values.keys() - {field.name for field in fields(Recipe)}
     if unknown:
         raise InvalidInputError(f"the recipe has an unknown entry {sorted(unknown)[0]!r}")
+    _check_kinds(values)
     values.setdefault("method", "minmax")
     values["exclude"] = tuple(values.get("exclude", ()))
     if "target" not in values:
         attention = find_coverage(values.get("coverage", "portable")).attention
         values["target"] = "simulated" if attention else "portable"
     return _checked(values)
+
+
+def _check_kinds(values: Mapping[str, Any]) -> None:
+    for name in ("method", "weights", "activations", "coverage", "target", "effort"):
+        if not isinstance(values.get(name, ""), str):
+            raise InvalidInputError(f"the recipe's {name} must be one word, not {values[name]!r}")
+    exclude = values.get("exclude", ())
+    if isinstance(exclude, str) or not (
+        isinstance(exclude, Iterable) and all(isinstance(pattern, str) for pattern in exclude)
+    ):
+        raise InvalidInputError(f"the recipe's exclude must be a list of patterns, not {exclude!r}")
 
 
 def presets() -> dict[str, str]:
@@ -162,6 +174,8 @@ def _read(preset: str | Path) -> Mapping[str, Any]:
     values = _load(path)
     stages = values.get("stages")
     if stages is not None:
+        if not isinstance(stages, list):
+            raise InvalidInputError(f"{path}: stages must be a list, not {stages!r}")
         values = {**values, "stages": tuple(map(partial(_stage, path), stages))}
     return values
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from qdeploy.artifact import MANIFEST, is_artifact, open_artifact
@@ -213,7 +214,6 @@ def test_overwriting_keeps_the_old_artifact_until_the_new_one_is_whole(tmp_path:
     assert open_artifact(tmp_path / "out").sha256 == first.sha256
 
 
-@pytest.mark.xfail(strict=True, reason="a damaged artifact has to be removed by hand so far")
 @pytest.mark.parametrize("seed", [3, 4])
 def test_a_damaged_artifact_can_be_made_again_when_told(tmp_path: Path, seed: int) -> None:
     """The message about damage says so: make it again."""
@@ -312,6 +312,28 @@ def test_a_refused_write_is_one_sentence(
     assert str(tmp_path / "out") in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_that_safetensors_reports_in_words_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `test_a_full_disk_is_explained_and_finished_steps_are_kept`, where nothing can be mounted."""
+
+    def refuse(tensors: dict[str, Tensor], path: Path) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    def work_on() -> None:
+        with small_draft(tmp_path / "out") as work:
+            work.step("one", Counted())
+            monkeypatch.setattr("safetensors.torch.save_file", refuse)
+            work.step("two", Counted())
+
+    with pytest.raises(CapabilityError, match="no space left"):
+        work_on()
+    monkeypatch.undo()
+    with small_draft(tmp_path / "out") as work:
+        assert [file.name for file in work.steps.iterdir()] == ["one.safetensors"]
 
 
 def test_an_output_that_cannot_be_is_explained(tmp_path: Path) -> None:

@@ -100,7 +100,6 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
         resolve_recipe(written(tmp_path / "bad.yaml", text))
 
 
-@pytest.mark.xfail(strict=True, reason="values of a recipe are not checked for their kind yet")
 @pytest.mark.parametrize(
     "text",
     [

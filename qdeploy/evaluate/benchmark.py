@@ -34,7 +34,7 @@ class BenchmarkResult:
 
     Attributes:
         results: for every engine and batch size ``name``, ``path``, ``sha256``, ``backend``, ``precision``,
-            ``float``,
+            ``float``, ``batch``, ``ms``, ``size_mb`` and ``int8_mac_share``.
         ratios: how many times as fast as its baselines an engine is, such as ``w8a8-engine vs bf16``.
         spread: the quartiles of each ratio over rounds.
         conditions: the machine, threads, rounds.

@@ -11,6 +11,7 @@ from qdeploy.artifact import Artifact
 from qdeploy.denoiser import Model, open_model
 from qdeploy.engines.measure import read_probe
 from qdeploy.errors import InvalidInputError, UsageError
+from qdeploy.evaluate.baselines import source_model
 from qdeploy.evaluate.metrics.frechet import FOLDER
 from qdeploy.evaluate.metrics.sqnr import decibels, powers, summary
 from qdeploy.evaluate.parity import Subject, measure_parity, open_subject
@@ -152,40 +153,32 @@ def check(
         prompts=tuple(prompts) if prompts is not None else None,
         guidance=guidance,
     )
-    _check_measurable(given, trajectories.model if trajectories else reference)
+    model = trajectories.model if trajectories else _model(reference)
+    _check_measurable(given, model)
     opened = open_subject(subject)
-    _check_same_model(opened.artifact, reference if trajectories is None else trajectories.model)
-    if reference is not None and trajectories is None:
-        trajectories = Trajectories(_model(reference), plan)
+    if model is not None:
+        source_model(opened.artifact, model)
+        trajectories = trajectories or Trajectories(model, plan)
     others = [open_subject(other) for other in (onnx, checkpoint) if other is not None]
     parity = measure_parity(opened, others)
     quality = _quality(opened, trajectories)
     return _judge(opened.artifact, parity, quality, given)
 
 
-def _check_measurable(given: Mapping[str, float | None], reference: str | Path | Model | None) -> None:
+def _check_measurable(given: Mapping[str, float | None], model: Model | None) -> None:
     """Refuse bounds on what will not be measured, before any work."""
-    lacking = {"max_fd_increase": reference is None or not (_model(reference).path / FOLDER).is_dir()}
-    lacking["min_psnr"] = reference is None
+    lacking = {
+        "min_psnr": model is None,
+        "max_fd_increase": model is None or not (model.path / FOLDER).is_dir(),
+    }
     for threshold in THRESHOLDS:
         if given[threshold.name] is not None and lacking.get(threshold.name):
             option = f"--{threshold.name.replace('_', '-')}"
             raise UsageError(f"{option} bounds the {threshold.what}, which takes {threshold.needs}")
 
 
-def _model(reference: str | Path | Model) -> Model:
-    return reference if isinstance(reference, Model) else open_model(reference)
-
-
-def _check_same_model(artifact: Artifact, reference: str | Path | Model | None) -> None:
-    if reference is None:
-        return
-    model, made_from = _model(reference), artifact.facts.get("model_sha256")
-    if made_from != model.sha256:
-        raise InvalidInputError(
-            f"{artifact.path} was not made from {model.path}: name the full-precision model that it was "
-            "made from"
-        )
+def _model(reference: str | Path | Model | None) -> Model | None:
+    return reference if reference is None or isinstance(reference, Model) else open_model(reference)
 
 
 def _quality(subject: Subject, trajectories: Trajectories | None) -> dict[str, Any]:

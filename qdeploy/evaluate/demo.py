@@ -21,8 +21,8 @@ from qdeploy.engines.registry import find_backend
 from qdeploy.evaluate.baselines import FULL, HALF, baseline_engine, baseline_precisions
 from qdeploy.evaluate.quality import Plan, Trajectories
 from qdeploy.evaluate.remembered import remembered
-from qdeploy.evaluate.report import image_grid, markdown_table, text_table
-from qdeploy.evaluate.summary import summary_notes, summary_rows
+from qdeploy.evaluate.report import image_grid
+from qdeploy.evaluate.summary import DemoResult, summary_notes, summary_rows
 from qdeploy.files import explained_os_errors, write_atomically, write_json
 from qdeploy.progress import say, verbosity
 
@@ -37,56 +37,6 @@ VARIANTS = {
     "w8a8": ("8-bit (W8A8)", "w8a8-minmax", "fast"),
     "w4a8": ("4-bit (W4A8)", "w4a8-qdiffusion", "fast"),
 }
-
-
-@dataclass(frozen=True)
-class DemoResult:
-    """Where everything is, and what came out.
-
-    Attributes:
-        path: the output folder.
-        columns: of the table.
-        rows: of the table, a line for each engine.
-        stages: seconds of each stage.
-        checks: what `qdeploy.check` measured, by engine.
-        benchmark: what `qdeploy.benchmark` measured.
-        notes: lines below the table.
-    """
-
-    path: Path
-    columns: list[str]
-    rows: list[list[str]]
-    stages: dict[str, float]
-    checks: dict[str, dict[str, Any]]
-    benchmark: dict[str, Any]
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def passed(self) -> bool:
-        """Whether every engine keeps parity and quality."""
-        return all(check["passed"] for check in self.checks.values())
-
-    @property
-    def table(self) -> str:
-        """The result for the terminal."""
-        return "\n".join([text_table(self.columns, self.rows), *self.notes])
-
-    def markdown(self) -> str:
-        """The result in Markdown."""
-        return (
-            "\n".join([markdown_table(self.columns, self.rows), *(f"{note}  " for note in self.notes)]) + "\n"
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """The JSON object of ``qdeploy demo --json``."""
-        return {
-            "path": str(self.path),
-            "passed": self.passed,
-            "seconds": round(sum(self.stages.values()), 1),
-            "stages": self.stages,
-            "checks": self.checks,
-            "benchmark": self.benchmark,
-        }
 
 
 def demo(

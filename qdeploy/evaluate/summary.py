@@ -3,11 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from qdeploy.artifact import Artifact
 from qdeploy.evaluate.baselines import FULL, HALF
-from qdeploy.evaluate.report import MISSING, number
+from qdeploy.evaluate.report import MISSING, markdown_table, number, text_table
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Where everything is, and what came out.
+
+    Attributes:
+        path: the output folder.
+        columns: of the table.
+        rows: of the table, a line for each engine.
+        stages: seconds of each stage.
+        checks: what `qdeploy.check` measured, by engine.
+        benchmark: what `qdeploy.benchmark` measured.
+        notes: lines below the table.
+    """
+
+    path: Path
+    columns: list[str]
+    rows: list[list[str]]
+    stages: dict[str, float]
+    checks: dict[str, dict[str, Any]]
+    benchmark: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every engine keeps parity and quality."""
+        return all(check["passed"] for check in self.checks.values())
+
+    @property
+    def table(self) -> str:
+        """The result for the terminal."""
+        return "\n".join([text_table(self.columns, self.rows), *self.notes])
+
+    def markdown(self) -> str:
+        """The result in Markdown."""
+        return (
+            "\n".join([markdown_table(self.columns, self.rows), *(f"{note}  " for note in self.notes)]) + "\n"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object of ``qdeploy demo --json``."""
+        return {
+            "path": str(self.path),
+            "passed": self.passed,
+            "seconds": round(sum(self.stages.values()), 1),
+            "stages": self.stages,
+            "checks": self.checks,
+            "benchmark": self.benchmark,
+        }
 
 
 def summary_rows(

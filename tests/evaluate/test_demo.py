@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from qdeploy.denoiser import open_model
-from qdeploy.evaluate.demo import VARIANTS, DemoResult, _Work
+from qdeploy.evaluate.demo import VARIANTS, _Work
 from qdeploy.evaluate.remembered import remembered
 from qdeploy.evaluate.report import MISSING
-from qdeploy.evaluate.summary import summary_notes, summary_rows
+from qdeploy.evaluate.summary import DemoResult, summary_notes, summary_rows
 from qdeploy.progress import verbosity
 from qdeploy.recipe import presets
 
