@@ -28,7 +28,7 @@ weights: int4
 activations: int8
 effort: fast
 stages: [{weight-ranges: {finder: lp}}, {round-weights: {}}, {activation-ranges: {finder: lp}}, {learn-scales: {}}]
-exclude: ["down_blocks*", "mid_block*"]
+exclude: ["down_blocks*", "mid_block*", "up_blocks.0*", "up_blocks.1*"]
 """
 
 
