@@ -70,7 +70,7 @@ def demo(
     with _one_torch_thread():
         engines = work.build()
         work.picture(engines)
-    checks = work.check(engines)
+        checks = work.check(engines)
     speed = work.benchmark(engines)
     titles = {FULL: "full precision", HALF: "16-bit"}
     titles |= {name: title for name, (title, _, _) in VARIANTS.items()}
