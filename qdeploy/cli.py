@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +20,10 @@ import click
 from qdeploy.errors import CheckFailed, QDeployError
 from qdeploy.progress import verbosity
 from qdeploy.version import __version__
+
+# Read when torch is imported. Threads that spin while they wait slow down each other, by more than ten times
+# where other work runs beside.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 F = TypeVar("F", bound=Callable[..., Any])
 FOLDER = click.Path(path_type=Path)
@@ -76,7 +81,6 @@ def _silence_libraries(debug: bool) -> None:
     if debug:
         return
     import logging
-    import os
     import warnings
 
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -267,12 +271,14 @@ def sample(source: str, prompts: Path | None, as_json: bool, **options: Any) -> 
 @click.option("--max-fd-increase", type=float, help="FD-local above the reference's.")
 @click.option("--scheduler", default="ddim", show_default=True)
 @click.option("--seed", type=int, default=1, show_default=True, help="Seed of the held-out trajectories.")
+@PROMPTS
+@GUIDANCE
 @verb
-def check(subject: Path, as_json: bool, **options: Any) -> None:
+def check(subject: Path, prompts: Path | None, as_json: bool, **options: Any) -> None:
     """Compare with the simulation and with full precision; exit code 3 if a threshold is missed."""
     from qdeploy.evaluate.check import check
 
-    result = check(subject, **options)
+    result = check(subject, prompts=_prompts(prompts), **options)
     click.echo(json.dumps(result.to_json()) if as_json else result.table())
     if not result.passed:
         raise CheckFailed("; ".join(result.failures))

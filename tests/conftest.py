@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from qdeploy.progress import verbosity
 from tests.models import ddpm_folder
 
 # One thread per worker: the suite runs in as many workers as there are cores.
@@ -18,8 +19,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing that a test does reaches the user's cache."""
+def own_world(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that a test does reaches the user's cache, or how much the next test says."""
+    monkeypatch.setattr(verbosity, "level", 1)
     monkeypatch.setenv("QDEPLOY_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from qdeploy.engines.macs import int8_mac_share
@@ -82,25 +83,35 @@ def latency(
         engine(inputs)
         took.append((time.perf_counter() - began) * 1e3)
     took.sort()
-    middle, rank = len(took) // 2, math.ceil(0.95 * len(took)) - 1
-    median = took[middle] if len(took) % 2 else (took[middle - 1] + took[middle]) / 2
-    return {"median": round(median, 3), "p95": round(took[rank], 3)}
+    rank = math.ceil(0.95 * len(took)) - 1
+    return {"median": round(median(took), 3), "p95": round(took[rank], 3)}
 
 
 def parity(output: Tensor, expected: Tensor) -> dict[str, float]:
-    """Signal-to-noise ratio in dB, over all rows together, and the largest difference.
+    """How far outputs ``[rows, ...]`` are from what is expected, as signal-to-noise ratios in dB.
+
+    Returns:
+        ``sqnr_db``, the median over rows; ``worst_db``, the worst row; ``pooled_db``, all rows together;
+        and ``max_abs``, the largest difference. Why the median leads: `qdeploy.evaluate.parity`.
 
     Raises:
         InvalidInputError: the output holds NaN or Inf.
     """
     if not bool(output.isfinite().all()):
         raise InvalidInputError("the engine computes NaN or Inf for its own probe")
-    noise, signal = noise_power(output, expected), float(expected.double().square().mean())
-    ratio = 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else EXACT_DB
+    rows = [ratio_db(y, x) for y, x in zip(output, expected, strict=True)]
     return {
-        "sqnr_db": round(min(ratio, EXACT_DB), 2),
+        "sqnr_db": round(median(rows), 2),
+        "worst_db": round(min(rows), 2),
+        "pooled_db": round(ratio_db(output, expected), 2),
         "max_abs": float((output.double() - expected.double()).abs().max()),
     }
+
+
+def ratio_db(output: Tensor, expected: Tensor) -> float:
+    """Power of what is expected over that of the difference, in dB, at most `EXACT_DB`."""
+    noise, signal = noise_power(output, expected), float(expected.double().square().mean())
+    return min(10 * math.log10(signal / noise), EXACT_DB) if noise > 0 and signal > 0 else EXACT_DB
 
 
 def noise_power(output: Tensor, expected: Tensor) -> float:
