@@ -28,7 +28,7 @@ from qdeploy.evaluate.quality import Plan, Trajectories
 from qdeploy.evaluate.remembered import remembered
 from qdeploy.evaluate.report import MISSING, markdown_table, text_table
 from qdeploy.export.run import export
-from qdeploy.files import write_atomically, write_json
+from qdeploy.files import write_json, write_text
 from qdeploy.progress import say
 
 METHODS = ("minmax", "qdiffusion")
@@ -143,13 +143,9 @@ def main() -> None:
     results = {"note": note, "machine": machine(), "summary": summarize(runs), "runs": runs}
     write_json(arguments.output / "results.json", results)
     text = f"{markdown_table(columns, rows)}\n{note}\n"
-    write_atomically(arguments.output / "table.md", lambda partial: _write(partial, text))
+    write_text(arguments.output / "table.md", text)
     print(text_table(columns, rows))
     print(note)
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)
 
 
 if __name__ == "__main__":

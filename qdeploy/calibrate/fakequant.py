@@ -6,10 +6,10 @@ so one network is both the full-precision teacher and the quantized student, swi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -224,29 +224,24 @@ def freeze(denoiser: nn.Module) -> None:
             module.freeze()
 
 
-@contextmanager
-def full_precision(denoiser: nn.Module) -> Iterator[None]:
+def full_precision(denoiser: nn.Module) -> AbstractContextManager[None]:
     """Within, the network computes exactly as it did before it was quantized."""
-    switches: list[Any] = [m for m in denoiser.modules() if hasattr(m, "quantized")]
-    before = [switch.quantized for switch in switches]
-    for switch in switches:
-        switch.quantized = False
-    try:
-        yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.quantized = value
+    return _switched_off([m for m in denoiser.modules() if hasattr(m, "quantized")], "quantized")
+
+
+def weights_only(denoiser: nn.Module) -> AbstractContextManager[None]:
+    """Within, weights are quantized and activations are not."""
+    return _switched_off([m for m in denoiser.modules() if isinstance(m, ActivationQuantizer)], "enabled")
 
 
 @contextmanager
-def weights_only(denoiser: nn.Module) -> Iterator[None]:
-    """Within, weights are quantized and activations are not."""
-    quantizers = [m for m in denoiser.modules() if isinstance(m, ActivationQuantizer)]
-    before = [quantizer.enabled for quantizer in quantizers]
-    for quantizer in quantizers:
-        quantizer.enabled = False
+def _switched_off(modules: Sequence[nn.Module], switch: str) -> Iterator[None]:
+    """Within, the attribute ``switch`` of every module is False; afterwards it is what it was."""
+    before = [getattr(module, switch) for module in modules]
+    for module in modules:
+        setattr(module, switch, False)
     try:
         yield
     finally:
-        for quantizer, value in zip(quantizers, before, strict=True):
-            quantizer.enabled = value
+        for module, value in zip(modules, before, strict=True):
+            setattr(module, switch, value)

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from qdeploy.artifact import Artifact, open_artifact
+from qdeploy.decibels import distance, powers
 from qdeploy.draft import Draft
 from qdeploy.engines.base import Engine
 from qdeploy.engines.machine import BF16_INSTRUCTIONS, has_bf16, has_int8, machine
 from qdeploy.engines.macs import graph_macs, int8_layers, int8_mac_share, meant_int8
 from qdeploy.engines.measure import (
     latency,
-    noise_power,
-    parity,
     read_macs,
     read_probe,
     repeat_rows,
@@ -151,12 +150,14 @@ def _measure(backend: Backend, draft: Draft, facts: dict[str, Any]) -> dict[str,
     if shares["int8_mac_share_of_meant"] < 0.9:
         left = meant - int8_layers(kernels)
         _warn_of_float(backend, shares["int8_mac_share_of_meant"], sorted(left, key=lambda name: -macs[name]))
-    distance = parity(result, reference if simulated is None else simulated)
+    if not bool(result.isfinite().all()):
+        raise InvalidInputError("the engine computes NaN or Inf for its own probe")
+    parity = distance(result, reference if simulated is None else simulated)
     if simulated is not None:
-        noise, quantization = noise_power(result, simulated), noise_power(simulated, reference)
+        (_, noise), (_, quantization) = powers(result, simulated), powers(simulated, reference)
         if noise > _NOISE_RATIO * quantization:
             say(
-                f"warning: this engine is only {distance['sqnr_db']} dB from the model that was calibrated, "
+                f"warning: this engine is only {parity['pooled_db']} dB from the model that was calibrated, "
                 "further than that is from full precision: choose another backend, and report this"
             )
     size = sum(file.stat().st_size for file in (draft.content / facts["component"]).iterdir())
@@ -164,7 +165,7 @@ def _measure(backend: Backend, draft: Draft, facts: dict[str, Any]) -> dict[str,
         "ms": ms,
         "load_seconds": round(loaded, 3),
         **shares,
-        "parity": distance,
+        "parity": parity,
         "size_mb": round(size / 1e6, 3),
         "machine": machine(),
     }

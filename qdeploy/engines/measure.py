@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from qdeploy.engines.base import Engine
 
 PROBE = "probe.safetensors"
-# Reported for outputs that are equal bit for bit, whose ratio is infinite.
-EXACT_DB = 200.0
 
 
 def read_probe(folder: Path) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
@@ -85,38 +83,6 @@ def latency(
     took.sort()
     rank = math.ceil(0.95 * len(took)) - 1
     return {"median": round(median(took), 3), "p95": round(took[rank], 3)}
-
-
-def parity(output: Tensor, expected: Tensor) -> dict[str, float]:
-    """How far outputs ``[rows, ...]`` are from what is expected, as signal-to-noise ratios in dB.
-
-    Returns:
-        ``sqnr_db``, the median over rows; ``worst_db``, the worst row; ``pooled_db``, all rows together;
-        and ``max_abs``, the largest difference. Why the median leads: `qdeploy.evaluate.parity`.
-
-    Raises:
-        InvalidInputError: the output holds NaN or Inf.
-    """
-    if not bool(output.isfinite().all()):
-        raise InvalidInputError("the engine computes NaN or Inf for its own probe")
-    rows = [ratio_db(y, x) for y, x in zip(output, expected, strict=True)]
-    return {
-        "sqnr_db": round(median(rows), 2),
-        "worst_db": round(min(rows), 2),
-        "pooled_db": round(ratio_db(output, expected), 2),
-        "max_abs": float((output.double() - expected.double()).abs().max()),
-    }
-
-
-def ratio_db(output: Tensor, expected: Tensor) -> float:
-    """Power of what is expected over that of the difference, in dB, at most `EXACT_DB`."""
-    noise, signal = noise_power(output, expected), float(expected.double().square().mean())
-    return min(10 * math.log10(signal / noise), EXACT_DB) if noise > 0 and signal > 0 else EXACT_DB
-
-
-def noise_power(output: Tensor, expected: Tensor) -> float:
-    """Mean square of the difference."""
-    return float((output.double() - expected.double()).square().mean())
 
 
 def int8_shares(engine: Engine, inputs: Mapping[str, Tensor]) -> dict[str, float]:

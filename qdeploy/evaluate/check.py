@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from qdeploy.artifact import Artifact
+from qdeploy.decibels import decibels, powers
 from qdeploy.denoiser import Model, open_model
 from qdeploy.engines.measure import read_probe
 from qdeploy.errors import InvalidInputError, UsageError
 from qdeploy.evaluate.baselines import source_model
 from qdeploy.evaluate.metrics.frechet import FOLDER
-from qdeploy.evaluate.metrics.sqnr import decibels, powers, summary
+from qdeploy.evaluate.metrics.sqnr import summary
 from qdeploy.evaluate.parity import Subject, measure_parity, open_subject
 from qdeploy.evaluate.quality import Plan, Trajectories, measure_quality
 from qdeploy.evaluate.report import number, text_table

@@ -23,7 +23,7 @@ from qdeploy.evaluate.quality import Plan, Trajectories
 from qdeploy.evaluate.remembered import remembered
 from qdeploy.evaluate.report import image_grid
 from qdeploy.evaluate.summary import DemoResult, summary_notes, summary_rows
-from qdeploy.files import explained_os_errors, write_atomically, write_json
+from qdeploy.files import explained_os_errors, write_json, write_text
 from qdeploy.progress import say, verbosity
 
 T = TypeVar("T")
@@ -78,7 +78,7 @@ def demo(
     notes = [*summary_notes(checks, speed), f"images of the same seeds: {work.output / 'grid.png'}"]
     result = DemoResult(work.output, columns, rows, work.stages, checks, speed, notes)
     write_json(work.output / "results.json", result.to_json())
-    write_atomically(work.output / "table.md", lambda partial: _write_text(partial, result.markdown()))
+    write_text(work.output / "table.md", result.markdown())
     return result
 
 
@@ -226,7 +226,3 @@ def _status(name: str) -> Iterator[None]:
             yield
     finally:
         verbosity.level = level
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)

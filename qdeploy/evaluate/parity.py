@@ -24,17 +24,17 @@ from torch import Tensor, nn
 
 from qdeploy.artifact import Artifact, open_artifact
 from qdeploy.calibrate.checkpoint import checkpoint_model, load_checkpoint
+from qdeploy.decibels import distance, sqnr_by_row
 from qdeploy.engines.base import Engine
 from qdeploy.engines.build import load_engine
 from qdeploy.engines.measure import read_probe, row_by_row
 from qdeploy.engines.registry import find_backend
 from qdeploy.errors import InvalidInputError
-from qdeploy.evaluate.metrics.sqnr import sqnr_by_row, sqnr_db, timestep_name
+from qdeploy.evaluate.metrics.sqnr import timestep_name
 from qdeploy.inputs import denoise
 
 # From the first step to the last of the way. Kinds of artifacts, with the words that reports use.
 STAGES = {"checkpoint": "fake-quant", "onnx": "onnx", "engine": "engine"}
-SAME_DB = 80.0  # rows at or above agree but for the last bits of float arithmetic
 NUDGE = 1e-3
 
 
@@ -92,23 +92,6 @@ def _predictor(denoiser: nn.Module) -> Callable[[Mapping[str, Tensor]], Tensor]:
             return denoise(denoiser, inputs)
 
     return predict
-
-
-def distance(output: Tensor, expected: Tensor) -> dict[str, Any]:
-    """How far outputs ``[rows, ...]`` are from what is expected.
-
-    Returns:
-        ``sqnr_db``, the median over rows; ``worst_db``, the worst row; ``pooled_db``, over all elements;
-        ``same_rows``, the share of rows that agree but for the last bits; and ``max_abs``.
-    """
-    rows = sqnr_by_row(output, expected)
-    return {
-        "sqnr_db": round(median(rows), 2),
-        "worst_db": round(min(rows), 2),
-        "pooled_db": round(sqnr_db(output, expected), 2),
-        "same_rows": round(sum(row >= SAME_DB for row in rows) / len(rows), 4),
-        "max_abs": float((output.double() - expected.double()).abs().max()),
-    }
 
 
 def measure_parity(subject: Subject, others: Sequence[Subject] = ()) -> dict[str, Any]:

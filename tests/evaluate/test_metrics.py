@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qdeploy.decibels import decibels, sqnr_by_row, sqnr_db
 from qdeploy.denoiser import open_model
 from qdeploy.evaluate import metrics as package
 from qdeploy.evaluate.metrics.base import Call, Meter, Pair, metrics
@@ -27,7 +28,7 @@ from qdeploy.evaluate.metrics.frechet import (
     real_images,
 )
 from qdeploy.evaluate.metrics.psnr import PsnrMeter, psnr_db
-from qdeploy.evaluate.metrics.sqnr import SqnrMeter, decibels, sqnr_by_row, sqnr_db, summary
+from qdeploy.evaluate.metrics.sqnr import SqnrMeter, summary
 
 FEATURES = open_model("digits").path / "features"
 

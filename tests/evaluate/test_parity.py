@@ -13,11 +13,12 @@ import torch
 from onnx import numpy_helper
 
 from qdeploy.artifact import Artifact
+from qdeploy.decibels import distance
 from qdeploy.draft import Draft
 from qdeploy.engines.build import build_engine
 from qdeploy.errors import InvalidInputError
 from qdeploy.evaluate.check import check
-from qdeploy.evaluate.parity import distance, measure_parity, open_subject
+from qdeploy.evaluate.parity import measure_parity, open_subject
 from qdeploy.evaluate.thresholds import parity_floor, rows_out_of_parity
 from tests.evaluate.conftest import Way
 

@@ -17,9 +17,6 @@ from torch import Tensor
 
 from qdeploy.denoiser import Model
 
-# Reported for what is equal bit for bit, whose ratio is infinite.
-EXACT_DB = 200.0
-
 
 @dataclass(frozen=True)
 class Call:

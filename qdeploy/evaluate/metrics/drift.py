@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from qdeploy.decibels import powers
 from qdeploy.denoiser import Model
 from qdeploy.evaluate.metrics.base import Metric, Pair
-from qdeploy.evaluate.metrics.sqnr import powers, timestep_name
+from qdeploy.evaluate.metrics.sqnr import timestep_name
 
 
 def drift(sample: Tensor, expected: Tensor) -> float:

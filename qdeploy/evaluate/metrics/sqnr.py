@@ -6,39 +6,13 @@ call adds, not what earlier calls have led to. SQNR = 10 log10(||y||^2 / ||y - y
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
-from torch import Tensor
-
+from qdeploy.decibels import decibels, powers
 from qdeploy.denoiser import Model
-from qdeploy.evaluate.metrics.base import EXACT_DB, Metric, Pair
-
-
-def powers(output: Tensor, expected: Tensor) -> tuple[float, float]:
-    """Sums of squares of the signal and of the noise, in double precision."""
-    signal, noise = expected.double(), output.double() - expected.double()
-    return float(signal.square().sum()), float(noise.square().sum())
-
-
-def decibels(signal: float, noise: float) -> float:
-    """Their ratio in dB, within +-`EXACT_DB`: 200 for equality, also where there is neither."""
-    if noise == 0:
-        return EXACT_DB
-    ratio = signal / noise
-    return max(-EXACT_DB, min(EXACT_DB, 10 * math.log10(ratio))) if ratio > 0 else -EXACT_DB
-
-
-def sqnr_db(output: Tensor, expected: Tensor) -> float:
-    """SQNR over all elements together, in dB; 200 where the two are equal."""
-    return decibels(*powers(output, expected))
-
-
-def sqnr_by_row(output: Tensor, expected: Tensor) -> list[float]:
-    """SQNR of every row of ``[rows, ...]``, in dB."""
-    return [sqnr_db(one, other) for one, other in zip(output, expected, strict=True)]
+from qdeploy.evaluate.metrics.base import Metric, Pair
 
 
 def summary(by_timestep: Mapping[float, float]) -> dict[str, Any]:
