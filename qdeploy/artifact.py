@@ -110,17 +110,17 @@ def is_artifact(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
-def open_artifact(path: str | Path, *kinds: str) -> Artifact:
+def open_artifact(path: str | Path | Artifact, *kinds: str) -> Artifact:
     """Read and verify an artifact.
 
     Args:
-        path: the folder.
+        path: the folder; or an artifact, which is read and verified again.
         kinds: the kinds that are welcome; any, if none is named.
 
     Raises:
         InvalidInputError: it is no artifact, damaged, of a newer schema or of another kind.
     """
-    path = Path(path)
+    path = path.path if isinstance(path, Artifact) else Path(path)
     manifest = read_manifest(path)
     if kinds and manifest["kind"] not in kinds:
         wanted = " or ".join(kinds)

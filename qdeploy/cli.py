@@ -115,6 +115,14 @@ ETA = click.option("--eta", type=float, help="DDIM's eta.")
 BATCH = click.option("--batch", type=int, default=16, show_default=True, help="Images at a time.")
 
 
+def sampling(function: F) -> F:
+    """The options of every verb that runs a whole pipeline."""
+    size = (click.option("--height", type=int), click.option("--width", type=int))
+    for option in reversed((*size, SCHEDULER, ETA, PROMPTS, GUIDANCE, BATCH, SEED)):
+        function = option(function)
+    return function
+
+
 @click.group(
     cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
 )
@@ -141,14 +149,7 @@ def demo(as_json: bool, **options: Any) -> None:
 @click.option("--samples", type=int, default=64, show_default=True, help="Images to sample.")
 @click.option("--inference-steps", type=int, default=100, show_default=True, help="Length of the trajectory.")
 @click.option("--from-qdiffusion", type=FOLDER, help="Import Q-Diffusion's .pt file instead of sampling.")
-@click.option("--height", type=int)
-@click.option("--width", type=int)
-@SCHEDULER
-@ETA
-@PROMPTS
-@GUIDANCE
-@BATCH
-@SEED
+@sampling
 @DEVICE
 @DRY_RUN
 @OVERWRITE
@@ -239,14 +240,7 @@ def build_engine(onnx: Path, as_json: bool, **options: Any) -> None:
 @click.option(
     "--model", help="The model whose pipeline is used.  [default: the one the engine was made from]"
 )
-@click.option("--height", type=int)
-@click.option("--width", type=int)
-@SCHEDULER
-@ETA
-@PROMPTS
-@GUIDANCE
-@BATCH
-@SEED
+@sampling
 @OVERWRITE
 @verb
 def sample(source: str, prompts: Path | None, as_json: bool, **options: Any) -> None:

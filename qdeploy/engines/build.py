@@ -62,7 +62,7 @@ def build_engine(
     """
     if batch < 1 or (threads is not None and threads < 1):
         raise UsageError(f"batch and threads must be at least 1, not {batch if batch < 1 else threads}")
-    source = open_artifact(bundle.path if isinstance(bundle, Artifact) else bundle, "onnx", "checkpoint")
+    source = open_artifact(bundle, "onnx", "checkpoint")
     if reasons := source.facts.get("simulated"):
         raise CapabilityError(f"{source.path} is a simulation that no engine can run: {'; '.join(reasons)}")
     if source.kind == "checkpoint":
@@ -103,7 +103,7 @@ def load_engine(path: str | Path | Artifact, *, threads: int | None = None) -> E
         InvalidInputError: it is no engine, or damaged.
         CapabilityError: its runtime is not installed, or this machine cannot run it.
     """
-    artifact = open_artifact(path.path if isinstance(path, Artifact) else path, "engine")
+    artifact = open_artifact(path, "engine")
     return find_backend(str(artifact.facts["backend"])).load(artifact, threads or artifact.facts["threads"])
 
 

@@ -143,7 +143,7 @@ def benchmark(
         raise UsageError("name at least one engine, and one batch size")
     if min(*batches, rounds, 1 if threads is None else threads) < 1:
         raise UsageError("batch, rounds and threads must be at least 1")
-    artifacts = [open_artifact(path.path if isinstance(path, Artifact) else path, "engine") for path in paths]
+    artifacts = [open_artifact(path, "engine") for path in paths]
     if threads is None:
         built_for = {artifact.facts.get("threads") for artifact in artifacts}
         threads = built_for.pop() if len(built_for) == 1 else None

@@ -69,7 +69,7 @@ def open_subject(path: str | Path | Artifact) -> Subject:
         InvalidInputError: it is none of these, or damaged.
         CapabilityError: its runtime is not installed.
     """
-    artifact = open_artifact(path.path if isinstance(path, Artifact) else path, *STAGES)
+    artifact = open_artifact(path, *STAGES)
     # All three hold the denoiser's configuration in the same place.
     sample = list(signature(checkpoint_model(artifact).denoiser_class().forward).parameters)[1]
     if artifact.kind == "checkpoint":
