@@ -183,6 +183,10 @@ def collect(
 @click.option("--effort", help="fast, balanced or best.")
 @click.option("--exclude", multiple=True, help="Shell glob of layers that stay in float; repeatable.")
 @click.option(
+    "--timestep-groups",
+    help="Groups of timesteps with scales of their own: how many, or boundaries such as 200,500.",
+)
+@click.option(
     "--max-memory", type=float, default=4.0, show_default=True, help="GiB for recorded activations."
 )
 @click.option("--seed", type=int, help="Where all randomness comes from.  [default: 0]")
@@ -204,6 +208,8 @@ def calibrate(model: str, exclude: tuple[str, ...], max_memory: float, as_json: 
 @OUTPUT
 @click.option("--target", help="Dialect of Q/DQ.  [default: what the checkpoint was calibrated for]")
 @click.option("--calibration", type=FOLDER, help="For a model: the set that its probe comes from.")
+@click.option("--time-table", help="Features of the timestep from a table: none, fp32, fp16 or int8.")
+@click.option("--table-rows", default="all", show_default=True, help="Its rows: all, or a schedule: ddim:50.")
 @click.option("--components/--no-components", default=True, help="Also text encoders and autoencoder.")
 @OVERWRITE
 @verb

@@ -61,6 +61,29 @@ class Model:
         """Whether the folder holds a whole pipeline."""
         return (self.path / INDEX).is_file()
 
+    @property
+    def training_timesteps(self) -> int | None:
+        """How many timesteps the model was trained with; None if no scheduler lies beside it."""
+        file = self.path / "scheduler" / "scheduler_config.json"
+        steps = read_json(file).get("num_train_timesteps") if file.is_file() else None
+        return steps if isinstance(steps, int) else None
+
+    def scheduler(self) -> Any:
+        """The scheduler that lies beside the denoiser.
+
+        Raises:
+            InvalidInputError: there is none, or diffusers cannot read it.
+        """
+        import diffusers
+
+        config = read_json(self.path / "scheduler" / "scheduler_config.json")
+        found = getattr(diffusers, str(config.get("_class_name")), None)
+        if found is None:
+            raise InvalidInputError(
+                f"{self.path} has a scheduler {config.get('_class_name')}, unknown to diffusers"
+            )
+        return found.from_config(config)
+
     @cached_property
     def sha256(self) -> str:
         """Identity of the denoiser: its configuration and weights."""

@@ -9,14 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qdeploy.calibrate.coverage import find_coverage
 from qdeploy.calibrate.effort import find_effort
 from qdeploy.errors import InvalidInputError, UsageError
 from qdeploy.formats import parse_format
 from qdeploy.targets import find_target
+
+if TYPE_CHECKING:
+    from qdeploy.calibrate.methods import Method
 
 _PRESETS = Path(__file__).parent / "recipes"
 
@@ -35,6 +39,8 @@ class Recipe:
         effort: how much work is done.
         seed: where all randomness comes from.
         exclude: shell globs of layer paths that stay in float.
+        timestep_groups: how many groups of timesteps have activation scales of their own, or the largest
+            timestep of each group but the last.
     """
 
     method: str
@@ -46,19 +52,26 @@ class Recipe:
     effort: str = "balanced"
     seed: int = 0
     exclude: tuple[str, ...] = ()
+    timestep_groups: int | tuple[float, ...] = 1
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as JSON values; `from_json` undoes it."""
         value = asdict(self)
         value["stages"] = [{name: dict(options)} for name, options in self.stages]
         value["exclude"] = list(self.exclude)
+        if not isinstance(self.timestep_groups, int):
+            value["timestep_groups"] = list(self.timestep_groups)
         return value
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Recipe:
         """A recipe from `to_json`'s values."""
         stages = tuple(next(iter(stage.items())) for stage in value["stages"])
-        return cls(**{**value, "stages": stages, "exclude": tuple(value["exclude"])})
+        groups = value.get("timestep_groups", 1)
+        groups = groups if isinstance(groups, int) else tuple(groups)
+        return cls(
+            **{**value, "stages": stages, "exclude": tuple(value["exclude"]), "timestep_groups": groups}
+        )
 
     @property
     def precision(self) -> str:
@@ -103,10 +116,35 @@ def resolve_recipe(preset: str | Path | None = None, **given: Any) -> Recipe:
     _check_kinds(values)
     values.setdefault("method", "minmax")
     values["exclude"] = tuple(values.get("exclude", ()))
+    values["timestep_groups"] = parse_groups(values.get("timestep_groups", 1))
+    if "coverage" not in values:
+        values["coverage"] = _find_method(values["method"]).coverage
     if "target" not in values:
         attention = find_coverage(values.get("coverage", "portable")).attention
         values["target"] = "simulated" if attention else "portable"
     return _checked(values)
+
+
+def parse_groups(given: Any) -> int | tuple[float, ...]:
+    """Groups of timesteps from a number, a list of boundaries, or a word that says either.
+
+    Raises:
+        UsageError: it is neither a positive number nor ascending boundaries.
+    """
+    words = [given] if isinstance(given, int | float) else given
+    words = words.split(",") if isinstance(words, str) else words
+    try:
+        numbers = [float(word) for word in words]
+    except (TypeError, ValueError):
+        numbers = []
+    single = len(numbers) == 1 and not (isinstance(given, list | tuple) or "," in str(given))
+    if single and numbers[0] == int(numbers[0]) and numbers[0] >= 1:
+        return int(numbers[0])
+    if not numbers or single or any(a >= b for a, b in pairwise(numbers)):
+        raise UsageError(
+            f"timestep groups are a number of groups or ascending boundaries such as 200,500, not {given!r}"
+        )
+    return tuple(numbers)
 
 
 def _check_kinds(values: Mapping[str, Any]) -> None:
@@ -125,10 +163,16 @@ def presets() -> dict[str, str]:
     return {file.stem: str(_load(file).get("description", "")) for file in sorted(_PRESETS.glob("*.yaml"))}
 
 
-def _checked(values: dict[str, Any]) -> Recipe:
-    from qdeploy.calibrate.methods import check_stages, find_method
+def _find_method(name: str) -> Method:
+    from qdeploy.calibrate.methods import find_method
 
-    method = find_method(values["method"])
+    return find_method(name)
+
+
+def _checked(values: dict[str, Any]) -> Recipe:
+    from qdeploy.calibrate.methods import check_stages
+
+    method = _find_method(values["method"])
     values["stages"] = check_stages(values.get("stages") or method.stages)
     try:
         recipe = Recipe(**values)
@@ -151,6 +195,14 @@ def _checked(values: dict[str, Any]) -> Recipe:
         raise UsageError(
             f"target {target.name} cannot run coverage {coverage.name}, which quantizes the attention "
             "products: choose --target simulated, or --coverage portable"
+        )
+    activations = parse_format(recipe.activations)
+    if recipe.timestep_groups != 1 and activations is None:
+        raise UsageError("timestep groups are groups of activation scales, and activations are 'none'")
+    if recipe.timestep_groups != 1 and activations and not activations.symmetric and target.backends:
+        raise UsageError(
+            f"scales for groups of timesteps need a symmetric activation format, and {recipe.activations} has "
+            "a zero point: choose --activations int8, or --target simulated for research"
         )
     if recipe.weights == recipe.activations == "none":
         raise UsageError("nothing would be quantized: weights and activations are both 'none'")

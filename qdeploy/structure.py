@@ -1,23 +1,24 @@
 """What a denoiser is made of, found by running it once: no list of module names decides anything.
 
 One traced forward gives the weighted layers in execution order, the layers that read one tensor, the
-layers that read a concatenation (split shortcuts) and the modules that attend. A second run with another
-sample and the same timestep tells which layers depend on the timestep alone: their outputs are
-bit-identical.
+layers that read a concatenation (split shortcuts), the modules that attend, and on a tape the operations
+that only the timestep leads to. A second run with another sample, other conditions and the same timestep
+confirms which layers depend on the timestep alone: their outputs are bit-identical.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from qdeploy.inputs import denoise
+from qdeploy.timepart import Tape, TimePart
 
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Linear)
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
@@ -36,6 +37,8 @@ class Layer:
         temporal: whether its output depends on the timestep alone.
         first: whether it is the first layer that sees the sample.
         last: whether it is the last layer of the network.
+        shortcut: whether it reads its block's own input while other layers of the block stand beside it.
+        resamples: whether its output has another spatial size than its input.
         macs: multiply-accumulate operations per sample at the traced size.
     """
 
@@ -48,14 +51,23 @@ class Layer:
     first: bool
     last: bool
     macs: int
+    shortcut: bool = False
+    resamples: bool = False
 
 
 @dataclass(frozen=True)
 class Structure:
-    """A denoiser's layers, units and attention modules, each in execution order."""
+    """A denoiser's layers, units and attention modules, each in execution order.
+
+    Attributes:
+        layers: the weighted layers.
+        attentions: paths of the modules that attend.
+        time: what depends on the timestep alone, as a function.
+    """
 
     layers: tuple[Layer, ...]
     attentions: tuple[str, ...]
+    time: TimePart = field(default_factory=TimePart)
 
     @property
     def units(self) -> dict[str, list[Layer]]:
@@ -76,17 +88,23 @@ def find_structure(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> Structu
         denoiser: the network, in evaluation mode.
         inputs: one row or more of its inputs, named as `qdeploy.inputs.flatten_inputs` names them.
     """
-    one_row = {name: value[:1] if value.ndim else value for name, value in inputs.items()}
+    one_row = _first_row(inputs)
     trace = _run(denoiser, one_row)
     other = _run(denoiser, _same_timestep(one_row))
+    time_only = {
+        path
+        for path in trace.outputs
+        if path in trace.from_time and torch.equal(trace.outputs[path], other.outputs[path])
+    }
     units = _units(denoiser, {layer.path for layer in trace.layers})
     firsts: dict[tuple[str, int], str] = {}
     layers: list[Layer] = []
     for layer, tensor in zip(trace.layers, trace.inputs, strict=True):
         unit = next(path for path in units if layer.path == path or layer.path.startswith(f"{path}."))
         reads = firsts.setdefault((unit, id(tensor)), layer.path)
-        temporal = torch.equal(trace.outputs[layer.path], other.outputs[layer.path])
-        layers.append(replace(layer, unit=unit, reads=reads, temporal=temporal))
+        temporal = layer.path in time_only
+        beside = not temporal and unit != layer.path and trace.given.get(unit) is tensor
+        layers.append(replace(layer, unit=unit, reads=reads, temporal=temporal, shortcut=beside))
     spatial = [layer.order for layer in layers if not layer.temporal]
     ends = (min(spatial), max(spatial)) if spatial else (-1, -1)
     return Structure(
@@ -100,19 +118,37 @@ def find_structure(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> Structu
             for layer in layers
         ),
         tuple(dict.fromkeys(trace.attentions)),
+        trace.tape.time_part(trace.result, time_only),
     )
 
 
-class _Trace(TorchFunctionMode):
-    """Records layers, concatenations and attention while a network runs."""
+def _first_row(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    sample = next(name for name in inputs if name != "timestep")
+    rows = len(inputs[sample])
+    row = {name: value[:1] if value.ndim and len(value) == rows else value for name, value in inputs.items()}
+    return {**row, "timestep": inputs["timestep"].reshape(-1)[:1]}
 
-    def __init__(self) -> None:
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is one weighted layer, quantized or not."""
+    return isinstance(module, WEIGHTED) or hasattr(module, "weight_quantizers")
+
+
+class _Trace(TorchFunctionMode):
+    """Records layers, concatenations, attention and the time part while a network runs."""
+
+    def __init__(self, tape: Tape) -> None:
         super().__init__()
+        self.tape = tape
+        self.result: Any = None
+        self.from_time: set[str] = set()
         self.layers: list[Layer] = []
         self.inputs: list[Tensor] = []  # held, so that identities stay unique during the run
         self.outputs: dict[str, Tensor] = {}
         self.attentions: list[str] = []
         self.stack: list[str] = []
+        self.given: dict[str, Any] = {}
+        self._inside = 0  # layers are one operation of the tape, whatever they do inside
         self._parts: dict[int, tuple[Tensor, tuple[int, ...], int]] = {}
 
     def __torch_function__(
@@ -125,34 +161,61 @@ class _Trace(TorchFunctionMode):
             self._parts[id(result)] = (result, tuple(part.shape[dim] for part in given["tensors"]), dim)
         if func is nn.functional.scaled_dot_product_attention and self.stack:
             self.attentions.append(self.stack[-1])
+        if not self._inside:
+            self.tape.listen(func, args, kwargs or {}, result)
         return result
 
-    def enter(self, path: str) -> None:
+    def enter(self, path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.stack.append(path)
+        self.given.setdefault(path, args[0] if args else None)
+        self._inside += is_layer(module)
 
     def leave(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.stack.pop()
-        if not isinstance(module, WEIGHTED) or path in self.outputs:
+        if not is_layer(module):
+            return
+        self._inside -= 1
+        if self._inside:
             return
         source = args[0]
+        self.tape.listen(path, args, {}, output)
+        if path in self.outputs:
+            return
+        if self.tape.holds(output):
+            self.from_time.add(path)
         self.inputs.append(source)
         self.outputs[path] = output
-        macs = output[0].numel() * module.weight[0].numel()
+        weight = cast(Tensor, module.weight)
+        macs = output[0].numel() * (weight[0].numel() if weight is not None else 0)
+        spatial = source.ndim == output.ndim == 4
         self.layers.append(
-            Layer(path, len(self.layers), path, path, self._split(source, module), False, False, False, macs)
+            Layer(
+                path,
+                len(self.layers),
+                path,
+                path,
+                self._split(source, module),
+                temporal=False,
+                first=False,
+                last=False,
+                macs=macs,
+                resamples=spatial and source.shape[2:] != output.shape[2:],
+            )
         )
 
     def _split(self, source: Tensor, module: nn.Module) -> tuple[int, ...]:
-        features = source.ndim - 1 if isinstance(module, nn.Linear) else 1
+        inner = getattr(module, "inner", module)
+        features = source.ndim - 1 if isinstance(inner, nn.Linear) else 1
         _, sizes, dim = self._parts.get(id(source), (None, (), -1))
-        grouped = getattr(module, "groups", 1) > 1
+        grouped = getattr(inner, "groups", 1) > 1
         return sizes if dim == features and len(sizes) == 2 and not grouped else ()
 
 
 def _run(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> _Trace:
-    trace = _Trace()
+    others = [value for name, value in inputs.items() if name != "timestep"]
+    trace = _Trace(Tape(inputs["timestep"], others))
     with _observed(denoiser, trace), torch.no_grad(), trace:
-        denoise(denoiser, inputs)
+        trace.result = denoise(denoiser, inputs)
     return trace
 
 
@@ -162,7 +225,7 @@ def _observed(denoiser: nn.Module, trace: _Trace) -> Iterator[None]:
     for path, module in denoiser.named_modules():
 
         def before(module: nn.Module, args: Any, path: str = path) -> None:
-            trace.enter(path)
+            trace.enter(path, module, args)
 
         def after(module: nn.Module, args: Any, output: Any, path: str = path) -> None:
             trace.leave(path, module, args, output)

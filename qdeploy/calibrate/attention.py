@@ -49,7 +49,10 @@ class AttentionQuantizers(nn.Module):
 
         The scale is applied after the product, as Stable Diffusion's attention does.
         """
-        query, key, value = self.query(query), self.key(key), self.value(value)
+        query, key, value = (
+            quantizer.restore(quantizer(x))
+            for quantizer, x in ((self.query, query), (self.key, key), (self.value, value))
+        )
         logits = query @ key.transpose(-2, -1) * (scale or 1 / math.sqrt(query.shape[-1]))
         if attn_mask is not None:
             boolean = attn_mask.dtype == torch.bool
@@ -57,7 +60,7 @@ class AttentionQuantizers(nn.Module):
         if is_causal:
             mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
             logits = logits.masked_fill(~mask, -torch.inf)
-        output: Tensor = self.probabilities(logits.softmax(-1)) @ value
+        output: Tensor = self.probabilities.restore(self.probabilities(logits.softmax(-1))) @ value
         return output
 
 

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from qdeploy.artifact import Artifact, open_artifact
 from qdeploy.calibrate.attention import AttentionQuantizers, quantize_attention
 from qdeploy.calibrate.fakequant import QuantizedLayer, full_precision, quantized_layers, replace_module
-from qdeploy.calibrate.session import share_inputs
+from qdeploy.calibrate.session import set_clock, share_inputs
 from qdeploy.calibrate.state import read_state, write_state
+from qdeploy.clock import attach_clock
 from qdeploy.denoiser import Model
 from qdeploy.draft import Draft
 from qdeploy.errors import InvalidInputError
@@ -32,6 +33,7 @@ from qdeploy.formats import parse_format, uint8
 from qdeploy.inputs import denoise
 from qdeploy.recipe import Recipe
 from qdeploy.structure import Layer
+from qdeploy.timesteps import check_timestep
 
 PROBE = "probe.safetensors"
 
@@ -46,6 +48,7 @@ def write_checkpoint(
             "path": layer.path,
             "reads": layer.reads,
             "split": list(modules[layer.path].split),
+            "float_input": not modules[layer.path].input_quantizers,
             "codes": [list(part.shape) for part in modules[layer.path].weight_parts()],
         }
         for layer in layers
@@ -107,6 +110,8 @@ def load_checkpoint(checkpoint: str | Path | Artifact, device: str = "cpu") -> n
         for part, shape in enumerate(layer["codes"])
     }
     write_state(denoiser, load_file(model.folder / "quantized.safetensors"), shapes)
+    where = str(artifact.path)
+    attach_clock(denoiser).check = lambda timestep: check_timestep(artifact.facts, timestep, where)
     return denoiser.to(device).eval().requires_grad_(False)
 
 
@@ -119,14 +124,14 @@ def _quantize_as_described(denoiser: nn.Module, described: Mapping[str, Any], re
     weights, activations = parse_format(recipe.weights), parse_format(recipe.activations)
     for layer in described["layers"]:
         inner = denoiser.get_submodule(layer["path"])
-        replace_module(
-            denoiser, layer["path"], QuantizedLayer(inner, weights, activations, tuple(layer["split"]))
-        )
+        seen = None if layer.get("float_input") else activations
+        replace_module(denoiser, layer["path"], QuantizedLayer(inner, weights, seen, tuple(layer["split"])))
         inner.weight = None  # type: ignore[assignment]
     share_inputs(denoiser, {layer["path"]: layer["reads"] for layer in described["layers"]})
     for path in described["attentions"]:
         assert activations is not None
         quantize_attention(denoiser.get_submodule(path), AttentionQuantizers(activations, uint8))
+    set_clock(denoiser)
 
 
 def _parameters(denoiser: nn.Module) -> dict[str, Tensor]:
@@ -139,4 +144,4 @@ def _parameters(denoiser: nn.Module) -> dict[str, Tensor]:
 
 
 def _is_quantizer_state(name: str) -> bool:
-    return any(part.endswith("_quantizers") for part in name.split("."))
+    return any(part.endswith("_quantizers") or part == "table" for part in name.split("."))

@@ -24,6 +24,8 @@ class Coverage:
         temporal: the layers that depend on the timestep alone.
         attention: the operands of the attention products and the softmax output.
         split: quantize the two halves of a concatenation on their own.
+        shortcuts: the shortcuts of blocks, and layers that lower the resolution.
+        second: the inputs of the layers that read what the first float ones give.
     """
 
     name: str
@@ -32,6 +34,8 @@ class Coverage:
     temporal: bool
     attention: bool
     split: bool
+    shortcuts: bool = True
+    second: bool = True
 
 
 COVERAGES = {
@@ -52,6 +56,24 @@ COVERAGES = {
             temporal=False,
             attention=False,
             split=False,
+        ),
+        Coverage(
+            "portable-time",
+            "as portable, and the time path: for methods that calibrate it",
+            ends=False,
+            temporal=True,
+            attention=False,
+            split=True,
+        ),
+        Coverage(
+            "tfmq-paper",
+            "what TFMQ-DM's code covers: the time path but its first layer, no shortcuts, no downsampling",
+            ends=False,
+            temporal=True,
+            attention=False,
+            split=False,
+            shortcuts=False,
+            second=False,
         ),
         Coverage(
             "qdiffusion-paper",
@@ -79,10 +101,21 @@ def find_coverage(name: str) -> Coverage:
 def covered(structure: Structure, coverage: Coverage, exclude: Iterable[str] = ()) -> list[Layer]:
     """The layers that a profile quantizes, in execution order; ``exclude`` holds shell globs of paths."""
     patterns = tuple(exclude)
+    first_of_time = () if coverage.second else structure.time.layers[:1]
     return [
         layer
         for layer in structure.layers
         if (coverage.temporal or not layer.temporal)
         and (coverage.ends or not (layer.first or layer.last))
+        and (coverage.shortcuts or not (layer.shortcut or layer.resamples))
+        and layer.path not in first_of_time
         and not any(fnmatchcase(layer.path, pattern) for pattern in patterns)
     ]
+
+
+def float_inputs(layers: list[Layer], coverage: Coverage) -> set[str]:
+    """Paths of covered layers whose inputs stay in float."""
+    if coverage.second:
+        return set()
+    seconds = (next((layer for layer in layers if layer.temporal is part), None) for part in (True, False))
+    return {layer.path for layer in seconds if layer is not None}

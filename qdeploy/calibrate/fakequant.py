@@ -14,18 +14,30 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from qdeploy.calibrate.feature_table import FeatureTable
 from qdeploy.calibrate.operators import dequantize_codes, fake_quantize, per_channel
+from qdeploy.clock import Clock, clock_of
+from qdeploy.errors import CapabilityError
 from qdeploy.formats import Format
 
 
 class ActivationQuantizer(nn.Module):
-    """Per-tensor quantization of a layer's input, with one scale and one zero point.
+    """Per-tensor quantization of a layer's input, with one scale, or one for each group of timesteps.
 
-    Layers that read the same tensor share one of these.
+    Layers that read the same tensor share one of these. With several scales s[t] the tensor is multiplied by
+    s0 / s[t] and quantized with one nominal scale s0; `restore` multiplies what a layer computes from it by
+    s[t] / s0. That is how an engine computes it too, whose scales are constants.
+
+    Attributes:
+        scale: [] or [K] steps, one for each group of timesteps.
+        zero_point: codes of zero, shaped like ``scale``.
+        edges: [K - 1] timesteps between the groups, ascending.
+        clock: tells the timestep; needed where there are several scales.
     """
 
     scale: Tensor
     zero_point: Tensor
+    edges: Tensor
     frozen: Tensor | None
 
     def __init__(self, number_format: Format) -> None:
@@ -33,25 +45,90 @@ class ActivationQuantizer(nn.Module):
         self.format = number_format
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
+        self.register_buffer("edges", torch.zeros(0))
         self.register_buffer("frozen", None)
+        self.register_buffer("nominal", None)
+        self.register_buffer("to_nominal", None)
+        self.register_buffer("from_nominal", None)
+        self.clock: Clock | None = None
         self.enabled = True
 
-    def set(self, scale: Tensor, zero_point: Tensor) -> None:
-        """Store a range; shapes []."""
-        self.scale.copy_(scale)
-        self.zero_point.copy_(zero_point)
+    def set(self, scale: Tensor, zero_point: Tensor, edges: Tensor | None = None) -> None:
+        """Store ranges; shapes [], or [K] with [K - 1] edges. A single group is stored as shape []."""
+        if scale.ndim and len(scale) == 1:
+            scale, zero_point, edges = scale[0], zero_point[0], None
+        device = self.scale.device
+        self.scale = scale.to(device, torch.float32, copy=True)
+        self.zero_point = zero_point.to(device, torch.int32, copy=True)
+        self.edges = (torch.zeros(0) if edges is None else edges.float()).to(device)
+
+    @property
+    def banked(self) -> bool:
+        """Whether there is a scale for each group of timesteps."""
+        return self.scale.ndim > 0
+
+    @property
+    def hoisted(self) -> bool:
+        """Whether the scales are taken out of the quantization; a zero point that moves forbids it."""
+        return self.banked and self.format.symmetric
 
     def freeze(self) -> None:
-        """Compute with the exported operator from now on."""
-        self.frozen = self.zero_point.to(torch.int8 if self.format.symmetric else torch.uint8)
+        """Compute with the exported operators from now on.
+
+        Raises:
+            CapabilityError: the zero point depends on the timestep, which no engine takes.
+        """
+        stored = torch.int8 if self.format.symmetric else torch.uint8
+        if not self.banked:
+            self.frozen = self.zero_point.to(stored)
+            return
+        if not self.hoisted:
+            raise CapabilityError(
+                "a zero point for each timestep has no place in a static graph: only a time table can hold "
+                "what such layers compute"
+            )
+        self.frozen = torch.zeros((), dtype=stored, device=self.scale.device)
+        self.nominal = _nominal(self.scale)
+        self.to_nominal, self.from_nominal = self.nominal / self.scale, self.scale / self.nominal
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return x
+        if self.hoisted:
+            to_nominal = _nominal(self.scale) / self.scale if self.to_nominal is None else self.to_nominal
+            x = x * self._by_row(to_nominal, x)
+        scale = self.scale
         if self.frozen is not None:
-            traced: Tensor = torch.ops.qdeploy.quantize_dequantize(x, self.scale, self.frozen)
+            scale = scale if self.nominal is None else self.nominal
+            traced: Tensor = torch.ops.qdeploy.quantize_dequantize(x, scale, self.frozen)
             return traced
-        return fake_quantize(x, self.scale, self.zero_point, self.format.qmin, self.format.qmax)
+        zero_point = self.zero_point
+        if self.hoisted:
+            scale, zero_point = _nominal(scale), zero_point[0]
+        elif self.banked:
+            scale, zero_point = self._by_row(scale, x), self._by_row(zero_point, x)
+        return fake_quantize(x, scale, zero_point, self.format.qmin, self.format.qmax)
+
+    def restore(self, y: Tensor) -> Tensor:
+        """What is linear in this quantizer's output, back in the scale of the running timestep."""
+        if not self.enabled or not self.hoisted:
+            return y
+        factor = self.scale / _nominal(self.scale) if self.from_nominal is None else self.from_nominal
+        return y * self._by_row(factor, y)
+
+    def _by_row(self, bank: Tensor, x: Tensor) -> Tensor:
+        """The entry of each row of ``x`` [B, ...], as [B, 1, ...]."""
+        assert self.clock is not None, "several scales need a clock"
+        bank = bank.view(-1, *[1] * (x.ndim - 1))
+        chosen = bank.index_select(0, self.clock.index(self.edges))
+        if len(chosen) > 1 and len(chosen) != len(x):  # rows that were folded into the first axis, in order
+            chosen = chosen.repeat_interleave(len(x) // len(chosen), 0)
+        return chosen
+
+
+def _nominal(scale: Tensor) -> Tensor:
+    """The constant scale s0 of a bank: its geometric mean, so that ratios stay near 1."""
+    return scale.detach().log().mean().exp()
 
 
 class WeightQuantizer(nn.Module):
@@ -141,6 +218,7 @@ class QuantizedLayer(nn.Module):
         self.input_quantizers = nn.ModuleList(
             [ActivationQuantizer(activations) for _ in range(parts)] if activations else []
         )
+        self.table: FeatureTable | None = None  # what it looks up instead of computing, if it is temporal
         self.quantized = True
 
     @property
@@ -167,6 +245,11 @@ class QuantizedLayer(nn.Module):
         quantizers = cast("list[WeightQuantizer]", list(self.weight_quantizers))
         return list(zip(quantizers, self.weight_parts(), strict=True)) if quantizers else []
 
+    @property
+    def activation_quantizers(self) -> list[ActivationQuantizer]:
+        """The input quantizers, typed."""
+        return cast("list[ActivationQuantizer]", list(self.input_quantizers))
+
     def input_parts(self, x: Tensor) -> list[Tensor]:
         """The input, cut along its channels as the quantizers see it."""
         return list(x.split(self.split, dim=self.feature_axis)) if self.split else [x]
@@ -175,14 +258,25 @@ class QuantizedLayer(nn.Module):
         if not self.quantized:
             plain: Tensor = self.inner(x)
             return plain
-        inputs = self.input_parts(x)
-        if self.input_quantizers:
-            inputs = [quantizer(part) for quantizer, part in zip(self.input_quantizers, inputs, strict=True)]
-        weights = self.quantized_weights()
-        output = self._operate(inputs[0], weights[0], self.bias)
-        for part, weight in zip(inputs[1:], weights[1:], strict=True):
-            output = output + self._operate(part, weight, None)
-        return output
+        if self.table is not None:
+            looked_up: Tensor = self.table()
+            return looked_up
+        quantizers = self.activation_quantizers
+        parts = zip(self.input_parts(x), self.quantized_weights(), strict=True)
+        if not any(quantizer.hoisted for quantizer in quantizers):
+            outputs = []
+            for number, (part, weight) in enumerate(parts):
+                seen = quantizers[number](part) if quantizers else part
+                outputs.append(self._operate(seen, weight, None if number else self.bias))
+        else:
+            # The factor of the timestep stands between the product and the bias.
+            bias, outputs = self.bias, []
+            for quantizer, (part, weight) in zip(quantizers, parts, strict=True):
+                product = quantizer.restore(self._operate(quantizer(part), weight, None))
+                if bias is not None:
+                    product, bias = product + per_feature(bias, product, self.feature_axis), None
+                outputs.append(product)
+        return outputs[0] if len(outputs) == 1 else outputs[0] + outputs[1]
 
     def quantized_weights(self) -> list[Tensor]:
         """The weight of each part as the engine will see it."""
@@ -205,6 +299,11 @@ def quantized_layers(denoiser: nn.Module) -> dict[str, QuantizedLayer]:
     return {name: module for name, module in denoiser.named_modules() if isinstance(module, QuantizedLayer)}
 
 
+def per_feature(values: Tensor, like: Tensor, axis: int) -> Tensor:
+    """Reshape one value per feature so that it broadcasts over ``like``, whose features are on ``axis``."""
+    return values if axis == -1 else values.view(-1, *[1] * (like.ndim - 2))
+
+
 def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
     """Put ``module`` into the module tree at ``path``."""
     parent, _, name = path.rpartition(".")
@@ -214,11 +313,16 @@ def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
 def freeze(denoiser: nn.Module) -> None:
     """Switch every quantizer to the operators that export writes; for a network that is only traced.
 
+    An engine has one timestep for all rows, so the clock then looks at the first only.
+
     Shared quantizers are copied, since a tracer calls a shared tensor by any of its names. The exported
     graph shares them again, under the first name.
     """
     for layer in quantized_layers(denoiser).values():
         layer.input_quantizers = deepcopy(layer.input_quantizers)
+    clock = clock_of(denoiser)
+    if clock is not None:
+        clock.single = True
     for module in denoiser.modules():
         if isinstance(module, ActivationQuantizer | WeightQuantizer):
             module.freeze()

@@ -16,9 +16,15 @@ from torch import Tensor
 class _Round(torch.autograd.Function):
     """Rounding half to even, as QuantizeLinear rounds, with the straight-through gradient."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         return x.round()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is kept for the gradient."""
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:

@@ -91,6 +91,7 @@ class Summary:
         high: largest value seen.
         lows: smallest value of each row.
         highs: largest value of each row.
+        timesteps: timestep of each row, where it is known.
         kept: sampled values, [per_row] for each row. Which positions are kept depends on the row's size
             alone, so the sample is the same in any row order.
     """
@@ -100,20 +101,39 @@ class Summary:
     high: float = 0.0
     lows: list[Tensor] = field(default_factory=list)
     highs: list[Tensor] = field(default_factory=list)
+    timesteps: list[Tensor] = field(default_factory=list)
     kept: list[Tensor] = field(default_factory=list)
 
-    def observe(self, x: Tensor) -> None:
-        """Take in values [rows, ...]."""
+    def observe(self, x: Tensor, timesteps: Tensor | None = None) -> None:
+        """Take in values [rows, ...]; rows may be folded: several, in order, for each of the timesteps."""
         rows = x.detach().reshape(x.shape[0], -1).float()
         size = rows.shape[1]
         lows, highs = rows.amin(1).cpu(), rows.amax(1).cpu()
         self.low, self.high = min(self.low, lows.min().item()), max(self.high, highs.max().item())
         self.lows.append(lows)
         self.highs.append(highs)
+        if timesteps is not None:
+            self.timesteps.append(timesteps.cpu().repeat_interleave(len(rows) // len(timesteps)))
         if size > self.per_row:
             positions = torch.randint(0, size, (self.per_row,), generator=torch.Generator().manual_seed(size))
             rows = rows[:, positions.to(rows.device)]
         self.kept.append(rows.cpu())
+
+    def groups(self, edges: Tensor) -> list[Summary]:
+        """One summary for each group of timesteps; ``edges`` [K - 1], as of `qdeploy.clock.Clock.index`."""
+        if not len(edges):
+            return [self]
+        group = torch.bucketize(torch.cat(self.timesteps), edges)
+        return [self._select(group == number) for number in range(len(edges) + 1)]
+
+    def _select(self, rows: Tensor) -> Summary:
+        lows, highs, kept = (
+            torch.cat(self.lows)[rows],
+            torch.cat(self.highs)[rows],
+            torch.cat(self.kept)[rows],
+        )
+        low, high = min(0.0, lows.min().item()), max(0.0, highs.max().item())
+        return Summary(self.per_row, low, high, [lows], [highs], kept=[kept])
 
     def values(self) -> Tensor:
         """The sample as one vector, with the extremes of every row."""

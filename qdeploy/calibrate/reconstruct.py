@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from qdeploy.clock import Clock
 from qdeploy.inputs import denoise
 
 
@@ -169,6 +170,22 @@ def output_error(output: Any, target: Any, p: float) -> Tensor:
     return total
 
 
+class Problem(Protocol):
+    """What an optimiser needs to know of what it shall make better.
+
+    Attributes:
+        learn: numbers of the rows to learn from.
+    """
+
+    learn: Tensor
+
+    def error(self, rows: Tensor, p: float) -> Tensor:
+        """The error on some rows, with gradient."""
+
+    def judged(self, p: float) -> float:
+        """Mean error on the rows that nothing is learned from."""
+
+
 @dataclass
 class UnitProblem:
     """A unit's recorded inputs and targets, split into rows to learn from and rows to judge by."""
@@ -179,11 +196,17 @@ class UnitProblem:
     learn: Tensor
     judge: Tensor
     device: str = "cpu"
+    clock: Clock | None = None
+    timesteps: Tensor | None = None
 
     def error(self, rows: Tensor, p: float) -> Tensor:
         """`output_error` of the unit on some rows."""
         args, kwargs = self.to_device(self.inputs.batch(rows))
-        return output_error(self.unit(*args, **kwargs), self.to_device(self.targets.batch(rows)), p)
+        known = self.clock is not None and self.timesteps is not None
+        running = self.clock.at(self.timesteps[rows].to(self.device)) if known else nullcontext()  # type: ignore[union-attr,index]
+        with running:
+            output = self.unit(*args, **kwargs)
+        return output_error(output, self.to_device(self.targets.batch(rows)), p)
 
     def judged(self, p: float, batch: int = 32) -> float:
         """Mean error on the rows that nothing was learned from."""
@@ -199,7 +222,7 @@ class UnitProblem:
 
 
 def optimize(
-    problem: UnitProblem,
+    problem: Problem,
     parameters: Sequence[nn.Parameter],
     iterations: int,
     batch: int,

@@ -6,13 +6,18 @@ sigmoid ``h`` in [0, 1]; a regulariser pushes every h to 0 or 1; at the end the 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor, nn
 
+from qdeploy.calibrate.fakequant import QuantizedLayer, WeightQuantizer
 from qdeploy.calibrate.operators import per_channel
+from qdeploy.calibrate.reconstruct import Problem, optimize
 from qdeploy.formats import Format
 
 ZETA, GAMMA = 1.1, -0.1
+PAPER_STEPS, PAPER_LR = 20000, 1e-3  # of BRECQ, Q-Diffusion and TFMQ-DM
 
 
 def rectified_sigmoid(v: Tensor) -> Tensor:
@@ -80,3 +85,65 @@ class AdaRound(nn.Module):
         up = (self.v >= 0).to(self.floor.dtype)
         codes = (self.floor + up + self.zero_point).clamp(self.format.qmin, self.format.qmax)
         return codes.to(torch.int16)
+
+
+def default_rate(steps: int) -> float:
+    """Adam's learning rate: the papers' 1e-3, raised where there are fewer steps, so that roundings settle."""
+    return PAPER_LR * min(10.0, PAPER_STEPS / steps)
+
+
+def undecided(layers: Iterable[QuantizedLayer]) -> list[tuple[WeightQuantizer, Tensor]]:
+    """The weights, each with its quantizer, whose rounding nothing has decided yet."""
+    return [pair for layer in layers for pair in layer.weight_pairs() if pair[0].codes is None]
+
+
+def learn_rounding(
+    problem: Problem,
+    pairs: Sequence[tuple[WeightQuantizer, Tensor]],
+    *,
+    steps: int,
+    batch: int,
+    lr: float,
+    generator: torch.Generator,
+    weight: float,
+    warmup: float,
+) -> float:
+    """Learn and decide the rounding of some weights together.
+
+    The decision is kept only if rows that were not learned from agree that it beats rounding to nearest.
+
+    Args:
+        problem: gives the error that the weights lead to.
+        pairs: the weights with their quantizers.
+        steps: of the optimiser.
+        batch: rows per step.
+        lr: Adam's learning rate.
+        generator: chooses the rows.
+        weight: lambda, the weight of the regulariser.
+        warmup: share of the steps without it.
+
+    Returns:
+        Held-out error as a share of that of rounding to nearest; 1 if that was kept.
+    """
+    nearest = problem.judged(p=2)
+    learned = []
+    for quantizer, part in pairs:
+        rounding = AdaRound(part, quantizer.scale, quantizer.zero_point, quantizer.format)
+        quantizer.rounding = rounding
+        learned.append(rounding)
+
+    def penalty(step: int) -> Tensor | None:
+        beta = annealed_beta(step, steps, warmup)
+        if beta is None:
+            return None
+        return weight * torch.stack([regularizer(rounding.h(), beta) for rounding in learned]).sum()
+
+    optimize(problem, [rounding.v for rounding in learned], steps, batch, lr, generator, 2, penalty)
+    for (quantizer, _), rounding in zip(pairs, learned, strict=True):
+        quantizer.codes, quantizer.rounding = rounding.codes(), None
+    reached = problem.judged(p=2)
+    if reached > nearest:
+        for quantizer, part in pairs:
+            quantizer.codes = quantizer.nearest(part)
+        return 1.0
+    return reached / nearest if nearest else 1.0

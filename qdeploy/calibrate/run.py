@@ -17,6 +17,7 @@ from qdeploy.calibrate.fakequant import quantized_layers
 from qdeploy.calibrate.methods import stages
 from qdeploy.calibrate.methods.minmax import round_to_nearest
 from qdeploy.calibrate.session import Session, quantize_structure
+from qdeploy.calibrate.timestep_groups import check_groups
 from qdeploy.denoiser import Model, open_model
 from qdeploy.draft import Draft
 from qdeploy.errors import CapabilityError, UsageError
@@ -42,6 +43,7 @@ def calibrate(
     target: str | None = None,
     effort: str | None = None,
     exclude: tuple[str, ...] | None = None,
+    timestep_groups: str | int | tuple[float, ...] | None = None,
     seed: int | None = None,
     device: str = "cpu",
     max_memory: int = 4 * 2**30,
@@ -63,6 +65,8 @@ def calibrate(
         target: what the result must run on.
         effort: ``fast``, ``balanced`` or ``best``.
         exclude: shell globs of layers that stay in float.
+        timestep_groups: groups of timesteps that have activation scales of their own: how many, or the
+            largest timestep of each but the last, as numbers or as text ``200,500``.
         seed: where all randomness comes from.
         device: torch device.
         max_memory: bytes that recorded activations may take in memory.
@@ -86,6 +90,7 @@ def calibrate(
         target=target,
         effort=effort,
         exclude=exclude,
+        timestep_groups=timestep_groups,
         seed=seed,
     )
     _check_device(device)
@@ -120,6 +125,7 @@ def calibrate(
                 "target": resolved.target,
                 "simulated": resolved.simulated(),
                 "layers": len(session.layers),
+                **timestep_facts(session),
             },
             measured=session.report,
             notes={"source": str(source.path.absolute())},
@@ -134,7 +140,20 @@ def _open_session(
     structure = find_structure(denoiser, data.inputs([0], device=device))
     layers = quantize_structure(denoiser, structure, recipe)
     denoiser.eval().requires_grad_(False).to(device)
-    return Session(denoiser, structure, layers, data, recipe, draft, device, max_memory)
+    session = Session(
+        denoiser,
+        structure,
+        layers,
+        data,
+        recipe,
+        draft,
+        device,
+        max_memory,
+        training_timesteps=source.training_timesteps,
+        component=source.name,
+    )
+    check_groups(recipe.timestep_groups, data.timesteps[session.rows()])
+    return session
 
 
 def _run_stages(session: Session) -> None:
@@ -162,6 +181,21 @@ def _write(session: Session, source: Model, data: CalibrationSet) -> None:
     order = judge[data.timesteps[judge].argsort(stable=True)]
     chosen = order[torch.linspace(0, len(order) - 1, min(PROBE_ROWS, len(order))).round().long()]
     write_probe(session.draft, session.denoiser, session.inputs(chosen.tolist()))
+
+
+def timestep_facts(session: Session) -> dict[str, Any]:
+    """What a runtime has to know of timesteps: limits, which were calibrated, what depends on them."""
+    every = session.all_timesteps()
+    calibrated = session.data.timesteps[session.rows()].float().unique()
+    return {
+        "timesteps": {
+            "low": float(every.min()),
+            "high": float(every.max()),
+            "calibrated": calibrated.tolist(),
+        },
+        "timestep_scales": session.recipe.timestep_groups != 1,
+        "temporal": any(layer.path in session.structure.time.layers for layer in session.layers),
+    }
 
 
 def any_attention(session: Session) -> bool:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.calibrate.attention import AttentionQuantizers, quantize_attention
-from qdeploy.calibrate.coverage import covered, find_coverage
+from qdeploy.calibrate.coverage import covered, find_coverage, float_inputs
 from qdeploy.calibrate.effort import Effort, find_effort
 from qdeploy.calibrate.fakequant import (
+    ActivationQuantizer,
     QuantizedLayer,
     full_precision,
     quantized_layers,
@@ -22,6 +23,8 @@ from qdeploy.calibrate.fakequant import (
 )
 from qdeploy.calibrate.reconstruct import Recorder, UnitProblem, record_unit
 from qdeploy.calibrate.state import code_shapes, read_state, write_state
+from qdeploy.calibrate.timestep_groups import RANGES
+from qdeploy.clock import attach_clock, clock_of
 from qdeploy.draft import Draft
 from qdeploy.formats import parse_format, uint8
 from qdeploy.recipe import Recipe
@@ -44,22 +47,34 @@ def quantize_structure(denoiser: nn.Module, structure: Structure, recipe: Recipe
     coverage = find_coverage(recipe.coverage)
     weights, activations = parse_format(recipe.weights), parse_format(recipe.activations)
     layers = covered(structure, coverage, recipe.exclude)
+    bare = float_inputs(layers, coverage)
     for layer in layers:
         inner = denoiser.get_submodule(layer.path)
         split = layer.split if coverage.split else ()
-        replace_module(denoiser, layer.path, QuantizedLayer(inner, weights, activations, split))
+        seen = None if layer.path in bare else activations
+        replace_module(denoiser, layer.path, QuantizedLayer(inner, weights, seen, split))
     share_inputs(denoiser, {layer.path: layer.reads for layer in layers})
     if coverage.attention and activations is not None:
         for path in structure.attentions:
             quantize_attention(denoiser.get_submodule(path), AttentionQuantizers(activations, uint8))
+    set_clock(denoiser)
     return layers
+
+
+def set_clock(denoiser: nn.Module) -> None:
+    """Let every quantizer of a network know the timestep of the running call."""
+    clock = attach_clock(denoiser)
+    for module in denoiser.modules():
+        if isinstance(module, ActivationQuantizer):
+            module.clock = clock
 
 
 def share_inputs(denoiser: nn.Module, reads: dict[str, str]) -> None:
     """Let layers that read one tensor use one input quantizer; ``reads`` maps each to the first of them."""
     layers = quantized_layers(denoiser)
     for path, first in reads.items():
-        if first != path and first in layers and layers[first].split == layers[path].split:
+        alike = first in layers and len(layers[first].input_quantizers) == len(layers[path].input_quantizers)
+        if first != path and alike and layers[first].split == layers[path].split:
             layers[path].input_quantizers = layers[first].input_quantizers
 
 
@@ -78,6 +93,8 @@ class Session:
         max_memory: bytes that recorded activations may take.
         report: what stages found out about their work; kept with the checkpoint's measurements.
         stage: the stage that is running, with its place in the recipe; names its steps in the journal.
+        training_timesteps: how many timesteps the model was trained with, if its scheduler says so.
+        component: the denoiser's name in its pipeline.
     """
 
     denoiser: nn.Module
@@ -90,6 +107,8 @@ class Session:
     max_memory: int = 4 * 2**30
     report: dict[str, Any] = field(default_factory=dict)
     stage: str = "stage"
+    training_timesteps: int | None = None
+    component: str = "unet"
 
     @property
     def effort(self) -> Effort:
@@ -119,6 +138,21 @@ class Session:
             everything = torch.arange(len(rows))
             return everything, everything
         return (~held).nonzero().flatten(), held.nonzero().flatten()
+
+    def keep_ranges(self, ranges: dict[str, Tensor]) -> None:
+        """Keep the ranges of tensors over time with the checkpoint."""
+        self.draft.tensors(f"{self.component}/{RANGES}", lambda: ranges)
+
+    def all_timesteps(self) -> Tensor:
+        """[T] every timestep that the network may be asked for, ascending, in the data's dtype.
+
+        Those of training, and those of the calibration set where these are fractional.
+        """
+        seen = self.data.timesteps.flatten()
+        if self.training_timesteps is not None:
+            seen = torch.cat([seen, torch.arange(self.training_timesteps).to(seen.dtype)])
+        distinct: Tensor = seen.unique()
+        return distinct
 
     def inputs(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """The denoiser's inputs for some rows, on the device."""
@@ -180,7 +214,9 @@ class _Problem:
     def __enter__(self) -> UnitProblem:
         inputs, targets = self.recording.__enter__()
         learn, judge = self.session.split(self.rows)
-        return UnitProblem(self.unit, inputs, targets, learn, judge, self.session.device)
+        timesteps = self.session.data.timesteps[self.rows].flatten()
+        clock = clock_of(self.session.denoiser)
+        return UnitProblem(self.unit, inputs, targets, learn, judge, self.session.device, clock, timesteps)
 
     def __exit__(self, *error: Any) -> None:
         self.recording.__exit__(*error)

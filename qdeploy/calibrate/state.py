@@ -1,8 +1,10 @@
 """The state of quantizers as named tensors: what a step of the journal and a checkpoint hold.
 
 Names: ``PATH.weight.PART.{scale,zero_point,codes}`` and ``PATH.input.PART.{scale,zero_point}`` for a layer,
-``PATH.attention.{query,key,value,probabilities}.{scale,zero_point}`` for an attention module. PART counts
-the parts of a split layer from 0. Codes of at most 4 bits are packed two to a byte.
+``PATH.attention.{query,key,value,probabilities}.{scale,zero_point}`` for an attention module,
+``PATH.feature.{rows,edges,scale,zero_point}`` for a table of temporal features. PART counts the parts of a
+split layer from 0. Codes of at most 4 bits are packed two to a byte. A quantizer with a scale for each group
+of timesteps has ``edges`` too, and one entry per group everywhere.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 
 from qdeploy.calibrate.attention import AttentionQuantizers
 from qdeploy.calibrate.fakequant import ActivationQuantizer, QuantizedLayer, WeightQuantizer
+from qdeploy.calibrate.feature_table import FeatureTable
+from qdeploy.clock import clock_of
 from qdeploy.errors import InvalidInputError
 from qdeploy.formats import Format
 
@@ -49,8 +53,14 @@ def read_state(denoiser: nn.Module, prefix: str = "") -> dict[str, Tensor]:
         stored = torch.int8 if quantizer.format.symmetric else torch.uint8
         state[f"{name}.scale"] = quantizer.scale.detach().cpu().clone()
         state[f"{name}.zero_point"] = quantizer.zero_point.cpu().to(stored)
+        if isinstance(quantizer, ActivationQuantizer) and quantizer.banked:
+            state[f"{name}.edges"] = quantizer.edges.cpu().clone()
         if isinstance(quantizer, WeightQuantizer) and quantizer.codes is not None:
             state[f"{name}.codes"] = pack(quantizer.codes.cpu(), quantizer.format)
+    for path, layer in _layers(denoiser, prefix):
+        if layer.table is not None:
+            tables = layer.table.named_buffers()
+            state |= {f"{path}.feature.{name}": buffer.cpu().clone() for name, buffer in tables}
     return state
 
 
@@ -73,15 +83,35 @@ def write_state(
             scale, zero_point = state[f"{name}.scale"], state[f"{name}.zero_point"]
         except KeyError as error:
             raise InvalidInputError(f"the quantized weights lack the tensor {error.args[0]}") from error
-        if scale.shape != quantizer.scale.shape:
-            raise InvalidInputError(f"{name}.scale has shape {list(scale.shape)}: it fits another model")
         if isinstance(quantizer, WeightQuantizer):
+            if scale.shape != quantizer.scale.shape:
+                raise InvalidInputError(f"{name}.scale has shape {list(scale.shape)}: it fits another model")
             quantizer.set(scale, zero_point)
             if f"{name}.codes" in state:
                 codes = unpack(state[f"{name}.codes"], quantizer.format, shapes[name])
                 quantizer.codes = codes.to(quantizer.scale.device)
         else:
-            quantizer.set(scale, zero_point)
+            edges = state.get(f"{name}.edges")
+            if scale.shape != zero_point.shape or scale.numel() != (0 if edges is None else len(edges)) + 1:
+                raise InvalidInputError(
+                    f"{name}.scale has shape {list(scale.shape)}, which does not fit its groups of timesteps"
+                )
+            quantizer.set(scale, zero_point, edges)
+    for path, layer in _layers(denoiser, prefix):
+        rows = state.get(f"{path}.feature.rows")
+        layer.table = None
+        if rows is not None:
+            device = layer.inner.bias.device if isinstance(layer.inner.bias, Tensor) else rows.device
+            own = {name: state.get(f"{path}.feature.{name}") for name in ("edges", "scale", "zero_point")}
+            if own["edges"] is None or len(own["edges"]) + 1 != len(rows):
+                raise InvalidInputError(f"{path}.feature has {len(rows)} rows and other edges than these")
+            table = FeatureTable(rows, own["edges"], clock_of(denoiser), own["scale"], own["zero_point"])
+            layer.table = table.to(device)
+
+
+def _layers(denoiser: nn.Module, prefix: str) -> list[tuple[str, QuantizedLayer]]:
+    modules = denoiser.get_submodule(prefix).named_modules(prefix=prefix)
+    return [(path, module) for path, module in modules if isinstance(module, QuantizedLayer)]
 
 
 def pack(codes: Tensor, number_format: Format) -> Tensor:

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qdeploy.errors import InvalidInputError
+from qdeploy.timesteps import check_timestep
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,6 +99,9 @@ class Engine(ABC):
 
         ready = self._prepare(inputs)
         t = ready.get("timestep")
+        if t is not None:
+            for value in set(t.flatten().tolist()):
+                check_timestep(self.facts, value, str(self.path))
         if t is None or t.ndim == 0:
             return self._run(ready)
         groups: dict[float, list[int]] = {}

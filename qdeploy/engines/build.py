@@ -25,7 +25,10 @@ from qdeploy.paths import default_output
 from qdeploy.progress import say
 
 # Facts that an engine hands on from its bundle.
-_CARRIED = ("component", "class", "model_sha256", "precision", "weights", "activations", "target")
+_CARRIED = (
+    "component", "class", "model_sha256", "precision", "weights", "activations", "target",
+    "timesteps", "timestep_scales", "time_table",
+)  # fmt: skip
 # An engine may round differently here and there, and every difference spreads. Two independent roundings are
 # twice the quantization noise apart; beyond twice that, the engine computes something else.
 _NOISE_RATIO = 4.0

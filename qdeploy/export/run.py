@@ -17,6 +17,7 @@ from qdeploy.calibrate.checkpoint import (
     load_checkpoint,
     write_probe,
 )
+from qdeploy.calibrate.estimate import readable_size
 from qdeploy.calibrate.fakequant import freeze
 from qdeploy.denoiser import Model, open_model
 from qdeploy.draft import Draft
@@ -24,6 +25,7 @@ from qdeploy.errors import CapabilityError, UsageError
 from qdeploy.export.components import has_components, write_components
 from qdeploy.export.graph import save
 from qdeploy.export.lower import PASSES, lower
+from qdeploy.export.time_table import TimeTable, needs_table, plan_table, tabulate
 from qdeploy.paths import default_output
 from qdeploy.progress import say
 from qdeploy.targets import TARGETS, find_target
@@ -36,6 +38,8 @@ def export(
     target: str | None = None,
     calibration: str | Path | Artifact | None = None,
     components: bool = True,
+    time_table: str | None = None,
+    table_rows: str = "all",
     overwrite: bool = False,
 ) -> Artifact:
     """Write a denoiser as ONNX, in the folder layout that diffusers' ONNX pipelines open.
@@ -46,6 +50,10 @@ def export(
         target: the dialect; by default the one that the checkpoint was calibrated for.
         calibration: for a model, the set that its probe comes from; one is made from noise otherwise.
         components: also export the pipeline's text encoders and autoencoder, in float32.
+        time_table: how to store what depends on the timestep alone, in place of the layers that compute it:
+            ``fp32``, ``fp16``, ``int8``; or ``none`` to keep the layers. By default the layers stay, unless
+            a method has calibrated them.
+        table_rows: the timesteps that the table holds: ``all`` of training, or a schedule like ``ddim:50``.
         overwrite: replace another artifact at ``output``.
 
     Raises:
@@ -55,13 +63,30 @@ def export(
     """
     path = source.path if isinstance(source, Artifact) else Path(source)
     if is_artifact(path):
-        return _export_checkpoint(open_artifact(path, "checkpoint"), output, target, components, overwrite)
+        checkpoint = open_artifact(path, "checkpoint")
+        default = "fp32" if checkpoint.facts.get("temporal") else "none"
+        table = _plan_table(checkpoint_model(checkpoint), time_table or default, table_rows)
+        return _export_checkpoint(checkpoint, output, target, components, table, overwrite)
     model = open_model(path if path.exists() else str(source))
-    return _export_model(model, output, target, calibration, components, overwrite)
+    table = _plan_table(model, time_table or "none", table_rows)
+    return _export_model(model, output, target, calibration, components, table, overwrite)
+
+
+def _plan_table(model: Model, storage: str, rows: str) -> TimeTable | None:
+    if storage != "none":
+        return plan_table(model, storage, rows)
+    if rows != "all":
+        raise UsageError("rows were chosen for a time table, and none is wanted: choose --time-table fp32")
+    return None
 
 
 def _export_checkpoint(
-    checkpoint: Artifact, output: str | Path | None, target: str | None, components: bool, overwrite: bool
+    checkpoint: Artifact,
+    output: str | Path | None,
+    target: str | None,
+    components: bool,
+    table: TimeTable | None,
+    overwrite: bool,
 ) -> Artifact:
     facts = checkpoint.facts
     if facts["simulated"]:
@@ -83,7 +108,7 @@ def _export_checkpoint(
         {"checkpoint": checkpoint.sha256, **checkpoint.manifest["made_from"]},
         checkpoint.recipe,
         checkpoint.manifest["seed"],
-        {"target": dialect, "components": rest is not None},
+        {"target": dialect, "components": rest is not None, **_asked(table)},
         overwrite,
     )
     if done := draft.finished():
@@ -93,8 +118,9 @@ def _export_checkpoint(
         draft.copy(checkpoint.file(PROBE), PROBE)
         kept = ("component", "class", "model_sha256", "precision", "weights", "activations", "simulated")
         described = {key: facts[key] for key in kept} | {"target": dialect}
+        described |= {key: facts[key] for key in ("timesteps", "timestep_scales") if key in facts}
         notes = {"source": checkpoint.manifest["notes"].get("source")}
-        return _write(draft, denoiser, checkpoint_model(checkpoint), rest, described, notes)
+        return _write(draft, denoiser, checkpoint_model(checkpoint), rest, table, described, notes)
 
 
 def _export_model(
@@ -103,12 +129,13 @@ def _export_model(
     target: str | None,
     calibration: Any,
     components: bool,
+    table: TimeTable | None,
     overwrite: bool,
 ) -> Artifact:
     dialect = _dialect(target or "portable")
     place = Path(output) if output else default_output(model.path, "onnx")
     rest = model.path if components and has_components(model.path) else None
-    options = {"target": dialect, "components": rest is not None}
+    options = {"target": dialect, "components": rest is not None, **_asked(table)}
     draft = Draft(place, "onnx", {"model": model.sha256}, None, None, options, overwrite)
     if done := draft.finished():
         return done
@@ -125,7 +152,11 @@ def _export_model(
             "simulated": [],
             "target": dialect,
         }
-        return _write(draft, denoiser, model, rest, described, {"source": str(model.path.absolute())})
+        return _write(draft, denoiser, model, rest, table, described, {"source": str(model.path.absolute())})
+
+
+def _asked(table: TimeTable | None) -> dict[str, Any]:
+    return {} if table is None else {"time_table": table.storage, "table_rows": table.schedule}
 
 
 def _rest_of_pipeline(checkpoint: Artifact, components: bool) -> Path | None:
@@ -145,6 +176,7 @@ def _write(
     denoiser: nn.Module,
     model: Model,
     rest: Path | None,
+    table: TimeTable | None,
     facts: dict[str, Any],
     notes: dict[str, Any],
 ) -> Artifact:
@@ -155,6 +187,15 @@ def _write(
     say(f"tracing {model.class_name} into ONNX")
     probe = load_file(draft.content / PROBE)
     inputs = {name.removeprefix("input."): rows for name, rows in probe.items() if name.startswith("input.")}
+    if table is not None:
+        size = tabulate(denoiser, inputs, table)
+        facts["time_table"] = table.facts(size)
+        say(f"temporal features of {len(table.timesteps)} timesteps as a table of {readable_size(size)}")
+    elif needs_table(denoiser):
+        raise UsageError(
+            "the time path of this checkpoint has a zero point for each timestep, which only a table can "
+            "stand for: choose --time-table fp32, fp16 or int8"
+        )
     freeze(denoiser)
     graph = lower(trace(denoiser, inputs), facts["target"])
     _describe(graph, draft, facts)

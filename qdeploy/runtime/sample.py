@@ -24,6 +24,7 @@ from qdeploy.paths import default_output
 from qdeploy.progress import say, track
 from qdeploy.runtime.pipeline import generate
 from qdeploy.schedulers import make_scheduler
+from qdeploy.timesteps import explain_schedule
 
 IMAGES = "images.safetensors"
 GRID = "grid.png"
@@ -100,7 +101,7 @@ def sample(
     if done := draft.finished():
         return done
     with draft:
-        pipeline = cache(lambda: _open_pipeline(source, whole, scheduler))
+        pipeline = cache(lambda: _open_pipeline(source, whole, scheduler, steps))
         images = _make_images(pipeline, draft, range(seed, seed + count), batch, asked)
         told = {
             "steps": steps,
@@ -199,10 +200,15 @@ def _rest_sha256(model: Model) -> str:
     return sha256_files({file.relative_to(model.path).as_posix(): file for file in files})
 
 
-def _open_pipeline(source: str | Path | Artifact, whole: Model, scheduler: str | None) -> Any:
+def _open_pipeline(source: str | Path | Artifact, whole: Model, scheduler: str | None, steps: int) -> Any:
     with _quiet_loading():
         pipeline = whole.pipeline(_denoiser(source))
     pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler)
+    if isinstance(source, Artifact):
+        asked = make_scheduler(type(pipeline.scheduler).__name__, pipeline.scheduler)
+        asked.set_timesteps(steps)
+        if line := explain_schedule(source.facts, torch.as_tensor(asked.timesteps).tolist()):
+            say(line)
     return pipeline
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qdeploy.calibrate import rounding
 from qdeploy.calibrate.coverage import COVERAGES, covered, find_coverage
 from qdeploy.calibrate.effort import EFFORTS, Effort
 from qdeploy.calibrate.fakequant import (
@@ -136,7 +137,7 @@ def test_sixteen_bits_everywhere_are_as_good_as_float(
         for layer in quantized_layers(session.denoiser).values():
             for quantizer, weight in zip(layer.weight_quantizers, layer.weight_parts(), strict=True):
                 quantizer.set(*minmax.WEIGHT_FINDERS["minmax"](weight, quantizer.format))  # type: ignore[operator]
-        for quantizer, summary in minmax.observe(session, session.rows()):
+        for _, quantizer, summary in minmax.observe(session, session.rows()):
             quantizer.set(*minmax.ACTIVATION_FINDERS["minmax"](summary, quantizer.format))
         _, reference, quantized = predictions(session)
     assert relative(reference, quantized) < 1e-3
@@ -188,16 +189,16 @@ def test_every_row_is_observed_once_with_float_activations(tmp_path: Path) -> No
             for layer in quantized_layers(session.denoiser).values()
             for quantizer in layer.input_quantizers
         )
-        for quantizer, summary in found:
+        for _, quantizer, summary in found:
             assert len(torch.cat(summary.lows)) == readers[id(quantizer)] * len(rows)
         seen: list[Tensor] = []
-        last, summary = found[-1]
+        _, last, summary = found[-1]
         handle = last.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         with torch.no_grad(), session.weights_only():
             denoise(session.denoiser, session.inputs(rows))
         handle.remove()
         assert torch.allclose(torch.cat(summary.highs), seen[0].flatten(1).amax(1), atol=1e-4)
-    assert not any(module._forward_pre_hooks for module, _ in found)
+    assert not any(module._forward_pre_hooks for _, module, _ in found)
 
 
 def test_minmax_ranges_cover_all_that_the_network_shows(tmp_path: Path) -> None:
@@ -441,7 +442,8 @@ def test_a_stopped_run_continues_where_it_was_and_ends_the_same(
         made.count += 1
         stock(*args, **kwargs)
 
-    monkeypatch.setattr(qdiffusion, "optimize", counting)
+    for module in (qdiffusion, rounding):
+        monkeypatch.setattr(module, "optimize", counting)
     recipe = {"method": "qdiffusion", "weights": "int4", "seed": 3}
     with pytest.raises(Stopped):
         run(tmp_path / "out", **recipe)

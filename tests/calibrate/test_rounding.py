@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from qdeploy.calibrate import rounding as rounding_module
 from qdeploy.calibrate.effort import EFFORTS
 from qdeploy.calibrate.fakequant import QuantizedLayer, WeightQuantizer
 from qdeploy.calibrate.methods import qdiffusion
@@ -15,6 +16,8 @@ from qdeploy.calibrate.operators import per_channel
 from qdeploy.calibrate.ranges import lp_weights, minmax_weights
 from qdeploy.calibrate.reconstruct import UnitProblem
 from qdeploy.calibrate.rounding import (
+    PAPER_LR,
+    PAPER_STEPS,
     AdaRound,
     annealed_beta,
     inverse_rectified_sigmoid,
@@ -116,7 +119,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> list[AdaRound]:
             super().__init__(*args)  # type: ignore[arg-type]
             seen.append(self)
 
-    monkeypatch.setattr(qdiffusion, "AdaRound", Spy)
+    monkeypatch.setattr(rounding_module, "AdaRound", Spy)
     return seen
 
 
@@ -140,7 +143,7 @@ def correlated_problem(
 
 
 def learn(problem: UnitProblem, layer: QuantizedLayer, steps: int = STEPS) -> float:
-    rate = qdiffusion.PAPER_LR * min(20.0, qdiffusion.PAPER_STEPS / steps)
+    rate = PAPER_LR * min(20.0, PAPER_STEPS / steps)
     return qdiffusion._round_unit(bare_session(), problem, [layer], "unit", steps, rate, 0.01, 0.2)
 
 
@@ -189,7 +192,7 @@ def ruined(problem: UnitProblem, parameters: list[nn.Parameter], *args: object, 
 def test_nearest_is_kept_where_learning_made_it_worse(monkeypatch: pytest.MonkeyPatch) -> None:
     problem, layer = correlated_problem(int4, (8, 24))
     nearest = problem.judged(p=2)
-    monkeypatch.setattr(qdiffusion, "optimize", ruined)
+    monkeypatch.setattr(rounding_module, "optimize", ruined)
     assert learn(problem, layer) == 1.0
     assert problem.judged(p=2) == nearest
     for quantizer, weight in zip(layer.weight_quantizers, layer.weight_parts(), strict=True):

@@ -53,12 +53,14 @@ class Method:
         paper: where it was published.
         description: one line for people.
         stages: what it consists of.
+        coverage: the profile that it is meant for, where a recipe names none.
     """
 
     name: str
     paper: str
     description: str
     stages: Stages
+    coverage: str = "portable"
 
 
 @cache

@@ -12,6 +12,7 @@ from qdeploy.calibrate.methods import Method, Stage
 from qdeploy.calibrate.ranges import ACTIVATION_FINDERS, WEIGHT_FINDERS, Summary, check_finder
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.state import quantizers
+from qdeploy.calibrate.timestep_groups import find_edges, ranges_by_timestep
 from qdeploy.inputs import denoise
 from qdeploy.progress import track
 
@@ -36,6 +37,9 @@ def weight_ranges(session: Session, *, finder: str = "minmax") -> None:
 def activation_ranges(session: Session, *, finder: str = "minmax") -> None:
     """Find the scale of every quantized activation, in one pass over the calibration rows.
 
+    Where the recipe wants groups of timesteps, each group gets a scale of its own. The range of every
+    quantized tensor at every timestep is kept with the checkpoint.
+
     Args:
         session: the calibration.
         finder: ``minmax``, ``percentile``, ``running`` or ``lp``.
@@ -43,23 +47,27 @@ def activation_ranges(session: Session, *, finder: str = "minmax") -> None:
     check_finder(finder, ACTIVATION_FINDERS)
 
     def compute() -> None:
-        rows = session.rows()
-        summaries = observe(session, rows)
-        for quantizer, summary in summaries:
-            quantizer.set(*ACTIVATION_FINDERS[finder](summary, quantizer.format))
+        seen = observe(session, session.rows())
+        ranges = ranges_by_timestep({name: summary for name, _, summary in seen})
+        session.keep_ranges(ranges)
+        edges = find_edges(session.recipe.timestep_groups, ranges)
+        for _, quantizer, summary in seen:
+            found = [ACTIVATION_FINDERS[finder](part, quantizer.format) for part in summary.groups(edges)]
+            scales, zeros = zip(*found, strict=True)
+            quantizer.set(torch.stack(scales), torch.stack(zeros), edges)
 
     session.once("activations", compute)
 
 
-def observe(session: Session, rows: list[int]) -> list[tuple[ActivationQuantizer, Summary]]:
+def observe(session: Session, rows: list[int]) -> list[tuple[str, ActivationQuantizer, Summary]]:
     """Summaries of what every activation quantizer sees, weights quantized and activations float."""
     per_row = max(32, 2**18 // max(1, len(rows)))
     found = [
-        (quantizer, Summary(per_row))
-        for _, quantizer in quantizers(session.denoiser)
+        (name, quantizer, Summary(per_row))
+        for name, quantizer in quantizers(session.denoiser)
         if isinstance(quantizer, ActivationQuantizer)
     ]
-    handles = [quantizer.register_forward_pre_hook(_hook(summary)) for quantizer, summary in found]
+    handles = [quantizer.register_forward_pre_hook(_hook(summary)) for _, quantizer, summary in found]
     batch = session.effort.batch
     try:
         with torch.no_grad(), session.weights_only():
@@ -73,7 +81,8 @@ def observe(session: Session, rows: list[int]) -> list[tuple[ActivationQuantizer
 
 def _hook(summary: Summary) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
     def before(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        summary.observe(args[0])
+        assert isinstance(module, ActivationQuantizer)
+        summary.observe(args[0], module.clock.now if module.clock else None)
 
     return before
 

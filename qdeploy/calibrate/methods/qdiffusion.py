@@ -24,17 +24,18 @@ from torch import nn
 from qdeploy.calibrate.fakequant import ActivationQuantizer, QuantizedLayer
 from qdeploy.calibrate.methods import Method, Stage
 from qdeploy.calibrate.reconstruct import UnitProblem, optimize
-from qdeploy.calibrate.rounding import AdaRound, annealed_beta, regularizer
+from qdeploy.calibrate.rounding import default_rate, learn_rounding, undecided
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.state import quantizers
 from qdeploy.progress import say, track
 from qdeploy.structure import Layer
 
-PAPER_STEPS, PAPER_LR = 20000, 1e-3
-
 
 def round_weights(session: Session, *, weight: float = 0.01, warmup: float = 0.2, lr: float = 0.0) -> None:
     """Learn the rounding of every weight, unit by unit (AdaRound).
+
+    Weights whose rounding an earlier stage has decided stay as they are: TFMQ-DM keeps its temporal
+    information block out of the blocks that it reaches into (section 3.1).
 
     Args:
         session: the calibration.
@@ -43,11 +44,13 @@ def round_weights(session: Session, *, weight: float = 0.01, warmup: float = 0.2
         lr: Adam's learning rate; 0 chooses the paper's 1e-3, raised where there are fewer steps.
     """
     steps = session.effort.rounding
-    rate = lr or PAPER_LR * min(10.0, PAPER_STEPS / steps)
+    rate = lr or default_rate(steps)
     for number, (unit, layers) in enumerate(track(list(session.units.items()), "rounding")):
 
         def compute(unit: str = unit, layers: list[Layer] = layers) -> None:
             modules = session.quantized(layers)
+            if not undecided(modules):
+                return
             with session.weights_only(), session.problem(unit, nullcontext) as problem:
                 gain = _round_unit(session, problem, modules, f"round/{unit}", steps, rate, weight, warmup)
             say(f"  {unit}: {gain:.2f} times the error of rounding to nearest", level=2)
@@ -66,30 +69,16 @@ def _round_unit(
     warmup: float,
 ) -> float:
     """Round one unit; returns the ratio of its held-out error to that of rounding to nearest."""
-    pairs = [pair for layer in layers for pair in layer.weight_pairs()]
-    nearest = problem.judged(p=2)
-    learned = []
-    for quantizer, part in pairs:
-        quantizer.rounding = AdaRound(part, quantizer.scale, quantizer.zero_point, quantizer.format)
-        learned.append(quantizer.rounding)
-
-    def penalty(step: int) -> torch.Tensor | None:
-        beta = annealed_beta(step, steps, warmup)
-        if beta is None:
-            return None
-        return weight * torch.stack([regularizer(rounding.h(), beta) for rounding in learned]).sum()
-
-    generator = session.generator(name)
-    parameters = [rounding.v for rounding in learned]
-    optimize(problem, parameters, steps, session.effort.batch, rate, generator, 2, penalty)
-    for (quantizer, _), rounding in zip(pairs, learned, strict=True):
-        quantizer.codes, quantizer.rounding = rounding.codes(), None
-    reached = problem.judged(p=2)
-    if reached > nearest:
-        for quantizer, part in pairs:
-            quantizer.codes = quantizer.nearest(part)
-        return 1.0
-    return reached / nearest if nearest else 1.0
+    return learn_rounding(
+        problem,
+        undecided(layers),
+        steps=steps,
+        batch=session.effort.batch,
+        lr=rate,
+        generator=session.generator(name),
+        weight=weight,
+        warmup=warmup,
+    )
 
 
 def learn_scales(session: Session, *, lr: float = 0.01, p: float = 2.4) -> None:

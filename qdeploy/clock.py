@@ -1,0 +1,93 @@
+"""The timestep of the running call, and lookups by its value.
+
+What depends on the timestep beside the network itself (a scale per group of timesteps, a table of temporal
+features) asks the clock. Lookups go by the timestep's value, never by counting calls: any scheduler with any
+number of steps finds the nearest entry.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def midpoints(values: Tensor) -> Tensor:
+    """Edges [T - 1] between sorted timesteps [T]: `Clock.index` then finds the nearest of them."""
+    return (values[1:] + values[:-1]) / 2
+
+
+class Clock:
+    """Knows the timestep of each row of the call that is running.
+
+    Attributes:
+        now: [B] float32, or None outside of any call.
+        check: what to do with every timestep of a call before it runs; raises for those that are refused.
+        single: whether all rows are known to have one timestep, as in an engine's graph: then only the
+            first is looked at.
+    """
+
+    def __init__(self) -> None:
+        self.now: Tensor | None = None
+        self.check: Callable[[float], None] | None = None
+        self.single = False
+
+    def __deepcopy__(self, memo: Any) -> Clock:
+        return self  # a copied quantizer still asks the clock of the network that it is in
+
+    @contextmanager
+    def at(self, timesteps: Tensor) -> Iterator[None]:
+        """Within, rows have these timesteps; shape [B] or [1] for all rows alike."""
+        before = self.now
+        self.now = timesteps.float().flatten()
+        try:
+            yield
+        finally:
+            self.now = before
+
+    def index(self, edges: Tensor) -> Tensor:
+        """Which entry each row uses: the number of edges below its timestep.
+
+        Args:
+            edges: [K - 1], ascending.
+
+        Returns:
+            [B] int64 in ``[0, K - 1]``; at an edge the lower entry.
+        """
+        assert self.now is not None, "nothing is running: the clock is set by the network's own forward"
+        now = self.now[:1] if self.single else self.now
+        return (now[:, None] > edges).sum(1)
+
+
+def attach_clock(denoiser: nn.Module) -> Clock:
+    """Give a network a clock that every call of it sets; the same one if it has one already."""
+    found: Clock | None = clock_of(denoiser)
+    if found is not None:
+        return found
+    clock = Clock()
+    signature = inspect.signature(denoiser.forward)
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        given = signature.bind_partial(*args, **kwargs).arguments.get("timestep")
+        clock.now = None if given is None else torch.as_tensor(given).float().flatten()
+        if clock.check is not None and clock.now is not None and not torch.compiler.is_compiling():
+            for timestep in clock.now.unique().tolist():
+                clock.check(timestep)
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        clock.now = None
+
+    denoiser.register_forward_pre_hook(before, with_kwargs=True)
+    denoiser.register_forward_hook(after, always_call=True)
+    denoiser.__dict__["_clock"] = clock
+    return clock
+
+
+def clock_of(denoiser: nn.Module) -> Clock | None:
+    """The network's clock, if it has one."""
+    found: Clock | None = denoiser.__dict__.get("_clock")
+    return found

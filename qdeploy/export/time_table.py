@@ -1,0 +1,123 @@
+"""Temporal features from a table: the time MLP and all embedding projections leave the graph.
+
+What a network computes from the timestep alone is computed once for every timestep that will be asked for.
+The graph then gathers rows by the timestep's value; nothing that led to them is left for the tracer to find.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdeploy.calibrate.fakequant import QuantizedLayer, quantized_layers, replace_module
+from qdeploy.calibrate.feature_table import STORAGES, FeatureTable
+from qdeploy.clock import attach_clock, midpoints
+from qdeploy.denoiser import Model
+from qdeploy.errors import UsageError
+from qdeploy.schedulers import make_scheduler
+from qdeploy.structure import find_structure
+
+
+@dataclass(frozen=True)
+class TimeTable:
+    """How temporal features shall be stored.
+
+    Attributes:
+        storage: ``fp32``, ``fp16`` or ``int8``.
+        timesteps: [T] the rows, ascending.
+        schedule: the words for the schedule that the rows belong to; None for all timesteps of training.
+    """
+
+    storage: str
+    timesteps: Tensor
+    schedule: str | None
+
+    def facts(self, size: int) -> dict[str, Any]:
+        """What a bundle says of its table; ``size`` in bytes."""
+        rows = None if self.schedule is None else self.timesteps.tolist()
+        return {"storage": self.storage, "schedule": self.schedule, "rows": rows, "bytes": size}
+
+
+def plan_table(model: Model, storage: str, rows: str = "all") -> TimeTable:
+    """Check a wish for a table, before any work.
+
+    Args:
+        model: the model, with its scheduler beside it.
+        storage: one of `STORAGES`.
+        rows: ``all`` timesteps of training, or a schedule such as ``ddim:50``.
+
+    Raises:
+        UsageError: the storage or the schedule is unknown, or the model does not say its timesteps.
+    """
+    if storage not in STORAGES:
+        raise UsageError(
+            f"unknown storage {storage!r} of a time table: choose from none, {', '.join(STORAGES)}"
+        )
+    if rows == "all":
+        count = model.training_timesteps
+        if count is None:
+            raise UsageError(
+                f"{model.path} has no scheduler that says how many timesteps there are: give a schedule, such "
+                "as --table-rows ddim:50"
+            )
+        return TimeTable(storage, torch.arange(count), None)
+    name, found, steps = rows.rpartition(":")
+    if not found or not steps.isdigit() or int(steps) < 1:
+        raise UsageError(f"the rows of a time table are 'all' or a schedule such as ddim:50, not {rows!r}")
+    scheduler = make_scheduler(name, model.scheduler())
+    scheduler.set_timesteps(int(steps))
+    return TimeTable(storage, torch.as_tensor(scheduler.timesteps).unique(), rows)
+
+
+def tabulate(denoiser: nn.Module, inputs: Mapping[str, Tensor], table: TimeTable) -> int:
+    """Replace a network's temporal features by a table.
+
+    Features that calibration stored as quantized tables keep their very codes.
+
+    Args:
+        denoiser: the network, quantized or not; changed in place.
+        inputs: one row or more of its inputs, to find out what depends on the timestep alone.
+        table: what to store.
+
+    Returns:
+        Bytes that the table takes.
+
+    Raises:
+        UsageError: nothing depends on the timestep alone, or float16 cannot hold the features.
+    """
+    time = find_structure(denoiser, inputs).time
+    if not time.features:
+        raise UsageError("nothing in this network depends on the timestep alone: export without a time table")
+    clock = attach_clock(denoiser)
+    timesteps = table.timesteps
+    with torch.no_grad():
+        features = time(denoiser, timesteps)
+    edges = midpoints(timesteps.float())
+    size = 0
+    for name, values in features.items():
+        layer = denoiser.get_submodule(name)
+        kept = layer.table if isinstance(layer, QuantizedLayer) else None
+        if kept is not None and table.storage == "int8":
+            with clock.at(timesteps):
+                rows = clock.index(kept.edges)
+            assert kept.scale is not None
+            assert kept.zero_point is not None
+            made = FeatureTable(kept.rows[rows], edges, clock, kept.scale[rows], kept.zero_point[rows])
+        else:
+            made = FeatureTable.stored(values, edges, clock, table.storage)
+        replace_module(denoiser, name, made)
+        size += made.size
+    return size
+
+
+def needs_table(denoiser: nn.Module) -> bool:
+    """Whether a network holds what only a table can stand for: a zero point that moves with the timestep."""
+    return any(
+        quantizer.banked and not quantizer.hoisted
+        for layer in quantized_layers(denoiser).values()
+        for quantizer in layer.input_quantizers
+    )
