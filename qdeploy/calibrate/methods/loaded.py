@@ -1,0 +1,65 @@
+"""Weights from another checkpoint: its hours of rounding serve many recipes of activations."""
+
+from __future__ import annotations
+
+from safetensors.torch import load_file
+
+from qdeploy.artifact import Artifact, open_artifact
+from qdeploy.calibrate.fakequant import WeightQuantizer
+from qdeploy.calibrate.methods import Stage
+from qdeploy.calibrate.session import Session
+from qdeploy.calibrate.state import code_shapes, quantizers, unpack
+from qdeploy.errors import InvalidInputError, UsageError
+from qdeploy.recipe import Recipe
+
+
+def load_weights(session: Session, *, checkpoint: str = "") -> None:
+    """Take scales and roundings of all weights from a checkpoint of the same model.
+
+    Args:
+        session: the calibration.
+        checkpoint: its folder.
+
+    Raises:
+        UsageError: none is named.
+        InvalidInputError: it is no checkpoint, was made from another model, or its weights have another
+            format or coverage.
+    """
+    if not checkpoint:
+        raise UsageError("the stage load-weights needs the checkpoint to load from")
+    source = open_artifact(checkpoint, "checkpoint")
+    _check_alike(session, source)
+    stored = load_file(source.path / session.component / "quantized.safetensors")
+    shapes = code_shapes(session.denoiser)
+
+    def compute() -> None:
+        for name, quantizer in quantizers(session.denoiser):
+            if not isinstance(quantizer, WeightQuantizer):
+                continue
+            if f"{name}.codes" not in stored:
+                raise InvalidInputError(f"{checkpoint} does not quantize {name}: calibrate with its coverage")
+            quantizer.set(stored[f"{name}.scale"], stored[f"{name}.zero_point"])
+            codes = unpack(stored[f"{name}.codes"], quantizer.format, shapes[name])
+            quantizer.codes = codes.to(quantizer.scale.device)
+
+    session.once("weights", compute)
+
+
+def _check_alike(session: Session, source: Artifact) -> None:
+    if source.manifest["made_from"]["model"] != session.draft.made_from["model"]:
+        raise InvalidInputError(f"{source.path} was made from another model")
+    theirs = Recipe.from_json(source.manifest["recipe"]).weights
+    if theirs != session.recipe.weights:
+        raise InvalidInputError(
+            f"{source.path} has {theirs} weights, and {session.recipe.weights} are wanted"
+        )
+
+
+STAGES = (
+    Stage(
+        "load-weights",
+        load_weights,
+        "scales and roundings of weights from another checkpoint",
+        lambda units, effort: (0, 0),
+    ),
+)
