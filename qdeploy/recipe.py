@@ -90,7 +90,15 @@ class Recipe:
             reasons.append(f"no engine has a kernel for {self.weights} weights")
         if self.activations not in portable.activations:
             reasons.append(f"no engine has a kernel for {self.activations} activations")
-        return reasons
+        return reasons + self.simulated_stages()
+
+    def simulated_stages(self) -> list[str]:
+        """Why no engine can run what the stages make of a network; empty if one can."""
+        from qdeploy.calibrate.methods import stages
+
+        known = stages()
+        told = ((name, known[name].simulated(options)) for name, options in self.stages)
+        return [f"stage {name}: {reason}" for name, reason in told if reason]
 
 
 def resolve_recipe(preset: str | Path | None = None, **given: Any) -> Recipe:
@@ -203,6 +211,10 @@ def _checked(values: dict[str, Any]) -> Recipe:
         raise UsageError(
             f"scales for groups of timesteps need a symmetric activation format, and {recipe.activations} has "
             "a zero point: choose --activations int8, or --target simulated for research"
+        )
+    if target.backends and (reasons := recipe.simulated_stages()):
+        raise UsageError(
+            f"target {target.name} cannot run {reasons[0]}: choose --target simulated for research"
         )
     if recipe.weights == recipe.activations == "none":
         raise UsageError("nothing would be quantized: weights and activations are both 'none'")

@@ -24,7 +24,7 @@ from qdeploy.artifact import Artifact, open_artifact
 from qdeploy.calibrate.attention import AttentionQuantizers, quantize_attention
 from qdeploy.calibrate.fakequant import QuantizedLayer, full_precision, quantized_layers, replace_module
 from qdeploy.calibrate.session import set_clock, share_inputs
-from qdeploy.calibrate.state import read_state, write_state
+from qdeploy.calibrate.state import OF_LAYERS, read_state, write_state
 from qdeploy.clock import attach_clock
 from qdeploy.denoiser import Model
 from qdeploy.draft import Draft
@@ -144,4 +144,5 @@ def _parameters(denoiser: nn.Module) -> dict[str, Tensor]:
 
 
 def _is_quantizer_state(name: str) -> bool:
-    return any(part.endswith("_quantizers") or part == "table" for part in name.split("."))
+    parts = name.split(".")
+    return parts[-1] in OF_LAYERS or any(part.endswith("_quantizers") or part == "table" for part in parts)

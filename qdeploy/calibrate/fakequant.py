@@ -6,6 +6,7 @@ so one network is both the full-precision teacher and the quantized student, swi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
@@ -22,23 +23,28 @@ from qdeploy.formats import Format
 
 
 class ActivationQuantizer(nn.Module):
-    """Per-tensor quantization of a layer's input, with one scale, or one for each group of timesteps.
+    """Quantization of a layer's input, with one scale; or one for each group of timesteps; or along an axis.
 
-    Layers that read the same tensor share one of these. With several scales s[t] the tensor is multiplied by
-    s0 / s[t] and quantized with one nominal scale s0; `restore` multiplies what a layer computes from it by
-    s[t] / s0. That is how an engine computes it too, whose scales are constants.
+    Layers that read the same tensor share one of these. Where scales stand outside of a layer's sum (they
+    depend on the timestep or on the token) the tensor is multiplied by s0 / s and quantized with one nominal
+    scale s0; `restore` multiplies what a layer computes from it by s / s0. That is how an engine computes it
+    too, whose scales are constants. Scales along the features stand inside of the sum: they are a simulation.
 
     Attributes:
-        scale: [] or [K] steps, one for each group of timesteps.
+        scale: [], or [K] for groups of timesteps, or [A] along an axis, or [K, A].
         zero_point: codes of zero, shaped like ``scale``.
-        edges: [K - 1] timesteps between the groups, ascending.
-        clock: tells the timestep; needed where there are several scales.
+        edges: [K - 1] timesteps between the groups, ascending; empty for one group.
+        axis: the input's axis that scales run along; None for one scale per tensor.
+        clock: tells the timestep; needed where there are several groups.
     """
 
     scale: Tensor
     zero_point: Tensor
     edges: Tensor
     frozen: Tensor | None
+    nominal: Tensor | None
+    to_nominal: Tensor | None
+    from_nominal: Tensor | None
 
     def __init__(self, number_format: Format) -> None:
         super().__init__()
@@ -46,47 +52,59 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
         self.register_buffer("edges", torch.zeros(0))
-        self.register_buffer("frozen", None)
-        self.register_buffer("nominal", None)
-        self.register_buffer("to_nominal", None)
-        self.register_buffer("from_nominal", None)
+        for name in ("frozen", "nominal", "to_nominal", "from_nominal"):
+            self.register_buffer(name, None)
+        self.axis: int | None = None
         self.clock: Clock | None = None
         self.enabled = True
 
-    def set(self, scale: Tensor, zero_point: Tensor, edges: Tensor | None = None) -> None:
-        """Store ranges; shapes [], or [K] with [K - 1] edges. A single group is stored as shape []."""
-        if scale.ndim and len(scale) == 1:
-            scale, zero_point, edges = scale[0], zero_point[0], None
+    def set(
+        self, scale: Tensor, zero_point: Tensor, edges: Tensor | None = None, axis: int | None = None
+    ) -> None:
+        """Store ranges.
+
+        Args:
+            scale: positive; [] or, along an axis, [A]. With edges, one entry for each group in front.
+            zero_point: shaped like ``scale``.
+            edges: [K - 1]; a single group is stored as if there were none.
+            axis: of the input; -1 or 1 for features, -2 for tokens.
+        """
+        if edges is not None and not len(edges):
+            scale, zero_point = scale[0], zero_point[0]
         device = self.scale.device
         self.scale = scale.to(device, torch.float32, copy=True)
         self.zero_point = zero_point.to(device, torch.int32, copy=True)
         self.edges = (torch.zeros(0) if edges is None else edges.float()).to(device)
+        self.axis = axis
 
     @property
     def banked(self) -> bool:
         """Whether there is a scale for each group of timesteps."""
-        return self.scale.ndim > 0
+        return len(self.edges) > 0
+
+    @property
+    def simple(self) -> bool:
+        """Whether there is but one scale."""
+        return not self.banked and self.axis is None
 
     @property
     def hoisted(self) -> bool:
-        """Whether the scales are taken out of the quantization; a zero point that moves forbids it."""
-        return self.banked and self.format.symmetric
+        """Whether scales are taken out of the quantization; a zero point that moves forbids it."""
+        return not self.simple and self.format.symmetric and self.axis in (None, -2)
 
     def freeze(self) -> None:
         """Compute with the exported operators from now on.
 
         Raises:
-            CapabilityError: the zero point depends on the timestep, which no engine takes.
+            CapabilityError: a zero point depends on the timestep, or scales run along the features.
         """
         stored = torch.int8 if self.format.symmetric else torch.uint8
-        if not self.banked:
+        if self.simple:
             self.frozen = self.zero_point.to(stored)
             return
         if not self.hoisted:
-            raise CapabilityError(
-                "a zero point for each timestep has no place in a static graph: only a time table can hold "
-                "what such layers compute"
-            )
+            what = "a zero point for each timestep" if self.axis is None else "a scale for each input channel"
+            raise CapabilityError(f"{what} has no place in a static integer kernel: this is a simulation")
         self.frozen = torch.zeros((), dtype=stored, device=self.scale.device)
         self.nominal = _nominal(self.scale)
         self.to_nominal, self.from_nominal = self.nominal / self.scale, self.scale / self.nominal
@@ -94,33 +112,35 @@ class ActivationQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return x
+        scale, zero_point = self.scale, self.zero_point
         if self.hoisted:
-            to_nominal = _nominal(self.scale) / self.scale if self.to_nominal is None else self.to_nominal
-            x = x * self._by_row(to_nominal, x)
-        scale = self.scale
+            nominal = _nominal(scale) if self.nominal is None else self.nominal
+            x = x * self._over(nominal / scale if self.to_nominal is None else self.to_nominal, x)
+            scale, zero_point = nominal, zero_point.new_zeros(())
+        elif not self.simple:
+            scale, zero_point = self._over(scale, x), self._over(zero_point, x)
         if self.frozen is not None:
-            scale = scale if self.nominal is None else self.nominal
             traced: Tensor = torch.ops.qdeploy.quantize_dequantize(x, scale, self.frozen)
             return traced
-        zero_point = self.zero_point
-        if self.hoisted:
-            scale, zero_point = _nominal(scale), zero_point[0]
-        elif self.banked:
-            scale, zero_point = self._by_row(scale, x), self._by_row(zero_point, x)
         return fake_quantize(x, scale, zero_point, self.format.qmin, self.format.qmax)
 
     def restore(self, y: Tensor) -> Tensor:
-        """What is linear in this quantizer's output, back in the scale of the running timestep."""
+        """What is linear in this quantizer's output, back in the scales of its rows."""
         if not self.enabled or not self.hoisted:
             return y
         factor = self.scale / _nominal(self.scale) if self.from_nominal is None else self.from_nominal
-        return y * self._by_row(factor, y)
+        return y * self._over(factor, y)
 
-    def _by_row(self, bank: Tensor, x: Tensor) -> Tensor:
-        """The entry of each row of ``x`` [B, ...], as [B, 1, ...]."""
-        assert self.clock is not None, "several scales need a clock"
-        bank = bank.view(-1, *[1] * (x.ndim - 1))
-        chosen = bank.index_select(0, self.clock.index(self.edges))
+    def _over(self, values: Tensor, x: Tensor) -> Tensor:
+        """Entries of the running timesteps, shaped so that they broadcast over ``x`` [B, ...]."""
+        shape = [1] * x.ndim
+        if self.axis is not None:
+            shape[self.axis] = values.shape[-1]
+        if not self.banked:
+            return values.view(shape)
+        assert self.clock is not None, "scales that depend on the timestep need a clock"
+        shape[0] = -1
+        chosen = values.view(shape).index_select(0, self.clock.index(self.edges))
         if len(chosen) > 1 and len(chosen) != len(x):  # rows that were folded into the first axis, in order
             chosen = chosen.repeat_interleave(len(x) // len(chosen), 0)
         return chosen
@@ -198,7 +218,20 @@ class QuantizedLayer(nn.Module):
         activations: input format, or None.
         split: channels of the two parts, if the layer reads a concatenation and quantizes both halves
             on their own (Q-Diffusion, section 3.3.2); else empty.
+
+    Attributes:
+        smoothing: [C] positive factors of the input channels: the input is divided by them, the weight
+            multiplied. Without quantization nothing changes (SmoothQuant, Xiao et al. 2023, equation 3).
+        tuned: the weight that is quantized in place of the original, if a stage has tuned it.
+        tuned_bias: likewise.
+        order: [C] the input channels in the order in which ``split`` cuts them; None for their own.
+        table: what the layer looks up instead of computing, if it is a temporal feature.
     """
+
+    smoothing: Tensor | None
+    tuned: Tensor | None
+    tuned_bias: Tensor | None
+    order: Tensor | None
 
     def __init__(
         self,
@@ -209,17 +242,30 @@ class QuantizedLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.inner = inner
-        self.split = split
+        self.formats = (weights, activations)
+        self.channels = len(self.weight)
+        for name in ("smoothing", "tuned", "tuned_bias", "order"):
+            self.register_buffer(name, None)
+        self.table: FeatureTable | None = None
+        self.quantized = True
+        self.cut(split)
+
+    def cut(self, split: tuple[int, ...], order: Tensor | None = None) -> None:
+        """Quantize parts of the input channels on their own, with new quantizers.
+
+        Args:
+            split: channels of the parts; empty for one part.
+            order: [C] which channels they are; None for their own order.
+        """
+        weights, activations = self.formats
         parts = max(1, len(split))
-        channels = len(self.weight)
+        self.split, self.order = split, order
         self.weight_quantizers = nn.ModuleList(
-            [WeightQuantizer(weights, channels) for _ in range(parts)] if weights else []
+            [WeightQuantizer(weights, self.channels) for _ in range(parts)] if weights else []
         )
         self.input_quantizers = nn.ModuleList(
             [ActivationQuantizer(activations) for _ in range(parts)] if activations else []
         )
-        self.table: FeatureTable | None = None  # what it looks up instead of computing, if it is temporal
-        self.quantized = True
 
     @property
     def weight(self) -> Tensor:
@@ -227,9 +273,22 @@ class QuantizedLayer(nn.Module):
         return cast(Tensor, self.inner.weight)
 
     @property
+    def student(self) -> Tensor:
+        """The weight that is quantized: as tuned, and smoothed."""
+        weight = self.weight if self.tuned is None else self.tuned
+        if self.smoothing is None:
+            return weight
+        return weight * self.smoothing.view(1, -1, *[1] * (weight.ndim - 2))
+
+    @property
     def bias(self) -> Tensor | None:
         """The bias, which stays in float."""
-        return cast("Tensor | None", self.inner.bias)
+        return cast("Tensor | None", self.inner.bias) if self.tuned_bias is None else self.tuned_bias
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return next((t.device for t in (*self.parameters(), *self.buffers())), torch.device("cpu"))
 
     @property
     def feature_axis(self) -> int:
@@ -237,11 +296,12 @@ class QuantizedLayer(nn.Module):
         return -1 if isinstance(self.inner, nn.Linear) else 1
 
     def weight_parts(self) -> list[Tensor]:
-        """The original weight, cut along its input channels as the quantizers see it."""
-        return list(self.weight.split(self.split, dim=1)) if self.split else [self.weight]
+        """The weight, cut along its input channels as the quantizers see it."""
+        weight = self.student if self.order is None else self.student.index_select(1, self.order)
+        return list(weight.split(self.split, dim=1)) if self.split else [weight]
 
     def weight_pairs(self) -> list[tuple[WeightQuantizer, Tensor]]:
-        """Each weight quantizer with the original weight that it quantizes."""
+        """Each weight quantizer with the weight that it quantizes."""
         quantizers = cast("list[WeightQuantizer]", list(self.weight_quantizers))
         return list(zip(quantizers, self.weight_parts(), strict=True)) if quantizers else []
 
@@ -251,7 +311,11 @@ class QuantizedLayer(nn.Module):
         return cast("list[ActivationQuantizer]", list(self.input_quantizers))
 
     def input_parts(self, x: Tensor) -> list[Tensor]:
-        """The input, cut along its channels as the quantizers see it."""
+        """The input, smoothed and cut along its channels as the quantizers see it."""
+        if self.smoothing is not None:
+            x = x * per_feature(1 / self.smoothing, x, self.feature_axis)
+        if self.order is not None:
+            x = x.index_select(self.feature_axis, self.order)
         return list(x.split(self.split, dim=self.feature_axis)) if self.split else [x]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -276,13 +340,15 @@ class QuantizedLayer(nn.Module):
                 if bias is not None:
                     product, bias = product + per_feature(bias, product, self.feature_axis), None
                 outputs.append(product)
-        return outputs[0] if len(outputs) == 1 else outputs[0] + outputs[1]
+        return functools.reduce(torch.add, outputs)
 
     def quantized_weights(self) -> list[Tensor]:
         """The weight of each part as the engine will see it."""
         if not self.weight_quantizers:
             return self.weight_parts()
-        if self.inner.weight is None:
+        quantizers = cast("list[WeightQuantizer]", list(self.weight_quantizers))
+        decided = (quantizer.codes is not None or quantizer.rounding is not None for quantizer in quantizers)
+        if self.inner.weight is None or all(decided):
             return [quantizer(None) for quantizer in self.weight_quantizers]
         parts = zip(self.weight_quantizers, self.weight_parts(), strict=True)
         return [quantizer(weight) for quantizer, weight in parts]

@@ -169,6 +169,7 @@ def _run_stages(session: Session) -> None:
     def finish_rounding() -> None:
         for layer in quantized_layers(session.denoiser).values():
             round_to_nearest(layer)
+            layer.tuned = None  # its codes say it
 
     session.stage = "end"
     session.once("rounded", finish_rounding)

@@ -2,9 +2,11 @@
 
 Names: ``PATH.weight.PART.{scale,zero_point,codes}`` and ``PATH.input.PART.{scale,zero_point}`` for a layer,
 ``PATH.attention.{query,key,value,probabilities}.{scale,zero_point}`` for an attention module,
-``PATH.feature.{rows,edges,scale,zero_point}`` for a table of temporal features. PART counts the parts of a
-split layer from 0. Codes of at most 4 bits are packed two to a byte. A quantizer with a scale for each group
-of timesteps has ``edges`` too, and one entry per group everywhere.
+``PATH.feature.{rows,edges,scale,zero_point}`` for a table of temporal features; ``PATH.smoothing`` for a
+layer's, ``PATH.split`` and ``PATH.order`` where a stage has cut its channels, ``PATH.tuned`` and
+``PATH.tuned_bias`` while a tuned weight is not yet baked. PART counts the parts of a split layer from 0.
+Codes of at most 4 bits are packed two to a byte. A quantizer with a scale for each group of timesteps has
+``edges`` too, and one with scales along an axis ``axis``.
 """
 
 from __future__ import annotations
@@ -55,9 +57,17 @@ def read_state(denoiser: nn.Module, prefix: str = "") -> dict[str, Tensor]:
         state[f"{name}.zero_point"] = quantizer.zero_point.cpu().to(stored)
         if isinstance(quantizer, ActivationQuantizer) and quantizer.banked:
             state[f"{name}.edges"] = quantizer.edges.cpu().clone()
+        if isinstance(quantizer, ActivationQuantizer) and quantizer.axis is not None:
+            state[f"{name}.axis"] = torch.tensor(quantizer.axis)
         if isinstance(quantizer, WeightQuantizer) and quantizer.codes is not None:
             state[f"{name}.codes"] = pack(quantizer.codes.cpu(), quantizer.format)
     for path, layer in _layers(denoiser, prefix):
+        for name in OF_LAYERS:
+            value = getattr(layer, name)
+            if value is not None:
+                state[f"{path}.{name}"] = value.detach().cpu().clone()
+        if layer.order is not None:
+            state[f"{path}.split"] = torch.tensor(layer.split)
         if layer.table is not None:
             tables = layer.table.named_buffers()
             state |= {f"{path}.feature.{name}": buffer.cpu().clone() for name, buffer in tables}
@@ -78,6 +88,17 @@ def write_state(
     Raises:
         InvalidInputError: a tensor is missing or has another shape.
     """
+    layers = _layers(denoiser, prefix)
+    cut = [(layer, state[f"{path}.order"], path) for path, layer in layers if f"{path}.order" in state]
+    shared = _sharing(layers)
+    for layer, order, path in cut:
+        if layer.order is None:
+            layer.cut(tuple(state[f"{path}.split"].tolist()), order.to(layer.device))
+    _share(shared, {id(layer) for layer, _, _ in cut})
+    for path, layer in layers:
+        for name in OF_LAYERS:
+            value = state.get(f"{path}.{name}")
+            setattr(layer, name, None if value is None else value.to(layer.device))
     for name, quantizer in quantizers(denoiser, prefix):
         try:
             scale, zero_point = state[f"{name}.scale"], state[f"{name}.zero_point"]
@@ -92,21 +113,41 @@ def write_state(
                 quantizer.codes = codes.to(quantizer.scale.device)
         else:
             edges = state.get(f"{name}.edges")
-            if scale.shape != zero_point.shape or scale.numel() != (0 if edges is None else len(edges)) + 1:
+            axis = state.get(f"{name}.axis")
+            groups = [] if edges is None else [len(edges) + 1]
+            wanted = groups + list(scale.shape[len(groups) :][: 0 if axis is None else 1])
+            if scale.shape != zero_point.shape or list(scale.shape) != wanted:
                 raise InvalidInputError(
                     f"{name}.scale has shape {list(scale.shape)}, which does not fit its groups of timesteps"
                 )
-            quantizer.set(scale, zero_point, edges)
-    for path, layer in _layers(denoiser, prefix):
+            quantizer.set(scale, zero_point, edges, None if axis is None else int(axis))
+    for path, layer in layers:
         rows = state.get(f"{path}.feature.rows")
         layer.table = None
         if rows is not None:
-            device = layer.inner.bias.device if isinstance(layer.inner.bias, Tensor) else rows.device
             own = {name: state.get(f"{path}.feature.{name}") for name in ("edges", "scale", "zero_point")}
             if own["edges"] is None or len(own["edges"]) + 1 != len(rows):
                 raise InvalidInputError(f"{path}.feature has {len(rows)} rows and other edges than these")
             table = FeatureTable(rows, own["edges"], clock_of(denoiser), own["scale"], own["zero_point"])
-            layer.table = table.to(device)
+            layer.table = table.to(layer.device)
+
+
+OF_LAYERS = ("smoothing", "tuned", "tuned_bias", "order")
+
+
+def _sharing(layers: list[tuple[str, QuantizedLayer]]) -> list[list[QuantizedLayer]]:
+    """Layers that use one input quantizer, together."""
+    groups: dict[int, list[QuantizedLayer]] = {}
+    for _, layer in layers:
+        groups.setdefault(id(layer.input_quantizers), []).append(layer)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _share(groups: list[list[QuantizedLayer]], cut: set[int]) -> None:
+    for group in groups:
+        if any(id(layer) in cut for layer in group):
+            for layer in group[1:]:
+                layer.input_quantizers = group[0].input_quantizers
 
 
 def _layers(denoiser: nn.Module, prefix: str) -> list[tuple[str, QuantizedLayer]]:

@@ -17,6 +17,10 @@ from typing import Any
 from qdeploy.calibrate.effort import Effort
 from qdeploy.errors import UsageError
 
+# What stages leave behind for others.
+WEIGHT_SCALES, ROUNDINGS, ACTIVATION_SCALES = "weight scales", "roundings", "activation scales"
+RESULTS = (WEIGHT_SCALES, ROUNDINGS, ACTIVATION_SCALES)
+
 Stages = tuple[tuple[str, Mapping[str, Any]], ...]
 
 
@@ -30,12 +34,22 @@ class Stage:
         description: one line for people.
         cost: for a number of units and an effort, how often it runs the denoiser over all rows, and how
             many training steps it makes per unit. The estimate of a calibration comes from this.
+        paper: where it comes from, if not from the method's own paper.
+        needs: what earlier stages must have given: some of `RESULTS`.
+        gives: what it gives.
+        spoils: what must not be there yet, since this stage changes what it was made from.
+        simulated: for its options, why no engine can run the result; empty if one can.
     """
 
     name: str
     run: Callable[..., None]
     description: str
     cost: Callable[[int, Effort], tuple[float, float]]
+    paper: str = ""
+    needs: tuple[str, ...] = ()
+    gives: tuple[str, ...] = ()
+    spoils: tuple[str, ...] = ()
+    simulated: Callable[[Mapping[str, Any]], str] = lambda options: ""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -93,10 +107,11 @@ def check_stages(listed: Iterable[tuple[str, Mapping[str, Any]]]) -> Stages:
     """The stages with all their options filled in.
 
     Raises:
-        UsageError: a stage or an option is unknown.
+        UsageError: a stage or an option is unknown, or the order is impossible.
     """
     known = stages()
     checked = []
+    there: set[str] = set()
     for name, options in listed:
         if name not in known:
             raise UsageError(f"unknown stage {name!r}: choose from {', '.join(known)}")
@@ -105,5 +120,14 @@ def check_stages(listed: Iterable[tuple[str, Mapping[str, Any]]]) -> Stages:
             raise UsageError(
                 f"stage {name!r} has no option {sorted(unknown)[0]!r}: it has {', '.join(known[name].options)}"
             )
+        if lacking := [result for result in known[name].needs if result not in there]:
+            givers = [stage.name for stage in known.values() if lacking[0] in stage.gives]
+            raise UsageError(f"stage {name!r} needs {lacking[0]}: list one of {', '.join(givers)} before it")
+        if spoiled := [result for result in known[name].spoils if result in there]:
+            raise UsageError(
+                f"stage {name!r} changes what {spoiled[0]} were found for: list it before the stages that find "
+                "them"
+            )
+        there |= set(known[name].gives)
         checked.append((name, {**known[name].options, **options}))
     return tuple(checked)

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from qdeploy.artifact import Artifact, open_artifact
 from qdeploy.calibrate.fakequant import WeightQuantizer
-from qdeploy.calibrate.methods import Stage
+from qdeploy.calibrate.methods import ROUNDINGS, WEIGHT_SCALES, Stage
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.state import code_shapes, quantizers, unpack
 from qdeploy.errors import InvalidInputError, UsageError
@@ -61,5 +61,6 @@ STAGES = (
         load_weights,
         "scales and roundings of weights from another checkpoint",
         lambda units, effort: (0, 0),
+        gives=(WEIGHT_SCALES, ROUNDINGS),
     ),
 )

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qdeploy.calibrate.fakequant import ActivationQuantizer, QuantizedLayer, quantized_layers
-from qdeploy.calibrate.methods import Method, Stage
+from qdeploy.calibrate.methods import ACTIVATION_SCALES, WEIGHT_SCALES, Method, Stage
 from qdeploy.calibrate.ranges import ACTIVATION_FINDERS, WEIGHT_FINDERS, Summary, check_finder
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.state import quantizers
@@ -100,12 +100,15 @@ STAGES = (
         weight_ranges,
         "scales of weights, per output channel",
         lambda units, effort: (0.5, 0),
+        gives=(WEIGHT_SCALES,),
     ),
     Stage(
         "activation-ranges",
         activation_ranges,
         "scales of layer inputs, per tensor",
         lambda units, effort: (1, 0),
+        needs=(WEIGHT_SCALES,),
+        gives=(ACTIVATION_SCALES,),
     ),
 )
 

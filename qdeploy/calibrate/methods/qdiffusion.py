@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from qdeploy.calibrate.fakequant import ActivationQuantizer, QuantizedLayer
-from qdeploy.calibrate.methods import Method, Stage
+from qdeploy.calibrate.methods import ACTIVATION_SCALES, ROUNDINGS, WEIGHT_SCALES, Method, Stage
 from qdeploy.calibrate.reconstruct import UnitProblem, optimize
 from qdeploy.calibrate.rounding import default_rate, learn_rounding, undecided
 from qdeploy.calibrate.session import Session
@@ -145,12 +145,16 @@ STAGES = (
         round_weights,
         "AdaRound by reconstruction of units",
         lambda units, effort: (units, effort.rounding),
+        needs=(WEIGHT_SCALES,),
+        gives=(ROUNDINGS,),
     ),
     Stage(
         "learn-scales",
         learn_scales,
         "learned steps of activations, kept if unseen rows agree",
         lambda units, effort: (units, effort.scales),
+        needs=(ACTIVATION_SCALES,),
+        gives=(ACTIVATION_SCALES,),
     ),
 )
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from qdeploy.calibrate.fakequant import ActivationQuantizer, QuantizedLayer
 from qdeploy.calibrate.feature_table import FeatureTable
-from qdeploy.calibrate.methods import Method, Stage
+from qdeploy.calibrate.methods import ROUNDINGS, WEIGHT_SCALES, Method, Stage
 from qdeploy.calibrate.ranges import to_scale
 from qdeploy.calibrate.rounding import default_rate, learn_rounding, undecided
 from qdeploy.calibrate.session import HELD_OUT, Session
@@ -262,18 +262,22 @@ STAGES = (
         temporal_rounding,
         "AdaRound of the temporal information block, over all timesteps",
         lambda units, effort: (1, 0),
+        needs=(WEIGHT_SCALES,),
+        gives=(ROUNDINGS,),
     ),
     Stage(
         "finite-set-ranges",
         finite_set_ranges,
         "scale and zero point of the time path's activations for every timestep",
         lambda units, effort: (1, 0),
+        needs=(WEIGHT_SCALES,),
     ),
     Stage(
         "temporal-selection",
         temporal_selection,
         "each temporal feature from the quantized block or from a table, whichever is closer",
         lambda units, effort: (1, 0),
+        needs=(WEIGHT_SCALES,),
     ),
 )
 

@@ -61,6 +61,7 @@ class Names(InPlacePass):
 def tensor_name(traced: str) -> str:
     """The checkpoint's name of a traced parameter or buffer."""
     name = traced.removeprefix(_ROOT).replace(".inner.", ".")
+    name = name.replace(".tuned_bias", ".bias")
     name = name.replace(".weight_quantizers.", ".weight.").replace(".input_quantizers.", ".input.")
     head, _, last = name.rpartition(".")
     if last == "frozen":
