@@ -26,6 +26,8 @@ from qdeploy.draft import Draft
 from qdeploy.formats import parse_format, uint8
 from qdeploy.recipe import Recipe
 from qdeploy.structure import Layer, Structure
+from qdeploy.targets import find_target
+from qdeploy.thin import thin_conv, thin_product
 
 if TYPE_CHECKING:
     from qdeploy.calibrate.dataset import CalibrationSet
@@ -44,6 +46,8 @@ def quantize_structure(denoiser: nn.Module, structure: Structure, recipe: Recipe
     coverage = find_coverage(recipe.coverage)
     weights, activations = parse_format(recipe.weights), parse_format(recipe.activations)
     layers = covered(structure, coverage, recipe.exclude)
+    if not find_target(recipe.target).thin:
+        layers = [layer for layer in layers if not _thin(denoiser.get_submodule(layer.path), layer)]
     for layer in layers:
         inner = denoiser.get_submodule(layer.path)
         split = layer.split if coverage.split else ()
@@ -53,6 +57,16 @@ def quantize_structure(denoiser: nn.Module, structure: Structure, recipe: Recipe
         for path in structure.attentions:
             quantize_attention(denoiser.get_submodule(path), AttentionQuantizers(activations, uint8))
     return layers
+
+
+def _thin(module: nn.Module, layer: Layer) -> bool:
+    """Whether a layer, or a half of it that is quantized on its own, is too thin to gain."""
+    weight = module.get_parameter("weight")
+    parts = [(weight.shape[0], inner, *weight.shape[2:]) for inner in layer.split or weight.shape[1:2]]
+    if isinstance(module, nn.Linear):
+        return any(thin_product(part[0], part[1]) for part in parts)
+    group = module.groups if isinstance(module, nn.Conv1d | nn.Conv2d) else 1
+    return any(thin_conv(part, group, layer.first) for part in parts)
 
 
 def share_inputs(denoiser: nn.Module, reads: dict[str, str]) -> None:

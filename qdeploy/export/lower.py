@@ -20,6 +20,7 @@ _COMMON: tuple[type[InPlacePass], ...] = (SplitShortcut, TransposedWeights, Shar
 
 PASSES: dict[str, tuple[type[InPlacePass], ...]] = {
     "portable": _COMMON,
+    "tensorrt": _COMMON,
     "openvino": _COMMON,
     "onnxruntime": _COMMON,
 }
