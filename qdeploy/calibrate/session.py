@@ -64,7 +64,8 @@ def _thin(module: nn.Module, layer: Layer) -> bool:
     weight = module.get_parameter("weight")
     parts = [(weight.shape[0], inner, *weight.shape[2:]) for inner in layer.split or weight.shape[1:2]]
     if isinstance(module, nn.Linear):
-        return any(thin_product(part[0], part[1]) for part in parts)
+        rows = layer.macs // weight.numel()
+        return any(thin_product(part[0], part[1], rows) for part in parts)
     group = module.groups if isinstance(module, nn.Conv1d | nn.Conv2d) else 1
     return any(thin_conv(part, group, layer.first) for part in parts)
 

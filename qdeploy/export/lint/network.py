@@ -175,11 +175,21 @@ class Network:
             if found := self.quantizer(node):
                 return (None if found.quantizes else found), tuple(between)
             computed = [x for x in node.inputs if x is not None and not self.stored(x)]
+            if node.op_type == "Concat":
+                return self._joined(node), tuple(between)
             if len(computed) != 1 or node.op_type not in (*COMMUTES, "Cast", "Mul", "Div", "Slice", "Pad"):
                 break
             between.append(node)
             value = computed[0]
         return None, ()
+
+    def _joined(self, concat: ir.Node) -> Quantizer | None:
+        """The first DQ before a Concat, if all have one scale: TensorRT then moves it behind the Concat."""
+        found = [self.dequantizer(value) for value in concat.inputs]
+        first = found[0][0]
+        if first is None or any(step.op_type not in COMMUTES for _, steps in found for step in steps):
+            return None
+        return first if all(q is not None and q.same_grid(first) for q, _ in found) else None
 
     @cached_property
     def layers(self) -> list[Layer]:

@@ -20,6 +20,7 @@ from qdeploy.export.lint.forecast import forecast
 from qdeploy.export.lint.network import Network
 from qdeploy.export.lint.rule import SEVERITIES, E, Hit, Rule, Scope, Shape, rules
 from qdeploy.export.lint.waivers import WAIVERS
+from qdeploy.files import explained_os_errors
 from qdeploy.targets import find_target
 
 _ROUNDS = 8  # a fix can make room for another; more than this many never happened
@@ -128,7 +129,7 @@ def lint(
         if output.resolve() == path.resolve():
             raise UsageError(f"{output} is the graph itself: name another file for the fixed one")
         fixed = mend(net.model, find(net, scope), scope)
-        save(net.model, output)
+        _save(net.model, output)
         net = Network(output, scope)
     findings = find(net, scope)
     return Report(
@@ -139,7 +140,9 @@ def lint(
 def find(net: Network, scope: Scope) -> tuple[Finding, ...]:
     """All findings, the worst first."""
     backends = find_target(scope.target).backends
-    ours = "qdeploy.target" in net.model.metadata_props
+    # Others' quantizers keep the metadata of a float export.
+    precision = net.model.metadata_props.get("qdeploy.precision", "fp32")
+    ours = net.model.producer_name == "qdeploy" and precision != "fp32"
     found = [
         _finding(rule, hit, WAIVERS.get(rule.id) if ours else None)
         for rule in rules().values()
@@ -215,6 +218,15 @@ def parse_shapes(text: str) -> dict[str, tuple[Shape, Shape, Shape]]:
             raise UsageError(f"--shapes {entry!r}: shapes are numbers with x between, as 1x4x64x64") from None
         profile[name.strip()] = (smallest, optimal, largest)
     return profile
+
+
+def _save(model: ir.Model, output: Path) -> None:
+    with explained_os_errors(output):
+        try:
+            save(model, output)
+        except InvalidInputError:
+            output.unlink()
+            raise
 
 
 def _check_weights(net: Network) -> None:

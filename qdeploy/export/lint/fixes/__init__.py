@@ -14,13 +14,15 @@ from onnx_ir.passes import InPlacePass
 
 from qdeploy.export.lint.rule import Scope
 
+_DEFAULT = Scope()
+
 
 class Fix(InPlacePass):
     """A pass that mends one rule's findings where it can do so exactly."""
 
     rule: ClassVar[str]
 
-    def __init__(self, scope: Scope) -> None:
+    def __init__(self, scope: Scope = _DEFAULT) -> None:
         super().__init__()
         self.scope = scope
 
