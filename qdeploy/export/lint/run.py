@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,11 +13,12 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
 from qdeploy.artifact import is_artifact, open_artifact
 from qdeploy.errors import InvalidInputError, UsageError
-from qdeploy.export.graph import save
+from qdeploy.export.graph import LARGE, save
 from qdeploy.export.lint.fixes import fixes
 from qdeploy.export.lint.forecast import forecast
 from qdeploy.export.lint.network import Network
-from qdeploy.export.lint.rule import SEVERITIES, E, Hit, Rule, Scope, Shape, rules
+from qdeploy.export.lint.options import parse_shapes, parse_version
+from qdeploy.export.lint.rule import SEVERITIES, E, Hit, Rule, Scope, rules
 from qdeploy.export.lint.waivers import WAIVERS
 from qdeploy.files import explained_os_errors
 from qdeploy.targets import find_target
@@ -186,41 +186,10 @@ def graph_file(source: Path) -> Path:
     return source
 
 
-def parse_version(text: str, option: str) -> tuple[int, int]:
-    """Major and minor of ``11.4`` or ``11``.
-
-    Raises:
-        UsageError: the text is no version.
-    """
-    match = re.fullmatch(r"(\d+)(?:\.(\d+))?(?:\.[\d.]+)?", text)
-    if match is None:
-        raise UsageError(f"{option} {text!r} is no version: give major.minor, as 11.4")
-    return int(match[1]), int(match[2] or 0)
-
-
-def parse_shapes(text: str) -> dict[str, tuple[Shape, Shape, Shape]]:
-    """A profile from ``name:min,opt,max;...``, each shape as ``1x4x64x64``; an empty shape is a scalar's.
-
-    Raises:
-        UsageError: the text is no profile.
-    """
-    profile = {}
-    for entry in filter(None, text.split(";")):
-        name, colon, sizes = entry.rpartition(":")
-        shapes = sizes.split(",")
-        if not colon or not name.strip() or len(shapes) != 3:
-            raise UsageError(
-                f"--shapes {entry!r}: give name:min,opt,max, as sample:1x4x64x64,2x4x64x64,8x4x64x64"
-            )
-        try:
-            smallest, optimal, largest = (tuple(int(n) for n in s.split("x") if n.strip()) for s in shapes)
-        except ValueError:
-            raise UsageError(f"--shapes {entry!r}: shapes are numbers with x between, as 1x4x64x64") from None
-        profile[name.strip()] = (smallest, optimal, largest)
-    return profile
-
-
 def _save(model: ir.Model, output: Path) -> None:
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    if size <= LARGE:
+        ir.external_data.load_to_model(model)  # else the new file would go on pointing at the old one's data
     with explained_os_errors(output):
         try:
             save(model, output)

@@ -127,6 +127,11 @@ CONV = "y = Conv<pads=[1,1,1,1]>(xd, w, b)"
 GOOD = qdq("xd", "x") + WEIGHT + CONV
 
 
+def copied(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A model to change: even saving does, where it moves the weights out."""
+    return onnx.ModelProto.FromString(model.SerializeToString())
+
+
 @dataclass(frozen=True)
 class Case:
     """A graph that breaks a rule, and its twin that breaks none.
@@ -146,8 +151,7 @@ class Case:
     def write(self, model: onnx.ModelProto, path: Path) -> Path:
         """The model as a file; those that are spoilt have their weights beside them."""
         outside = {"save_as_external_data": True, "location": f"{path.name}_data", "size_threshold": 0}
-        copy = onnx.ModelProto.FromString(model.SerializeToString())  # saving moves the weights out
-        onnx.save(copy, path, **(outside if self.spoil else {}))  # type: ignore[arg-type]
+        onnx.save(copied(model), path, **(outside if self.spoil else {}))  # type: ignore[arg-type]
         if self.spoil and model is self.failing:
             self.spoil(path)
         return path

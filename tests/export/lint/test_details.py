@@ -12,8 +12,9 @@ import pytest
 from qdeploy.errors import InvalidInputError, UsageError
 from qdeploy.export.lint.forecast import forecast
 from qdeploy.export.lint.network import Network
+from qdeploy.export.lint.options import parse_shapes
 from qdeploy.export.lint.rule import Scope
-from qdeploy.export.lint.run import Finding, lint, parse_shapes
+from qdeploy.export.lint.run import Finding, lint
 from tests.export.lint.fixtures import (
     BEHIND,
     BOTH,
@@ -27,6 +28,7 @@ from tests.export.lint.fixtures import (
     SPLIT,
     TWO,
     WEIGHT,
+    copied,
     good,
     graph,
     qdq,
@@ -165,7 +167,7 @@ def test_one_symbol_has_one_size(tmp_path: Path) -> None:
 
 def test_the_profile_decides_what_is_thin(tmp_path: Path) -> None:
     """A matrix-vector product at batch 1 is a real one at 64."""
-    body = CASES["TRT025"].failing
+    body = copied(CASES["TRT025"].failing)
     body.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "N"
     assert found(body, tmp_path, "TRT025")
     assert not found(body, tmp_path, "TRT025", shapes="x:1x32,64x32,64x32")

@@ -11,7 +11,7 @@ from onnx import numpy_helper
 
 from qdeploy.errors import InvalidInputError
 from qdeploy.export.lint.run import Report, lint
-from tests.export.lint.fixtures import CASES, CONV, HALF, WEIGHT, good, graph, qdq
+from tests.export.lint.fixtures import CASES, CONV, HALF, WEIGHT, copied, good, graph, qdq
 from tests.export.lint.test_rules import run
 
 
@@ -182,7 +182,13 @@ def test_fixes_build_on_each_other(tmp_path: Path) -> None:
 
 def test_the_source_is_left_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "before.onnx"
-    onnx.save(CASES["TRT033"].failing, path, save_as_external_data=True, location="weights", size_threshold=0)
+    onnx.save(
+        copied(CASES["TRT033"].failing),
+        path,
+        save_as_external_data=True,
+        location="weights",
+        size_threshold=0,
+    )
     files = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     lint(path, fix=tmp_path / "after.onnx")
     assert all((tmp_path / name).read_bytes() == content for name, content in files.items())

@@ -79,6 +79,10 @@ def _swap(dequantize: Quantizer, step: ir.Node) -> bool:
         return False
     if dequantize.per_channel or dequantize.blocked or not quantize.same_grid(dequantize):
         return False
+    first = producer(quantize.data)
+    earlier = read_quantizer(first, None) if first is not None else None
+    if earlier is not None and earlier.same_grid(quantize):
+        return False  # a repeated pair: without it the step goes before the first Q
     moved, source = step.outputs[0], quantize.data
     ir.convenience.replace_all_uses_with(moved, dequantize.output)
     step.replace_input_with(0, source)

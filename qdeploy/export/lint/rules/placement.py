@@ -159,8 +159,8 @@ def before_norm(net: Network, scope: Scope) -> Hits:
 def useless_pair(net: Network, scope: Scope) -> Hits:
     for q in net.quantizers:
         if q.quantizes:
-            source = net.dequantizer(q.data)
-            if source[0] is not None and not source[1] and q.same_grid(source[0]):
+            before = net.quantizer(q.data.producer())
+            if before is not None and not before.quantizes and q.same_grid(before):
                 yield Hit(q.node, "quantizes what a DQ of the same scale gave: read its codes")
             continue
         readers = list(net.users(q.output, COMMUTES))
