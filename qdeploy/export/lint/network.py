@@ -10,11 +10,12 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qdeploy.engines.macs import WEIGHTED, macs_of, with_fixed_shapes
+from qdeploy.engines.macs import WEIGHTED, macs_of
 from qdeploy.errors import InvalidInputError
 from qdeploy.export.graph import constant
 from qdeploy.export.lint.quantizer import Quantizer, read_quantizer
-from qdeploy.export.lint.rule import Scope
+from qdeploy.export.lint.rule import Scope, Shape
+from qdeploy.export.lint.shapes import count_batch_as_one, derive, skeleton
 
 # What TensorRT moves a Q upstream of, or a DQ downstream of, so that a quantized region grows.
 COMMUTES = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity")
@@ -77,36 +78,27 @@ class Network:
         if not proto.ir_version or not len(self.model.graph):
             raise InvalidInputError(f"{path} is damaged or no ONNX graph: it holds no node")
         ir.external_data.set_base_dir(self.model.graph, path.parent)
+        self.skeleton = skeleton(proto)
         self.contradiction: str | None = None
-        self._types: dict[str, tuple[ir.DataType | None, tuple[int, ...] | None]] = {}
-        self._infer(proto)
-
-    def _infer(self, proto: Any) -> None:
-        graph = proto.graph
-        batches = {
-            port.type.tensor_type.shape.dim[0].dim_param
-            for port in graph.input
-            if port.type.tensor_type.shape.dim
-            and not port.type.tensor_type.shape.dim[0].HasField("dim_value")
-        }
-        for port in graph.input:
-            for position, dim in enumerate(port.type.tensor_type.shape.dim):
-                if not dim.HasField("dim_value") and (position == 0 or dim.dim_param in batches - {""}):
-                    dim.dim_value = 1
+        self._types: dict[str, tuple[ir.DataType | None, Shape | None]] = {}
+        optimal = {name: opt for name, (_, opt, _) in scope.profile.items()}
+        light = skeleton(proto)
+        count_batch_as_one(light)
         try:
-            graph = with_fixed_shapes(proto, {name: opt for name, (_, opt, _) in self.scope.profile.items()})
+            self._types = derive(light, optimal)
         except InvalidInputError as error:
             self.contradiction = str(error)
-        for info in (*graph.input, *graph.output, *graph.value_info):
-            kind = info.type.tensor_type
-            dims = kind.shape.dim
-            known = kind.HasField("shape") and all(dim.HasField("dim_value") for dim in dims)
-            shape = tuple(dim.dim_value for dim in dims) if known else None
-            self._types[info.name] = (ir.DataType(kind.elem_type) if kind.elem_type else None, shape)
+        self._write_types()
 
+    def _write_types(self) -> None:
+        """Give the graph's own values the types that were derived; TensorRT's operators tell theirs."""
         for node in self.model.graph:
             for value in node.outputs:
-                if value.dtype is None and (kind := self.dtype(value)) is not None:
+                kind = self.dtype(value)
+                if node.op_type.startswith("TRT_") and (q := self.quantizer(node)):
+                    kind = q.codes if q.quantizes else self.dtype(q.scale)
+                    self._types[value.name or ""] = (kind, self.shape(value))
+                if kind is not None:
                     value.dtype = kind
 
     def shape(self, value: ir.Value | None) -> tuple[int, ...] | None:

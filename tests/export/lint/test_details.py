@@ -109,6 +109,17 @@ def test_dynamic_fp4_needs_tensorrt_11_and_blackwell(tmp_path: Path) -> None:
     assert not found(model, tmp_path, "TRT020")
 
 
+def test_tensorrts_own_quantizers_count(tmp_path: Path) -> None:
+    """ONNX Runtime cannot run them; types and shapes are known all the same."""
+    body = "q = trt.TRT_FP8QuantizeLinear(x, s) xd = trt.TRT_FP8DequantizeLinear(q, s) "
+    body += "wq = trt.TRT_FP8QuantizeLinear(Wf, s) w = trt.TRT_FP8DequantizeLinear(wq, s) "
+    onnx.save(graph(body + CONV, domains=', "trt" : 1'), tmp_path / "graph.onnx")
+    report = lint(tmp_path / "graph.onnx", compute_capability="8.9")
+    assert {f.rule for f in report.findings if f.severity != "I"} == {"TRT024", "TRT033"}  # 16 channels
+    assert report.macs["shares"] == {"fp8": 1.0}
+    assert not lint(tmp_path / "graph.onnx", compute_capability="8.6").passed
+
+
 # -- placement ---------------------------------------------------------------------------------------------
 
 

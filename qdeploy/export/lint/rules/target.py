@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
-from qdeploy.engines.macs import with_fixed_shapes
 from qdeploy.errors import InvalidInputError
 from qdeploy.export.lint.forecast import forecast
 from qdeploy.export.lint.network import Network
 from qdeploy.export.lint.quantizer import FP4, FP8, INT8
 from qdeploy.export.lint.rule import E, Hit, Hits, I, Scope, rule
+from qdeploy.export.lint.shapes import derive
 
 LARGEST = 5  # islands and reasons that people are shown; programs get all
 # Compute capability from which a type has tensor-core kernels.
@@ -67,19 +67,12 @@ def profile(net: Network, scope: Scope) -> Hits:
 
 
 def _fits(net: Network, scope: Scope) -> Hits:
-    import onnx
-
     for which, kind in enumerate(("min", "opt", "max")):
-        proto = onnx.load(net.path, load_external_data=False)
         try:
-            with_fixed_shapes(
-                proto, {name: shapes[which] for name, shapes in scope.profile.items()}, strict=True
-            )
+            derive(net.skeleton, {name: sizes[which] for name, sizes in scope.profile.items()}, strict=True)
         except InvalidInputError:
-            said = "sizes have to divide by what the network halves them" if net.contradiction is None else ""
-            yield Hit(
-                "shapes", f"the {kind} shapes do not fit through the network: {said or 'see the graph'}"
-            )
+            what = f"the {kind} shapes do not fit through the network"
+            yield Hit("shapes", f"{what}: sizes have to divide by what it halves them")
 
 
 @rule(
