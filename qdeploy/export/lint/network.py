@@ -73,6 +73,7 @@ class Network:
             if proto.functions:
                 proto = onnx.inliner.inline_local_functions(proto)
             self.model = ir.from_proto(proto)
+            self.model.graph.sort()  # refuses cycles, in which every walk below would be lost
         except Exception as error:  # protobuf's and the reader's errors have no common base
             raise InvalidInputError(f"{path} is damaged or no ONNX graph") from error
         if not proto.ir_version or not len(self.model.graph):

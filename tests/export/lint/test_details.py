@@ -217,6 +217,12 @@ def test_files_that_are_no_graphs(content: bytes, tmp_path: Path) -> None:
         lint(tmp_path / "graph.onnx")
 
 
+def test_a_cycle_is_no_graph(tmp_path: Path) -> None:
+    onnx.save(graph("r = Tanh(y) y = Tanh(r)"), tmp_path / "graph.onnx")
+    with pytest.raises(InvalidInputError, match="damaged"):
+        lint(tmp_path / "graph.onnx")
+
+
 # -- the forecast ------------------------------------------------------------------------------------------
 
 

@@ -106,13 +106,13 @@ def operand_types(net: Network, scope: Scope) -> Hits:
     "INF",
 )
 def io_types(net: Network, scope: Scope) -> Hits:
+    quantized = {id(layer.node) for layer in net.layers if layer.low_bit}
     for node in net.nodes:
         if node.op_type != "Cast" or net.dtype(node.inputs[0]) not in FLOATS:
             continue
         if net.dtype(node.outputs[0]) not in FLOATS:
             continue
         source, result = node.inputs[0], node.outputs[0]
-        quantized = {id(layer.node) for layer in net.layers if layer.low_bit}
         if source is not None and source.is_graph_input():
             if any((q := net.quantizer(user)) and q.quantizes for user, _ in net.users(result)):
                 yield Hit(node, f"casts the input {source.name} for a Q: declare the input in that type")
