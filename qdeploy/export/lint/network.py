@@ -12,8 +12,7 @@ import onnx_ir as ir
 
 from qdeploy.engines.macs import WEIGHTED, macs_of
 from qdeploy.errors import InvalidInputError
-from qdeploy.export.graph import constant
-from qdeploy.export.lint.quantizer import Quantizer, read_quantizer
+from qdeploy.export.lint.quantizer import Quantizer, read_quantizer, readable
 from qdeploy.export.lint.rule import Scope, Shape
 from qdeploy.export.lint.shapes import count_batch_as_one, derive, skeleton
 
@@ -120,11 +119,8 @@ class Network:
         return inferred if inferred is not None else value.dtype
 
     def constant(self, value: ir.Value | None) -> Any:
-        """A constant's numbers; None if it is computed, or its file cannot be read."""
-        try:
-            return constant(value)
-        except (OSError, ValueError, TypeError):
-            return None
+        """A constant's numbers; None if it is computed, or if its data is cut short."""
+        return readable(value)
 
     @cached_property
     def nodes(self) -> list[ir.Node]:

@@ -27,6 +27,14 @@ FOUR_BIT = (DataType.INT4, DataType.UINT4, DataType.FLOAT4E2M1)
 SIXTEEN_BIT = (DataType.FLOAT16, DataType.BFLOAT16)
 
 
+def readable(value: ir.Value | None) -> Any:
+    """A constant's numbers; None if it is computed, or if its data is cut short."""
+    try:
+        return constant(value)
+    except (OSError, ValueError, TypeError):
+        return None
+
+
 @dataclass(frozen=True)
 class Quantizer:
     """A Q or DQ node.
@@ -72,7 +80,7 @@ class Quantizer:
     @property
     def scales(self) -> Any:
         """The scale's numbers, if they are constant and readable."""
-        return constant(self.scale)
+        return readable(self.scale)
 
     @property
     def block_size(self) -> int:
@@ -128,7 +136,7 @@ def zeros_of(quantizer: Quantizer) -> set[int] | None:
     """The values of the zero point; ``{0}`` if it has none, None if they are not constant."""
     if quantizer.zero_point is None:
         return {0}
-    values = constant(quantizer.zero_point)
+    values = readable(quantizer.zero_point)
     return None if values is None else {int(value) for value in values.astype("float32").flatten()}
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from onnx_ir.passes import Sequential
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
 from qdeploy.artifact import is_artifact, open_artifact
-from qdeploy.errors import InvalidInputError, UsageError
+from qdeploy.errors import InvalidInputError, QDeployError, UsageError
 from qdeploy.export.graph import LARGE, save
 from qdeploy.export.lint.fixes import fixes
 from qdeploy.export.lint.forecast import forecast
@@ -128,13 +130,18 @@ def lint(
         output = Path(fix)
         if output.resolve() == path.resolve():
             raise UsageError(f"{output} is the graph itself: name another file for the fixed one")
-        fixed = mend(net.model, find(net, scope), scope)
+        with _explained(net):
+            before = find(net, scope)
+            if any(finding.rule == "TRT036" and finding.severity == E for finding in before):
+                raise InvalidInputError(
+                    f"the weights of {path} are not whole: lint says where, without --fix"
+                )
+            fixed = mend(net.model, before, scope)
         _save(net.model, output)
         net = Network(output, scope)
-    findings = find(net, scope)
-    return Report(
-        str(source), scope, findings, forecast(net).to_json(), fixed, str(fix) if fix is not None else None
-    )
+    with _explained(net):
+        findings, macs = find(net, scope), forecast(net).to_json()
+    return Report(str(source), scope, findings, macs, fixed, str(fix) if fix is not None else None)
 
 
 def find(net: Network, scope: Scope) -> tuple[Finding, ...]:
@@ -184,6 +191,24 @@ def graph_file(source: Path) -> Path:
     if not source.is_file():
         raise InvalidInputError(f"{source} is neither an ONNX file nor an ONNX bundle")
     return source
+
+
+@contextmanager
+def _explained(net: Network) -> Iterator[None]:
+    """Rules may rely on what the standard says of operators: where one could not, the graph is to blame."""
+    import onnx
+
+    try:
+        yield
+    except QDeployError:
+        raise
+    except Exception as error:
+        try:
+            onnx.checker.check_model(str(net.path), full_check=True)
+        except Exception as reason:  # the checker's errors have no common base
+            first = str(reason).splitlines()[0]
+            raise InvalidInputError(f"{net.path} is not valid ONNX: {first}") from error
+        raise
 
 
 def _save(model: ir.Model, output: Path) -> None:

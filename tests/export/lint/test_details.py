@@ -217,6 +217,23 @@ def test_files_that_are_no_graphs(content: bytes, tmp_path: Path) -> None:
         lint(tmp_path / "graph.onnx")
 
 
+def test_scales_that_are_cut_off_are_found_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "graph.onnx"
+    onnx.save(good(), path, save_as_external_data=True, location="weights", size_threshold=0)
+    (tmp_path / "weights").write_bytes(b"")
+    assert {"TRT036"} == {f.rule for f in lint(path).findings if f.severity == "E"}
+    with pytest.raises(InvalidInputError, match="not whole"):
+        lint(path, fix=tmp_path / "fixed.onnx")
+
+
+def test_an_operator_without_its_inputs_is_no_graph(tmp_path: Path) -> None:
+    model = good()
+    del model.graph.node[-1].input[1:]
+    onnx.save(model, tmp_path / "graph.onnx")
+    with pytest.raises(InvalidInputError, match="is not valid ONNX"):
+        lint(tmp_path / "graph.onnx")
+
+
 def test_a_cycle_is_no_graph(tmp_path: Path) -> None:
     onnx.save(graph("r = Tanh(y) y = Tanh(r)"), tmp_path / "graph.onnx")
     with pytest.raises(InvalidInputError, match="damaged"):

@@ -9,9 +9,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import PassResult
 
-from qdeploy.export.graph import constant
 from qdeploy.export.lint.fixes import Fix
-from qdeploy.export.lint.quantizer import INT8, Quantizer, read_quantizer
+from qdeploy.export.lint.quantizer import INT8, Quantizer, read_quantizer, readable
 
 
 def quantizers(model: ir.Model) -> Iterator[Quantizer]:
@@ -51,7 +50,7 @@ class NamedCodes(Fix):
         for q in quantizers(model):
             if not q.quantizes or q.zero_point is not None or "output_dtype" not in q.node.attributes:
                 continue
-            scales = constant(q.scale)
+            scales = readable(q.scale)
             if q.codes != INT8 or scales is None:
                 continue
             zero = store(model, f"{q.output.name}.zero_point", np.zeros(scales.shape, np.int8))
@@ -86,7 +85,7 @@ class SignedCodes(Fix):
                         _centre(model, each)
                 q.output.dtype = INT8
                 modified = True
-            elif (codes := constant(q.data)) is not None and codes.dtype == np.uint8:
+            elif (codes := readable(q.data)) is not None and codes.dtype == np.uint8:
                 shifted = (codes.astype(np.int16) - 128).astype(np.int8)
                 q.node.replace_input_with(0, store(model, f"{q.data.name}.int8", shifted))
                 _centre(model, q)
@@ -95,12 +94,12 @@ class SignedCodes(Fix):
 
 
 def _around_128(q: Quantizer) -> bool:
-    zeros = constant(q.zero_point)
+    zeros = readable(q.zero_point)
     return zeros is not None and zeros.dtype == np.uint8 and bool((zeros == 128).all())
 
 
 def _centre(model: ir.Model, q: Quantizer) -> None:
-    zeros = constant(q.zero_point)
+    zeros = readable(q.zero_point)
     name = q.zero_point.name if q.zero_point is not None else "zero_point"
     q.node.replace_input_with(2, store(model, f"{name}.int8", np.zeros(zeros.shape, np.int8)))
 
@@ -117,16 +116,16 @@ class StoredCodes(Fix):
     def call(self, model: ir.Model) -> PassResult:
         modified = False
         for q in quantizers(model):
-            values, scales = constant(q.data), constant(q.scale)
+            values, scales = readable(q.data), readable(q.scale)
             if not q.quantizes or values is None or scales is None or q.output.is_graph_output():
                 continue
             # Without a zero point the standard and TensorRT disagree on the type.
-            if q.codes != INT8 or q.blocked or q.zero_point is None or constant(q.zero_point) is None:
+            if q.codes != INT8 or q.blocked or q.zero_point is None or readable(q.zero_point) is None:
                 continue
             shape = [1] * values.ndim
             if scales.size > 1:
                 shape[q.axis] = -1
-            zeros = constant(q.zero_point).astype(np.float32).reshape(shape)
+            zeros = readable(q.zero_point).astype(np.float32).reshape(shape)
             codes = np.rint(values.astype(np.float32) / scales.astype(np.float32).reshape(shape)) + zeros
             stored = store(model, f"{q.data.name}.codes", np.clip(codes, -128, 127).astype(np.int8))
             ir.convenience.replace_all_uses_with(q.output, stored)
@@ -147,13 +146,13 @@ class StoredBias(Fix):
     def call(self, model: ir.Model) -> PassResult:
         modified = False
         for q in quantizers(model):
-            codes, scales = constant(q.data), constant(q.scale)
+            codes, scales = readable(q.data), readable(q.scale)
             if q.quantizes or codes is None or scales is None or codes.ndim != 1 or q.blocked:
                 continue
             uses = [(node, position) for node, position in q.output.uses() if position == 2]
             if not uses or any(node.op_type not in ("Conv", "ConvTranspose", "Gemm") for node, _ in uses):
                 continue
-            zeros = constant(q.zero_point) if q.zero_point is not None else np.zeros(1, codes.dtype)
+            zeros = readable(q.zero_point) if q.zero_point is not None else np.zeros(1, codes.dtype)
             if zeros is None:
                 continue
             values = (codes.astype(np.int64) - zeros).astype(np.float32) * scales.astype(np.float32)

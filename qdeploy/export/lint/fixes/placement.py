@@ -6,10 +6,10 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import PassResult
 
-from qdeploy.export.graph import constant, producer
+from qdeploy.export.graph import producer
 from qdeploy.export.lint.fixes import Fix
 from qdeploy.export.lint.fixes.codes import quantizers, store
-from qdeploy.export.lint.quantizer import Quantizer, read_quantizer
+from qdeploy.export.lint.quantizer import Quantizer, read_quantizer, readable
 
 # They move numbers and compute none: rounding before or after is the same.
 _MOVES = ("Slice", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Expand", "Gather")
@@ -63,9 +63,9 @@ def _moves(step: ir.Node, q: Quantizer) -> bool:
     if step.op_type == "Pad":
         mode = step.attributes["mode"].as_string() if "mode" in step.attributes else "constant"
         value = (
-            constant(step.inputs[2]) if len(step.inputs) > 2 and step.inputs[2] is not None else np.zeros(1)
+            readable(step.inputs[2]) if len(step.inputs) > 2 and step.inputs[2] is not None else np.zeros(1)
         )
-        zeros = constant(q.zero_point) if q.zero_point is not None else np.zeros(1)
+        zeros = readable(q.zero_point) if q.zero_point is not None else np.zeros(1)
         return mode != "constant" or (
             value is not None and not value.any() and zeros is not None and not zeros.any()
         )
@@ -95,7 +95,7 @@ def _swap(dequantize: Quantizer, step: ir.Node) -> bool:
 
 def _cast_scale(model: ir.Model, q: Quantizer, cast: ir.Node) -> bool:
     kind = ir.DataType(cast.attributes["to"].as_int())
-    scales = constant(q.scale)
+    scales = readable(q.scale)
     opset = model.opset_imports.get("", 0)
     if kind != ir.DataType.FLOAT16 or scales is None or scales.dtype != np.float32 or opset < 19:
         return False

@@ -8,9 +8,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import PassResult
 
-from qdeploy.export.graph import constant
 from qdeploy.export.lint.fixes import Fix
 from qdeploy.export.lint.fixes.codes import quantizers, store
+from qdeploy.export.lint.quantizer import readable
 from qdeploy.export.lint.rules.graph import foldable_node
 from qdeploy.export.lint.rules.types import parser_limits
 
@@ -76,7 +76,7 @@ class Folded(Fix):
         for node in list(model.graph):
             if not foldable_node(node) or any(value.is_graph_output() for value in node.outputs):
                 continue
-            if node.op_type == "Identity" or (node.op_type == "Cast" and constant(node.inputs[0]) is None):
+            if node.op_type == "Identity" or (node.op_type == "Cast" and readable(node.inputs[0]) is None):
                 source = node.inputs[0]
                 if node.op_type == "Cast" and source is not None and source.dtype != node.outputs[0].dtype:
                     before = source.producer()
@@ -104,7 +104,7 @@ def _computed(model: ir.Model, node: ir.Node) -> list[Any] | None:
         begin = node.attributes["start"].as_int() if "start" in node.attributes else 0
         end = node.attributes["end"].as_int() if "end" in node.attributes else None
         return [np.array(shape.numpy()[begin:end], np.int64)]
-    feed = {value.name or "": constant(value) for value in node.inputs if value is not None}
+    feed = {value.name or "": readable(value) for value in node.inputs if value is not None}
     run = ReferenceEvaluator(ir.to_proto(node), opsets=dict(model.opset_imports))
     results = [np.asarray(result) for result in run.run(None, feed)]
     return results if all(result.size <= _LARGEST for result in results) else None

@@ -25,10 +25,11 @@ def nonzero_zero_point(net: Network, scope: Scope) -> Hits:
     for q in net.quantizers:
         if q.zero_point is None:
             continue
-        zeros = net.constant(net.root(q.zero_point))  # a Constant, or a Constant that is cast
-        if zeros is None:
+        root = net.root(q.zero_point)  # a Constant, or a Constant that is cast
+        zeros = net.constant(root)
+        if root is None:
             yield Hit(q.node, "the zero point is computed: make it an initializer of zeros")
-        elif (found := zeros.astype("float64")[zeros.astype("float64") != 0]).size:
+        elif zeros is not None and (found := zeros.astype("float64")[zeros.astype("float64") != 0]).size:
             yield Hit(q.node, f"zero point {found[0]:g}: calibrate symmetrically, with zero point 0")
 
 
