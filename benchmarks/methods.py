@@ -20,20 +20,20 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from qdeploy.evaluate.effective_bits import effective_bits
 
 from qdeploy.artifact import Artifact, open_artifact
 from qdeploy.calibrate.methods import methods
 from qdeploy.calibrate.trajectory import collect
-from qdeploy.denoiser import open_model
+from qdeploy.denoiser import open_model, read_json
 from qdeploy.engines.build import build_engine
 from qdeploy.engines.machine import machine
 from qdeploy.evaluate.check import check
-from qdeploy.evaluate.effective_bits import effective_bits
 from qdeploy.evaluate.quality import Plan, Trajectories
 from qdeploy.evaluate.remembered import remembered
 from qdeploy.evaluate.report import MISSING, markdown_table, text_table
 from qdeploy.export.run import export
-from qdeploy.files import read_json, write_json, write_text
+from qdeploy.files import write_json, write_text
 from qdeploy.progress import say
 
 STEPS = 50
@@ -76,7 +76,9 @@ class Run:
     @property
     def row(self) -> str:
         """Its row in the table, which it shares with other seeds."""
-        return f"{self.precision.upper()} {self.method}" + (f", {self.groups} groups" if self.groups > 1 else "")
+        return f"{self.precision.upper()} {self.method}" + (
+            f", {self.groups} groups" if self.groups > 1 else ""
+        )
 
 
 def runs(chosen: list[str], precisions: list[str], groups: list[int], seeds: int) -> Iterator[Run]:
@@ -141,7 +143,9 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def rows_of(records: list[dict[str, Any]]) -> list[list[str]]:
     """Rows of the table, the full-precision model first."""
     full = records[0]["quality"]["fd_local"]["reference"]
-    rows = [["full precision", *[f"{full:.2f}" if name == "FD-local" else MISSING for name in COLUMNS], MISSING]]
+    rows = [
+        ["full precision", *[f"{full:.2f}" if name == "FD-local" else MISSING for name in COLUMNS], MISSING]
+    ]
     for name in dict.fromkeys(record["run"] for record in records):
         members = [record for record in records if record["run"] == name]
         cells = []

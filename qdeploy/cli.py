@@ -300,6 +300,28 @@ def benchmark(paths: tuple[Path, ...], as_json: bool, **options: Any) -> None:
 
 
 @main.command()
+@click.argument("source", metavar="ONNX", type=FOLDER)
+@click.option("--target", default="tensorrt", show_default=True, help="Whose rules: see `qdeploy methods`.")
+@click.option("--tensorrt", default="11.4", show_default=True, help="TensorRT's version.")
+@click.option("--compute-capability", help="The GPU's, as 8.9.")
+@click.option("--shapes", help="Smallest, optimal, largest: sample:1x4x64x64,2x4x64x64,8x4x64x64;...")
+@click.option("--fix", is_flag=True, help="Mend what can be without changing the function; needs -o.")
+@click.option("-o", "--output", type=FOLDER, help="ONNX file for the mended graph.")
+@verb
+def lint(source: Path, fix: bool, output: Path | None, as_json: bool, **options: Any) -> None:
+    """Say what an engine would reject or run slowly, before a build; exit code 3 if it would reject."""
+    from qdeploy.errors import UsageError
+    from qdeploy.export.lint.run import lint
+
+    if fix != (output is not None):
+        raise UsageError("--fix and -o belong together: the mended graph is written beside the given one")
+    result = lint(source, fix=output, **options)
+    click.echo(json.dumps(result.to_json()) if as_json else result.table())
+    if not result.passed:
+        raise CheckFailed(f"{source}: {result.counts['E']} findings that an engine rejects")
+
+
+@main.command()
 @click.argument("path")
 @verb
 def inspect(path: str, as_json: bool) -> None:

@@ -23,6 +23,7 @@ class Target:
         activations: activation formats that run as integers.
         attention: whether softmax(QK)V can run in integers.
         backends: the engines that take this dialect.
+        thin: whether layers are quantized that are too thin to gain (`qdeploy.thin`).
     """
 
     name: str
@@ -31,6 +32,7 @@ class Target:
     activations: frozenset[str]
     attention: bool
     backends: tuple[str, ...]
+    thin: bool = True
 
 
 _WEIGHTS = frozenset({"int8", "int4", "uint4", "none"})
@@ -45,6 +47,15 @@ TARGETS = {
             frozenset({"int8", "none"}),
             attention=False,
             backends=("openvino", "onnxruntime", "tensorrt"),
+        ),
+        Target(
+            "tensorrt",
+            "TensorRT on GPUs: symmetric int8 in layers that are wide enough to gain",
+            _WEIGHTS,
+            frozenset({"int8", "none"}),
+            attention=False,
+            backends=("tensorrt", "onnxruntime"),
+            thin=False,
         ),
         Target(
             "openvino",

@@ -29,6 +29,8 @@ from qdeploy.draft import Draft
 from qdeploy.formats import parse_format, uint8
 from qdeploy.recipe import Recipe
 from qdeploy.structure import Layer, Structure
+from qdeploy.targets import find_target
+from qdeploy.thin import thin_conv, thin_product
 
 if TYPE_CHECKING:
     from qdeploy.calibrate.dataset import CalibrationSet
@@ -47,6 +49,12 @@ def quantize_structure(denoiser: nn.Module, structure: Structure, recipe: Recipe
     coverage = find_coverage(recipe.coverage)
     weights, activations = parse_format(recipe.weights), parse_format(recipe.activations)
     layers = covered(structure, coverage, recipe.exclude)
+    if not find_target(recipe.target).thin:  # temporal layers need no kernel: they end in a table
+        layers = [
+            layer
+            for layer in layers
+            if layer.temporal or not _thin(denoiser.get_submodule(layer.path), layer)
+        ]
     bare = float_inputs(layers, coverage)
     for layer in layers:
         inner = denoiser.get_submodule(layer.path)
@@ -67,6 +75,17 @@ def set_clock(denoiser: nn.Module) -> None:
     for module in denoiser.modules():
         if isinstance(module, ActivationQuantizer):
             module.clock = clock
+
+
+def _thin(module: nn.Module, layer: Layer) -> bool:
+    """Whether a layer, or a half of it that is quantized on its own, is too thin to gain."""
+    weight = module.get_parameter("weight")
+    parts = [(weight.shape[0], inner, *weight.shape[2:]) for inner in layer.split or weight.shape[1:2]]
+    if isinstance(module, nn.Linear):
+        rows = layer.macs // weight.numel()
+        return any(thin_product(part[0], part[1], rows) for part in parts)
+    group = module.groups if isinstance(module, nn.Conv1d | nn.Conv2d) else 1
+    return any(thin_conv(part, group, layer.first) for part in parts)
 
 
 def share_inputs(denoiser: nn.Module, reads: dict[str, str]) -> None:

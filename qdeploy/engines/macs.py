@@ -16,8 +16,11 @@ WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # Operations that pass on the numbers they get.
 _MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity")
 
-# Operations that keep the shape, for which onnx (1.23) has no shape inference of its own.
-_SAME_SHAPE = ("GroupNormalization",)
+# Operations that keep the shape, for which onnx (1.23) has no shape inference of its own, or none at all.
+_SAME_SHAPE = (
+    "GroupNormalization",
+    *(f"TRT_{kind}{way}Linear" for kind in ("FP8", "INT4") for way in ("Quantize", "Dequantize")),
+)
 
 
 def graph_macs(path: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
@@ -33,7 +36,7 @@ def graph_macs(path: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, int
     Raises:
         InvalidInputError: the file is no ONNX graph, or the size of a node cannot be derived.
     """
-    graph = _with_fixed_shapes(_load(path), shapes)
+    graph = with_fixed_shapes(_load(path), shapes)
     known = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     for info in (*graph.input, *graph.output, *graph.value_info):
         dims = info.type.tensor_type.shape.dim
@@ -48,11 +51,11 @@ def graph_macs(path: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, int
             raise InvalidInputError(
                 f"the size of {node.name} in {path.name} is unknown: {lacking[0]} has no shape"
             )
-        macs[node.name] = _macs(node, *(known[name] for name in (*node.input[:2], node.output[0])))
+        macs[node.name] = macs_of(node, *(known[name] for name in (*node.input[:2], node.output[0])))
     return macs
 
 
-def _macs(node: Any, x: tuple[int, ...], w: tuple[int, ...], y: tuple[int, ...]) -> int:
+def macs_of(node: Any, x: tuple[int, ...], w: tuple[int, ...], y: tuple[int, ...]) -> int:
     """MACs of a node with inputs of shape x and w and an output of shape y."""
     if node.op_type == "Conv":
         return prod(y) * prod(w[1:])
@@ -126,8 +129,12 @@ def _load(path: Path) -> Any:
         raise InvalidInputError(f"{path} is damaged or no ONNX graph") from error
 
 
-def _with_fixed_shapes(model: Any, shapes: Mapping[str, Sequence[int]]) -> Any:
-    """The graph with shapes inferred anew from fixed shapes of its inputs."""
+def with_fixed_shapes(model: Any, shapes: Mapping[str, Sequence[int]], strict: bool = False) -> Any:
+    """The graph with shapes inferred anew from fixed shapes of its inputs; the model given is changed.
+
+    Raises:
+        InvalidInputError: shapes contradict each other; if not ``strict``, that may also pass unseen.
+    """
     import onnx.shape_inference
 
     graph = model.graph
@@ -146,6 +153,6 @@ def _with_fixed_shapes(model: Any, shapes: Mapping[str, Sequence[int]]) -> Any:
     for port in graph.output:
         port.type.tensor_type.ClearField("shape")
     try:
-        return onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+        return onnx.shape_inference.infer_shapes(model, strict_mode=strict, data_prop=True).graph
     except Exception as error:
         raise InvalidInputError(f"the shapes in {graph.name!r} contradict each other: {error}") from error

@@ -36,10 +36,8 @@ def save(graph: ir.Model, path: Path) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     size = sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value)
-    ir.save(graph, path, external_data="model.onnx_data" if size > LARGE else None)
+    ir.save(graph, path, external_data=f"{path.name}_data" if size > LARGE else None)
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise InvalidInputError(
-            f"the exported graph is not valid ONNX: {str(error).splitlines()[0]}"
-        ) from error
+        raise InvalidInputError(f"the graph is not valid ONNX: {str(error).splitlines()[0]}") from error

@@ -11,6 +11,7 @@ from onnx_ir.passes.common import (
     TopologicalSortPass,
 )
 
+from qdeploy.export.lint.fixes.plain import Folded, KnownVersion
 from qdeploy.export.passes.names import Names
 from qdeploy.export.passes.shared_quantizers import SharedQuantizers
 from qdeploy.export.passes.split_shortcut import SplitShortcut
@@ -20,6 +21,7 @@ _COMMON: tuple[type[InPlacePass], ...] = (SplitShortcut, TransposedWeights, Shar
 
 PASSES: dict[str, tuple[type[InPlacePass], ...]] = {
     "portable": _COMMON,
+    "tensorrt": (*_COMMON, Folded, KnownVersion),
     "openvino": _COMMON,
     "onnxruntime": _COMMON,
 }

@@ -1,0 +1,115 @@
+"""What a rule is, and what graphs are held against.
+
+A rule is data and one function. The function yields hits; `rules` finds all of them by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from qdeploy.export.lint.network import Network
+
+E, W, I = "E", "W", "I"  # noqa: E741 - the letters that people read in the output
+SEVERITIES = {
+    E: "rejected when parsed or built, or computed wrongly",
+    W: "silently slow or inaccurate",
+    I: "advice",
+}
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a graph is meant to run on.
+
+    Attributes:
+        target: a name from `qdeploy.targets`: the rules of its backends apply.
+        tensorrt: TensorRT's version, major and minor.
+        compute_capability: the GPU's, as ``(8, 9)``; without it no rule asks for it.
+        profile: smallest, optimal and largest shape of inputs, by name.
+    """
+
+    target: str = "tensorrt"
+    tensorrt: tuple[int, int] = (11, 4)
+    compute_capability: tuple[int, int] | None = None
+    profile: dict[str, tuple[Shape, Shape, Shape]] = field(default_factory=dict)
+
+
+class Hit(NamedTuple):
+    """One place where a rule fires: a node, value or name; what to do; a severity if not the rule's own."""
+
+    where: Any
+    message: str
+    severity: str | None = None
+
+
+Hits = Iterator[Hit]
+Check = Callable[["Network", Scope], Hits]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule.
+
+    Attributes:
+        id: how findings and waivers call it; the letters say whose rule it is.
+        severity: of its findings, unless one says otherwise.
+        what: what a graph has to be like.
+        why: what happens otherwise.
+        source: DOC NVIDIA's documentation, HDR public headers, IMP source of the ONNX importer, MO
+            nvidia-modelopt, ISS public issues, RUN executed here, INF inferred.
+        since: versions that it holds for.
+        check: yields the hits.
+        verified: whether an engine on real hardware has confirmed it.
+    """
+
+    id: str
+    severity: str
+    what: str
+    why: str
+    source: str
+    since: str
+    check: Check
+    verified: bool = False
+
+    @property
+    def backend(self) -> str:
+        """The engine that the rule speaks of."""
+        return {"TRT": "tensorrt", "OV": "openvino"}[self.id.rstrip("0123456789")]
+
+    @property
+    def inferred(self) -> bool:
+        """Whether it is our own inference, so that findings have to say so."""
+        return "INF" in self.source and not self.verified
+
+
+_RULES: dict[str, Rule] = {}
+
+
+def rule(
+    id: str, severity: str, what: str, why: str, source: str, *, since: str = "all", verified: bool = False
+) -> Callable[[Check], Check]:
+    """Make a check a rule."""
+
+    def register(check: Check) -> Check:
+        if id in _RULES and _RULES[id].check.__module__ != check.__module__:
+            raise ValueError(f"two rules are called {id}")
+        _RULES[id] = Rule(id, severity, what, why, source, since, check, verified)
+        return check
+
+    return register
+
+
+@cache
+def rules() -> dict[str, Rule]:
+    """All rules by id: every module of ``rules/`` is asked."""
+    package = import_module("qdeploy.export.lint.rules")
+    for module in iter_modules(package.__path__):
+        import_module(f"{package.__name__}.{module.name}")
+    return dict(sorted(_RULES.items()))

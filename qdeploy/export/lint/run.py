@@ -1,0 +1,250 @@
+"""The verb ``lint``: a graph in, findings out; with fixes, a mended graph too."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.passes import Sequential
+from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
+
+from qdeploy.artifact import is_artifact, open_artifact
+from qdeploy.errors import InvalidInputError, QDeployError, UsageError
+from qdeploy.export.graph import LARGE, save
+from qdeploy.export.lint.fixes import fixes
+from qdeploy.export.lint.forecast import forecast
+from qdeploy.export.lint.network import Network
+from qdeploy.export.lint.options import parse_shapes, parse_version
+from qdeploy.export.lint.rule import SEVERITIES, E, Hit, Rule, Scope, rules
+from qdeploy.export.lint.waivers import WAIVERS
+from qdeploy.files import explained_os_errors
+from qdeploy.targets import find_target
+
+_ROUNDS = 8  # a fix can make room for another; more than this many never happened
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One place where a rule fires."""
+
+    rule: str
+    severity: str
+    node: str
+    message: str
+    verified: bool
+    waived: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found in a graph."""
+
+    path: str
+    scope: Scope
+    findings: tuple[Finding, ...]
+    macs: dict[str, Any]
+    fixed: dict[str, int]
+    output: str | None = None
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Findings by severity; what is waived does not count."""
+        counted = Counter(finding.severity for finding in self.findings if finding.waived is None)
+        return {severity: counted[severity] for severity in SEVERITIES}
+
+    @property
+    def passed(self) -> bool:
+        """Whether no engine would reject the graph."""
+        return not self.counts[E]
+
+    def to_json(self) -> dict[str, Any]:
+        """For programs."""
+        said = {
+            "path": self.path,
+            "target": self.scope.target,
+            "scope": {
+                "tensorrt": _dots(self.scope.tensorrt),
+                "compute_capability": _dots(self.scope.compute_capability),
+                "profile": self.scope.profile,
+            },
+            "findings": [asdict(finding) for finding in self.findings],
+            "counts": self.counts,
+            "macs": self.macs,
+        }
+        return said | ({"output": self.output, "fixed": self.fixed} if self.output else {})
+
+    def table(self) -> str:
+        """For people."""
+        lines = [_line(finding) for finding in self.findings if finding.waived is None]
+        if self.output:
+            mended = ", ".join(f"{rule} ({count})" for rule, count in self.fixed.items()) or "nothing"
+            lines.append(f"fixed {mended}: {self.output}")
+        waived = Counter(finding.rule for finding in self.findings if finding.waived)
+        lines += [f"{rule} is waived {count} times: {WAIVERS[rule]}" for rule, count in waived.items()]
+        counted = ", ".join(f"{count} {severity}" for severity, count in self.counts.items())
+        lines.append(f"{self.path}: {counted}" + (f", {waived.total()} waived" if waived else ""))
+        return "\n".join(lines)
+
+
+def lint(
+    source: str | Path,
+    *,
+    target: str = "tensorrt",
+    tensorrt: str = "11.4",
+    compute_capability: str | None = None,
+    shapes: str | None = None,
+    fix: str | Path | None = None,
+) -> Report:
+    """Hold a graph against the rules of a target's engines.
+
+    Args:
+        source: an ONNX file, or an ONNX bundle, whose denoiser is meant.
+        target: a name from `qdeploy.targets`; the rules of all its backends apply.
+        tensorrt: TensorRT's version.
+        compute_capability: of the GPU, as ``8.9``.
+        shapes: smallest, optimal and largest shapes: ``sample:1x4x64x64,2x4x64x64,8x4x64x64;...``.
+        fix: where to write the graph with everything mended that can be without changing what it computes;
+            the findings are then those of that graph.
+
+    Raises:
+        UsageError: an option makes no sense.
+        InvalidInputError: the file is no ONNX graph, or its weights are not there.
+    """
+    find_target(target)
+    scope = Scope(
+        target,
+        parse_version(tensorrt, "--tensorrt"),
+        parse_version(compute_capability, "--compute-capability") if compute_capability else None,
+        parse_shapes(shapes) if shapes else {},
+    )
+    path = graph_file(Path(source))
+    net = Network(path, scope)
+    _check_weights(net)
+    fixed: dict[str, int] = {}
+    if fix is not None:
+        output = Path(fix)
+        if output.resolve() == path.resolve():
+            raise UsageError(f"{output} is the graph itself: name another file for the fixed one")
+        with _explained(net):
+            before = find(net, scope)
+            if any(finding.rule == "TRT036" and finding.severity == E for finding in before):
+                raise InvalidInputError(
+                    f"the weights of {path} are not whole: lint says where, without --fix"
+                )
+            fixed = mend(net.model, before, scope)
+        _save(net.model, output)
+        net = Network(output, scope)
+    with _explained(net):
+        findings, macs = find(net, scope), forecast(net).to_json()
+    return Report(str(source), scope, findings, macs, fixed, str(fix) if fix is not None else None)
+
+
+def find(net: Network, scope: Scope) -> tuple[Finding, ...]:
+    """All findings, the worst first."""
+    backends = find_target(scope.target).backends
+    # Others' quantizers keep the metadata of a float export.
+    precision = net.model.metadata_props.get("qdeploy.precision", "fp32")
+    ours = net.model.producer_name == "qdeploy" and precision != "fp32"
+    found = [
+        _finding(rule, hit, WAIVERS.get(rule.id) if ours else None)
+        for rule in rules().values()
+        if rule.backend in backends
+        for hit in rule.check(net, scope)
+    ]
+    return tuple(sorted(found, key=lambda finding: list(SEVERITIES).index(finding.severity)))
+
+
+def mend(model: ir.Model, findings: tuple[Finding, ...], scope: Scope) -> dict[str, int]:
+    """Apply the fixes of what was found until they have nothing left to do.
+
+    Returns:
+        How many findings each fix was for, by rule; those that it could not mend exactly stay.
+    """
+    counts = Counter(finding.rule for finding in findings)
+    used = []
+    for _ in range(_ROUNDS):
+        modified = False
+        for rule, fix in fixes().items():
+            if rule in counts and fix(scope)(model).modified:
+                used.append(rule)
+                modified = True
+        Sequential(RemoveUnusedNodesPass(), TopologicalSortPass())(model)
+        if not modified:
+            break
+    return {rule: counts[rule] for rule in sorted(set(used))}
+
+
+def graph_file(source: Path) -> Path:
+    """The ONNX file of a path: the file itself, or a bundle's denoiser.
+
+    Raises:
+        InvalidInputError: there is none.
+    """
+    if is_artifact(source):
+        bundle = open_artifact(source, "onnx")
+        return bundle.file(f"{bundle.facts['component']}/model.onnx")
+    if not source.is_file():
+        raise InvalidInputError(f"{source} is neither an ONNX file nor an ONNX bundle")
+    return source
+
+
+@contextmanager
+def _explained(net: Network) -> Iterator[None]:
+    """Rules may rely on what the standard says of operators: where one could not, the graph is to blame."""
+    import onnx
+
+    try:
+        yield
+    except QDeployError:
+        raise
+    except Exception as error:
+        try:
+            onnx.checker.check_model(str(net.path), full_check=True)
+        except Exception as reason:  # the checker's errors have no common base
+            first = str(reason).splitlines()[0]
+            raise InvalidInputError(f"{net.path} is not valid ONNX: {first}") from error
+        raise
+
+
+def _save(model: ir.Model, output: Path) -> None:
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    if size <= LARGE:
+        ir.external_data.load_to_model(model)  # else the new file would go on pointing at the old one's data
+    with explained_os_errors(output):
+        try:
+            save(model, output)
+        except InvalidInputError:
+            output.unlink()
+            raise
+
+
+def _check_weights(net: Network) -> None:
+    for value in net.model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and not (net.path.parent / tensor.location).exists():
+            raise InvalidInputError(f"{net.path} has its weights in {tensor.location}, which is missing")
+
+
+def _finding(rule: Rule, hit: Hit, waiver: str | None) -> Finding:
+    where = hit.where
+    if isinstance(where, ir.Node):
+        where = where.name or where.outputs[0].name
+    elif isinstance(where, ir.Value):
+        where = where.name
+    return Finding(rule.id, hit.severity or rule.severity, str(where), hit.message, rule.verified, waiver)
+
+
+def _line(finding: Finding) -> str:
+    said = f"{finding.severity} {finding.rule} {finding.node}: {finding.message}"
+    if rules()[finding.rule].inferred:
+        said += " (unverified on hardware)"
+    return said
+
+
+def _dots(version: tuple[int, int] | None) -> str | None:
+    return None if version is None else ".".join(map(str, version))

@@ -1,0 +1,40 @@
+"""The rules as a table for people: ``python -m qdeploy.export.lint.table docs/lint.md`` writes it anew."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from qdeploy.export.lint.fixes import fixes
+from qdeploy.export.lint.rule import rules
+from qdeploy.export.lint.waivers import WAIVERS
+
+BEGIN, END = "<!-- rules: begin -->", "<!-- rules: end -->"
+HEADER = ("rule", "severity", "what a graph has to be like", "otherwise", "holds for", "source", "`--fix`")
+
+
+def rules_table() -> str:
+    """All rules in Markdown."""
+    lines = [HEADER, tuple("---" for _ in HEADER)]
+    for rule in rules().values():
+        source = rule.source + ("" if rule.verified else ", unverified on hardware" if rule.inferred else "")
+        fixed = "where exact" if rule.id in fixes() else ""
+        lines.append((rule.id, rule.severity, rule.what, rule.why, rule.since, source, fixed))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def waivers_list() -> str:
+    """What our own exports do although a rule speaks against it."""
+    return "\n".join(f"- **{rule}**: {why}." for rule, why in WAIVERS.items())
+
+
+def in_step(text: str) -> str:
+    """A page with the part between its marks written anew."""
+    head, _, rest = text.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    return f"{head}{BEGIN}\n{rules_table()}\n\nWaived for qdeploy's own exports:\n\n{waivers_list()}\n{END}{tail}"
+
+
+if __name__ == "__main__":
+    page = Path(sys.argv[1])
+    page.write_text(in_step(page.read_text()))
