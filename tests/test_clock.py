@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -111,10 +112,10 @@ def test_it_is_unset_after_a_call_that_failed() -> None:
 def test_at_gives_back_what_was_there_even_after_an_error() -> None:
     clock = Clock()
     with clock.at(torch.tensor([1])):
-        with pytest.raises(ValueError, match="inner"), clock.at(torch.tensor([2, 3])):
+        with contextlib.suppress(ValueError), clock.at(torch.tensor([2, 3])):
             assert clock.now is not None
             assert clock.now.tolist() == [2.0, 3.0]
-            raise ValueError("inner")
+            raise ValueError
         assert clock.now is not None
         assert clock.now.tolist() == [1.0]
     assert clock.now is None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,9 +22,9 @@ U_NETS = ("unet", "text_unet")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def found(request: pytest.FixtureRequest) -> Iterator[tuple[str, nn.Module, dict[str, Tensor], Structure]]:
+def found(request: pytest.FixtureRequest) -> tuple[str, nn.Module, dict[str, Tensor], Structure]:
     network, inputs = make(request.param)
-    yield request.param, network, inputs, find_structure(network, inputs)
+    return request.param, network, inputs, find_structure(network, inputs)
 
 
 def deployed() -> Tensor:
