@@ -106,7 +106,9 @@ def write_state(
             lengths = {name: None if tensor is None else len(tensor) for name, tensor in own.items()}
             steps = None if rows.is_floating_point() else len(rows)
             if lengths != {"edges": len(rows) - 1, "scale": steps, "zero_point": steps}:
-                raise InvalidInputError(f"{path}.feature has {len(rows)} rows, which do not fit its {lengths}")
+                raise InvalidInputError(
+                    f"{path}.feature has {len(rows)} rows, which do not fit its {lengths}"
+                )
             table = FeatureTable(rows, own["edges"], clock_of(denoiser), own["scale"], own["zero_point"])
             layer.table = table.to(device)
 
