@@ -170,7 +170,7 @@ class Tape:
         """
         made = {slot.number: step for step in self._steps for slot in step.results if slot is not None}
         ends = self._frontier | {self._slots[t].number for t in tree_leaves(output) if self._is_held(t)}
-        features: dict[str, Slot] = {}
+        features: dict[str, int] = {}
         seen: set[int] = set()
         pending = list(ends)
         while pending:
@@ -179,13 +179,15 @@ class Tape:
             if step is None or number in seen:
                 continue
             seen.add(number)
-            if isinstance(step.function, str):
-                if step.function in temporal:
-                    features[step.function] = Slot(number)
+            if isinstance(step.function, str) and step.function in temporal:
+                first = features.get(
+                    step.function, number
+                )  # a layer may be called again: with the same result
+                features[step.function] = min(first, number)
             else:
                 pending += [leaf.number for leaf in _slots_of(step)]
         needed: set[int] = set()
-        pending = [slot.number for slot in features.values()]
+        pending = list(features.values())
         while pending:
             number = pending.pop()
             if number in made and number not in needed:
@@ -196,7 +198,7 @@ class Tape:
         )
         layers = tuple(dict.fromkeys(step.function for step in steps if isinstance(step.function, str)))
         names = tuple(path for path in layers if path in features)
-        return TimePart(layers, names, steps, tuple(features[name] for name in names))
+        return TimePart(layers, names, steps, tuple(Slot(features[name]) for name in names))
 
     def _is_held(self, leaf: Any) -> bool:
         return isinstance(leaf, Tensor) and leaf in self._slots

@@ -126,8 +126,12 @@ def write_state(
         layer.table = None
         if rows is not None:
             own = {name: state.get(f"{path}.feature.{name}") for name in ("edges", "scale", "zero_point")}
-            if own["edges"] is None or len(own["edges"]) + 1 != len(rows):
-                raise InvalidInputError(f"{path}.feature has {len(rows)} rows and other edges than these")
+            lengths = {name: None if tensor is None else len(tensor) for name, tensor in own.items()}
+            steps = None if rows.is_floating_point() else len(rows)
+            if lengths != {"edges": len(rows) - 1, "scale": steps, "zero_point": steps}:
+                raise InvalidInputError(
+                    f"{path}.feature has {len(rows)} rows, which do not fit its {lengths}"
+                )
             table = FeatureTable(rows, own["edges"], clock_of(denoiser), own["scale"], own["zero_point"])
             layer.table = table.to(layer.device)
 

@@ -65,11 +65,14 @@ def plan_table(model: Model, storage: str, rows: str = "all") -> TimeTable:
                 "as --table-rows ddim:50"
             )
         return TimeTable(storage, torch.arange(count), None)
-    name, found, steps = rows.rpartition(":")
-    if not found or not steps.isdigit() or int(steps) < 1:
+    name, _, steps = rows.rpartition(":")
+    if not name or not steps.isdecimal() or int(steps) < 1:
         raise UsageError(f"the rows of a time table are 'all' or a schedule such as ddim:50, not {rows!r}")
     scheduler = make_scheduler(name, model.scheduler())
-    scheduler.set_timesteps(int(steps))
+    try:
+        scheduler.set_timesteps(int(steps))
+    except ValueError as error:
+        raise UsageError(f"a time table cannot have the rows of {rows}: {error}") from error
     return TimeTable(storage, torch.as_tensor(scheduler.timesteps).unique(), rows)
 
 
@@ -111,6 +114,10 @@ def tabulate(denoiser: nn.Module, inputs: Mapping[str, Tensor], table: TimeTable
             made = FeatureTable.stored(values, edges, clock, table.storage)
         replace_module(denoiser, name, made)
         size += made.size
+    for path in time.layers:
+        layer = denoiser.get_submodule(path)
+        if isinstance(layer, QuantizedLayer):  # nothing reads it any more, so the graph will be without it
+            layer.input_quantizers = nn.ModuleList()
     return size
 
 

@@ -156,6 +156,7 @@ def temporal_selection(session: Session, *, mode: str = "selected") -> None:
         raise UsageError(f"unknown mode {mode!r} of temporal-selection: choose from {', '.join(MODES)}")
     layers = _block(session)
     time = session.structure.time
+    features = [name for name in time.features if name in layers]
 
     def compare() -> dict[str, Tensor]:
         timesteps = session.all_timesteps().to(session.device)
@@ -164,7 +165,8 @@ def temporal_selection(session: Session, *, mode: str = "selected") -> None:
             with session.teacher():
                 exact = time(session.denoiser, timesteps)
         found: dict[str, Tensor] = {"timesteps": timesteps.float().cpu()}
-        for name, target in exact.items():
+        for name in features:
+            target = exact[name]
             table = _table(session, layers[name], target)
             for kind, value in (("block", block[name]), ("cache", table.values())):
                 found[f"{name}.{kind}.error"] = relative_error(value, target).cpu()
@@ -174,7 +176,7 @@ def temporal_selection(session: Session, *, mode: str = "selected") -> None:
 
     compared = session.draft.step(f"{session.stage}-compared", compare)
     report = {}
-    for name in time.features:
+    for name in features:
         errors = {kind: float(compared[f"{name}.{kind}.error"].mean()) for kind in ("block", "cache")}
         best = "block" if errors["block"] < errors["cache"] else "cache"
         report[name] = {
