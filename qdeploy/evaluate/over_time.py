@@ -78,7 +78,7 @@ def draw(
     first = subjects[0].artifact.path
     found = (_ranges(subject.artifact) for subject in subjects)
     ranges = next((ranges for ranges in found if ranges is not None and tensor_names(ranges)), None)
-    summaries = {first.name: quality["sqnr_db"]}
+    summaries = {f"this: {first.name}": quality["sqnr_db"]}
     if before is not None:
         name = Path(before["path"]).name
         summaries = {f"before: {name}": before["sqnr_db"], f"after: {first.name}": quality["sqnr_db"]}

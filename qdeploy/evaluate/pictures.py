@@ -5,7 +5,8 @@ Time goes from left to right as in sampling, from the highest timestep to the lo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,17 +63,16 @@ def range_heat_map(ranges: Mapping[str, Tensor], path: Path) -> None:
     every = -(-len(names) // _LABELLED)
     left = 0.3 + _LETTER * max(map(len, names))
     width, height = left + 6.2, max(_LEAST_ROW, _ROW / every) * len(names) + 1.1
-    figure, axes = _figure(width, height, left=left, bottom=0.55, right=1.2, top=0.4)
-    image = axes.imshow(shares.numpy(), aspect="auto", interpolation="nearest", vmin=0, vmax=1)
-    shown = range(0, len(names), every)
-    axes.set_yticks(shown, [names[row] for row in shown], fontsize=7, family="monospace")
-    columns = range(0, len(timesteps), -(-len(timesteps) // _TICKS))
-    axes.set_xticks(columns, [timesteps[column] for column in columns], fontsize=8)
-    axes.set_xlabel("timestep", fontsize=9)
-    axes.set_title("range over time, relative to each tensor's largest", fontsize=9, loc="left")
-    bar = figure.add_axes((1 - 1.05 / width, 0.55 / height, 0.15 / width, 1 - 0.95 / height))
-    figure.colorbar(image, cax=bar).ax.tick_params(labelsize=8)
-    _save(figure, path)
+    with _drawn(path, width, height, left=left, bottom=0.55, right=1.2, top=0.4) as (figure, axes):
+        image = axes.imshow(shares.numpy(), aspect="auto", interpolation="nearest", vmin=0, vmax=1)
+        shown = range(0, len(names), every)
+        axes.set_yticks(shown, [names[row] for row in shown], fontsize=7, family="monospace")
+        columns = range(0, len(timesteps), -(-len(timesteps) // _TICKS))
+        axes.set_xticks(columns, [timesteps[column] for column in columns], fontsize=8)
+        axes.set_xlabel("timestep", fontsize=9)
+        axes.set_title("range over time, relative to each tensor's largest", fontsize=9, loc="left")
+        bar = figure.add_axes((1 - 1.05 / width, 0.55 / height, 0.15 / width, 1 - 0.95 / height))
+        figure.colorbar(image, cax=bar).ax.tick_params(labelsize=8)
 
 
 def error_by_timestep(series: Mapping[str, Mapping[float, float]], path: Path) -> None:
@@ -82,31 +82,31 @@ def error_by_timestep(series: Mapping[str, Mapping[float, float]], path: Path) -
         series: dB by timestep, by label; each is a curve.
         path: the PNG file.
     """
-    figure, axes = _figure(7.5, 4.2, left=0.7, bottom=0.55, right=0.2, top=0.4)
-    for label, values in series.items():
-        timesteps = sorted(values, reverse=True)
-        axes.plot(timesteps, [values[t] for t in timesteps], marker="o", markersize=3, label=label)
-    axes.invert_xaxis()
-    axes.set_xlabel("timestep", fontsize=9)
-    axes.set_ylabel("SQNR, dB", fontsize=9)
-    axes.set_title("error by timestep: higher is better", fontsize=9, loc="left")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    _save(figure, path)
+    with _drawn(path, 7.5, 4.2, left=0.7, bottom=0.55, right=0.2, top=0.4) as (_, axes):
+        for label, values in series.items():
+            timesteps = sorted(values, reverse=True)
+            axes.plot(timesteps, [values[t] for t in timesteps], marker="o", markersize=3, label=label)
+        axes.invert_xaxis()
+        axes.set_xlabel("timestep", fontsize=9)
+        axes.set_ylabel("SQNR, dB", fontsize=9)
+        axes.set_title("error by timestep: higher is better", fontsize=9, loc="left")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
 
 
-def _figure(
-    width: float, height: float, *, left: float, bottom: float, right: float, top: float
-) -> tuple[Any, Any]:
-    """A figure with one pair of axes; all lengths in inches."""
+@contextmanager
+def _drawn(
+    path: Path, width: float, height: float, *, left: float, bottom: float, right: float, top: float
+) -> Iterator[tuple[Any, Any]]:
+    """A figure with one pair of axes, to be drawn on and then written; all lengths in inches.
+
+    The settings that a user may have made for matplotlib do not reach it.
+    """
+    from matplotlib import rc_context, style
     from matplotlib.figure import Figure  # without pyplot: no window and no global state
 
-    figure = Figure(figsize=(width, height), dpi=_DPI)
-    axes = figure.add_axes(
-        (left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height)
-    )
-    return figure, axes
-
-
-def _save(figure: Any, path: Path) -> None:
-    write_atomically(path, lambda partial: figure.savefig(partial, format="png", dpi=_DPI))
+    with style.context("default"), rc_context({"text.parse_math": False}):
+        figure = Figure(figsize=(width, height), dpi=_DPI)
+        box = (left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height)
+        yield figure, figure.add_axes(box)
+        write_atomically(path, lambda partial: figure.savefig(partial, format="png", dpi=_DPI))
