@@ -262,6 +262,8 @@ def sample(source: str, prompts: Path | None, as_json: bool, **options: Any) -> 
 @click.option("--reference", help="The full-precision model to compare quality with.")
 @click.option("--onnx", type=FOLDER, help="Also compare with this ONNX bundle.")
 @click.option("--checkpoint", type=FOLDER, help="Also compare with this checkpoint.")
+@click.option("--before", type=FOLDER, help="Compare the error by timestep with this engine or checkpoint.")
+@click.option("--pictures", type=FOLDER, help="Folder for pictures of ranges and error over time.")
 @click.option("--samples", type=int, default=64, show_default=True, help="Images for paired quality.")
 @click.option("--steps", type=int, default=20, show_default=True, help="Timesteps at which SQNR is taken.")
 @click.option("--inference-steps", type=int, default=50, show_default=True, help="Length of the trajectory.")
@@ -326,10 +328,10 @@ def lint(source: Path, fix: bool, output: Path | None, as_json: bool, **options:
 @verb
 def inspect(path: str, as_json: bool) -> None:
     """Say what an artifact or a model is, and whether it is intact."""
-    from qdeploy.inspect import as_text, inspect
+    from qdeploy.inspect import description, inspect
 
     result = inspect(path)
-    click.echo(json.dumps(result) if as_json else as_text(result))
+    click.echo(json.dumps(result) if as_json else description(result))
     if not result["valid"]:
         from qdeploy.errors import InvalidInputError
 

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qdeploy.artifact import KINDS, damage, is_artifact, read_manifest
+from qdeploy.artifact import KINDS, Artifact, damage, is_artifact, read_manifest
+
+_BEST = 10  # tensors that are named to people
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -14,7 +16,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
     Returns:
         For an artifact its manifest's entries, the sizes of its files and ``valid``; if that is false,
-        ``problem`` says why.
+        ``problem`` says why. For a checkpoint with groups of timesteps also ``timestep_gain``, as of
+        `qdeploy.evaluate.timestep_gain.timestep_gain`.
 
     Raises:
         InvalidInputError: there is neither an artifact nor a model that this version can read.
@@ -42,7 +45,28 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "notes": manifest["notes"],
         "size_mb": round(sum(sizes.values()) / 2**20, 3),
         "files": sizes,
+        **({} if problems else _timestep_gain(Artifact(folder, manifest))),
     }
+
+
+def _timestep_gain(artifact: Artifact) -> dict[str, Any]:
+    if artifact.kind != "checkpoint" or not artifact.facts.get("timestep_scales"):
+        return {}
+    from qdeploy.evaluate.timestep_gain import timestep_gain
+
+    gain = timestep_gain(artifact)
+    return {} if gain is None else {"timestep_gain": gain}
+
+
+def description(result: Mapping[str, Any]) -> str:
+    """What `inspect` gave, for people: of long lists the best alone."""
+    if "timestep_gain" not in result:
+        return as_text(result)
+    gain = result["timestep_gain"]
+    best = dict(list(gain["by_tensor_db"].items())[:_BEST])
+    shown = {key: value for key, value in gain.items() if key != "by_tensor_db"}
+    what = f"best {len(best)} of {len(gain['by_tensor_db'])} tensors, dB"
+    return as_text({**result, "timestep_gain": {**shown, what: best}})
 
 
 def _inspect_model(source: str) -> dict[str, Any]:

@@ -84,6 +84,7 @@ class Recorder:
         calls: number of denoiser calls made.
         total: number of calls in the whole trajectory; 0 before the first.
         seconds: duration of each call; on a GPU only of the first two.
+        timestep: that of the running call if it is one that is kept, else None.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Recorder:
         self.calls = self.total = 0
         self.seconds: list[float] = []
         self._after_call = after_call
+        self.timestep: float | None = None
         self._wanted: list[int] = []
         self._timestep: Tensor | None = None
         self._prediction: Tensor | None = None
@@ -155,12 +157,14 @@ class Recorder:
         self._check_one_call_per_step(inputs["timestep"])
         if self.batch is not None and self.calls in self._wanted:
             self.batch.add(self.calls, inputs)
+            self.timestep = float(inputs["timestep"].flatten()[0])
         self._wait_to_be_timed()
         self._began = time.perf_counter()
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         self._wait_to_be_timed()
         self.seconds.append(time.perf_counter() - self._began)
+        self.timestep = None
         if not self.calls:
             first = output if isinstance(output, Tensor) else output[0]
             self._prediction = first.detach()

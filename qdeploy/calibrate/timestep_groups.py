@@ -2,11 +2,19 @@
 
 Ranges of activations drift over the trajectory (TFMQ-DM, arXiv 2311.16503, section 3.2; DGQ, arXiv
 2501.04304, keep scales for every timestep). Contiguous groups keep the gain and need a handful of scales.
+
+The ranges themselves are kept in ``ranges.safetensors``, in a calibration set for the inputs of all weighted
+layers and in a checkpoint's component for all quantized tensors:
+
+    timesteps         [T] ascending
+    NAME.low          [T] smallest value at each timestep
+    NAME.high         [T] largest value
+    order             [Q] int64, place in the order of execution of each NAME, names in alphabetical order
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -56,13 +64,10 @@ def find_edges(groups: int | tuple[float, ...], ranges: Mapping[str, Tensor]) ->
     """
     if not isinstance(groups, int):
         return torch.tensor(groups)
-    timesteps = ranges["timesteps"]
-    spans = [
-        torch.maximum(-low, ranges[f"{name}.high"])
-        for name, low in ((key.removesuffix(".low"), ranges[key]) for key in ranges if key.endswith(".low"))
-    ]
-    cuts = best_cuts(torch.stack(spans), groups) if spans else []
-    return midpoints(timesteps)[torch.tensor(cuts, dtype=torch.int64) - 1] if cuts else torch.zeros(0)
+    cuts = best_cuts(spans(ranges), groups) if tensor_names(ranges) else []
+    return (
+        midpoints(ranges["timesteps"])[torch.tensor(cuts, dtype=torch.int64) - 1] if cuts else torch.zeros(0)
+    )
 
 
 def best_cuts(spans: Tensor, groups: int) -> list[int]:
@@ -102,10 +107,10 @@ def ranges_by_timestep(summaries: Mapping[str, Summary]) -> dict[str, Tensor]:
     """Smallest and largest value of every tensor at every timestep.
 
     Args:
-        summaries: of each tensor by its name, with timesteps.
+        summaries: of each tensor by its name, with timesteps; in the order of execution.
 
     Returns:
-        ``timesteps`` [T] ascending, and ``NAME.low``, ``NAME.high`` [T].
+        What ``ranges.safetensors`` holds.
     """
     every = [torch.cat(summary.timesteps) for summary in summaries.values()]
     distinct = torch.cat(every).unique() if every else torch.zeros(0)
@@ -117,11 +122,39 @@ def ranges_by_timestep(summaries: Mapping[str, Summary]) -> dict[str, Tensor]:
             ranges[f"{name}.{what}"] = target.scatter_reduce(
                 0, place, torch.cat(seen), mode, include_self=False
             )
+    places = {name: place for place, name in enumerate(summaries)}
+    ranges["order"] = torch.tensor([places[name] for name in sorted(places)], dtype=torch.int64)
     return ranges
 
 
+def merge_ranges(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The ranges over all parts, each as of `ranges_by_timestep` and of the same tensors."""
+    summaries = {
+        name: Summary(
+            lows=[part[f"{name}.low"] for part in parts],
+            highs=[part[f"{name}.high"] for part in parts],
+            timesteps=[part["timesteps"] for part in parts],
+        )
+        for name in tensor_names(parts[0])
+    }
+    return ranges_by_timestep(summaries)
+
+
+def tensor_names(ranges: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors in the order of execution; in alphabetical order where that was not kept."""
+    names = sorted(key.removesuffix(".low") for key in ranges if key.endswith(".low"))
+    order = ranges.get("order")
+    return names if order is None else [names[place] for place in order.argsort().tolist()]
+
+
+def spans(ranges: Mapping[str, Tensor]) -> Tensor:
+    """[Q, T] the largest magnitude of each tensor at each timestep, tensors as of `tensor_names`."""
+    pairs = [(ranges[f"{name}.low"], ranges[f"{name}.high"]) for name in tensor_names(ranges)]
+    return torch.stack([torch.maximum(-low, high) for low, high in pairs])
+
+
 def read_ranges(folder: Path) -> dict[str, Tensor] | None:
-    """The ranges over time that a calibration left in its component's folder, if it did."""
+    """The ranges over time that lie in a calibration set or in a component's folder, if they do."""
     from safetensors.torch import load_file
 
     return load_file(folder / RANGES) if (folder / RANGES).is_file() else None

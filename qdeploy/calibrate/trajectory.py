@@ -2,7 +2,8 @@
 
 The distribution of a denoiser's inputs drifts along the trajectory, so a set has to cover it evenly
 (Q-Diffusion, arXiv 2302.04304, section 3.3.1). One pass over each image gives all its steps; starting anew
-for every step, as reference code of TFMQ-DM does, costs (S - 1) / 2 times more.
+for every step, as reference code of TFMQ-DM does, costs (S - 1) / 2 times more. The same pass tells what range
+the input of every layer has at each timestep.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from torch import Tensor, nn
 
 from qdeploy.artifact import Artifact
 from qdeploy.calibrate.estimate import Estimate, readable_size, readable_time
+from qdeploy.calibrate.layer_ranges import LayerRanges
 from qdeploy.calibrate.recorder import Recorded, Recorder
 from qdeploy.calibrate.request import Request, check_pipeline, pipeline_sha256
 from qdeploy.calibrate.shards import describe, open_shards, shard_name
+from qdeploy.calibrate.timestep_groups import RANGES, merge_ranges, read_ranges
 from qdeploy.denoiser import Model, open_model
 from qdeploy.draft import Draft
 from qdeploy.inputs import sample_name
@@ -99,6 +102,7 @@ def collect(
     made_from = {"model": model.sha256, "pipeline": pipeline_sha256(model)}
     draft = Draft(Path(output), "calibration-set", made_from, None, seed, asdict(request), overwrite)
     if not dry_run and (done := draft.finished()):
+        _draw(done)
         return done
     with _seeded(seed):  # weights are drawn at random before they are loaded
         denoiser = model.load(device)
@@ -115,7 +119,9 @@ def collect(
             "inference_steps": inference_steps,
             "guidance": guidance if guidance is not None else _default(pipeline, "guidance_scale"),
         }
-        return draft.finish(facts, notes={"source": str(model.path.absolute())})
+        made = draft.finish(facts, notes={"source": str(model.path.absolute())})
+    _draw(made)
+    return made
 
 
 class _Work:
@@ -134,21 +140,33 @@ class _Work:
         return self.estimate
 
     def run(self, draft: Draft) -> None:
-        """Write the shards that are not there yet."""
+        """Write the shards that are not there yet, then the ranges over all of them."""
         batches = self.request.batches()
         missing = [number for number in range(len(batches)) if not draft.has(shard_name(number))]
         self._left = sum(len(batches[number]) for number in missing)
         try:
             for number in missing:
-                draft.tensors(shard_name(number), partial(self._record, batches[number]))
+                draft.tensors(shard_name(number), partial(self._shard, draft, number, batches[number]))
         finally:
             self._bar = None
+        ranges = [
+            draft.step(_ranges_name(number), lambda images=images: self._record(images)[1])  # type: ignore[misc]
+            for number, images in enumerate(batches)
+        ]
+        draft.tensors(RANGES, lambda: merge_ranges(ranges))
 
-    def _record(self, images: range) -> dict[str, Tensor]:
+    def _shard(self, draft: Draft, number: int, images: range) -> dict[str, Tensor]:
+        """One shard. Its ranges are in the journal before it is written, so they are there where it is."""
+        shard, ranges = self._record(images)
+        draft.step(_ranges_name(number), lambda: ranges)
+        return shard
+
+    def _record(self, images: range) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         request = self.request
         numbers = torch.tensor(images)
         recorder = Recorder(self.pipeline, self.denoiser, numbers, request.steps, self._after_call)
-        with _seeded(request.seed + images[0]), recorder:
+        ranges = LayerRanges(self.denoiser, lambda: recorder.timestep)
+        with _seeded(request.seed + images[0]), ranges, recorder:
             generate(
                 self.pipeline,
                 [request.seed + image for image in images],
@@ -160,7 +178,7 @@ class _Work:
                 width=request.width,
             )
         assert recorder.batch is not None
-        return recorder.batch.pack()
+        return recorder.batch.pack(), ranges.tensors()
 
     def _after_call(self, recorder: Recorder) -> None:
         # The very first call is slow, because memory and kernels are being prepared.
@@ -201,6 +219,26 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
+
+
+def _ranges_name(number: int) -> str:
+    return f"ranges-{number:05d}"
+
+
+def _draw(made: Artifact) -> None:
+    """The set's ranges as a picture in its folder.
+
+    The picture is no part of the artifact: its bytes depend on the version of matplotlib and on fonts.
+    """
+    from qdeploy.evaluate.pictures import RANGES_PICTURE, range_heat_map
+
+    picture, ranges = made.file(RANGES_PICTURE), read_ranges(made.path)
+    if ranges is None or picture.exists():
+        return
+    try:
+        range_heat_map(ranges, picture)
+    except OSError as error:
+        say(f"{picture} could not be written: {error.strerror or error}")
 
 
 def _default(pipeline: Any, name: str) -> Any:

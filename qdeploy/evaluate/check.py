@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from qdeploy.errors import InvalidInputError, UsageError
 from qdeploy.evaluate.baselines import source_model
 from qdeploy.evaluate.metrics.frechet import FOLDER
 from qdeploy.evaluate.metrics.sqnr import summary
+from qdeploy.evaluate.over_time import describe_before, draw, open_before, timestep_table
 from qdeploy.evaluate.parity import Subject, measure_parity, open_subject
+from qdeploy.evaluate.pictures import picture_folder
 from qdeploy.evaluate.quality import Plan, Trajectories, measure_quality
 from qdeploy.evaluate.report import number, text_table
 from qdeploy.evaluate.thresholds import THRESHOLDS, look_up, parity_floor, rows_out_of_parity
@@ -31,6 +33,8 @@ class CheckResult:
         quality: the metrics' values, and ``source``: ``trajectory`` or ``probe``.
         thresholds: the bounds by name; None where there is none.
         failures: a sentence for each bound that is missed.
+        before: what the subject was compared with, and its SQNR by timestep; None if nothing was named.
+        pictures: the files that were drawn.
     """
 
     subject: Artifact
@@ -38,6 +42,8 @@ class CheckResult:
     quality: dict[str, Any]
     thresholds: dict[str, float | None]
     failures: list[str]
+    before: dict[str, Any] | None = None
+    pictures: list[Path] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -55,6 +61,8 @@ class CheckResult:
             "parity": self.parity,
             "quality": self.quality,
             "thresholds": self.thresholds,
+            "before": self.before,
+            "pictures": [str(picture) for picture in self.pictures],
         }
 
     def table(self) -> str:
@@ -81,7 +89,12 @@ class CheckResult:
         verdict = "passed" if self.passed else "\n".join(f"failed: {failure}" for failure in self.failures)
         if quality["source"] == "probe":
             verdict += "\nimages were not compared: name the full-precision model with --reference"
-        return f"{text_table([str(self.subject.path), ''], rows)}\n{verdict}"
+        parts = [text_table([str(self.subject.path), ""], rows)]
+        if self.before is not None:
+            parts.append(timestep_table(self.before["sqnr_db"], quality["sqnr_db"]))
+        if self.pictures:
+            parts.append(f"pictures: {', '.join(map(str, self.pictures))}")
+        return "\n".join([*parts, verdict])
 
 
 def check(
@@ -103,6 +116,8 @@ def check(
     min_psnr: float | None = None,
     max_fd_increase: float | None = None,
     trajectories: Trajectories | None = None,
+    before: str | Path | Artifact | None = None,
+    pictures: str | Path | None = None,
 ) -> CheckResult:
     """Compare an artifact with what it was made from.
 
@@ -129,13 +144,17 @@ def check(
         min_psnr: least PSNR of images in dB; no bound by default.
         max_fd_increase: largest increase of FD-local over the reference; no bound by default.
         trajectories: the reference's, where they are at hand; replaces ``reference`` and how to sample.
+        before: another checkpoint, bundle or engine of the same model, to compare the error by timestep with.
+        pictures: folder for ``error.png``, the error by timestep, and ``ranges.png``, how ranges change over
+            time; the latter is drawn from what the subject carries, or else from ``checkpoint``.
 
     Returns:
         What was measured, and what of it missed a threshold.
 
     Raises:
-        UsageError: an impossible number, or a threshold on what is not measured.
-        InvalidInputError: the subject cannot be checked, or another model is named as reference.
+        UsageError: an impossible number, a threshold on what is not measured, or pictures cannot be written.
+        InvalidInputError: the subject cannot be checked, or another model is named as reference or was the
+            source of ``before``.
         CapabilityError: the runtime that it needs is not installed.
     """
     given = {
@@ -156,14 +175,22 @@ def check(
     )
     model = trajectories.model if trajectories else _model(reference)
     _check_measurable(given, model)
+    folder = None if pictures is None else picture_folder(pictures)
     opened = open_subject(subject)
+    earlier = None if before is None else open_before(before, opened)
     if model is not None:
         source_model(opened.artifact, model)
         trajectories = trajectories or Trajectories(model, plan)
     others = [open_subject(other) for other in (onnx, checkpoint) if other is not None]
     parity = measure_parity(opened, others)
-    quality = _quality(opened, trajectories)
-    return _judge(opened.artifact, parity, quality, given)
+    quality = _quality(opened, trajectories, opened.artifact)
+    result = _judge(opened.artifact, parity, quality, given)
+    if earlier is not None:
+        compared = _quality(earlier, trajectories, opened.artifact)
+        result = replace(result, before=describe_before(earlier, compared))
+    if folder is not None:
+        result = replace(result, pictures=draw(folder, [opened, *others], quality, result.before))
+    return result
 
 
 def _check_measurable(given: Mapping[str, float | None], model: Model | None) -> None:
@@ -182,9 +209,9 @@ def _model(reference: str | Path | Model | None) -> Model | None:
     return reference if reference is None or isinstance(reference, Model) else open_model(reference)
 
 
-def _quality(subject: Subject, trajectories: Trajectories | None) -> dict[str, Any]:
+def _quality(subject: Subject, trajectories: Trajectories | None, probe: Artifact) -> dict[str, Any]:
     if trajectories is None:
-        return _quality_of_probe(subject)
+        return _quality_of_probe(subject, probe)
     try:
         measured = measure_quality(trajectories, subject.denoiser)
     except InvalidInputError as error:
@@ -199,9 +226,9 @@ def _quality(subject: Subject, trajectories: Trajectories | None) -> dict[str, A
     }
 
 
-def _quality_of_probe(subject: Subject) -> dict[str, Any]:
-    """SQNR on the probe's rows, the only thing that can be told without the full-precision model."""
-    inputs, reference, _ = read_probe(subject.artifact.path)
+def _quality_of_probe(subject: Subject, probe: Artifact) -> dict[str, Any]:
+    """SQNR on a probe's rows, the only thing that can be told without the full-precision model."""
+    inputs, reference, _ = read_probe(probe.path)
     output = subject.predict(inputs)
     sums: dict[float, tuple[float, float]] = {}
     for row, t in enumerate(inputs["timestep"].flatten().tolist()):

@@ -19,6 +19,7 @@ from qdeploy.calibrate.checkpoint import (
 )
 from qdeploy.calibrate.estimate import readable_size
 from qdeploy.calibrate.fakequant import freeze
+from qdeploy.calibrate.timestep_groups import RANGES
 from qdeploy.denoiser import Model, open_model
 from qdeploy.draft import Draft
 from qdeploy.errors import CapabilityError, UsageError
@@ -116,6 +117,9 @@ def _export_checkpoint(
     with draft:
         denoiser = load_checkpoint(checkpoint)
         draft.copy(checkpoint.file(PROBE), PROBE)
+        ranges = f"{facts['component']}/{RANGES}"
+        if ranges in checkpoint.manifest["files"]:
+            draft.copy(checkpoint.file(ranges), ranges)
         kept = ("component", "class", "model_sha256", "precision", "weights", "activations", "simulated")
         described = {key: facts[key] for key in kept} | {"target": dialect}
         described |= {key: facts[key] for key in ("timesteps", "timestep_scales") if key in facts}

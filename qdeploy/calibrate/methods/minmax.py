@@ -60,14 +60,21 @@ def activation_ranges(session: Session, *, finder: str = "minmax") -> None:
 
 
 def observe(session: Session, rows: list[int]) -> list[tuple[str, ActivationQuantizer, Summary]]:
-    """Summaries of what every activation quantizer sees, weights quantized and activations float."""
+    """Summaries of what every activation quantizer sees, weights quantized and activations float.
+
+    Returns:
+        Name, quantizer and summary, in the order of execution.
+    """
     per_row = max(32, 2**18 // max(1, len(rows)))
     found = [
         (name, quantizer, Summary(per_row))
         for name, quantizer in quantizers(session.denoiser)
         if isinstance(quantizer, ActivationQuantizer)
     ]
-    handles = [quantizer.register_forward_pre_hook(_hook(summary)) for _, quantizer, summary in found]
+    met: dict[str, None] = {}
+    handles = [
+        quantizer.register_forward_pre_hook(_hook(name, summary, met)) for name, quantizer, summary in found
+    ]
     batch = session.effort.batch
     try:
         with torch.no_grad(), session.weights_only():
@@ -76,12 +83,16 @@ def observe(session: Session, rows: list[int]) -> list[tuple[str, ActivationQuan
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    places = {name: place for place, name in enumerate(met)}
+    return sorted(found, key=lambda entry: places.get(entry[0], len(places)))
 
 
-def _hook(summary: Summary) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+def _hook(
+    name: str, summary: Summary, met: dict[str, None]
+) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
     def before(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         assert isinstance(module, ActivationQuantizer)
+        met.setdefault(name)
         summary.observe(args[0], module.clock.now if module.clock else None)
 
     return before

@@ -1,0 +1,105 @@
+"""What a check shows of time: the error by timestep, beside that of an earlier try, and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qdeploy.artifact import Artifact
+from qdeploy.calibrate.timestep_groups import RANGES, read_ranges, tensor_names
+from qdeploy.errors import InvalidInputError
+from qdeploy.evaluate.parity import Subject, open_subject
+from qdeploy.evaluate.pictures import ERROR_PICTURE, RANGES_PICTURE, error_by_timestep, range_heat_map
+from qdeploy.evaluate.report import number, text_table
+from qdeploy.files import explained_os_errors
+from qdeploy.progress import say
+
+
+def open_before(path: str | Path | Artifact, subject: Subject) -> Subject:
+    """What the subject is compared with: another checkpoint, bundle or engine of the same model.
+
+    Raises:
+        InvalidInputError: it is none of these, damaged, or of another model.
+        CapabilityError: its runtime is not installed.
+    """
+    before = open_subject(path)
+    if before.artifact.facts.get("model_sha256") != subject.artifact.facts.get("model_sha256"):
+        raise InvalidInputError(
+            f"{before.artifact.path} was made from another model than {subject.artifact.path}: there is no "
+            "before and after to compare"
+        )
+    return before
+
+
+def describe_before(before: Subject, quality: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry ``before`` of a check's JSON object."""
+    artifact = before.artifact
+    named = {"path": str(artifact.path), "kind": artifact.kind, "sha256": artifact.sha256}
+    return named | {"sqnr_db": quality["sqnr_db"]}
+
+
+def timestep_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Both errors by timestep and what was gained, for people.
+
+    Args:
+        before: summary of SQNR, as of `qdeploy.evaluate.metrics.sqnr.summary`.
+        after: the same of the subject.
+    """
+    pairs = {t: (before["by_timestep"].get(t), value) for t, value in after["by_timestep"].items()}
+    pairs["median"] = before["median"], after["median"]
+    rows = [
+        (t, number(one), number(other), number(None if one is None else other - one))
+        for t, (one, other) in pairs.items()
+    ]
+    return text_table(["SQNR at timestep, dB", "before", "after", "gain"], rows)
+
+
+def draw(
+    folder: Path,
+    subjects: Sequence[Subject],
+    quality: Mapping[str, Any],
+    before: Mapping[str, Any] | None,
+) -> list[Path]:
+    """Draw ``ranges.png``, if the ranges are at hand, and ``error.png``.
+
+    Args:
+        folder: where to; it is there.
+        subjects: the subject, and others whose ranges will do if it carries none.
+        quality: the subject's.
+        before: as of `describe_before`.
+
+    Returns:
+        The files.
+
+    Raises:
+        UsageError: a file cannot be written.
+    """
+    first = subjects[0].artifact.path
+    found = (_ranges(subject.artifact) for subject in subjects)
+    ranges = next((ranges for ranges in found if ranges is not None and tensor_names(ranges)), None)
+    summaries = {f"this: {first.name}": quality["sqnr_db"]}
+    if before is not None:
+        name = Path(before["path"]).name
+        summaries = {f"before: {name}": before["sqnr_db"], f"after: {first.name}": quality["sqnr_db"]}
+    series = {
+        label: {float(t): value for t, value in summary["by_timestep"].items()}
+        for label, summary in summaries.items()
+    }
+    with explained_os_errors(folder):
+        drawn = [folder / ERROR_PICTURE]
+        error_by_timestep(series, drawn[0])
+        if ranges is None:
+            say(
+                f"{first} carries no ranges over time, so {RANGES_PICTURE} is not drawn: name its --checkpoint"
+            )
+        else:
+            drawn.insert(0, folder / RANGES_PICTURE)
+            range_heat_map(ranges, drawn[0])
+    return drawn
+
+
+def _ranges(artifact: Artifact) -> dict[str, Any] | None:
+    component = str(artifact.facts["component"])
+    listed = f"{component}/{RANGES}" in artifact.manifest["files"]
+    return read_ranges(artifact.file(component)) if listed else None
