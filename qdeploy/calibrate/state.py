@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qdeploy.calibrate.attention import AttentionQuantizers
 from qdeploy.calibrate.fakequant import ActivationQuantizer, QuantizedLayer, WeightQuantizer
 from qdeploy.calibrate.feature_table import FeatureTable
-from qdeploy.clock import clock_of
+from qdeploy.clock import Clock, clock_of
 from qdeploy.errors import InvalidInputError
 from qdeploy.formats import Format
 
@@ -122,21 +122,25 @@ def write_state(
                 )
             quantizer.set(scale, zero_point, edges, None if axis is None else int(axis))
     for path, layer in layers:
-        rows = state.get(f"{path}.feature.rows")
-        layer.table = None
-        if rows is not None:
-            own = {name: state.get(f"{path}.feature.{name}") for name in ("edges", "scale", "zero_point")}
-            lengths = {name: None if tensor is None else len(tensor) for name, tensor in own.items()}
-            steps = None if rows.is_floating_point() else len(rows)
-            if lengths != {"edges": len(rows) - 1, "scale": steps, "zero_point": steps}:
-                raise InvalidInputError(
-                    f"{path}.feature has {len(rows)} rows, which do not fit its {lengths}"
-                )
-            table = FeatureTable(rows, own["edges"], clock_of(denoiser), own["scale"], own["zero_point"])
-            layer.table = table.to(layer.device)
+        layer.table = _table(state, path, clock_of(denoiser), layer.device)
 
 
 OF_LAYERS = ("smoothing", "tuned", "tuned_bias", "order")
+
+
+def _table(
+    state: Mapping[str, Tensor], path: str, clock: Clock | None, device: torch.device
+) -> FeatureTable | None:
+    """The table of a temporal feature, if the state holds one."""
+    rows, edges = state.get(f"{path}.feature.rows"), state.get(f"{path}.feature.edges")
+    if rows is None:
+        return None
+    own = [state.get(f"{path}.feature.{name}") for name in ("scale", "zero_point")]
+    lengths = [None if tensor is None else len(tensor) for tensor in own]
+    steps = None if rows.is_floating_point() else len(rows)
+    if edges is None or len(edges) != len(rows) - 1 or lengths != [steps, steps]:
+        raise InvalidInputError(f"{path}.feature has {len(rows)} rows, and edges or scales that do not fit")
+    return FeatureTable(rows, edges, clock, *own).to(device)
 
 
 def _sharing(layers: list[tuple[str, QuantizedLayer]]) -> list[list[QuantizedLayer]]:
