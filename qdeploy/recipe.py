@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import pairwise
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,6 +146,7 @@ def parse_groups(given: Any) -> int | tuple[float, ...]:
         numbers = [float(word) for word in words]
     except (TypeError, ValueError):
         numbers = []
+    numbers = numbers if all(map(isfinite, numbers)) else []
     single = len(numbers) == 1 and not (isinstance(given, list | tuple) or "," in str(given))
     if single and numbers[0] == int(numbers[0]) and numbers[0] >= 1:
         return int(numbers[0])

@@ -9,15 +9,17 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from qdeploy.artifact import MANIFEST, open_artifact, read_manifest, sha256_of
+from qdeploy.errors import InvalidInputError
 from tests.models import stable_diffusion_folder
 
 Run = Callable[..., Result]
@@ -303,6 +305,109 @@ def test_a_device_that_is_not_there_is_refused(qdeploy: Run, ddpm: Path, tmp_pat
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
     refused(qdeploy("calibrate", ddpm, "-o", tmp_path / "out", "--device", "cuda"), 4, "cuda")
+
+
+# -- timesteps ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "engine"])
+@pytest.mark.parametrize("timestep", [-1.0, 999.5, 1000.0])
+def test_a_timestep_outside_of_training_is_refused(artifacts: Path, kind: str, timestep: float) -> None:
+    """Nothing was calibrated there: the nearest scales would be a guess, and no one would know."""
+    inputs = {"sample": torch.zeros(2, 3, 8, 8), "timestep": torch.tensor([500.0, timestep])}
+    predict = predictor(artifacts / kind)
+    with pytest.raises(InvalidInputError, match=f"timesteps from 0 to 999, not {timestep:g}"):
+        predict(inputs)
+    for allowed in (0.0, 500.25, 999.0):
+        assert predict({**inputs, "timestep": torch.tensor([allowed])}).isfinite().all()
+
+
+def predictor(path: Path) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    """A checkpoint or an engine as a function of its inputs."""
+    from qdeploy.calibrate.checkpoint import load_checkpoint
+    from qdeploy.engines.build import load_engine
+    from qdeploy.inputs import denoise
+
+    if path.name == "engine":
+        return load_engine(path)
+    denoiser = load_checkpoint(path)
+    return lambda inputs: denoise(denoiser, inputs)
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "engine"])
+def test_rows_of_one_call_may_have_different_timesteps(artifacts: Path, kind: str) -> None:
+    sample = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.tensor([7.0, 900.0, 7.0, 0.5, 999.0])
+    predict = predictor(artifacts / kind)
+    together = predict({"sample": sample, "timestep": timesteps})
+    rows = [predict({"sample": sample[i : i + 1], "timestep": timesteps[i : i + 1]}) for i in range(5)]
+    alone = torch.cat(rows)
+    # a value on the edge between two codes may fall either way in another batch, so not every row agrees
+    errors = (together - alone).flatten(1).norm(dim=1) / alone.flatten(1).norm(dim=1)
+    assert errors.median() < 1e-4
+    assert errors.max() < 0.1
+
+
+@pytest.mark.parametrize("groups", ["0", "-2", "1.5", "a,b", "", "500,200", "200,200", "nan,5", "inf"])
+def test_timestep_groups_that_make_no_sense_are_refused(
+    qdeploy: Run, ddpm: Path, artifacts: Path, tmp_path: Path, groups: str
+) -> None:
+    options = ("--calibration", artifacts / "set", "--timestep-groups", groups)
+    result = qdeploy("calibrate", ddpm, "-o", tmp_path / "out", "--method", "minmax", *options)
+    refused(result, 2, "timestep groups are a number of groups or ascending boundaries")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--timestep-groups", 3), ("3 groups", "2 calibrated timesteps", "at most 2")),
+        (("--timestep-groups", "100,200"), ("no calibrated timestep lies between", "100 and 200")),
+        (("--timestep-groups", "5000,"), ("ascending boundaries",)),
+        (("--timestep-groups", 2, "--activations", "none"), ("activations are 'none'",)),
+        (
+            ("--timestep-groups", 2, "--activations", "uint8", "--target", "openvino"),
+            ("uint8 has a zero point", "--target simulated"),
+        ),
+    ],
+)
+def test_timestep_groups_that_cannot_be_are_refused_with_the_reason(
+    qdeploy: Run,
+    ddpm: Path,
+    artifacts: Path,
+    tmp_path: Path,
+    options: tuple[object, ...],
+    words: tuple[str, ...],
+) -> None:
+    command = ("calibrate", ddpm, "-o", tmp_path / "out", "--method", "minmax", "--calibration")
+    refused(qdeploy(*command, artifacts / "set", *options), 2, *words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--time-table", "fp8"), ("fp8", "fp32")),
+        (("--time-table", "fp32", "--table-rows", "nonsense"), ("'nonsense'", "ddim:50")),
+        (("--time-table", "fp32", "--table-rows", "ddim:2000"), ("ddim:2000",)),
+        (("--time-table", "fp32", "--table-rows", "abacus:50"), ("abacus", "choose from")),
+        (("--time-table", "none", "--table-rows", "ddim:50"), ("none is wanted", "--time-table fp32")),
+        (("--table-rows", "ddim:50"), ("none is wanted", "--time-table fp32")),
+    ],
+)
+@pytest.mark.parametrize("source", ["checkpoint", "model"])
+def test_time_tables_that_make_no_sense_are_refused(
+    qdeploy: Run,
+    ddpm: Path,
+    artifacts: Path,
+    tmp_path: Path,
+    source: str,
+    options: tuple[str, ...],
+    words: tuple[str, ...],
+) -> None:
+    given = ddpm if source == "model" else artifacts / "checkpoint"
+    refused(qdeploy("export", given, "-o", tmp_path / "out", *options), 2, *words)
+    assert not (tmp_path / "out").exists()
 
 
 # -- what every verb does ----------------------------------------------------------------------------------

@@ -150,7 +150,7 @@ class _Work:
         finally:
             self._bar = None
         ranges = [
-            draft.step(_ranges_name(number), lambda images=images: self._record(images)[1])  # type: ignore[misc]
+            draft.step(_ranges_name(number), partial(self._ranges, images))
             for number, images in enumerate(batches)
         ]
         draft.tensors(RANGES, lambda: merge_ranges(ranges))
@@ -160,6 +160,9 @@ class _Work:
         shard, ranges = self._record(images)
         draft.step(_ranges_name(number), lambda: ranges)
         return shard
+
+    def _ranges(self, images: range) -> dict[str, Tensor]:
+        return self._record(images)[1]
 
     def _record(self, images: range) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         request = self.request

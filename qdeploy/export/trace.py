@@ -43,7 +43,7 @@ def trace(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> ir.Model:
 
     Args:
         denoiser: in evaluation mode, quantized or not.
-        inputs: two rows or more of its inputs, named as `qdeploy.inputs.flatten_inputs` names them. The
+        inputs: one row or more of its inputs, named as `qdeploy.inputs.flatten_inputs` names them. The
             timestep becomes a float32 scalar: schedulers use fractional timesteps too.
 
     Returns:
@@ -57,9 +57,15 @@ def trace(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> ir.Model:
     names = tuple(sorted(inputs, key=lambda name: (parameters.index(name.partition(".")[0]), name)))
     inputs = {name: inputs[name] for name in names}
     tensors = tuple(
-        value.flatten()[0].float() if name == "timestep" else value[:2] for name, value in inputs.items()
+        value.flatten()[0].float() if name == "timestep" else _two_rows(value)
+        for name, value in inputs.items()
     )
     return export_program(_Call(denoiser, names), dict(zip(names, tensors, strict=True)), (OUTPUT,))
+
+
+def _two_rows(value: Tensor) -> Tensor:
+    """Rows to trace with: the tracer takes an axis of size 1 for a constant."""
+    return value[:2] if len(value) > 1 else torch.cat([value, value])
 
 
 def export_program(module: nn.Module, inputs: Mapping[str, Tensor], outputs: tuple[str, ...]) -> ir.Model:

@@ -255,6 +255,19 @@ def test_the_file_is_valid_and_its_batch_is_dynamic(exported: Exported) -> None:
     assert model.opset_import[0].version == 21
 
 
+def test_one_row_of_inputs_is_enough_for_a_dynamic_batch(tmp_path: Path) -> None:
+    """A small calibration set leaves a probe of one row: its graph must not be fixed to batch 1."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Twins().eval().requires_grad_(False)
+    model = lower(
+        trace(network, {"sample": torch.ones(1, 3, 8, 8), "timestep": torch.tensor([3])}), "portable"
+    )
+    save(model, tmp_path / "model.onnx")
+    sample = onnx.load(tmp_path / "model.onnx").graph.input[0].type.tensor_type.shape
+    assert sample.dim[0].dim_param == "batch"
+
+
 def test_integer_weights_are_stored_as_integers(exported: Exported) -> None:
     """Four-bit codes are int8 in the graph, which engines have kernels for; no float weight is left beside."""
     for name, value in exported.model.graph.initializers.items():
