@@ -86,11 +86,11 @@ def engines(shape: str, output: Path, threads: int) -> list[tuple[str, str, Arti
 
 
 def time_nodes(bundle: Artifact, paths: tuple[str, ...]) -> tuple[int, int]:
-    """All nodes of a graph, and those that bear the name of a layer of the time path."""
+    """All nodes of a graph, and the products of the time MLP and the embedding projections among them."""
     file = bundle.path / str(bundle.facts["component"]) / "model.onnx"
     nodes = onnx.load(file, load_external_data=False).graph.node
-    named = sum(any(n.name == path or n.name.startswith(f"{path}/") for path in paths) for n in nodes)
-    return len(nodes), named
+    products = [node for node in nodes if node.op_type in ("Gemm", "MatMul", "Conv")]
+    return len(nodes), sum(any(n.name == p or n.name.startswith(f"{p}/") for p in paths) for n in products)
 
 
 def int8_convolutions(artifact: Artifact, inputs: dict[str, Tensor]) -> str:
