@@ -33,14 +33,9 @@ def graph_macs(path: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, int
     Raises:
         InvalidInputError: the file is no ONNX graph, or the size of a node cannot be derived.
     """
-    graph = _with_fixed_shapes(_load(path), shapes)
-    known = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    for info in (*graph.input, *graph.output, *graph.value_info):
-        dims = info.type.tensor_type.shape.dim
-        if info.type.tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in dims):
-            known[info.name] = tuple(dim.dim_value for dim in dims)
+    nodes, known = graph_shapes(path, shapes)
     macs: dict[str, int] = {}
-    for node in graph.node:
+    for node in nodes:
         if node.op_type not in WEIGHTED:
             continue
         lacking = [name for name in (*node.input[:2], node.output[0]) if name not in known]
@@ -50,6 +45,27 @@ def graph_macs(path: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, int
             )
         macs[node.name] = _macs(node, *(known[name] for name in (*node.input[:2], node.output[0])))
     return macs
+
+
+def graph_shapes(
+    path: Path, shapes: Mapping[str, Sequence[int]]
+) -> tuple[list[Any], dict[str, tuple[int, ...]]]:
+    """Nodes of a graph in their order, and the shapes of all tensors that follow from those of the inputs.
+
+    Args:
+        path: the ONNX file; its external weights are not read.
+        shapes: shapes of all inputs.
+
+    Raises:
+        InvalidInputError: the file is no ONNX graph, or its shapes contradict each other.
+    """
+    graph = _with_fixed_shapes(_load(path), shapes)
+    known = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    for info in (*graph.input, *graph.output, *graph.value_info):
+        dims = info.type.tensor_type.shape.dim
+        if info.type.tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in dims):
+            known[info.name] = tuple(dim.dim_value for dim in dims)
+    return list(graph.node), known
 
 
 def _macs(node: Any, x: tuple[int, ...], w: tuple[int, ...], y: tuple[int, ...]) -> int:
