@@ -71,7 +71,7 @@ def build_engine(
         raise InvalidInputError(f"{source.path} is a checkpoint: export it first, with `qdeploy export`")
     chosen = find_backend(backend)
     _check_precision(chosen, precision)
-    wishes = {name: value for name, value in wishes.items() if value not in (None, False)}
+    wishes = {name: value for name, value in wishes.items() if value is not None and value is not False}
     _check_wishes(chosen, wishes)
     options = {
         "backend": chosen.name,

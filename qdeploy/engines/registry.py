@@ -65,11 +65,12 @@ class Backend:
         return self.installed()
 
     def installed(self) -> bool:
-        """Whether the runtime is installed."""
+        """Whether the runtime is installed. A folder of its name, such as a clone, is no installation."""
         try:
-            return importlib.util.find_spec(self.package) is not None
+            spec = importlib.util.find_spec(self.package)
         except ValueError:  # a module in sys.modules without a spec
             return sys.modules.get(self.package) is not None
+        return spec is not None and spec.origin is not None
 
     def require(self) -> None:
         """Make sure that the runtime is installed, and can run on this machine.

@@ -13,7 +13,7 @@ from qdeploy.engines.macs import meant_int8
 from qdeploy.engines.tensorrt.graph import Graph, read_graph
 from qdeploy.engines.tensorrt.half import halve
 from qdeploy.engines.tensorrt.inspector import read_layers, report
-from qdeploy.engines.tensorrt.logger import last_errors, logger_of
+from qdeploy.engines.tensorrt.logger import create, last_errors, logger_of
 from qdeploy.engines.tensorrt.memory import estimate, warn_if_tight
 from qdeploy.engines.tensorrt.options import Options, check_machine, check_options
 from qdeploy.engines.tensorrt.parser import check_network, parse
@@ -30,8 +30,16 @@ from qdeploy.engines.tensorrt.profiles import (
 from qdeploy.engines.tensorrt.progress import make_monitor
 from qdeploy.engines.tensorrt.timing_cache import cache_file, load_cache, save_cache
 from qdeploy.engines.tensorrt.versions import creation_flags, load_tensorrt, member
-from qdeploy.errors import CapabilityError, InvalidInputError
+from qdeploy.errors import InvalidInputError
 from qdeploy.files import write_atomically, write_json
+
+# Wishes that are flags, by the name of the member of ``trt.BuilderFlag``.
+FLAGS = {
+    "refit": "REFIT",
+    "weight_streaming": "WEIGHT_STREAMING",
+    "version_compatible": "VERSION_COMPATIBLE",
+    "strip_plan": "STRIP_PLAN",
+}
 
 
 def build(onnx_path: Path, folder: Path, **wishes: Any) -> None:
@@ -113,11 +121,9 @@ def build_plan(
     """
     logger = logger_of(trt)
     logger.messages.clear()
-    builder = trt.Builder(logger)
-    network = builder.create_network(creation_flags(trt))
-    config = builder.create_builder_config()
-    if network is None or config is None:
-        raise CapabilityError(f"TensorRT cannot start a build: {last_errors(logger)}")
+    builder = create(trt.Builder, logger, logger=logger)
+    network = create(builder.create_network, creation_flags(trt), logger=logger)
+    config = create(builder.create_builder_config, logger=logger)
     # The network's weights point into the parser's memory: it lives until the build is done.
     parser = parse(trt, network, path, logger)
     check_network(network, graph)
@@ -157,13 +163,8 @@ def configure(trt: Any, config: Any, options: Options) -> None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
     if options.optimization_level is not None:
         config.builder_optimization_level = options.optimization_level
-    for wanted, flag in (
-        (options.refit, "REFIT"),
-        (options.weight_streaming, "WEIGHT_STREAMING"),
-        (options.version_compatible, "VERSION_COMPATIBLE"),
-        (options.strip_plan, "STRIP_PLAN"),
-    ):
-        if wanted:
+    for wish, flag in FLAGS.items():
+        if getattr(options, wish):
             config.set_flag(member(trt, "BuilderFlag", flag))
     if options.hardware_compatible:
         config.hardware_compatibility_level = member(trt, "HardwareCompatibilityLevel", "AMPERE_PLUS")

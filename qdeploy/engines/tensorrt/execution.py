@@ -2,7 +2,7 @@
 
     profile -> set_input_shape for all -> infer_shapes -> outputs -> set_tensor_address for all -> execute
 
-Every one of these reports a failure by what it returns, and none by an exception.
+Nearly all of these report a failure by what they return, not by an exception.
 """
 
 from __future__ import annotations
@@ -146,10 +146,7 @@ class Execution:
                 f"the plan takes {describe(self.plan.profiles)}, not {given}: build it with other --shapes"
             )
         if number != self._profile:
-            self._require(
-                self.context.set_optimization_profile_async(number, self.cuda.stream), "the profile"
-            )
-            self._profile = number
+            self._switch(number)
         for name, shape in shapes.items():
             self._require(self.context.set_input_shape(name, shape), f"the shape of {name!r}")
         if missing := self.context.infer_shapes():
@@ -163,6 +160,14 @@ class Execution:
                     )
                 self._outputs[port.name] = shape
         self._shapes = dict(shapes)
+
+    def _switch(self, number: int) -> None:
+        try:  # the one call whose failure the bindings raise
+            done = self.context.set_optimization_profile_async(number, self.cuda.stream)
+        except RuntimeError:
+            done = False
+        self._require(done, "the profile")
+        self._profile = number
 
     def _bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
         for name, tensor in {**inputs, **outputs}.items():
@@ -226,8 +231,8 @@ class Execution:
             if not x.is_contiguous():
                 raise InvalidInputError(f"{name!r} is a view with gaps: call contiguous() first")
             if (x.device.type == "cpu") != port.host:
-                place = "the machine's memory" if port.host else "the GPU"
-                raise InvalidInputError(f"{name!r} must lie in {place}, not on {x.device}")
+                place = "in the machine's memory" if port.host else "on the GPU"
+                raise InvalidInputError(f"{name!r} must lie {place}, not on {x.device}")
 
     def _aligned(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The same tensors; those that start at an odd place, as slices do, copied."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
+from qdeploy.errors import CapabilityError
 from qdeploy.progress import say
 
 KEPT = 200
@@ -37,6 +39,23 @@ def _make(trt: Any) -> Any:
                 pass
 
     return Logger()
+
+
+def create(make: Callable[..., Any], *arguments: Any, logger: Any) -> Any:
+    """One of TensorRT's objects.
+
+    Raises:
+        CapabilityError: the library gives none, which the bindings report as a ``TypeError`` or None.
+    """
+    try:
+        made = make(*arguments)
+    except TypeError as error:
+        if "nullptr" not in str(error):
+            raise
+        made = None
+    if made is None:
+        raise CapabilityError(f"TensorRT cannot start: {last_errors(logger)}")
+    return made
 
 
 def last_errors(logger: Any, most: int = 3) -> str:

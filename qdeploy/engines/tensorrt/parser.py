@@ -7,7 +7,7 @@ from typing import Any
 
 from qdeploy.engines.tensorrt.dtypes import torch_name
 from qdeploy.engines.tensorrt.graph import Graph
-from qdeploy.engines.tensorrt.logger import last_errors
+from qdeploy.engines.tensorrt.logger import create, last_errors
 from qdeploy.errors import InvalidInputError
 
 
@@ -20,7 +20,7 @@ def parse(trt: Any, network: Any, path: Path, logger: Any) -> Any:
     Raises:
         InvalidInputError: the parser refuses the graph.
     """
-    parser = trt.OnnxParser(network, logger)
+    parser = create(trt.OnnxParser, network, logger, logger=logger)
     # A str, not a Path; absolute, because external data are looked for beside it.
     if not parser.parse_from_file(str(path.resolve())):
         raise InvalidInputError(f"TensorRT cannot parse {path.name}: {parser_errors(parser, logger)}")

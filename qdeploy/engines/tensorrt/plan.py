@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qdeploy.artifact import sha256_file
-from qdeploy.engines.tensorrt.logger import last_errors, logger_of
+from qdeploy.engines.tensorrt.logger import create, last_errors, logger_of
 from qdeploy.engines.tensorrt.preflight import Gpu
 from qdeploy.engines.tensorrt.profiles import Profile, parse_shapes
 from qdeploy.engines.tensorrt.versions import numbers, version_of
@@ -103,7 +103,7 @@ def open_plan(trt: Any, folder: Path, gpu: Gpu) -> Plan:
     options = sidecar["options"]
     logger = logger_of(trt)
     logger.messages.clear()
-    runtime = trt.Runtime(logger)
+    runtime = create(trt.Runtime, logger, logger=logger)
     if options["version_compatible"]:
         if os.environ.get(TRUST) != "1":
             raise CapabilityError(
@@ -125,7 +125,7 @@ def open_plan(trt: Any, folder: Path, gpu: Gpu) -> Plan:
 
 def _refit(trt: Any, engine: Any, source: Path, logger: Any) -> None:
     """Give a plan without weights those of the graph that it was built from."""
-    refitter = trt.Refitter(engine, logger)
-    parser = trt.OnnxParserRefitter(refitter, logger)
+    refitter = create(trt.Refitter, engine, logger, logger=logger)
+    parser = create(trt.OnnxParserRefitter, refitter, logger, logger=logger)
     if not parser.refit_from_file(str(source.resolve())) or not refitter.refit_cuda_engine():
         raise InvalidInputError(f"TensorRT cannot take the weights of {source}: {last_errors(logger)}")

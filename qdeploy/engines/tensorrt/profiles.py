@@ -156,10 +156,10 @@ def add_profiles(builder: Any, config: Any, network: Any, profiles: Sequence[Pro
         if tensor.is_shape_tensor and -1 in tuple(tensor.shape):
             raise InvalidInputError(f"{tensor.name!r} holds sizes of other tensors: export with fixed shapes")
     for number, wanted in enumerate(profiles):
-        profile = builder.create_optimization_profile()
+        native = builder.create_optimization_profile()
         for name, shapes in wanted.items():
-            profile.set_shape(name, shapes.least, shapes.tuned, shapes.largest)
-        if not profile or config.add_optimization_profile(profile) == -1:
+            native.set_shape(name, shapes.least, shapes.tuned, shapes.largest)
+        if not native or config.add_optimization_profile(native) == -1:
             raise InvalidInputError(f"TensorRT refuses profile {number}: {describe([wanted])}")
 
 

@@ -26,6 +26,8 @@ def load_tensorrt() -> Any:
     except ImportError as error:
         reason = str(error).splitlines()[0]
         raise CapabilityError(f"TensorRT cannot be imported ({reason}): {INSTALL}") from error
+    if not hasattr(trt, "__version__"):  # a folder of that name lies in the way
+        raise CapabilityError(f"TensorRT is not installed: {INSTALL}")
     if version_of(trt)[:2] < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         raise CapabilityError(
