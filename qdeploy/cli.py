@@ -340,6 +340,34 @@ def methods(as_json: bool) -> None:
     click.echo(json.dumps(words) if as_json else as_text(words))
 
 
+@main.command()
+@click.option("--require", help="A backend that has to be usable: exit code 4 with the reason if it is not.")
+@verb
+def doctor(require: str | None, as_json: bool) -> None:
+    """What this machine can build and run, and how to get what is missing."""
+    from qdeploy.engines.doctor import doctor
+
+    result = doctor(require)
+    click.echo(json.dumps(result.to_json()) if as_json else result.as_text())
+
+
+@main.command()
+@click.option("--backend", default="auto", show_default=True, help="tensorrt, openvino or onnxruntime.")
+@click.option(
+    "--precision", default="f32", show_default=True, help="What is not quantized: f32, bf16 or f16."
+)
+@click.option("--format", "formats", multiple=True, help="fp32, int8, int4, fp8; repeatable.  [default: all]")
+@verb
+def selftest(as_json: bool, **options: Any) -> None:
+    """Build and run tiny graphs on a backend, and compare with ONNX Runtime: one report to send."""
+    from qdeploy.engines.selftest.run import selftest
+
+    result = selftest(**options)
+    click.echo(json.dumps(result.to_json()) if as_json else result.table())
+    if not result.passed:
+        raise CheckFailed(result.failures)
+
+
 def _prompts(file: Path | None) -> list[str] | None:
     if file is None:
         return None

@@ -70,7 +70,7 @@ def build_engine(
     if source.kind == "checkpoint":
         raise InvalidInputError(f"{source.path} is a checkpoint: export it first, with `qdeploy export`")
     chosen = find_backend(backend)
-    _check_precision(chosen, precision)
+    check_precision(chosen, precision)
     wishes = {name: value for name, value in wishes.items() if value is not None and value is not False}
     _check_wishes(chosen, wishes)
     options = {
@@ -112,7 +112,13 @@ def load_engine(path: str | Path | Artifact, *, threads: int | None = None) -> E
     return find_backend(str(artifact.facts["backend"])).load(artifact, threads or artifact.facts["threads"])
 
 
-def _check_precision(backend: Backend, precision: str) -> None:
+def check_precision(backend: Backend, precision: str) -> None:
+    """Make sure that a backend computes in a precision on this machine.
+
+    Raises:
+        UsageError: there is no such precision.
+        CapabilityError: the backend or the processor lacks it.
+    """
     if precision not in PRECISIONS:
         raise UsageError(f"unknown engine precision {precision!r}: choose from {', '.join(PRECISIONS)}")
     if precision not in backend.precisions:

@@ -123,11 +123,11 @@ def int8_mac_share(
 
 def int8_layers(kernels: Sequence[Kernel]) -> set[str]:
     """Names of the graph's nodes that multiplied in int8."""
-    ran = (kernel for kernel in kernels if _multiplies(kernel) and kernel.precision == "int8")
+    ran = (kernel for kernel in kernels if multiplies(kernel) and kernel.precision == "int8")
     return {layer for kernel in ran for layer in kernel.layers}
 
 
-def _multiplies(kernel: Kernel) -> bool:
+def multiplies(kernel: Kernel) -> bool:
     """Whether a kernel multiplies matrices; others move int8 data without saving a multiplication."""
     words = ("conv", "matmul", "fullyconnected", "gemm", "attention")
     return any(word in kernel.kind.lower() for word in words)
