@@ -11,6 +11,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qdeploy.engines.tensorrt.graph import Graph, GraphTensor
 from qdeploy.engines.tensorrt.options import Options
 from qdeploy.engines.tensorrt.preflight import Gpu
@@ -24,6 +26,29 @@ GRAPH = Graph(
     1000,
 )
 SHAPES = "sample:1x4x8x8,2x4x8x8,4x4x8x8"
+
+
+def write_graph(path: Path) -> None:
+    """A graph with the inputs and outputs that the recording library claims."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    shape = ["batch", 4, 8, 8]
+    graph = helper.make_graph(
+        [
+            helper.make_node("Conv", ["sample", "w"], ["x"], name="body.conv", pads=[1, 1, 1, 1]),
+            helper.make_node("Add", ["x", "timestep"], ["out_sample"], name="add"),
+        ],
+        "bench",
+        [
+            helper.make_tensor_value_info("sample", TensorProto.FLOAT, shape),
+            helper.make_tensor_value_info("timestep", TensorProto.FLOAT, []),
+        ],
+        [helper.make_tensor_value_info("out_sample", TensorProto.FLOAT, shape)],
+        [numpy_helper.from_array(np.ones((4, 4, 3, 3), np.float32), "w")],
+    )
+    opsets = [helper.make_opsetid("", 21)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
 
 
 class Library:

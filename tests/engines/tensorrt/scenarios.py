@@ -15,7 +15,9 @@ import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import onnx
 import pytest
 import tensorrt as trt  # the shim that the test lays before the bindings
 
@@ -29,7 +31,16 @@ from qdeploy.engines.tensorrt.profiles import parse_shapes
 from qdeploy.engines.tensorrt.progress import monitor_class
 from qdeploy.errors import QDeployError
 from qdeploy.progress import verbosity
-from tests.engines.tensorrt.bench import ADA, GRAPH, SHAPES, FakeCuda, Library, inputs, plan_folder
+from tests.engines.tensorrt.bench import (
+    ADA,
+    GRAPH,
+    SHAPES,
+    FakeCuda,
+    Library,
+    inputs,
+    plan_folder,
+    write_graph,
+)
 
 PARSER_GONE = "Parser.7"  # its destructor's slot
 
@@ -193,6 +204,46 @@ def scene_progress_can_be_watched_and_stopped() -> None:
     assert monitor.step_complete("Building", 1) is False
     monitor.phase_finish("Building")
     monitor.close()
+
+
+def whole(folder: Path, failure: str = "", **wishes: Any) -> dict[str, Any]:
+    """Build from a file, as the command line does; the GPU is the only thing that is made up."""
+    write_graph(folder / "model.onnx")
+    with mock.patch.object(building, "require_gpu", return_value=ADA), library.failing(failure):
+        building.build(folder / "model.onnx", folder / "engine", **wishes)
+    return json.loads((folder / "engine" / "plan.json").read_text())
+
+
+def scene_a_whole_build_leaves_a_plan_with_its_facts() -> None:
+    sidecar = whole(scratch, batch=3)
+    assert (scratch / "engine" / "model.plan").read_bytes() == b"PLAN made by a fake"
+    assert sidecar["tensorrt"] == "11.4.0.106"
+    assert sidecar["gpu"]["capability"] == "8.9"
+    assert sidecar["profiles"] == "sample:1x4x8x8,3x4x8x8,6x4x8x8"
+    assert sidecar["plan_bytes"] == 19
+    layers = json.loads((scratch / "engine" / "layers.json").read_text())
+    assert layers["layers"][0]["Name"] == "body.conv"
+    in_order(
+        "Builder.build", "Runtime.deserialize 19", "Inspector.getEngineInformation 1", "~Engine", "~Runtime"
+    )
+
+
+def scene_a_stripped_build_keeps_the_weights_of_the_half_graph() -> None:
+    whole(scratch, precision="f16", strip_plan=True)
+    kept = onnx.load(scratch / "engine" / "weights" / "model.onnx")
+    assert [tensor.data_type for tensor in kept.graph.initializer] == [onnx.TensorProto.FLOAT16]
+    in_order("Builder.build", "Runtime.deserialize", "ParserRefitter.refitFromFile model.onnx")
+
+
+def scene_a_build_that_fails_leaves_no_plan() -> None:
+    refused(lambda: whole(scratch, "no plan"), "no tactic")
+    assert not (scratch / "engine" / "model.plan").exists()
+
+
+def scene_bad_shapes_are_refused_before_any_library() -> None:
+    with library.failing():
+        refused(lambda: whole(scratch, shapes="latents:1x4x8x8"), "latents", code=2)
+        assert library.journal == []
 
 
 # -- opening -----------------------------------------------------------------------------------------------

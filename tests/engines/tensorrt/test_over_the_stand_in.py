@@ -19,3 +19,8 @@ def test_every_scenario_holds(played: dict[str, object]) -> None:
 
 def test_the_calls_were_really_native(played: dict[str, object]) -> None:
     assert played["recorded"] > 250
+
+
+def test_the_whole_engine_holds(stand_in: StandIn) -> None:
+    done = stand_in.run("-m", "tests.engines.tensorrt.engine_scenes", stand_in.folder / "libnvinfer.so.11")
+    assert done.stdout == "held\n", done.stderr[-3000:]

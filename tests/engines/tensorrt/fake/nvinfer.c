@@ -25,6 +25,7 @@ static char failing[64];      /* what goes wrong, "" for nothing */
 static int changed;           /* dynamic */
 static Dims given[2];         /* shapes of the inputs that a context was told */
 static int known[2], bound[3];
+static void *memory_of[3];
 static void *logger;
 
 static void note(const char *format, ...) {
@@ -190,7 +191,7 @@ static Dims *context_shape(Dims *out, Impl *self, const char *name) {
 static long address(Impl *self, const char *name, long memory) {
     note("Context.setTensorAddress %s %s\n", name, memory % 256 ? "odd" : "aligned");
     if (fails("address") || memory % 256) return 0;
-    bound[find(name)] = 1;
+    bound[find(name)] = 1; memory_of[find(name)] = (void *)memory;
     return 1;
 }
 static long infer(Impl *self, int most, const char **missing) {
@@ -203,6 +204,8 @@ static long enqueue(Impl *self, long stream) {
     note("Context.enqueueV3 %lx\n", stream);
     for (int i = 0; i < 2; i++) if (!known[i]) { complain("an input has no shape"); return 0; }
     for (int i = 0; i < 3; i++) if (!bound[i]) { complain("a tensor has no address"); return 0; }
+    if (fails("compute")) /* no failure: the network copies its sample */
+        memcpy(memory_of[2], memory_of[0], given[0].size[0] * 4 * 8 * 8 * sizeof(float));
     if (fails("call")) { complain("an illegal memory access was encountered"); return 0; }
     return 1;
 }
