@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from qdeploy.runtime.denoiser import EngineDenoiser
 
 
+UNKNOWN = "unknown"
+
+
 @dataclass(frozen=True)
 class Kernel:
     """Something the runtime executed, in the runtime's own words.
@@ -27,7 +30,8 @@ class Kernel:
         name: the runtime's name for it.
         layers: names of the graph's nodes that it computes.
         kind: the runtime's type of operation, such as ``Convolution``.
-        precision: what it multiplies or moves: ``int8``, ``f32``, ``bf16`` ...
+        precision: what it multiplies or moves: ``int8``, ``f32``, ``bf16`` ...; `UNKNOWN` where the
+            runtime does not tell.
         type: the implementation that ran, such as ``brgconv_avx512_I8``.
     """
 

@@ -9,7 +9,7 @@ from typing import Any
 from qdeploy.artifact import Artifact, open_artifact
 from qdeploy.decibels import distance, powers
 from qdeploy.draft import Draft
-from qdeploy.engines.base import Engine
+from qdeploy.engines.base import UNKNOWN, Engine
 from qdeploy.engines.machine import BF16_INSTRUCTIONS, has_bf16, has_int8, machine
 from qdeploy.engines.macs import graph_macs, int8_layers, int8_mac_share, meant_int8
 from qdeploy.engines.measure import (
@@ -171,7 +171,8 @@ def _measure(backend: Backend, draft: Draft, facts: dict[str, Any]) -> dict[str,
         shares = int8_mac_share(kernels, macs, meant)
         result = row_by_row(engine, inputs)
         ms = latency(engine, repeat_rows(inputs, facts["batch"]))
-    if shares["int8_mac_share_of_meant"] < 0.9:
+    told = all(kernel.precision != UNKNOWN for kernel in kernels)
+    if told and shares["int8_mac_share_of_meant"] < 0.9:
         left = meant - int8_layers(kernels)
         _warn_of_float(backend, shares["int8_mac_share_of_meant"], sorted(left, key=lambda name: -macs[name]))
     if not bool(result.isfinite().all()):

@@ -17,7 +17,7 @@ from qdeploy.engines.tensorrt.logger import create, last_errors, logger_of
 from qdeploy.engines.tensorrt.memory import estimate, warn_if_tight
 from qdeploy.engines.tensorrt.options import Options, check_machine, check_options
 from qdeploy.engines.tensorrt.parser import check_network, parse
-from qdeploy.engines.tensorrt.plan import ENGINE, LAYERS, REFIT, SIDECAR, open_plan
+from qdeploy.engines.tensorrt.plan import ENGINE, LAYERS, REFIT, SIDECAR, open_plan, require_trust
 from qdeploy.engines.tensorrt.preflight import Gpu, require_gpu
 from qdeploy.engines.tensorrt.profiles import (
     Profile,
@@ -57,6 +57,8 @@ def build(onnx_path: Path, folder: Path, **wishes: Any) -> None:
     """
     options = Options(**wishes)
     check_options(options)
+    if options.version_compatible:
+        require_trust()  # rather now than after the build
     graph = read_graph(onnx_path)
     profiles = profiles_of(graph, options)
     gpu = require_gpu()

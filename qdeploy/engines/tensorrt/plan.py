@@ -91,6 +91,19 @@ def check_origin(sidecar: Mapping[str, Any], version: tuple[int, ...], gpu: Gpu)
         )
 
 
+def require_trust() -> None:
+    """Make sure that the user lets version compatible plans run their code.
+
+    Raises:
+        CapabilityError: nobody said so.
+    """
+    if os.environ.get(TRUST) != "1":
+        raise CapabilityError(
+            f"a version compatible plan carries code that runs when it is loaded: set {TRUST}=1 if you trust "
+            "who built it"
+        )
+
+
 def open_plan(trt: Any, folder: Path, gpu: Gpu) -> Plan:
     """Open the plan in a folder.
 
@@ -105,11 +118,7 @@ def open_plan(trt: Any, folder: Path, gpu: Gpu) -> Plan:
     logger.messages.clear()
     runtime = create(trt.Runtime, logger, logger=logger)
     if options["version_compatible"]:
-        if os.environ.get(TRUST) != "1":
-            raise CapabilityError(
-                f"{folder} is a version compatible plan and carries code that will run: set {TRUST}=1 if you "
-                "trust who built it"
-            )
+        require_trust()
         runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine((folder / ENGINE).read_bytes())
     if engine is None:

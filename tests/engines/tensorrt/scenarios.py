@@ -288,6 +288,7 @@ def scene_code_in_a_plan_runs_only_when_trusted() -> None:
     import os
 
     refused(lambda: opened(version_compatible=True), plans.TRUST, code=4)
+    refused(lambda: whole(scratch, version_compatible=True), plans.TRUST, code=4)
     assert not any("Runtime.deserialize" in line for line in library.journal)
     os.environ[plans.TRUST] = "1"
     opened(version_compatible=True, tensorrt="11.3.0.1")
