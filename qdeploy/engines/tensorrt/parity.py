@@ -73,20 +73,24 @@ def outcome(runners: list[Any], inputs: Mapping[str, np.ndarray]) -> dict[str, d
     """
     import numpy as np
     from polygraphy.comparator import Comparator, CompareFunc
+    from polygraphy.logger import G_LOGGER
 
+    G_LOGGER.module_severity = G_LOGGER.ERROR  # it speaks on stdout, where results stand
     # ONNX Runtime takes arrays only, and an element of an array is none.
     feed = {name: np.asarray(x) for name, x in inputs.items()}
     results = Comparator.run(runners, data_loader=[feed])
     # The median: single elements differ by a whole step where a value lies between two codes.
     measure = CompareFunc.simple(atol=ABSOLUTE, rtol=RELATIVE, check_error_stat="median")
     accuracy = Comparator.compare_accuracy(results, compare_func=measure)
-    (pair,) = accuracy.values()
+    # Newer versions give a list, one result for each way of comparing.
+    result = accuracy if hasattr(accuracy, "values") else accuracy[0]
+    (pair,) = result.values()
     return {
         name: {
-            "passed": bool(result),
-            "max_abs": float(result.max_absdiff),
-            "mean_abs": float(result.mean_absdiff),
-            "median_abs": float(result.median_absdiff),
+            "passed": bool(found),
+            "max_abs": float(found.max_absdiff),
+            "mean_abs": float(found.mean_absdiff),
+            "median_abs": float(found.median_absdiff),
         }
-        for name, result in pair[0].items()
+        for name, found in pair[0].items()
     }
