@@ -29,7 +29,7 @@ from qdeploy.engines.tensorrt.profiles import (
 )
 from qdeploy.engines.tensorrt.progress import make_monitor
 from qdeploy.engines.tensorrt.timing_cache import cache_file, load_cache, save_cache
-from qdeploy.engines.tensorrt.versions import creation_flags, load_tensorrt, member
+from qdeploy.engines.tensorrt.versions import creation_flags, first, load_tensorrt, member
 from qdeploy.errors import InvalidInputError
 from qdeploy.files import write_atomically, write_json
 
@@ -85,6 +85,7 @@ def build(onnx_path: Path, folder: Path, **wishes: Any) -> None:
         "options": options.facts(),
         "profiles": describe(profiles),
         "estimated_bytes": needed,
+        "timing_cache": cache_file(Path(), str(trt.__version__), gpu).name if options.timing_cache else None,
     }
     write_json(folder / SIDECAR, sidecar)
     _inspect(trt, folder, gpu, meant_int8(onnx_path))
@@ -172,6 +173,14 @@ def configure(trt: Any, config: Any, options: Options) -> None:
         config.hardware_compatibility_level = member(trt, "HardwareCompatibilityLevel", "AMPERE_PLUS")
 
 
+def sizes_of(trt: Any, engine: Any) -> dict[str, int]:
+    """Bytes that an engine needs on the GPU, as far as this version tells: scratch and activations, weights."""
+    sizes = {"activations": first(engine, "device_memory_size_v2", "device_memory_size")}
+    if hasattr(engine, "get_engine_stat"):
+        sizes["weights"] = engine.get_engine_stat(trt.EngineStat.TOTAL_WEIGHTS_SIZE)
+    return {name: int(size) for name, size in sizes.items() if size is not None}
+
+
 def _write(path: Path, plan: Any) -> None:
     with path.open("wb") as stream:
         stream.write(memoryview(plan))
@@ -190,6 +199,7 @@ def _inspect(trt: Any, folder: Path, gpu: Gpu, planned: set[str]) -> None:
     plan = open_plan(trt, folder, gpu)
     try:
         layers = read_layers(trt, plan.engine)
+        sizes = sizes_of(trt, plan.engine)
     finally:
         plan.close()
-    write_json(folder / LAYERS, {"layers": layers, "report": report(layers, planned)})
+    write_json(folder / LAYERS, {"layers": layers, "report": report(layers, planned), "bytes": sizes})

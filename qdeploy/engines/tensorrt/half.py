@@ -160,7 +160,9 @@ def time_only(graph: Any) -> set[int]:
     known = {port.name: {port.name == TIME} for port in graph.input}
     kinds: list[set[bool]] = []
     for node in graph.node:
-        kinds.append(set().union(*(known.get(name, set()) for name in node.input)))
+        # The batch size, by which the timestep is expanded, is no number of the sample's.
+        sources = () if node.op_type in ("Shape", "Size") else node.input
+        kinds.append(set().union(*(known.get(name, set()) for name in sources)))
         known |= dict.fromkeys(node.output, kinds[-1])
     readers: dict[str, list[int]] = {}
     for index, node in enumerate(graph.node):

@@ -34,7 +34,7 @@ CLASSES = {
     "tensor": "ITensor",
 }
 FILES = {
-    "builder.py": {"builder", "config", "network"},
+    "builder.py": {"builder", "config", "network", "engine"},
     "execution.py": {"engine", "context"},
     "inspector.py": {"engine", "inspector"},
     "parser.py": {"parser", "network", "error", "tensor"},

@@ -223,6 +223,7 @@ def scene_a_whole_build_leaves_a_plan_with_its_facts() -> None:
     assert sidecar["plan_bytes"] == 19
     layers = json.loads((scratch / "engine" / "layers.json").read_text())
     assert layers["layers"][0]["Name"] == "body.conv"
+    assert layers["bytes"] == {"activations": 6000, "weights": 5000}
     in_order(
         "Builder.build", "Runtime.deserialize 19", "Inspector.getEngineInformation 1", "~Engine", "~Runtime"
     )

@@ -11,7 +11,9 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+import qdeploy
 from qdeploy.decibels import distance
+from qdeploy.engines.measure import read_probe
 from qdeploy.engines.tensorrt.graph import read_graph
 from qdeploy.engines.tensorrt.half import halve, time_only
 from qdeploy.errors import InvalidInputError
@@ -23,7 +25,7 @@ HALF = {"f16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 def run(path: Path, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     rows = [
-        session.run(None, {"sample": x[None].numpy(), "timestep": t.numpy()})[0]
+        session.run(None, {"sample": x[None].numpy(), "timestep": t.float().numpy()})[0]
         for x, t in zip(inputs["sample"], inputs["timestep"], strict=True)
     ]
     return torch.from_numpy(np.concatenate(rows))
@@ -104,6 +106,26 @@ def test_the_time_path_keeps_its_digits(tmp_path: Path, precision: str) -> None:
     assert abs(result[0, 0, 0, 0].item() - exact) < 1e-3
     # computed in half precision the angle would be off by up to 0.25
     assert abs(np.sin(np.float64(np.float16(999.0) * np.float16(0.987))) - exact) > 1e-2
+
+
+def test_an_exported_network_stays_near_and_keeps_its_time_path(ddpm: Path, tmp_path: Path) -> None:
+    bundle = qdeploy.export(str(ddpm), tmp_path / "onnx")
+    halve(bundle.file("unet/model.onnx"), tmp_path / "half.onnx", "f16")
+    inputs, reference, _ = read_probe(bundle.path)
+    assert distance(run(tmp_path / "half.onnx", inputs), reference)["pooled_db"] > 50
+    # the exporter expands the timestep to the batch: that must not draw it into half precision
+    model = onnx.load(tmp_path / "half.onnx")
+    casts = [
+        node for node in model.graph.node if node.op_type == "Cast" and node.name.endswith("/to_f16/cast")
+    ]
+    assert "timestep" not in {node.input[0] for node in casts}
+    types = {
+        info.name: info.type.tensor_type.elem_type
+        for info in onnx.shape_inference.infer_shapes(model).graph.value_info
+    }
+    waves = [node.output[0] for node in model.graph.node if node.op_type in ("Sin", "Cos")]
+    assert waves
+    assert {types[name] for name in waves} == {TensorProto.FLOAT}
 
 
 def test_numbers_beyond_half_precision_are_refused_and_masks_are_not(tmp_path: Path) -> None:

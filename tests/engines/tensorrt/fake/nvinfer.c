@@ -164,6 +164,8 @@ static long place_of(Impl *self, const char *name) { return fails("host input") 
 static Dims *engine_shape(Dims *out, Impl *self, const char *name) { *out = shape(find(name), -1); return out; }
 static long new_context(Impl *self) { return fails("no context") ? 0 : (long)make("Context"); }
 static long set_budget(Impl *self, long bytes) { note("Engine.setWeightStreamingBudget %ld\n", bytes); return 1; }
+static long statistic(Impl *self, int which) { return 5000; }
+static long activations(Impl *self) { return 6000; }
 static long auto_budget(Impl *self) { return 4096; }
 static long inspector(Impl *self) { return (long)make("Inspector"); }
 static long information(Impl *self, int format) {
@@ -230,6 +232,7 @@ static const struct { const char *kind; int slot; Slot function; } overrides[] =
     {"Engine", 5, new_context}, {"Engine", 14, inspector}, {"Engine", 15, (Slot)engine_shape},
     {"Engine", 16, engine_type}, {"Engine", 17, place_of}, {"Engine", 19, mode_of}, {"Engine", 26, tensors},
     {"Engine", 27, name_of}, {"Engine", 40, set_budget}, {"Engine", 42, auto_budget},
+    {"Engine", 44, activations}, {"Engine", 49, statistic},
     {"Inspector", 6, information},
     {"Context", 7, engine_of}, {"Context", 16, set_profile}, {"Context", 20, set_shape},
     {"Context", 21, (Slot)context_shape}, {"Context", 23, address}, {"Context", 27, infer}, {"Context", 36, enqueue},
