@@ -128,7 +128,7 @@ def require() -> None:
     if PROVIDER not in onnxruntime.get_available_providers():
         raise CapabilityError(
             "this ONNX Runtime has no TensorRT provider: pip uninstall onnxruntime, then pip install "
-            "'qdeploy[tensorrt]'"
+            "onnxruntime-gpu"
         )
 
 
@@ -136,7 +136,7 @@ BACKEND = Backend(
     name="onnxruntime-tensorrt",
     description="TensorRT inside ONNX Runtime; what it leaves runs on CUDA, where convolutions have no int8",
     package="onnxruntime",
-    install="'qdeploy[tensorrt]'",
+    install="onnxruntime-gpu",
     build=build,
     load=ONNXRuntimeTensorRTEngine,
     precisions=("f32", "f16"),
