@@ -357,12 +357,18 @@ def doctor(require: str | None, as_json: bool) -> None:
     "--precision", default="f32", show_default=True, help="What is not quantized: f32, bf16 or f16."
 )
 @click.option("--format", "formats", multiple=True, help="fp32, int8, int4, fp8; repeatable.  [default: all]")
+@click.option("-o", "--output", type=FOLDER, help="File to write the report into, as JSON.")
 @verb
-def selftest(as_json: bool, **options: Any) -> None:
+def selftest(output: Path | None, as_json: bool, **options: Any) -> None:
     """Build and run tiny graphs on a backend, and compare with ONNX Runtime: one report to send."""
     from qdeploy.engines.selftest.run import selftest
 
     result = selftest(**options)
+    if output is not None:
+        from qdeploy.files import explained_os_errors, write_json
+
+        with explained_os_errors(output):
+            write_json(output, result.to_json())
     click.echo(json.dumps(result.to_json()) if as_json else result.table())
     if not result.passed:
         raise CheckFailed(result.failures)

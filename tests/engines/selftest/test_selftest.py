@@ -66,6 +66,20 @@ def test_the_backends_of_this_machine_pass(qdeploy: QDeploy, backend: str) -> No
         assert all(case["int8"] == 1 for case in report["cases"] if case["format"] == "int8")
 
 
+def test_the_report_can_be_kept_in_a_file(qdeploy: QDeploy, tmp_path: Path) -> None:
+    result = qdeploy(
+        "selftest", "--backend", "onnxruntime", "--format", "fp32", "-o", tmp_path / "report.json"
+    )
+    assert result.exit_code == 0
+    assert "split_shortcut" in result.stdout
+    assert json.loads((tmp_path / "report.json").read_text())["passed"]
+    (tmp_path / "file").write_text("")
+    refused = qdeploy(
+        "selftest", "--backend", "onnxruntime", "--format", "fp32", "-o", tmp_path / "file" / "x"
+    )
+    assert refused.exit_code == 2
+
+
 class Wrong(ONNXRuntimeEngine):
     def _run(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return super()._run(dict(inputs)) * 1.1
