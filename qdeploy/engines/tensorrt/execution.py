@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from qdeploy.engines.tensorrt.dtypes import torch_name
 from qdeploy.engines.tensorrt.logger import last_errors, logger_of
 from qdeploy.engines.tensorrt.plan import Plan
+from qdeploy.engines.tensorrt.ports import read_ports
 from qdeploy.engines.tensorrt.profiles import choose_profile, describe
-from qdeploy.errors import CapabilityError, InvalidInputError
+from qdeploy.errors import InvalidInputError
 from qdeploy.progress import say
 
 ALIGNMENT = 256
@@ -46,17 +46,6 @@ class Cuda(Protocol):
 
     def synchronize(self) -> None:
         """Wait for our stream."""
-
-
-@dataclass(frozen=True)
-class Port:
-    """An input or output of an engine."""
-
-    name: str
-    is_input: bool
-    dtype: str
-    host: bool
-    shape: tuple[int, ...]
 
 
 @dataclass
@@ -241,24 +230,3 @@ class Execution:
             if x.data_ptr() % ALIGNMENT and not self.ports[name].host:
                 ready[name] = self.cuda.clone(x)
         return ready
-
-
-def read_ports(trt: Any, engine: Any) -> dict[str, Port]:
-    """Inputs and outputs of an engine by name.
-
-    Raises:
-        CapabilityError: one is of a type that torch lacks.
-    """
-    ports = {}
-    for index in range(engine.num_io_tensors):
-        name = engine.get_tensor_name(index)
-        ports[name] = Port(
-            name,
-            engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT,
-            torch_name(engine.get_tensor_dtype(name), name),
-            engine.get_tensor_location(name) == trt.TensorLocation.HOST,
-            tuple(engine.get_tensor_shape(name)),
-        )
-    if not ports:
-        raise CapabilityError("the plan has neither inputs nor outputs")
-    return ports

@@ -63,6 +63,7 @@ class Halver:
         self.scales = {node.input[1] for node in self.graph.node if node.op_type in _QUANTIZERS}
         self.casts: dict[tuple[str, int], str] = {}
         self.halved: dict[str, str] = {}
+        self.renamed: dict[str, str] = {}  # outputs of the graph, to what they are cast from
         self.nodes: list[Any] = []
         self.coarse = 0
 
@@ -83,7 +84,7 @@ class Halver:
             self.nodes.append(node)
             for place, name in enumerate(node.output):
                 if name in outputs and wanted == self.half and self.types.get(name) == self.full:
-                    node.output[place] = f"{name}/{self.precision}"
+                    node.output[place] = self.renamed[name] = f"{name}/{self.precision}"
                     self.nodes.append(self._cast(node.output[place], name, self.full))
         del self.graph.node[:], self.graph.value_info[:]
         self.graph.node.extend(self.nodes)
@@ -101,6 +102,8 @@ class Halver:
         """The name under which a tensor has the wanted float type."""
         if name in self.constants:
             return self._constant(name, wanted)
+        if name in self.renamed:
+            return name if wanted == self.full else self.renamed[name]
         if self.types.get(name) != self.full or self.side.get(name, wanted) == wanted:
             return name
         key = (name, wanted)

@@ -36,6 +36,7 @@ CLASSES = {
 FILES = {
     "builder.py": {"builder", "config", "network", "engine"},
     "execution.py": {"engine", "context"},
+    "ports.py": {"engine"},
     "inspector.py": {"engine", "inspector"},
     "parser.py": {"parser", "network", "error", "tensor"},
     "plan.py": {"runtime", "engine", "refitter", "parser"},

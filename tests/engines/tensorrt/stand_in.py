@@ -32,7 +32,7 @@ class StandIn:
     def run(self, *arguments: object, package: Path = ROOT) -> subprocess.CompletedProcess[str]:
         """Run Python with the stand-in; ``package`` is where qdeploy lies."""
         path = os.pathsep.join(str(part) for part in (self.folder, package, ROOT))
-        environment = os.environ | {"PYTHONPATH": path}
+        environment = os.environ | {"PYTHONPATH": path, "STAND_IN": str(self.folder / "libnvinfer.so.11")}
         command = [sys.executable, *map(str, arguments)]
         return subprocess.run(
             command,
@@ -46,9 +46,7 @@ class StandIn:
 
     def scenarios(self, package: Path = ROOT) -> dict[str, object]:
         """Play all scenarios; a crash is reported as the failure of the one that was running."""
-        done = self.run(
-            "-m", "tests.engines.tensorrt.scenarios", self.folder / "libnvinfer.so.11", package=package
-        )
+        done = self.run("-m", "tests.engines.tensorrt.scenarios", package=package)
         if done.returncode == 0:
             return json.loads(done.stdout.splitlines()[-1])
         running = [line for line in done.stderr.splitlines() if line.startswith("running")] or [
