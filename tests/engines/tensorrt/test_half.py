@@ -128,6 +128,24 @@ def test_an_exported_network_stays_near_and_keeps_its_time_path(ddpm: Path, tmp_
     assert {types[name] for name in waves} == {TensorProto.FLOAT}
 
 
+def test_an_output_that_is_also_read_inside_keeps_both_types(tmp_path: Path) -> None:
+    shape = ["batch", 3, 6, 6]
+    names = {
+        name: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("sample", "x", "y")
+    }
+    nodes = [
+        helper.make_node("Neg", ["sample"], ["x"], name="neg"),
+        helper.make_node("Add", ["x", "sample"], ["y"], name="add"),
+    ]
+    graph = helper.make_graph(nodes, "g", [names["sample"]], [names["x"], names["y"]])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    halve(write(model, tmp_path / "full.onnx"), tmp_path / "half.onnx", "f16")
+    half = onnx.load(tmp_path / "half.onnx")
+    onnx.checker.check_model(half, full_check=True)
+    add = next(node for node in half.graph.node if node.name == "add")
+    assert list(add.input) == ["x/f16", "sample/to_f16"]
+
+
 def test_numbers_beyond_half_precision_are_refused_and_masks_are_not(tmp_path: Path) -> None:
     for value, precision, refused in ((70000.0, "f16", True), (70000.0, "bf16", False), (None, "f16", False)):
         graph = denoiser_graph(False)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qdeploy.engines.tensorrt.graph import GraphTensor
@@ -30,6 +30,7 @@ profiles = st.dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(profiles, min_size=1, max_size=3))
 def test_what_is_described_is_read_back(several: list[dict[str, Range]]) -> None:
     assert parse_shapes(describe(several)) == several
