@@ -123,6 +123,27 @@ def sampling(function: F) -> F:
     return function
 
 
+def tensorrt(function: F) -> F:
+    """The options that only builds with TensorRT have."""
+    for option in (
+        click.option(
+            "--shapes", help="TensorRT: NAME:MIN,OPT,MAX;...  [default: from the graph and --batch]"
+        ),
+        click.option(
+            "--timing-cache", type=FOLDER, help="TensorRT: keeps timings of kernels between builds."
+        ),
+        click.option("--workspace", type=float, help="TensorRT: GiB of scratch memory.  [default: all]"),
+        click.option("--refit", is_flag=True, help="TensorRT: weights can be replaced later."),
+        click.option("--weight-streaming", is_flag=True, help="TensorRT: weights need not fit on the GPU."),
+        click.option("--hardware-compatible", is_flag=True, help="TensorRT: for every GPU from Ampere on."),
+        click.option("--version-compatible", is_flag=True, help="TensorRT: for later versions of it."),
+        click.option("--strip-plan", is_flag=True, help="TensorRT: weights stay outside of the plan."),
+        click.option("--optimization-level", type=int, help="TensorRT: 0 to 5, how long to search.  [3]"),
+    )[::-1]:
+        function = option(function)
+    return function
+
+
 @click.group(
     cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
 )
@@ -224,10 +245,11 @@ def export(source: str, as_json: bool, **options: Any) -> None:
 @main.command("build-engine")
 @click.argument("onnx", type=FOLDER)
 @OUTPUT
-@click.option("--backend", default="auto", show_default=True, help="openvino or onnxruntime.")
-@click.option("--precision", default="f32", show_default=True, help="What is not integer: f32 or bf16.")
+@click.option("--backend", default="auto", show_default=True, help="tensorrt, openvino or onnxruntime.")
+@click.option("--precision", default="f32", show_default=True, help="What is not integer: f32, bf16 or f16.")
 @click.option("--batch", type=int, default=1, show_default=True, help="Batch size that is measured.")
 @click.option("--threads", type=int, help="CPU threads.  [default: all]")
+@tensorrt
 @OVERWRITE
 @verb
 def build_engine(onnx: Path, as_json: bool, **options: Any) -> None:
@@ -346,6 +368,40 @@ def methods(as_json: bool) -> None:
 
     words = vocabulary()
     click.echo(json.dumps(words) if as_json else as_text(words))
+
+
+@main.command()
+@click.option("--require", help="A backend that has to be usable: exit code 4 with the reason if it is not.")
+@verb
+def doctor(require: str | None, as_json: bool) -> None:
+    """What this machine can build and run, and how to get what is missing."""
+    from qdeploy.engines.doctor import doctor
+
+    result = doctor(require)
+    click.echo(json.dumps(result.to_json()) if as_json else result.as_text())
+
+
+@main.command()
+@click.option("--backend", default="auto", show_default=True, help="tensorrt, openvino or onnxruntime.")
+@click.option(
+    "--precision", default="f32", show_default=True, help="What is not quantized: f32, bf16 or f16."
+)
+@click.option("--format", "formats", multiple=True, help="fp32, int8, int4, fp8; repeatable.  [default: all]")
+@click.option("-o", "--output", type=FOLDER, help="File to write the report into, as JSON.")
+@verb
+def selftest(output: Path | None, as_json: bool, **options: Any) -> None:
+    """Build and run tiny graphs on a backend, and compare with ONNX Runtime: one report to send."""
+    from qdeploy.engines.selftest.run import selftest
+
+    result = selftest(**options)
+    if output is not None:
+        from qdeploy.files import explained_os_errors, write_json
+
+        with explained_os_errors(output):
+            write_json(output, result.to_json())
+    click.echo(json.dumps(result.to_json()) if as_json else result.table())
+    if not result.passed:
+        raise CheckFailed(result.failures)
 
 
 def _prompts(file: Path | None) -> list[str] | None:

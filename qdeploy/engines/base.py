@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from qdeploy.runtime.denoiser import EngineDenoiser
 
 
+UNKNOWN = "unknown"
+
+
 @dataclass(frozen=True)
 class Kernel:
     """Something the runtime executed, in the runtime's own words.
@@ -27,7 +31,8 @@ class Kernel:
         name: the runtime's name for it.
         layers: names of the graph's nodes that it computes.
         kind: the runtime's type of operation, such as ``Convolution``.
-        precision: what it multiplies or moves: ``int8``, ``f32``, ``bf16`` ...
+        precision: what it multiplies or moves: ``int8``, ``f32``, ``bf16`` ...; `UNKNOWN` where the
+            runtime does not tell.
         type: the implementation that ran, such as ``brgconv_avx512_I8``.
     """
 
@@ -64,6 +69,7 @@ class Engine(ABC):
 
     Attributes:
         backend: name of the backend.
+        device: where its inputs have to lie, as torch calls it.
         path: the engine's folder.
         component: ``unet`` or ``transformer``, the denoiser's name in a pipeline.
         precision: what everything that is not int8 is computed in, ``f32`` or ``bf16``.
@@ -72,6 +78,7 @@ class Engine(ABC):
     """
 
     backend: ClassVar[str]
+    device: ClassVar[str] = "cpu"
     ports: dict[str, Port]
 
     def __init__(self, artifact: Artifact) -> None:
@@ -90,14 +97,20 @@ class Engine(ABC):
                 has one entry per row; rows of different t take one call per distinct t.
 
         Returns:
-            ``[batch, ...]``, float32, a tensor of its own.
+            ``[batch, ...]``, float32, a tensor of its own, where the inputs lie.
 
         Raises:
             InvalidInputError: an input is missing, unknown, or of a shape that the graph cannot take.
         """
+        ready = self._prepare(inputs)
+        # Pipelines keep the timestep where they like.
+        home = next((x.device for name, x in inputs.items() if name != "timestep"), None)
+        return self._grouped(ready).to(home)
+
+    def _grouped(self, ready: dict[str, Tensor]) -> Tensor:
+        """One call for each distinct timestep."""
         import torch
 
-        ready = self._prepare(inputs)
         t = ready.get("timestep")
         if t is not None:
             for value in set(t.flatten().tolist()):
@@ -122,7 +135,7 @@ class Engine(ABC):
 
     @abstractmethod
     def _run(self, inputs: dict[str, Tensor]) -> Tensor:
-        """One call of the runtime: contiguous CPU tensors of the graph's dtypes, ``timestep`` a scalar."""
+        """One call of the runtime: contiguous tensors of the graph's dtypes on `device`, ``timestep`` a scalar."""
 
     @abstractmethod
     def _kernels(self, inputs: dict[str, Tensor]) -> list[Kernel]:
@@ -138,6 +151,12 @@ class Engine(ABC):
         if "timestep" in ready and ready["timestep"].ndim > 0:
             ready["timestep"] = ready["timestep"][0]
         return self._kernels(ready)
+
+    def timed(self, inputs: Mapping[str, Tensor]) -> float:
+        """Milliseconds of a call."""
+        began = time.perf_counter()
+        self(inputs)
+        return (time.perf_counter() - began) * 1e3
 
     def as_denoiser(self) -> EngineDenoiser:
         """The engine in the shape of a diffusers model, for ``pipe.unet`` or ``pipe.transformer``."""
@@ -169,7 +188,7 @@ class Engine(ABC):
         ready: dict[str, Tensor] = {}
         batch: int | None = None
         for name, port in self.ports.items():
-            x = inputs[name].detach().to("cpu", getattr(torch, port.dtype)).contiguous()
+            x = inputs[name].detach().to(self.device, getattr(torch, port.dtype)).contiguous()
             if name != "timestep" or port.shape:
                 if not port.takes(x.shape):
                     wanted = ", ".join("batch" if size is None else str(size) for size in port.shape)

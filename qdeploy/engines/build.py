@@ -9,7 +9,7 @@ from typing import Any
 from qdeploy.artifact import Artifact, open_artifact
 from qdeploy.decibels import distance, powers
 from qdeploy.draft import Draft
-from qdeploy.engines.base import Engine
+from qdeploy.engines.base import UNKNOWN, Engine
 from qdeploy.engines.machine import BF16_INSTRUCTIONS, has_bf16, has_int8, machine
 from qdeploy.engines.macs import graph_macs, int8_layers, int8_mac_share, meant_int8
 from qdeploy.engines.measure import (
@@ -19,7 +19,7 @@ from qdeploy.engines.measure import (
     repeat_rows,
     row_by_row,
 )
-from qdeploy.engines.registry import PRECISIONS, Backend, find_backend
+from qdeploy.engines.registry import PRECISIONS, Backend, backends, find_backend
 from qdeploy.errors import CapabilityError, InvalidInputError, UsageError
 from qdeploy.paths import default_output
 from qdeploy.progress import say
@@ -43,6 +43,7 @@ def build_engine(
     batch: int = 1,
     threads: int | None = None,
     overwrite: bool = False,
+    **wishes: Any,
 ) -> Artifact:
     """Build the engine of an ONNX bundle, and measure it.
 
@@ -50,16 +51,17 @@ def build_engine(
         bundle: an artifact of kind ``onnx``.
         output: the engine's folder; beside the working directory's other artifacts by default.
         backend: name of a backend, or ``auto`` for the fastest that is installed.
-        precision: what everything that is not int8 is computed in, ``f32`` or ``bf16``.
+        precision: what everything that is not int8 is computed in, ``f32``, ``bf16`` or, on GPUs, ``f16``.
         batch: number of samples per call that the speed is measured with; the engine takes any number.
         threads: number of threads that the engine runs on; the runtime's own choice if None.
         overwrite: replace another artifact at ``output``.
+        wishes: options that only some backends have, as of `Backend.wishes`; None or False asks for nothing.
 
     Returns:
         An artifact of kind ``engine``, in the layout that the runtime's own diffusers pipelines open.
 
     Raises:
-        UsageError: an unknown backend or precision, an impossible number.
+        UsageError: an unknown backend or precision, an impossible number, an option of another backend.
         CapabilityError: the backend is not installed, the machine lacks bf16, or the bundle is a simulation.
         InvalidInputError: the bundle is damaged, or holds what the backend cannot run.
     """
@@ -71,13 +73,16 @@ def build_engine(
     if source.kind == "checkpoint":
         raise InvalidInputError(f"{source.path} is a checkpoint: export it first, with `qdeploy export`")
     chosen = find_backend(backend)
-    _check_precision(chosen, precision)
+    check_precision(chosen, precision)
+    wishes = {name: value for name, value in wishes.items() if value is not None and value is not False}
+    _check_wishes(chosen, wishes)
     options = {
         "backend": chosen.name,
         "backend_version": chosen.version(),
         "engine_precision": precision,
         "batch": batch,
         "threads": threads,
+        **{name: value for name, value in wishes.items() if not isinstance(value, Path)},
     }
     place = Path(output) if output else default_output(source.path, "engine")
     made_from = {"onnx": source.sha256, **source.manifest["made_from"]}
@@ -85,11 +90,11 @@ def build_engine(
     if done := draft.finished():
         return done
     facts = {key: source.facts[key] for key in _CARRIED if key in source.facts} | options
-    if facts.get("activations", "none") != "none" and not has_int8():
+    if chosen.device == "cpu" and facts.get("activations", "none") != "none" and not has_int8():
         say("this processor has neither VNNI nor AMX: int8 will hardly be faster than float32 here")
     with draft:
         say(f"building a {chosen.name} engine of {source.path.name}")
-        _convert(chosen, source, draft, facts)
+        _convert(chosen, source, draft, facts, wishes)
         measured = _measure(chosen, draft, facts)
         notes = {"source": source.manifest["notes"].get("source")}
         return draft.finish(facts=facts, measured=measured, notes=notes)
@@ -110,22 +115,41 @@ def load_engine(path: str | Path | Artifact, *, threads: int | None = None) -> E
     return find_backend(str(artifact.facts["backend"])).load(artifact, threads or artifact.facts["threads"])
 
 
-def _check_precision(backend: Backend, precision: str) -> None:
+def check_precision(backend: Backend, precision: str) -> None:
+    """Make sure that a backend computes in a precision on this machine.
+
+    Raises:
+        UsageError: there is no such precision.
+        CapabilityError: the backend or the processor lacks it.
+    """
     if precision not in PRECISIONS:
         raise UsageError(f"unknown engine precision {precision!r}: choose from {', '.join(PRECISIONS)}")
     if precision not in backend.precisions:
         able = " or ".join(backend.precisions)
         raise CapabilityError(f"{backend.name} computes in {able} only, not in {precision}")
-    if precision == "bf16" and not has_bf16():
+    if precision == "bf16" and backend.device == "cpu" and not has_bf16():
         needed = " or ".join(BF16_INSTRUCTIONS)
         raise CapabilityError(f"this processor has no bf16 instructions ({needed}): build with f32")
 
 
-def _convert(backend: Backend, source: Artifact, draft: Draft, facts: dict[str, Any]) -> None:
+def _check_wishes(backend: Backend, wishes: dict[str, Any]) -> None:
+    known = {name for other in backends().values() for name in other.wishes}
+    for name in wishes.keys() - set(backend.wishes):
+        if name not in known:
+            raise TypeError(f"build_engine takes no {name!r}")
+        able = " and ".join(other.name for other in backends().values() if name in other.wishes)
+        raise UsageError(f"--{name.replace('_', '-')} is an option of {able}, not of {backend.name}")
+
+
+def _convert(
+    backend: Backend, source: Artifact, draft: Draft, facts: dict[str, Any], wishes: dict[str, Any]
+) -> None:
     """The runtime's files; those of the bundle that still matter; and the sizes of all layers."""
     component = facts["component"]
     graph = source.file(f"{component}/model.onnx")
-    backend.build(graph, draft.content / component)
+    if backend.wishes:
+        wishes = wishes | {"precision": facts["engine_precision"], "batch": facts["batch"]}
+    backend.build(graph, draft.content / component, **wishes)
     for name in source.manifest["files"]:
         if not name.endswith((".onnx", ".onnx_data")):
             draft.copy(source.file(name), name)
@@ -150,7 +174,8 @@ def _measure(backend: Backend, draft: Draft, facts: dict[str, Any]) -> dict[str,
         shares = int8_mac_share(kernels, macs, meant)
         result = row_by_row(engine, inputs)
         ms = latency(engine, repeat_rows(inputs, facts["batch"]))
-    if shares["int8_mac_share_of_meant"] < 0.9:
+    told = all(kernel.precision != UNKNOWN for kernel in kernels)
+    if told and shares["int8_mac_share_of_meant"] < 0.9:
         left = meant - int8_layers(kernels)
         _warn_of_float(backend, shares["int8_mac_share_of_meant"], sorted(left, key=lambda name: -macs[name]))
     if not bool(result.isfinite().all()):
@@ -163,14 +188,15 @@ def _measure(backend: Backend, draft: Draft, facts: dict[str, Any]) -> dict[str,
                 f"warning: this engine is only {parity['pooled_db']} dB from the model that was calibrated, "
                 "further than that is from full precision: choose another backend, and report this"
             )
-    size = sum(file.stat().st_size for file in (draft.content / facts["component"]).iterdir())
+    component = draft.content / facts["component"]
+    size = sum(file.stat().st_size for file in component.rglob("*") if file.is_file())
     return {
         "ms": ms,
         "load_seconds": round(loaded, 3),
         **shares,
         "parity": parity,
         "size_mb": round(size / 1e6, 3),
-        "machine": machine(),
+        "machine": machine(backend.device),
     }
 
 

@@ -52,9 +52,14 @@ def has_bf16() -> bool:
     return any(name in cpu_features() for name in BF16_INSTRUCTIONS)
 
 
-def machine() -> dict[str, Any]:
-    """The machine, for the ``measured`` part of a manifest."""
-    return {"cpu": cpu_model(), "features": cpu_features(), "cores": usable_cores()}
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """The machine, for the ``measured`` part of a manifest; with its GPU where ``device`` is ``cuda``."""
+    found: dict[str, Any] = {"cpu": cpu_model(), "features": cpu_features(), "cores": usable_cores()}
+    if device == "cuda":
+        from qdeploy.engines.tensorrt.preflight import find_gpu
+
+        found["gpu"] = find_gpu().to_json()
+    return found
 
 
 def usable_cores() -> int:

@@ -36,14 +36,9 @@ def graph_macs(path: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, int
     Raises:
         InvalidInputError: the file is no ONNX graph, or the size of a node cannot be derived.
     """
-    graph = with_fixed_shapes(_load(path), shapes)
-    known = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    for info in (*graph.input, *graph.output, *graph.value_info):
-        dims = info.type.tensor_type.shape.dim
-        if info.type.tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in dims):
-            known[info.name] = tuple(dim.dim_value for dim in dims)
+    nodes, known = graph_shapes(path, shapes)
     macs: dict[str, int] = {}
-    for node in graph.node:
+    for node in nodes:
         if node.op_type not in WEIGHTED:
             continue
         lacking = [name for name in (*node.input[:2], node.output[0]) if name not in known]
@@ -53,6 +48,27 @@ def graph_macs(path: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, int
             )
         macs[node.name] = macs_of(node, *(known[name] for name in (*node.input[:2], node.output[0])))
     return macs
+
+
+def graph_shapes(
+    path: Path, shapes: Mapping[str, Sequence[int]]
+) -> tuple[list[Any], dict[str, tuple[int, ...]]]:
+    """Nodes of a graph in their order, and the shapes of all tensors that follow from those of the inputs.
+
+    Args:
+        path: the ONNX file; its external weights are not read.
+        shapes: shapes of all inputs.
+
+    Raises:
+        InvalidInputError: the file is no ONNX graph, or its shapes contradict each other.
+    """
+    graph = with_fixed_shapes(_load(path), shapes)
+    known = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    for info in (*graph.input, *graph.output, *graph.value_info):
+        dims = info.type.tensor_type.shape.dim
+        if info.type.tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in dims):
+            known[info.name] = tuple(dim.dim_value for dim in dims)
+    return list(graph.node), known
 
 
 def macs_of(node: Any, x: tuple[int, ...], w: tuple[int, ...], y: tuple[int, ...]) -> int:
@@ -110,11 +126,11 @@ def int8_mac_share(
 
 def int8_layers(kernels: Sequence[Kernel]) -> set[str]:
     """Names of the graph's nodes that multiplied in int8."""
-    ran = (kernel for kernel in kernels if _multiplies(kernel) and kernel.precision == "int8")
+    ran = (kernel for kernel in kernels if multiplies(kernel) and kernel.precision == "int8")
     return {layer for kernel in ran for layer in kernel.layers}
 
 
-def _multiplies(kernel: Kernel) -> bool:
+def multiplies(kernel: Kernel) -> bool:
     """Whether a kernel multiplies matrices; others move int8 data without saving a multiplication."""
     words = ("conv", "matmul", "fullyconnected", "gemm", "attention")
     return any(word in kernel.kind.lower() for word in words)

@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,8 @@ class ONNXRuntimeEngine(Engine):
     """
 
     backend = "onnxruntime"
+    # Execution providers, or names with their options, the preferred one first.
+    providers: Sequence[Any] = ("CPUExecutionProvider",)
 
     def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
         super().__init__(artifact)
@@ -83,7 +86,7 @@ class ONNXRuntimeEngine(Engine):
             return onnxruntime.InferenceSession(
                 str(self._file),
                 options,
-                providers=["CPUExecutionProvider"],
+                providers=list(self.providers),
                 disabled_optimizers=self._disabled,
             )
         except Exception as error:  # ONNX Runtime's exceptions have no base class but Exception

@@ -9,10 +9,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qdeploy.errors import CapabilityError, UsageError
@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from qdeploy.artifact import Artifact
     from qdeploy.engines.base import Engine
 
-# Backends that people ask for and that this version cannot build.
-PLANNED = {"tensorrt": "TensorRT is not supported by this version of qdeploy: choose another --backend"}
-PRECISIONS = ("f32", "bf16")
+PRECISIONS = ("f32", "f16", "bf16")
 
 
 @dataclass(frozen=True)
@@ -39,28 +37,50 @@ class Backend:
         build: writes the runtime's files for a ``model.onnx`` into a folder.
         load: the engine of a verified folder, with a number of threads or the runtime's own choice.
         rank: ``auto`` takes the available backend of the highest rank; 0 is never taken.
+        device: where it computes, as torch calls it.
+        wishes: names of further options of its builds; ``build`` takes them, ``precision`` and ``batch`` as
+            keywords where there are any.
+        check: raises `CapabilityError` where the machine lacks what the backend needs beside its package.
     """
 
     name: str
     description: str
     package: str
     install: str
-    build: Callable[[Path, Path], None]
+    build: Callable[..., None]
     load: Callable[[Artifact, int | None], Engine]
-    precisions: tuple[str, ...] = PRECISIONS
+    precisions: tuple[str, ...] = ("f32", "bf16")
     rank: int = 0
+    device: str = "cpu"
+    wishes: tuple[str, ...] = ()
+    check: Callable[[], None] | None = None
 
     def available(self) -> bool:
-        """Whether the runtime is installed."""
-        return importlib.util.find_spec(self.package) is not None
+        """Whether the runtime is installed and the machine has what it needs."""
+        try:
+            if self.installed() and self.check is not None:
+                self.check()
+        except CapabilityError:
+            return False
+        return self.installed()
+
+    def installed(self) -> bool:
+        """Whether the runtime is installed. A folder of its name, such as a clone, is no installation."""
+        try:
+            spec = importlib.util.find_spec(self.package)
+        except ValueError:  # a module in sys.modules without a spec
+            return sys.modules.get(self.package) is not None
+        return spec is not None and spec.origin is not None
 
     def require(self) -> None:
-        """Make sure that the runtime is installed.
+        """Make sure that the runtime is installed, and can run on this machine.
 
         Raises:
-            CapabilityError: it is not.
+            CapabilityError: it cannot.
         """
-        if not self.available():
+        if self.check is not None:
+            self.check()
+        if not self.installed():
             raise CapabilityError(
                 f"the backend {self.name} needs the package {self.package}: pip install {self.install}"
             )
@@ -91,15 +111,14 @@ def find_backend(name: str = "auto") -> Backend:
 
     Raises:
         UsageError: there is no such backend.
-        CapabilityError: its package is missing, or this version cannot build for it.
+        CapabilityError: its package is missing, or the machine cannot run it.
     """
     if name == "auto":
         ranked = [backend for backend in backends().values() if backend.rank > 0]
-        chosen = next((backend for backend in ranked if backend.available()), ranked[0])
+        # The last one asks for nothing but its package, so that its complaint is the one to follow.
+        chosen = next((backend for backend in ranked if backend.available()), ranked[-1])
         chosen.require()
         return chosen
-    if name in PLANNED and name not in backends():
-        raise CapabilityError(PLANNED[name])
     if name not in backends():
         raise UsageError(f"unknown backend {name!r}: choose from auto, {', '.join(backends())}")
     backends()[name].require()

@@ -6,8 +6,9 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from qdeploy.artifact import Artifact
+from qdeploy.artifact import Artifact, sha256_of
 from qdeploy.denoiser import Model, open_model
 from qdeploy.engines.build import build_engine
 from qdeploy.engines.machine import has_bf16
@@ -19,6 +20,9 @@ from qdeploy.progress import say
 from qdeploy.version import __version__
 
 FULL, HALF = "f32", "bf16"
+HALVES = {"cpu": HALF, "cuda": "f16"}
+# Facts of an engine that its baselines share where kernels are chosen for sizes, as on GPUs.
+_ALIKE = ("batch", "shapes", "optimization_level", "workspace")
 
 
 def is_baseline(engine: Artifact) -> bool:
@@ -27,9 +31,11 @@ def is_baseline(engine: Artifact) -> bool:
 
 
 def baseline_precisions(backend: str) -> list[str]:
-    """What a backend can compute a baseline in on this machine: f32, and bf16 where the processor has it."""
-    wanted = (FULL, HALF) if has_bf16() else (FULL,)
-    return [precision for precision in wanted if precision in find_backend(backend).precisions]
+    """What a backend can compute a baseline in on this machine: f32, and 16 bits where it has them."""
+    found = find_backend(backend)
+    half = HALVES[found.device]
+    wanted = (FULL, half) if half != HALF or has_bf16() else (FULL,)
+    return [precision for precision in wanted if precision in found.precisions]
 
 
 def _folder(model: Model) -> Path:
@@ -46,16 +52,29 @@ def baseline_bundle(model: Model) -> Artifact:
     return export(model.path, _folder(model) / f"onnx-{__version__}")
 
 
-def baseline_engine(model: Model, backend: str, precision: str) -> Artifact:
+def baseline_engine(
+    model: Model, backend: str, precision: str, like: Mapping[str, object] | None = None
+) -> Artifact:
     """The engine of a full-precision model, built at its first use and kept in the cache.
+
+    Args:
+        model: the model.
+        backend: name of the backend.
+        precision: what it computes in.
+        like: facts of the engine that it will be compared with, for backends that tune for sizes.
 
     Raises:
         InvalidInputError: the model cannot be exported.
         UsageError: another process is building it right now.
     """
-    version = find_backend(backend).version().split("-")[0]
-    place = _folder(model) / f"{backend}-{version}-{precision}-{__version__}"
-    return build_engine(baseline_bundle(model), place, backend=backend, precision=precision)
+    found = find_backend(backend)
+    alike: dict[str, Any] = {}
+    if found.device != "cpu":
+        alike = {name: like[name] for name in _ALIKE if like and name in like}
+    name = f"{backend}-{found.version().split('-')[0]}-{precision}-{__version__}"
+    name += f"-{sha256_of(alike)[:8]}" if alike else ""
+    place = _folder(model) / name
+    return build_engine(baseline_bundle(model), place, backend=backend, precision=precision, **alike)
 
 
 def source_model(engine: Artifact, reference: str | Path | Model | None = None) -> Model:
@@ -127,7 +146,8 @@ def enter(artifacts: Sequence[Artifact], reference: str | Path | Model | None) -
                 rivals[precision] = names[own[0].path]
                 continue
             say(f"the {precision} engine to compare with, on {backend}", level=2)
-            built = baseline_engine(source_model(members[0], reference), backend, precision)
+            model = source_model(members[0], reference)
+            built = baseline_engine(model, backend, precision, members[0].facts)
             rivals[precision] = name = _baseline_name(precision, *group, groups)
             baselines.append(Entrant(name, built, {}))
         entered += [
@@ -148,7 +168,7 @@ def _baseline_name(precision: str, model: str, backend: str, groups: Collection[
 def _distinct_names(artifacts: Sequence[Artifact]) -> dict[Path, str]:
     """The folders' names, or their whole paths where two names are equal."""
     names = [artifact.path.resolve().name for artifact in artifacts]
-    taken = [*names, FULL, HALF]
+    taken = [*names, FULL, *HALVES.values()]
     return {
         artifact.path: name if taken.count(name) == 1 else str(artifact.path.resolve())
         for artifact, name in zip(artifacts, names, strict=True)

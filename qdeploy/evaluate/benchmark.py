@@ -20,7 +20,7 @@ from qdeploy.engines.machine import machine
 from qdeploy.engines.measure import int8_shares, read_probe, repeat_rows
 from qdeploy.engines.registry import find_backend
 from qdeploy.errors import UsageError
-from qdeploy.evaluate.baselines import FULL, HALF, Entrant, enter, is_baseline
+from qdeploy.evaluate.baselines import FULL, HALF, HALVES, Entrant, enter, is_baseline
 from qdeploy.evaluate.report import MISSING, markdown_table, number, text_table
 from qdeploy.evaluate.timing import quantile, take_turns
 
@@ -66,6 +66,8 @@ class BenchmarkResult:
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
         """Columns and rows of the table."""
+        # On CPUs 16 bits are bf16, on GPUs f16.
+        half = next((kind for kind in HALVES.values() if any(f"vs {kind}" in r for r in self.ratios)), HALF)
         columns = [
             "engine",
             "backend",
@@ -74,13 +76,13 @@ class BenchmarkResult:
             "ms",
             "p95",
             "vs f32",
-            "vs bf16",
+            f"vs {half}",
             "MB",
             "int8 MACs",
         ]
         rows = []
         for result in self.results:
-            ratios = (self.ratio(result["name"], kind, result["batch"]) for kind in (FULL, HALF))
+            ratios = (self.ratio(result["name"], kind, result["batch"]) for kind in (FULL, half))
             rows.append(
                 [
                     result["name"],
@@ -170,7 +172,8 @@ def benchmark(
                     ]
                     ratios[name] = round(median(quotients), 3)
                     spread[name] = [round(quantile(quotients, share), 3) for share in (0.25, 0.75)]
-    conditions = {"machine": machine(), "threads": threads, "rounds": rounds}
+    devices = {find_backend(str(entrant.artifact.facts["backend"])).device for entrant in entrants}
+    conditions = {"machine": machine(max(devices)), "threads": threads, "rounds": rounds}
     return BenchmarkResult(results, ratios, spread, conditions)
 
 

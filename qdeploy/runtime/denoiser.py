@@ -80,6 +80,9 @@ class EngineDenoiser(diffusers.ModelMixin, ConfigMixin):
         self._internal_dict: Any = FrozenDict(engine.config)
         signature = inspect.signature(original.forward)
         self._signature = signature.replace(parameters=list(signature.parameters.values())[1:])
+        # Something for ``pipe.to("cuda")`` to move.
+        self._place: Tensor
+        self.register_buffer("_place", torch.empty(0), persistent=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -88,8 +91,8 @@ class EngineDenoiser(diffusers.ModelMixin, ConfigMixin):
 
     @property
     def device(self) -> torch.device:
-        """Where tensors are expected and returned."""
-        return torch.device("cpu")
+        """Where the pipeline keeps its tensors: wherever it was moved. The engine fetches and returns them."""
+        return self._place.device
 
     def forward(self, *args: Any, **kwargs: Any) -> DenoiserOutput | tuple[Tensor]:
         """Predict. Takes what the original class's ``forward`` takes, as far as the graph computes it.

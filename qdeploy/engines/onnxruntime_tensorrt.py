@@ -1,0 +1,147 @@
+"""TensorRT inside ONNX Runtime: a second way to the same kernels, by the package onnxruntime-gpu.
+
+ONNX Runtime hands the graph to TensorRT, which builds at the first call and keeps the plan beside the graph. What
+TensorRT does not take runs on the CUDA provider, which has no int8 convolution and computes it in float. Which
+kernels run inside TensorRT cannot be asked here; the backend ``tensorrt`` tells.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qdeploy.artifact import sha256_files
+from qdeploy.engines import onnxruntime as plain
+from qdeploy.engines.base import UNKNOWN, Kernel
+from qdeploy.engines.registry import Backend
+from qdeploy.engines.tensorrt.graph import read_graph
+from qdeploy.engines.tensorrt.half import halve
+from qdeploy.engines.tensorrt.preflight import find_gpu, require_gpu
+from qdeploy.engines.tensorrt.profiles import Profile, check_profiles, default_profile, parse_shapes
+from qdeploy.errors import CapabilityError, UsageError
+from qdeploy.paths import cache_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qdeploy.artifact import Artifact
+
+PROVIDER = "TensorrtExecutionProvider"
+PROFILE = "profile.json"
+
+
+def provider_options(profile: dict[str, str], cache: Path) -> dict[str, Any]:
+    """Options of the TensorRT provider.
+
+    Args:
+        profile: shapes as strings, by ``min``, ``opt`` and ``max``.
+        cache: folder where plans and timings are kept.
+    """
+    options: dict[str, Any] = {
+        # Needed before TensorRT 11 where Q/DQ stand in the graph; ignored where types come from the graph alone.
+        "trt_int8_enable": True,
+        "trt_engine_cache_enable": True,
+        "trt_engine_cache_path": str(cache),
+        "trt_timing_cache_enable": True,
+        "trt_timing_cache_path": str(cache),
+    }
+    return options | {f"trt_profile_{which}_shapes": shapes for which, shapes in profile.items() if shapes}
+
+
+def profile_strings(profile: Profile) -> dict[str, str]:
+    """A profile as the provider wants it: one string for each of ``min``, ``opt`` and ``max``."""
+
+    def join(which: str) -> str:
+        return ",".join(f"{name}:{'x'.join(map(str, getattr(r, which)))}" for name, r in profile.items())
+
+    return {"min": join("least"), "opt": join("tuned"), "max": join("largest")}
+
+
+class ONNXRuntimeTensorRTEngine(plain.ONNXRuntimeEngine):
+    """A graph on ONNX Runtime's TensorRT provider, inputs and outputs in the machine's memory.
+
+    Args:
+        artifact: the engine's folder.
+        threads: of what stays on the processor.
+    """
+
+    backend = "onnxruntime-tensorrt"
+
+    def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
+        require()
+        folder = artifact.file(str(artifact.facts["component"]))
+        profile = json.loads((folder / PROFILE).read_text())
+        # Plans belong to a machine, and an artifact's folder must not change.
+        parts = {name: folder / name for name in (plain.MODEL, plain.WEIGHTS) if (folder / name).is_file()}
+        cache = cache_folder() / self.backend / f"{sha256_files(parts)[:32]}-sm{find_gpu().sm}"
+        cache.mkdir(parents=True, exist_ok=True)
+        self.providers = (
+            (PROVIDER, provider_options(profile, cache)),
+            "CUDAExecutionProvider",
+            *self.providers,
+        )
+        super().__init__(artifact, threads)
+
+    def _kernels(self, inputs: dict[str, Tensor]) -> list[Kernel]:
+        """Nodes of the profile; what TensorRT took is one of them and tells no more."""
+        return [
+            Kernel(k.name, k.layers, k.kind, UNKNOWN, k.type) if k.kind.startswith("TRTKernel") else k
+            for k in super()._kernels(inputs)
+        ]
+
+
+def build(
+    onnx_path: Path, folder: Path, *, precision: str = "f32", batch: int = 1, shapes: str | None = None
+) -> None:
+    """Lay down the graph in its precision, and the shapes that TensorRT shall tune for.
+
+    Raises:
+        UsageError: the shapes do not fit the graph, or are several profiles.
+        InvalidInputError: the graph cannot be read.
+    """
+    graph = read_graph(onnx_path)
+    profiles = [default_profile(graph.inputs, batch)] if shapes is None else parse_shapes(shapes)
+    if len(profiles) != 1:
+        raise UsageError("onnxruntime-tensorrt takes one profile: leave out | in --shapes")
+    check_profiles(profiles, graph.inputs)
+    folder.mkdir(parents=True, exist_ok=True)
+    if precision == "f32":
+        for name in (plain.MODEL, plain.WEIGHTS):
+            if (onnx_path.parent / name).is_file():
+                shutil.copyfile(onnx_path.parent / name, folder / name)
+    else:
+        halve(onnx_path, folder / plain.MODEL, precision)
+    (folder / PROFILE).write_text(json.dumps(profile_strings(profiles[0])))
+
+
+def require() -> None:
+    """Make sure of a GPU and of an ONNX Runtime that has the provider.
+
+    Raises:
+        CapabilityError: one of them is missing.
+    """
+    require_gpu()
+    import onnxruntime
+
+    if PROVIDER not in onnxruntime.get_available_providers():
+        raise CapabilityError(
+            "this ONNX Runtime has no TensorRT provider: pip uninstall onnxruntime, then pip install "
+            "onnxruntime-gpu"
+        )
+
+
+BACKEND = Backend(
+    name="onnxruntime-tensorrt",
+    description="TensorRT inside ONNX Runtime; what it leaves runs on CUDA, where convolutions have no int8",
+    package="onnxruntime",
+    install="onnxruntime-gpu",
+    build=build,
+    load=ONNXRuntimeTensorRTEngine,
+    precisions=("f32", "f16"),
+    rank=0,
+    device="cuda",
+    wishes=("shapes",),
+    check=require,
+)

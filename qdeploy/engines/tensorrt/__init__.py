@@ -1,0 +1,51 @@
+"""TensorRT on NVIDIA GPUs: int8 convolutions and GEMMs, everything else in f32, f16 or bf16.
+
+Written against TensorRT 11.4's real Python bindings and executed through them over a recording stand-in for
+the library; ``docs/tensorrt.md`` tells what has not run on hardware yet.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qdeploy.engines.registry import Backend
+from qdeploy.engines.tensorrt.options import PRECISIONS, WISHES
+from qdeploy.engines.tensorrt.preflight import require_gpu
+
+if TYPE_CHECKING:
+    from qdeploy.artifact import Artifact
+    from qdeploy.engines.base import Engine
+
+
+def build(onnx_path: Path, folder: Path, **wishes: Any) -> None:
+    """Write the plan of a graph; see `qdeploy.engines.tensorrt.builder`."""
+    from qdeploy.engines.tensorrt.builder import build
+
+    build(onnx_path, folder, **wishes)
+
+
+def load(artifact: Artifact, threads: int | None = None) -> Engine:
+    """The engine of a verified folder."""
+    from qdeploy.engines.tensorrt.engine import TensorRTEngine
+
+    return TensorRTEngine(artifact, threads)
+
+
+def _check() -> None:
+    require_gpu()
+
+
+BACKEND = Backend(
+    name="tensorrt",
+    description="TensorRT on NVIDIA GPUs: int8 tensor cores, everything else in f32, f16 or bf16",
+    package="tensorrt",
+    install="'qdeploy[tensorrt]'",
+    build=build,
+    load=load,
+    precisions=PRECISIONS,
+    rank=20,
+    device="cuda",
+    wishes=WISHES,
+    check=_check,
+)

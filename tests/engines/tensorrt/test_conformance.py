@@ -1,0 +1,34 @@
+"""The real module has every name, argument and settable property that our sources use."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.engines.tensorrt.stand_in import ROOT, StandIn
+
+CONTRACT = {
+    "trt.Builder", "trt.BuilderFlag.TF32", "BuilderFlag.STRIP_PLAN", "DataType.BF16",
+    "Builder.build_serialized_network",
+    "IBuilderConfig.builder_optimization_level =", "IExecutionContext.execute_async_v3(1)",
+    "IOptimizationProfile.set_shape(4)", "OnnxParser.parse_from_file(1)", "ICudaEngine.get_tensor_dtype(1)",
+    "IProgressMonitor.phase_start overridden with 3", "HardwareCompatibilityLevel.AMPERE_PLUS",
+    "OnnxParserRefitter.refit_from_file(1)", "ITimingCache.combine(2)", "Builder.__init__(1)",
+}  # fmt: skip
+
+
+def conformance(stand_in: StandIn, package: Path = ROOT) -> dict[str, list[str]]:
+    done = stand_in.run("-m", "tests.engines.tensorrt.conformance", package, package=package)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def test_every_name_exists_in_the_real_module(stand_in: StandIn) -> None:
+    result = conformance(stand_in)
+    assert result["wrong"] == []
+
+
+def test_the_check_looks_at_what_matters(stand_in: StandIn) -> None:
+    checked = conformance(stand_in)["checked"]
+    assert set(checked) >= CONTRACT
+    assert len(checked) > 90
