@@ -109,6 +109,7 @@ def write_state(
                 raise InvalidInputError(
                     f"{path}.feature has {len(rows)} rows, which do not fit its {lengths}"
                 )
+            assert own["edges"] is not None
             table = FeatureTable(rows, own["edges"], clock_of(denoiser), own["scale"], own["zero_point"])
             layer.table = table.to(device)
 
