@@ -1,7 +1,8 @@
 """What an artifact says of timesteps, and whether a schedule keeps to it.
 
-``facts["timesteps"]`` holds ``low`` and ``high``, the limits, and ``calibrated``, those that scales were
-found at; ``facts["time_table"]`` holds the ``rows`` of a table that was made for one schedule alone.
+``facts["timesteps"]`` holds ``calibrated``, those that scales were found at, and ``low`` and ``high``, the
+limits of training, where the model's scheduler tells them; ``facts["time_table"]`` holds the ``rows`` of a
+table that was made for one schedule alone.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ def check_timestep(facts: Mapping[str, Any], timestep: float, where: str) -> Non
     Raises:
         InvalidInputError: it is outside of the range of training, or has no row in the time table.
     """
-    limits = facts.get("timesteps")
-    if limits and not limits["low"] - _SAME <= timestep <= limits["high"] + _SAME:
+    limits = facts.get("timesteps") or {}
+    if "low" in limits and not limits["low"] - _SAME <= timestep <= limits["high"] + _SAME:
         raise InvalidInputError(
             f"{where} was calibrated for timesteps from {limits['low']:g} to {limits['high']:g}, not {timestep:g}"
         )

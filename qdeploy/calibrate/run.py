@@ -186,14 +186,13 @@ def _write(session: Session, source: Model, data: CalibrationSet) -> None:
 
 def timestep_facts(session: Session) -> dict[str, Any]:
     """What a runtime has to know of timesteps: limits, which were calibrated, what depends on them."""
-    every = session.all_timesteps()
     calibrated = session.data.timesteps[session.rows()].float().unique()
+    timesteps: dict[str, Any] = {"calibrated": calibrated.tolist()}
+    if session.training_timesteps is not None:
+        every = session.all_timesteps()
+        timesteps |= {"low": float(every.min()), "high": float(every.max())}
     return {
-        "timesteps": {
-            "low": float(every.min()),
-            "high": float(every.max()),
-            "calibrated": calibrated.tolist(),
-        },
+        "timesteps": timesteps,
         "timestep_scales": session.recipe.timestep_groups != 1,
         "temporal": any(layer.path in session.structure.time.layers for layer in session.layers),
     }

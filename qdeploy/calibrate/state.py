@@ -120,7 +120,6 @@ def write_state(
                 raise InvalidInputError(
                     f"{name}.scale has shape {list(scale.shape)}, which does not fit its groups of timesteps"
                 )
-<<<<<<< HEAD
             quantizer.set(scale, zero_point, edges, None if axis is None else int(axis))
     for path, layer in layers:
         layer.table = _table(state, path, clock_of(denoiser), layer.device)
@@ -157,24 +156,6 @@ def _share(groups: list[list[QuantizedLayer]], cut: set[int]) -> None:
         if any(id(layer) in cut for layer in group):
             for layer in group[1:]:
                 layer.input_quantizers = group[0].input_quantizers
-=======
-            quantizer.set(scale, zero_point, edges)
-    for path, layer in _layers(denoiser, prefix):
-        rows = state.get(f"{path}.feature.rows")
-        layer.table = None
-        if rows is not None:
-            device = layer.inner.bias.device if isinstance(layer.inner.bias, Tensor) else rows.device
-            own = {name: state.get(f"{path}.feature.{name}") for name in ("edges", "scale", "zero_point")}
-            lengths = {name: None if tensor is None else len(tensor) for name, tensor in own.items()}
-            steps = None if rows.is_floating_point() else len(rows)
-            if lengths != {"edges": len(rows) - 1, "scale": steps, "zero_point": steps}:
-                raise InvalidInputError(
-                    f"{path}.feature has {len(rows)} rows, which do not fit its {lengths}"
-                )
-            assert own["edges"] is not None
-            table = FeatureTable(rows, own["edges"], clock_of(denoiser), own["scale"], own["zero_point"])
-            layer.table = table.to(device)
->>>>>>> tests3
 
 
 def _layers(denoiser: nn.Module, prefix: str) -> list[tuple[str, QuantizedLayer]]:
