@@ -149,13 +149,13 @@ def only_tables(run: dict[str, Any]) -> bool:
     return run["temporal"]["tables"] == run["temporal"]["features"]
 
 
-def measure(output: Path, effort: str, seeds: int, samples: int) -> list[dict[str, Any]]:
+def measure(output: Path, effort: str, seeds: list[int], samples: int) -> list[dict[str, Any]]:
     """One record for each calibration."""
     model = open_model("digits")
     plan = Plan(samples=samples, inference_steps=STEPS, batch=32)
     trajectories = cache(lambda: Trajectories(model, plan))
     runs = []
-    for seed in range(seeds):
+    for seed in seeds:
         for precision in WEIGHTS:
             for variant in variants():
                 if runs and variant.name == "tfmq, cache" and only_tables(selected := runs[-2]):
@@ -217,7 +217,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("runs/timesteps"))
     parser.add_argument("--effort", default="fast", choices=("fast", "balanced", "best"))
-    parser.add_argument("--seeds", type=int, default=3, help="calibrations of each kind")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one calibration each")
     parser.add_argument("--samples", type=int, default=256, help="images that quality is measured on")
     parser.add_argument("--threads", type=int, help="torch's threads")
     arguments = parser.parse_args()
@@ -228,7 +228,7 @@ def main() -> None:
     columns, rows = ["model", *COLUMNS], table(runs)
     note = (
         f"{arguments.samples} images, DDIM {STEPS} steps, effort {arguments.effort}, {GROUPS} groups of timesteps; "
-        f"mean ± deviation over {arguments.seeds} calibrations"
+        f"mean ± deviation over {len(arguments.seeds)} calibrations"
     )
     write_json(arguments.output / "results.json", {"note": note, "machine": machine(), "runs": runs})
     write_text(arguments.output / "table.md", f"{markdown_table(columns, rows)}\n{note}\n")
