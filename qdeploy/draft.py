@@ -162,6 +162,10 @@ class Draft:
         path = self.steps / f"{name}.safetensors"
         return load_file(path) if path.exists() else None
 
+    def forget(self, name: str) -> None:
+        """Remove what `save` kept under a name."""
+        (self.steps / f"{name}.safetensors").unlink(missing_ok=True)
+
     def tensors(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Like `step`, for tensors that are part of the finished artifact, as file ``name``."""
         return self._once(self.content / name, compute)

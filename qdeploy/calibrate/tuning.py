@@ -272,6 +272,11 @@ def recomputed(denoiser: nn.Module, units: Sequence[str]) -> Iterator[None]:
             del module.__dict__["forward"]
 
 
+def journal_of(stage: str) -> str:
+    """Under which name a draft keeps how far the learning of a stage has come."""
+    return f"{stage}-learning"
+
+
 def learn(
     session: Session,
     tuning: Tuning,
@@ -304,7 +309,7 @@ def learn(
     groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.Adam(groups)
     schedule = [(group, cast(float, group["lr"])) for group in optimizer.param_groups]
-    journal = f"{session.stage}-learning"
+    journal = journal_of(session.stage)
     done = _restore(optimizer, named, session.draft.saved(journal))
     saved = time.monotonic()
     for step in track(list(range(done, steps)), session.stage):

@@ -37,7 +37,7 @@ from qdeploy.calibrate.methods import ACTIVATION_SCALES, ROUNDINGS, WEIGHT_SCALE
 from qdeploy.calibrate.methods.minmax import round_to_nearest
 from qdeploy.calibrate.session import HELD_OUT, Session
 from qdeploy.calibrate.state import code_shapes, quantizers, read_state, write_state
-from qdeploy.calibrate.tuning import Losses, Tuning, learn
+from qdeploy.calibrate.tuning import Losses, Tuning, journal_of, learn
 from qdeploy.errors import UsageError
 from qdeploy.progress import say
 
@@ -163,6 +163,7 @@ def _align(
         session.draft.step(outcome, lambda: {"told": torch.tensor(told, dtype=torch.float64)})
 
     session.once("aligned", compute)
+    session.draft.forget(journal_of(session.stage))
     before, after, kept, changed = (session.draft.saved(outcome) or {})["told"].tolist()
     tuned = sum(layer.weight.numel() for layer in layers.values())
     share = tuned / sum(parameter.numel() for parameter in session.denoiser.parameters())
