@@ -151,6 +151,21 @@ class Draft:
         """The tensors of a named step of the work: computed once, then found again after a stop."""
         return self._once(self.steps / f"{name}.safetensors", compute)
 
+    def save(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Keep how far a long step has come, in place of what was kept under that name before."""
+        write_tensors(self.steps / f"{name}.safetensors", tensors)
+
+    def saved(self, name: str) -> dict[str, Tensor] | None:
+        """What `save` or `step` kept under a name, if it did."""
+        from safetensors.torch import load_file
+
+        path = self.steps / f"{name}.safetensors"
+        return load_file(path) if path.exists() else None
+
+    def forget(self, name: str) -> None:
+        """Remove what `save` kept under a name."""
+        (self.steps / f"{name}.safetensors").unlink(missing_ok=True)
+
     def tensors(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Like `step`, for tensors that are part of the finished artifact, as file ``name``."""
         return self._once(self.content / name, compute)

@@ -39,6 +39,8 @@ class Layer:
         last: whether it is the last layer of the network.
         shortcut: whether it reads its block's own input while other layers of the block stand beside it.
         resamples: whether its output has another spatial size than its input.
+        attention: whether it is a layer of a module that attends, or a linear layer (a feed-forward one) of
+            the unit that holds such a module; layers that depend on the timestep alone are not.
         macs: multiply-accumulate operations per sample at the traced size.
     """
 
@@ -53,6 +55,7 @@ class Layer:
     macs: int
     shortcut: bool = False
     resamples: bool = False
+    attention: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,10 @@ def find_structure(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> Structu
         reads = firsts.setdefault((unit, id(tensor)), layer.path)
         temporal = layer.path in time_only
         beside = not temporal and unit != layer.path and trace.given.get(unit) is tensor
-        layers.append(replace(layer, unit=unit, reads=reads, temporal=temporal, shortcut=beside))
+        attends = not temporal and _attends(denoiser, layer.path, unit, trace.attentions)
+        layers.append(
+            replace(layer, unit=unit, reads=reads, temporal=temporal, shortcut=beside, attention=attends)
+        )
     spatial = [layer.order for layer in layers if not layer.temporal]
     ends = (min(spatial), max(spatial)) if spatial else (-1, -1)
     return Structure(
@@ -120,6 +126,12 @@ def find_structure(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> Structu
         tuple(dict.fromkeys(trace.attentions)),
         trace.tape.time_part(trace.result, time_only),
     )
+
+
+def _attends(denoiser: nn.Module, path: str, unit: str, attentions: list[str]) -> bool:
+    inside = any(path.startswith(f"{attention}.") for attention in attentions)
+    beside = any(f"{attention}.".startswith(f"{unit}.") for attention in attentions)
+    return inside or (beside and isinstance(denoiser.get_submodule(path), nn.Linear))
 
 
 def _first_row(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from qdeploy.inputs import denoise
 from qdeploy.recipe import resolve_recipe
 from qdeploy.structure import find_structure
 
-TINY = Effort("tiny", rows=26, batch=12, rounding=8, scales=4)
+TINY = Effort("tiny", rows=26, batch=12, rounding=8, scales=4, tuning=4)
 
 
 def sqnr_db(reference: Tensor, other: Tensor) -> float:

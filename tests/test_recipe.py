@@ -64,7 +64,7 @@ def test_stages_of_several_papers_combine(tmp_path: Path) -> None:
     )
     recipe = resolve_recipe(own)
     assert [name for name, _ in recipe.stages] == ["weight-ranges", "round-weights", "activation-ranges"]
-    assert recipe.stages[2][1] == {"finder": "percentile"}
+    assert recipe.stages[2][1] == {"finder": "percentile", "channelwise": False}
 
 
 @pytest.mark.parametrize(

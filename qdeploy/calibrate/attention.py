@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -75,6 +76,13 @@ class _Intercept(TorchFunctionMode):
         if func is nn.functional.scaled_dot_product_attention and self.quantizers.quantized:
             return self.quantizers.attend(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def intercepted(module: nn.Module) -> AbstractContextManager[Any]:
+    """Within, a module's ``forward`` attends with its quantizers, if it has some: for a forward pass that
+    is repeated without the module's hooks."""
+    quantizers = module._modules.get("attention_quantizers")
+    return _Intercept(quantizers) if isinstance(quantizers, AttentionQuantizers) else nullcontext()
 
 
 def quantize_attention(module: nn.Module, quantizers: AttentionQuantizers) -> None:

@@ -7,12 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from qdeploy.calibrate.channel_ranges import ChannelSummary
 from qdeploy.calibrate.fakequant import ActivationQuantizer, QuantizedLayer, quantized_layers
 from qdeploy.calibrate.methods import ACTIVATION_SCALES, WEIGHT_SCALES, Method, Stage
 from qdeploy.calibrate.ranges import ACTIVATION_FINDERS, WEIGHT_FINDERS, Summary, check_finder
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.state import quantizers
 from qdeploy.calibrate.timestep_groups import find_edges, ranges_by_timestep
+from qdeploy.formats import Format
 from qdeploy.inputs import denoise
 from qdeploy.progress import track
 
@@ -34,7 +36,7 @@ def weight_ranges(session: Session, *, finder: str = "minmax") -> None:
     session.once("weights", compute)
 
 
-def activation_ranges(session: Session, *, finder: str = "minmax") -> None:
+def activation_ranges(session: Session, *, finder: str = "minmax", channelwise: bool = False) -> None:
     """Find the scale of every quantized activation, in one pass over the calibration rows.
 
     Where the recipe wants groups of timesteps, each group gets a scale of its own. The range of every
@@ -43,31 +45,54 @@ def activation_ranges(session: Session, *, finder: str = "minmax") -> None:
     Args:
         session: the calibration.
         finder: ``minmax``, ``percentile``, ``running`` or ``lp``.
+        channelwise: give each channel of a layer's input a scale of its own, by ``minmax`` or ``lp``: a
+            simulation.
     """
-    check_finder(finder, ACTIVATION_FINDERS)
+    check_finder(finder, WEIGHT_FINDERS if channelwise else ACTIVATION_FINDERS)
 
     def compute() -> None:
-        seen = observe(session, session.rows())
+        seen = observe(session, session.rows(), channelwise)
         ranges = ranges_by_timestep({name: summary for name, _, summary in seen})
         session.keep_ranges(ranges)
         edges = find_edges(session.recipe.timestep_groups, ranges)
         for _, quantizer, summary in seen:
-            found = [ACTIVATION_FINDERS[finder](part, quantizer.format) for part in summary.groups(edges)]
+            axis = summary.axis if isinstance(summary, ChannelSummary) else None
+            found = [_find(part, finder, quantizer.format) for part in summary.groups(edges)]
             scales, zeros = zip(*found, strict=True)
-            quantizer.set(torch.stack(scales), torch.stack(zeros), edges)
+            quantizer.set(torch.stack(scales), torch.stack(zeros), edges, axis)
 
     session.once("activations", compute)
 
 
-def observe(session: Session, rows: list[int]) -> list[tuple[str, ActivationQuantizer, Summary]]:
+def _find(summary: Summary, finder: str, number_format: Format) -> tuple[torch.Tensor, torch.Tensor]:
+    if isinstance(summary, ChannelSummary):
+        return summary.find(finder, number_format)
+    return ACTIVATION_FINDERS[finder](summary, number_format)
+
+
+def observe(
+    session: Session, rows: list[int], channelwise: bool = False
+) -> list[tuple[str, ActivationQuantizer, Summary]]:
     """Summaries of what every activation quantizer sees, weights quantized and activations float.
+
+    With ``channelwise``, those of layers' inputs keep their channels apart; operands of attention do not.
 
     Returns:
         Name, quantizer and summary, in the order of execution.
     """
     per_row = max(32, 2**18 // max(1, len(rows)))
+    axes = {
+        id(quantizer): layer.feature_axis
+        for layer in quantized_layers(session.denoiser).values()
+        for quantizer in layer.activation_quantizers
+        if channelwise
+    }
     found = [
-        (name, quantizer, Summary(per_row))
+        (
+            name,
+            quantizer,
+            ChannelSummary(per_row, axis=axes[id(quantizer)]) if id(quantizer) in axes else Summary(per_row),
+        )
         for name, quantizer in quantizers(session.denoiser)
         if isinstance(quantizer, ActivationQuantizer)
     ]
@@ -120,6 +145,9 @@ STAGES = (
         lambda units, effort: (1, 0),
         needs=(WEIGHT_SCALES,),
         gives=(ACTIVATION_SCALES,),
+        simulated=lambda options: (
+            "no engine has a scale for each input channel" * bool(options["channelwise"])
+        ),
     ),
 )
 
