@@ -19,6 +19,7 @@ from qdeploy.evaluate.parity import Subject, measure_parity, open_subject
 from qdeploy.evaluate.quality import Plan, Trajectories, measure_quality
 from qdeploy.evaluate.report import number, text_table
 from qdeploy.evaluate.thresholds import THRESHOLDS, look_up, parity_floor, rows_out_of_parity
+from qdeploy.runtime.correction import check_correction, correct
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ def check(
     min_sqnr: float | None = None,
     min_psnr: float | None = None,
     max_fd_increase: float | None = None,
+    correction: str = "none",
     trajectories: Trajectories | None = None,
 ) -> CheckResult:
     """Compare an artifact with what it was made from.
@@ -128,13 +130,15 @@ def check(
         min_sqnr: least median SQNR of the prediction in dB; 20 by default.
         min_psnr: least PSNR of images in dB; no bound by default.
         max_fd_increase: largest increase of FD-local over the reference; no bound by default.
+        correction: ``table`` or ``online`` to take mean errors out of predictions when quality is measured, or
+            ``none``. Parity is that of the subject itself.
         trajectories: the reference's, where they are at hand; replaces ``reference`` and how to sample.
 
     Returns:
         What was measured, and what of it missed a threshold.
 
     Raises:
-        UsageError: an impossible number, or a threshold on what is not measured.
+        UsageError: an impossible number, a threshold on what is not measured, or no table of corrections.
         InvalidInputError: the subject cannot be checked, or another model is named as reference.
         CapabilityError: the runtime that it needs is not installed.
     """
@@ -156,13 +160,18 @@ def check(
     )
     model = trajectories.model if trajectories else _model(reference)
     _check_measurable(given, model)
+    if correction != "none" and model is None:
+        raise UsageError(
+            "corrections act on whole trajectories: name the full-precision model with --reference"
+        )
     opened = open_subject(subject)
+    check_correction(correction, opened.artifact)
     if model is not None:
         source_model(opened.artifact, model)
         trajectories = trajectories or Trajectories(model, plan)
     others = [open_subject(other) for other in (onnx, checkpoint) if other is not None]
     parity = measure_parity(opened, others)
-    quality = _quality(opened, trajectories)
+    quality = _quality(opened, trajectories, correction)
     return _judge(opened.artifact, parity, quality, given)
 
 
@@ -182,11 +191,12 @@ def _model(reference: str | Path | Model | None) -> Model | None:
     return reference if reference is None or isinstance(reference, Model) else open_model(reference)
 
 
-def _quality(subject: Subject, trajectories: Trajectories | None) -> dict[str, Any]:
+def _quality(subject: Subject, trajectories: Trajectories | None, correction: str) -> dict[str, Any]:
     if trajectories is None:
         return _quality_of_probe(subject)
+    denoiser = correct(subject.denoiser, correction, subject.artifact, trajectories.scheduler)
     try:
-        measured = measure_quality(trajectories, subject.denoiser)
+        measured = measure_quality(trajectories, denoiser)
     except InvalidInputError as error:
         raise InvalidInputError(f"{subject.artifact.path} cannot be compared: {error}") from error
     plan = trajectories.plan
@@ -196,6 +206,7 @@ def _quality(subject: Subject, trajectories: Trajectories | None) -> dict[str, A
         "inference_steps": plan.inference_steps,
         "scheduler": plan.scheduler,
         "seed": plan.seed,
+        "correction": correction,
     }
 
 
