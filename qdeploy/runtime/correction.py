@@ -19,7 +19,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import diffusers
 import torch
@@ -296,10 +296,10 @@ def correct(denoiser: nn.Module, name: str, artifact: Artifact | None, scheduler
     """
     check_correction(name, artifact)
     if name == "online":
-        return Corrected(denoiser, OnlineCorrection(scheduler))
+        return cast(nn.Module, Corrected(denoiser, OnlineCorrection(scheduler)))
     if name == "none":
         return denoiser
     assert artifact is not None
     table = read_correction(artifact)
     check_prediction(table, scheduler, str(artifact.path))
-    return Corrected(denoiser, TableCorrection(table))
+    return cast(nn.Module, Corrected(denoiser, TableCorrection(table)))
