@@ -147,8 +147,9 @@ class OnlineCorrection:
     network's could be is 0. Under classifier-free guidance both halves of the batch show the same images:
     these share noise and estimate, so the guided prediction is corrected by mu, whatever the scale.
 
-    The first call of a step is the one that is corrected, and so are all others: samplers that call the
-    network more than once in a step see mu in each.
+    Every call is corrected, also where a sampler makes several in a step. The estimate takes the true noise's
+    mean for 0. A network that reads a drift of its image's brightness as noise contradicts this, and is then
+    corrected too far; the table knows the true error.
 
     Args:
         scheduler: of the pipeline, for its noise levels.
@@ -196,10 +197,11 @@ class OnlineCorrection:
             self._begin()
         index, self._index, self._last = self._index, self._index + 1, t
         alpha = self.alpha_bar(t)
-        if (index - 1) % self.every == self.every // 2 and alpha >= _LEAST_SIGNAL:
+        silent = self.kind == "v_prediction" and alpha < _LEAST_SIGNAL
+        if (index - 1) % self.every == self.every // 2 and not silent:
             self._mu = self._estimate(predict, sample, t, output)
             self.calls += 1
-        if self._mu is None or alpha < _LEAST_SIGNAL:
+        if self._mu is None or silent:
             return output
         corrected = output.clone()
         scale = math.sqrt(alpha) if self.kind == "v_prediction" else 1.0
