@@ -24,6 +24,7 @@ from qdeploy.cli import main
 from qdeploy.correction_table import CorrectionTable, read_correction
 from qdeploy.denoiser import open_model
 from qdeploy.errors import InvalidInputError, UsageError
+from qdeploy.evaluate.check import check
 from qdeploy.evaluate.quality import Plan, Trajectories, measure_quality
 from qdeploy.files import write_json
 from qdeploy.runtime.correction import Corrected, OnlineCorrection, TableCorrection, correct
@@ -461,3 +462,15 @@ def test_another_type_of_prediction_is_refused(checkpoint: Artifact) -> None:
 def test_a_check_without_images_takes_no_correction(checkpoint: Artifact) -> None:
     result = CliRunner().invoke(main, ["check", str(checkpoint.path), "--correction", "table"])
     refused(result, 2, "--reference")
+
+
+@pytest.mark.parametrize("name", ["table", "online"])
+def test_a_check_measures_the_quality_with_the_correction(
+    checkpoint: Artifact, ddpm: Path, name: str
+) -> None:
+    few: dict[str, Any] = {"samples": 2, "steps": 2, "inference_steps": 8}
+    plain = check(checkpoint, reference=ddpm, **few)
+    result = check(checkpoint, reference=ddpm, correction=name, **few)
+    assert (plain.quality["correction"], result.quality["correction"]) == ("none", name)
+    assert result.parity == plain.parity
+    assert result.quality["psnr_db"] > 20
