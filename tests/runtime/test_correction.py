@@ -473,4 +473,5 @@ def test_a_check_measures_the_quality_with_the_correction(
     result = check(checkpoint, reference=ddpm, correction=name, **few)
     assert (plain.quality["correction"], result.quality["correction"]) == ("none", name)
     assert result.parity == plain.parity
-    assert result.quality["psnr_db"] > 20
+    # Nothing of this network's error is beyond chance within one image: the guard holds.
+    assert (result.quality["psnr_db"] != plain.quality["psnr_db"]) == (name == "table")
