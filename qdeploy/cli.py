@@ -113,6 +113,13 @@ GUIDANCE = click.option("--guidance", type=float, help="Classifier-free guidance
 SCHEDULER = click.option("--scheduler", help="ddim, pndm, euler, dpm++, ... or a diffusers class.")
 ETA = click.option("--eta", type=float, help="DDIM's eta.")
 BATCH = click.option("--batch", type=int, default=16, show_default=True, help="Images at a time.")
+CORRECTION = click.option(
+    "--correction",
+    type=click.Choice(["none", "table", "online"]),
+    default="none",
+    show_default=True,
+    help="Take mean errors out of predictions: from the calibration's table, or estimated on the way.",
+)
 
 
 def sampling(function: F) -> F:
@@ -268,6 +275,7 @@ def build_engine(onnx: Path, as_json: bool, **options: Any) -> None:
 @click.option(
     "--model", help="The model whose pipeline is used.  [default: the one the engine was made from]"
 )
+@CORRECTION
 @sampling
 @OVERWRITE
 @verb
@@ -295,6 +303,7 @@ def sample(source: str, prompts: Path | None, as_json: bool, **options: Any) -> 
 @click.option("--max-fd-increase", type=float, help="FD-local above the reference's.")
 @click.option("--scheduler", default="ddim", show_default=True)
 @click.option("--seed", type=int, default=1, show_default=True, help="Seed of the held-out trajectories.")
+@CORRECTION
 @PROMPTS
 @GUIDANCE
 @verb

@@ -4,6 +4,7 @@
     COMPONENT/layers.json            every quantized layer: path, input it shares, split, code shapes
     COMPONENT/quantized.safetensors  integer weights and all scales (names: `qdeploy.calibrate.state`)
     COMPONENT/parameters.safetensors what stays in float
+    COMPONENT/correction.safetensors mean errors by timestep, if measured (`qdeploy.correction_table`)
     model_index.json, scheduler/     where the model was a pipeline
     probe.safetensors                a few held-out inputs with full-precision and quantized outputs
 

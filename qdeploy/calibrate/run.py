@@ -18,6 +18,7 @@ from qdeploy.calibrate.methods import stages
 from qdeploy.calibrate.methods.minmax import round_to_nearest
 from qdeploy.calibrate.session import Session, quantize_structure
 from qdeploy.calibrate.timestep_groups import check_groups
+from qdeploy.correction_table import CORRECTION, correction_facts, prediction_type
 from qdeploy.denoiser import Model, open_model
 from qdeploy.draft import Draft
 from qdeploy.errors import CapabilityError, UsageError
@@ -126,6 +127,7 @@ def calibrate(
                 "simulated": resolved.simulated(),
                 "layers": len(session.layers),
                 **timestep_facts(session),
+                **correction_facts(draft.content / source.name / CORRECTION),
             },
             measured=session.report,
             notes={"source": str(source.path.absolute())},
@@ -151,6 +153,7 @@ def _open_session(
         max_memory,
         training_timesteps=source.training_timesteps,
         component=source.name,
+        prediction_type=prediction_type(source.scheduler_config),
     )
     check_groups(recipe.timestep_groups, data.timesteps[session.rows()])
     return session

@@ -114,6 +114,7 @@ class Session:
         stage: the stage that is running, with its place in the recipe; names its steps in the journal.
         training_timesteps: how many timesteps the model was trained with, if its scheduler says so.
         component: the denoiser's name in its pipeline.
+        prediction_type: what its output is, as of `qdeploy.correction_table.prediction_type`.
     """
 
     denoiser: nn.Module
@@ -128,6 +129,7 @@ class Session:
     stage: str = "stage"
     training_timesteps: int | None = None
     component: str = "unet"
+    prediction_type: str = "epsilon"
 
     @property
     def effort(self) -> Effort:

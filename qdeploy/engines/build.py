@@ -27,7 +27,7 @@ from qdeploy.progress import say
 # Facts that an engine hands on from its bundle.
 _CARRIED = (
     "component", "class", "model_sha256", "precision", "weights", "activations", "target",
-    "timesteps", "timestep_scales", "time_table",
+    "timesteps", "timestep_scales", "time_table", "correction",
 )  # fmt: skip
 # An engine may round differently here and there, and every difference spreads. Two independent roundings are
 # twice the quantization noise apart; beyond twice that, the engine computes something else.

@@ -21,6 +21,7 @@ from qdeploy.evaluate.pictures import picture_folder
 from qdeploy.evaluate.quality import Plan, Trajectories, measure_quality
 from qdeploy.evaluate.report import number, text_table
 from qdeploy.evaluate.thresholds import THRESHOLDS, look_up, parity_floor, rows_out_of_parity
+from qdeploy.runtime.correction import check_correction, correct
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ def check(
     min_sqnr: float | None = None,
     min_psnr: float | None = None,
     max_fd_increase: float | None = None,
+    correction: str = "none",
     trajectories: Trajectories | None = None,
     before: str | Path | Artifact | None = None,
     pictures: str | Path | None = None,
@@ -143,6 +145,8 @@ def check(
         min_sqnr: least median SQNR of the prediction in dB; 20 by default.
         min_psnr: least PSNR of images in dB; no bound by default.
         max_fd_increase: largest increase of FD-local over the reference; no bound by default.
+        correction: ``table`` or ``online`` to take mean errors out of predictions when quality is measured, or
+            ``none``. Parity is that of the subject itself.
         trajectories: the reference's, where they are at hand; replaces ``reference`` and how to sample.
         before: another checkpoint, bundle or engine of the same model, to compare the error by timestep with.
         pictures: folder for ``error.png``, the error by timestep, and ``ranges.png``, how ranges change over
@@ -152,7 +156,8 @@ def check(
         What was measured, and what of it missed a threshold.
 
     Raises:
-        UsageError: an impossible number, a threshold on what is not measured, or pictures cannot be written.
+        UsageError: an impossible number, a threshold on what is not measured, no table of corrections, or
+            pictures cannot be written.
         InvalidInputError: the subject cannot be checked, or another model is named as reference or was the
             source of ``before``.
         CapabilityError: the runtime that it needs is not installed.
@@ -175,15 +180,20 @@ def check(
     )
     model = trajectories.model if trajectories else _model(reference)
     _check_measurable(given, model)
+    if correction != "none" and model is None:
+        raise UsageError(
+            "corrections act on whole trajectories: name the full-precision model with --reference"
+        )
     folder = None if pictures is None else picture_folder(pictures)
     opened = open_subject(subject)
+    check_correction(correction, opened.artifact)
     earlier = None if before is None else open_before(before, opened)
     if model is not None:
         source_model(opened.artifact, model)
         trajectories = trajectories or Trajectories(model, plan)
     others = [open_subject(other) for other in (onnx, checkpoint) if other is not None]
     parity = measure_parity(opened, others)
-    quality = _quality(opened, trajectories, opened.artifact)
+    quality = _quality(opened, trajectories, opened.artifact, correction)
     result = _judge(opened.artifact, parity, quality, given)
     if earlier is not None:
         compared = _quality(earlier, trajectories, opened.artifact)
@@ -209,11 +219,14 @@ def _model(reference: str | Path | Model | None) -> Model | None:
     return reference if reference is None or isinstance(reference, Model) else open_model(reference)
 
 
-def _quality(subject: Subject, trajectories: Trajectories | None, probe: Artifact) -> dict[str, Any]:
+def _quality(
+    subject: Subject, trajectories: Trajectories | None, probe: Artifact, correction: str = "none"
+) -> dict[str, Any]:
     if trajectories is None:
         return _quality_of_probe(subject, probe)
+    denoiser = correct(subject.denoiser, correction, subject.artifact, trajectories.scheduler)
     try:
-        measured = measure_quality(trajectories, subject.denoiser)
+        measured = measure_quality(trajectories, denoiser)
     except InvalidInputError as error:
         raise InvalidInputError(f"{subject.artifact.path} cannot be compared: {error}") from error
     plan = trajectories.plan
@@ -223,6 +236,7 @@ def _quality(subject: Subject, trajectories: Trajectories | None, probe: Artifac
         "inference_steps": plan.inference_steps,
         "scheduler": plan.scheduler,
         "seed": plan.seed,
+        "correction": correction,
     }
 
 

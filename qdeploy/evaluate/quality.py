@@ -111,6 +111,11 @@ class Trajectories:
         self._pipeline.scheduler = make_scheduler(plan.scheduler, self._pipeline.scheduler)
         self._kept: dict[int, Trajectory] = {}
 
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler that all of them are sampled with."""
+        return self._pipeline.scheduler
+
     def reference(self) -> Iterator[Trajectory]:
         """The reference's own, batch by batch."""
         for number, images in enumerate(track(self.plan.batches(), "full precision")):

@@ -20,6 +20,7 @@ from qdeploy.calibrate.checkpoint import (
 from qdeploy.calibrate.estimate import readable_size
 from qdeploy.calibrate.fakequant import freeze
 from qdeploy.calibrate.timestep_groups import RANGES
+from qdeploy.correction_table import CORRECTION
 from qdeploy.denoiser import Model, open_model
 from qdeploy.draft import Draft
 from qdeploy.errors import CapabilityError, UsageError
@@ -122,7 +123,12 @@ def _export_checkpoint(
             draft.copy(checkpoint.file(ranges), ranges)
         kept = ("component", "class", "model_sha256", "precision", "weights", "activations", "simulated")
         described = {key: facts[key] for key in kept} | {"target": dialect}
-        described |= {key: facts[key] for key in ("timesteps", "timestep_scales") if key in facts}
+        described |= {
+            key: facts[key] for key in ("timesteps", "timestep_scales", "correction") if key in facts
+        }
+        if "correction" in facts:
+            name = f"{facts['component']}/{CORRECTION}"
+            draft.copy(checkpoint.file(name), name)
         notes = {"source": checkpoint.manifest["notes"].get("source")}
         return _write(draft, denoiser, checkpoint_model(checkpoint), rest, table, described, notes)
 

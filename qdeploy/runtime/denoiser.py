@@ -79,7 +79,7 @@ class EngineDenoiser(diffusers.ModelMixin, ConfigMixin):
         # ``register_to_config`` would look for __init__ parameters; the configuration is another class's.
         self._internal_dict: Any = FrozenDict(engine.config)
         signature = inspect.signature(original.forward)
-        self._signature = signature.replace(parameters=list(signature.parameters.values())[1:])
+        self.signature = signature.replace(parameters=list(signature.parameters.values())[1:])
         # Something for ``pipe.to("cuda")`` to move.
         self._place: Tensor
         self.register_buffer("_place", torch.empty(0), persistent=False)
@@ -101,7 +101,7 @@ class EngineDenoiser(diffusers.ModelMixin, ConfigMixin):
             InvalidInputError: an argument has an effect that the graph does not compute.
         """
         try:
-            given = self._signature.bind(*args, **kwargs).arguments
+            given = self.signature.bind(*args, **kwargs).arguments
         except TypeError as error:
             raise InvalidInputError(f"{self._original.__name__}: {error}") from error
         result = self.engine(self._flatten(given))
@@ -120,7 +120,7 @@ class EngineDenoiser(diffusers.ModelMixin, ConfigMixin):
                 for key, item in value.items():
                     self._take(flat, f"{name}.{key}", item, None)
             else:
-                self._take(flat, name, value, self._signature.parameters[name].default)
+                self._take(flat, name, value, self.signature.parameters[name].default)
         return flat
 
     def _take(self, flat: dict[str, Tensor], name: str, value: Any, default: Any) -> None:

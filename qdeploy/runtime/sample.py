@@ -22,6 +22,7 @@ from qdeploy.draft import Draft
 from qdeploy.errors import InvalidInputError, UsageError
 from qdeploy.paths import default_output
 from qdeploy.progress import say, track
+from qdeploy.runtime.correction import check_correction, correct
 from qdeploy.runtime.pipeline import generate
 from qdeploy.schedulers import make_scheduler
 from qdeploy.timesteps import explain_schedule
@@ -47,6 +48,7 @@ def sample(
     height: int | None = None,
     width: int | None = None,
     model: str | Path | None = None,
+    correction: str = "none",
     overwrite: bool = False,
 ) -> Artifact:
     """Make images. Image i has the seed ``seed + i``, in whatever batches they are made.
@@ -65,6 +67,7 @@ def sample(
         height: of the images, in pixels.
         width: of the images, in pixels.
         model: the pipeline in which an engine or checkpoint runs; by default the one it was made from.
+        correction: ``table`` or ``online`` to take mean errors out of predictions, or ``none``.
         overwrite: replace another artifact at ``output``.
 
     Returns:
@@ -72,8 +75,9 @@ def sample(
         ``images.safetensors`` with uint8 ``images`` ``[N, C, H, W]``; and ``grid.png``.
 
     Raises:
-        UsageError: an impossible number, an unknown scheduler, missing prompts.
-        InvalidInputError: no pipeline for the source is found, or it cannot make such images.
+        UsageError: an impossible number, an unknown scheduler, missing prompts, no table of corrections.
+        InvalidInputError: no pipeline for the source is found, or it cannot make such images; or the
+            correction does not fit checkpoint or scheduler.
     """
     for name, value in {"count": count, "steps": steps, "batch": batch}.items():
         if value < 1:
@@ -82,6 +86,7 @@ def sample(
         raise UsageError("the list of prompts is empty")
     if not isinstance(source, Artifact) and is_artifact(Path(source)):
         source = open_artifact(source, "engine", "checkpoint")
+    check_correction(correction, source if isinstance(source, Artifact) else None)
     whole = _pipeline_of(source, model)
     origin = source.kind if isinstance(source, Artifact) else "model"
     identity = source.sha256 if isinstance(source, Artifact) else whole.sha256
@@ -94,6 +99,7 @@ def sample(
         "eta": eta,
         "height": height,
         "width": width,
+        **({} if correction == "none" else {"correction": correction}),
     }
     place = Path(output) if output else default_output(_path(source, whole), "samples")
     made_from = {origin: identity, "pipeline": _rest_sha256(whole)}
@@ -101,12 +107,13 @@ def sample(
     if done := draft.finished():
         return done
     with draft:
-        pipeline = cache(lambda: _open_pipeline(source, whole, scheduler, steps))
+        pipeline = cache(lambda: _open_pipeline(source, whole, scheduler, steps, correction))
         images = _make_images(pipeline, draft, range(seed, seed + count), batch, asked)
         told = {
             "steps": steps,
             "scheduler": type(pipeline().scheduler).__name__,
             origin: identity,
+            **({} if correction == "none" else {"correction": correction}),
         }
         _write_images(draft, images, seed, prompts, told)
         facts = asked | told | {"shape": list(images.shape[1:])}
@@ -200,7 +207,9 @@ def _rest_sha256(model: Model) -> str:
     return sha256_files({file.relative_to(model.path).as_posix(): file for file in files})
 
 
-def _open_pipeline(source: str | Path | Artifact, whole: Model, scheduler: str | None, steps: int) -> Any:
+def _open_pipeline(
+    source: str | Path | Artifact, whole: Model, scheduler: str | None, steps: int, correction: str
+) -> Any:
     with _quiet_loading():
         pipeline = whole.pipeline(_denoiser(source))
     pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler)
@@ -209,6 +218,12 @@ def _open_pipeline(source: str | Path | Artifact, whole: Model, scheduler: str |
         asked.set_timesteps(steps)
         if line := explain_schedule(source.facts, torch.as_tensor(asked.timesteps).tolist()):
             say(line)
+    if correction != "none":
+        artifact = source if isinstance(source, Artifact) else None
+        denoiser = getattr(pipeline, whole.component)
+        with _quiet_loading():
+            corrected = correct(denoiser, correction, artifact, pipeline.scheduler)
+            setattr(pipeline, whole.component, corrected)
     return pipeline
 
 

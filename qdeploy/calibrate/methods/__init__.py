@@ -39,6 +39,7 @@ class Stage:
         gives: what it gives.
         spoils: what must not be there yet, since this stage changes what it was made from.
         simulated: for its options, why no engine can run the result; empty if one can.
+        last: whether nothing may come after it, since it measures the result.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Stage:
     gives: tuple[str, ...] = ()
     spoils: tuple[str, ...] = ()
     simulated: Callable[[Mapping[str, Any]], str] = lambda options: ""
+    last: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
@@ -110,7 +112,7 @@ def check_stages(listed: Iterable[tuple[str, Mapping[str, Any]]]) -> Stages:
         UsageError: a stage or an option is unknown, or the order is impossible.
     """
     known = stages()
-    checked = []
+    checked: list[tuple[str, Mapping[str, Any]]] = []
     there: set[str] = set()
     for name, options in listed:
         if name not in known:
@@ -120,6 +122,8 @@ def check_stages(listed: Iterable[tuple[str, Mapping[str, Any]]]) -> Stages:
             raise UsageError(
                 f"stage {name!r} has no option {sorted(unknown)[0]!r}: it has {', '.join(known[name].options)}"
             )
+        if checked and known[checked[-1][0]].last:
+            raise UsageError(f"stage {checked[-1][0]!r} measures the result: list it after {name!r}")
         if lacking := [result for result in known[name].needs if result not in there]:
             givers = [stage.name for stage in known.values() if lacking[0] in stage.gives]
             raise UsageError(f"stage {name!r} needs {lacking[0]}: list one of {', '.join(givers)} before it")

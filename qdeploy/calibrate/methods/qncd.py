@@ -1,0 +1,201 @@
+"""QNCD (Chu et al., ACM MM 2024, arXiv 2403.19140): less noise within the network, and less from it.
+
+Within: adding or scaling by the timestep's embedding spreads the channels of what the next layer of a residual
+block reads. The stage smooth-embeddings divides them by factors S that follow from the embedding alone. From
+it: the mean error of the prediction is subtracted while sampling, from the table that measure-errors gives,
+or as estimated on the way (`qdeploy.runtime.correction`). Departures from the released code, each for a reason:
+
+- blocks are found by tracing, both kinds of them (`qdeploy.modulation`); the code knows one, by position;
+- S is positive: of gamma and of the embedding the magnitude is taken. The code's follows their signs, and
+  may be 0 or negative;
+- S is the mean over every timestep of training, each once; the code takes the first sample of random batches;
+- full precision still convolves the original input with the original weight; the code divides its input too;
+- S is stored with the checkpoint; the code computes another one when it loads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdeploy.calibrate.fakequant import quantized_layers
+from qdeploy.calibrate.methods import ACTIVATION_SCALES, RESULTS, WEIGHT_SCALES, Method, Stage
+from qdeploy.calibrate.session import Session
+from qdeploy.calibrate.smoothing import can_smooth, smooth
+from qdeploy.correction_table import CORRECTION, CorrectionTable
+from qdeploy.inputs import denoise
+from qdeploy.modulation import ADDITIVE, Modulation, find_modulations
+from qdeploy.progress import say, track
+
+EPSILON = 1e-3
+
+
+def smooth_embeddings(session: Session, *, strength: float = 1.0) -> None:
+    """Smooth the layers that read what the embedding was added to or scaled (section 3.1).
+
+    Args:
+        session: the calibration.
+        strength: the exponent of S; 1 is the paper's, less leaves more to the weights.
+    """
+    layers = quantized_layers(session.denoiser)
+
+    def compute() -> None:
+        with torch.no_grad(), session.teacher():
+            places = find_modulations(session.denoiser, session.inputs(session.rows()[:1]))
+            outputs = _projections(session, {place.projection for place in places})
+        count = 0
+        for place in places:
+            factors = smoothing_factors(place, outputs[place.projection]).pow(strength)
+            for layer in (layers[path] for path in place.layers if path in layers):
+                if can_smooth(layer) and len(factors) == layer.weight.shape[1]:
+                    smooth(layer, factors)
+                    count += 1
+        say(f"{count} of {len(layers)} quantized layers are smoothed by the timestep's embedding")
+
+    session.once("smoothing", compute)
+
+
+def smoothing_factors(place: Modulation, output: Tensor) -> Tensor:
+    """S of one place.
+
+    Scale-shift: ``S_c = mean_t |1 + scale_{t,c}|``. Additive: ``S_c = |gamma_c| mean_t max(1, |n_{t,c}|)`` with n
+    the embedding, standardised as the block's normalisation does it; 1 if the embedding says nothing.
+
+    Args:
+        place: where the embedding enters.
+        output: [T, ...] of its projection.
+
+    Returns:
+        [C], positive.
+    """
+    embedding = place.embedding(output).float()
+    if place.kind != ADDITIVE:
+        return (1 + embedding).abs().mean(0).clamp(min=EPSILON)
+    n = nn.functional.group_norm(embedding, place.groups, eps=place.eps)
+    if float(n.abs().max()) < EPSILON:
+        return torch.ones_like(n[0])
+    gamma = torch.ones_like(n[0]) if place.gamma is None else place.gamma.detach().abs().to(n)
+    return (gamma * n.abs().clamp(min=1).mean(0)).clamp(min=EPSILON)
+
+
+def _projections(session: Session, paths: set[str]) -> dict[str, Tensor]:
+    """Outputs of the layers that give embeddings, in full precision.
+
+    At every timestep of training; where more than the timestep enters, at those of the calibration rows.
+    """
+    time = session.structure.time
+    known = paths & set(time.features)
+    outputs: dict[str, Tensor] = {}
+    if known:
+        features = time.together(session.denoiser, session.all_timesteps().to(session.device))
+        outputs = {path: features[path] for path in known}
+    if rest := paths - known:
+        say(f"{len(rest)} embeddings depend on more than the timestep: their factors come from the rows")
+        outputs |= _seen_outputs(session, rest)
+    return outputs
+
+
+def _seen_outputs(session: Session, paths: set[str]) -> dict[str, Tensor]:
+    """What some layers give for the calibration rows."""
+    seen: dict[str, list[Tensor]] = {path: [] for path in paths}
+
+    def keep(path: str) -> Callable[..., None]:
+        def after(module: nn.Module, args: Any, output: Tensor) -> None:
+            seen[path].append(output.detach())
+
+        return after
+
+    rows, batch = session.rows(), session.effort.batch
+    with ExitStack() as stack:
+        for path in paths:
+            handle = session.denoiser.get_submodule(path).register_forward_hook(keep(path))
+            stack.callback(handle.remove)
+        for start in track(range(0, len(rows), batch), "embeddings"):
+            denoise(session.denoiser, session.inputs(rows[start : start + batch]))
+    return {path: torch.cat(outputs) for path, outputs in seen.items()}
+
+
+def measure_errors(session: Session, *, guard: float = 2.0) -> None:
+    """Measure the mean error of the prediction at every calibrated timestep, for each of its channels.
+
+    Args:
+        session: the calibration.
+        guard: means within so many standard errors of 0 become 0: they are chance.
+    """
+    session.draft.tensors(f"{session.component}/{CORRECTION}", lambda: _measured(session, guard).to_tensors())
+
+
+def _measured(session: Session, guard: float) -> CorrectionTable:
+    rows, batch = session.rows(), session.effort.batch
+    errors = []
+    with torch.no_grad():
+        for start in track(range(0, len(rows), batch), "mean errors"):
+            inputs = session.inputs(rows[start : start + batch])
+            quantized = denoise(session.denoiser, inputs)
+            with session.teacher():
+                errors.append(channel_means(quantized - denoise(session.denoiser, inputs)).cpu())
+    timesteps = session.data.timesteps[rows].float().flatten()
+    table = mean_errors(torch.cat(errors), timesteps, session.prediction_type, guard)
+    share = float((table.means != 0).float().mean())
+    say(f"mean errors: {share:.0%} are larger than chance, up to {float(table.means.abs().max()):.4f}")
+    return table
+
+
+def channel_means(x: Tensor) -> Tensor:
+    """Means of each channel of each row: [B, C, H, W] or [B, tokens, C] to [B, C]."""
+    return x.flatten(2).mean(2) if x.ndim != 3 else x.mean(1)
+
+
+def mean_errors(errors: Tensor, timesteps: Tensor, prediction: str, guard: float) -> CorrectionTable:
+    """The table of rows' errors.
+
+    Args:
+        errors: [B, C] mean errors of each row.
+        timesteps: [B].
+        prediction: the type of what the errors are of.
+        guard: means within so many standard errors of 0 become 0.
+    """
+    distinct = timesteps.unique()
+    means = []
+    for timestep in distinct:
+        own = errors[timesteps == timestep].double()
+        mean, count = own.mean(0), len(own)
+        spread = own.std(0) / count**0.5 if count > 1 else torch.full_like(mean, torch.inf)
+        means.append(torch.where(mean.abs() > guard * spread, mean, 0))
+    return CorrectionTable(distinct, torch.stack(means).float(), prediction)
+
+
+STAGES = (
+    Stage(
+        "smooth-embeddings",
+        smooth_embeddings,
+        "smoothing of layers that read what the timestep's embedding was added to or scaled",
+        lambda units, effort: (0, 0),
+        spoils=RESULTS,
+    ),
+    Stage(
+        "measure-errors",
+        measure_errors,
+        "a table of the prediction's mean errors by timestep, for sample --correction table",
+        lambda units, effort: (2, 0),
+        needs=(WEIGHT_SCALES, ACTIVATION_SCALES),
+        last=True,
+    ),
+)
+
+METHOD = Method(
+    "qncd",
+    "QNCD, Chu et al., ACM MM 2024, arXiv 2403.19140",
+    "smoothing by the timestep's embedding, AdaRound, a table that corrects the prediction's mean error",
+    (
+        ("smooth-embeddings", {}),
+        ("weight-ranges", {"finder": "lp"}),
+        ("round-weights", {}),
+        ("activation-ranges", {"finder": "lp"}),
+        ("measure-errors", {}),
+    ),
+)

@@ -1,0 +1,131 @@
+"""SmoothQuant (Xiao et al., ICML 2023, arXiv 2211.10438): outliers migrate from activations to weights.
+
+Its equation 4: ``S_j = max|X_j|^alpha / max|W_j|^(1 - alpha)`` for each input channel j. Departure: S stays in
+front of the layer as a factor of its own instead of being folded into what comes before, which here may be
+an activation function; engines fuse it.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdeploy.calibrate.fakequant import QuantizedLayer, quantized_layers
+from qdeploy.calibrate.methods import RESULTS, Method, Stage
+from qdeploy.calibrate.session import Session
+from qdeploy.calibrate.smoothing import can_smooth, smooth
+from qdeploy.errors import UsageError
+from qdeploy.inputs import denoise
+from qdeploy.progress import say, track
+
+LAYERS = ("linear", "all")
+
+
+def migrate_outliers(session: Session, *, alpha: float = 0.5, layers: str = "linear") -> None:
+    """Smooth layers by the ranges of their inputs and weights (section 4).
+
+    Args:
+        session: the calibration.
+        alpha: how much of the difficulty migrates from activations to weights, 0 to 1.
+        layers: ``linear``, or ``all`` for convolutions too.
+
+    Raises:
+        UsageError: an impossible alpha or word.
+    """
+    if not 0 <= alpha <= 1:
+        raise UsageError(f"the alpha of migrate-outliers must be from 0 to 1, not {alpha}")
+    if layers not in LAYERS:
+        raise UsageError(f"migrate-outliers smooths {' or '.join(LAYERS)}, not {layers!r}")
+
+    def compute() -> None:
+        groups = [group for group in _groups(session) if layers == "all" or _linear(group)]
+        seen = _channel_ranges(session, groups)
+        for group, activations in zip(groups, seen, strict=True):
+            weights = torch.stack([weight_ranges(layer) for layer in group]).amax(0)
+            factors = migration_factors(activations, weights, alpha)
+            for layer in group:
+                smooth(layer, factors)
+        count = sum(map(len, groups))
+        say(f"{count} of {len(session.layers)} quantized layers are smoothed, alpha {alpha:g}")
+
+    session.once("smoothing", compute)
+
+
+def migration_factors(activations: Tensor, weights: Tensor, alpha: float) -> Tensor:
+    """S of equation 4; 1 for channels that are always 0, or that no output reads.
+
+    Args:
+        activations: [C] max |X_j|.
+        weights: [C] max |W_j|.
+        alpha: the migration strength.
+    """
+    factors = activations.pow(alpha) / weights.pow(1 - alpha)
+    return torch.where((activations > 0) & (weights > 0), factors, 1.0)
+
+
+def weight_ranges(layer: QuantizedLayer) -> Tensor:
+    """[C] max |W_j| over the outputs that read input channel j."""
+    return layer.student.detach().abs().transpose(0, 1).flatten(1).amax(1)
+
+
+def _groups(session: Session) -> list[list[QuantizedLayer]]:
+    """Layers that read one tensor, and so share its factors, together."""
+    modules = quantized_layers(session.denoiser)
+    groups: dict[str, list[QuantizedLayer]] = {}
+    for layer in session.layers:
+        groups.setdefault(layer.reads, []).append(modules[layer.path])
+    return [group for group in groups.values() if all(map(can_smooth, group))]
+
+
+def _linear(group: list[QuantizedLayer]) -> bool:
+    return all(isinstance(layer.inner, nn.Linear) for layer in group)
+
+
+def _channel_ranges(session: Session, groups: list[list[QuantizedLayer]]) -> list[Tensor]:
+    """[C] max |X_j| of what each group reads, over the calibration rows in full precision."""
+    highs: dict[int, Tensor] = {}
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        assert isinstance(module, QuantizedLayer)
+        high = args[0].detach().abs().movedim(module.feature_axis, 0).flatten(1).amax(1)
+        highs[id(module)] = torch.maximum(highs.get(id(module), high), high)
+
+    rows, batch = session.rows(), session.effort.batch
+    with ExitStack() as stack:
+        for group in groups:
+            stack.callback(group[0].register_forward_pre_hook(before).remove)
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(session.teacher())
+        for start in track(range(0, len(rows), batch), "channel ranges"):
+            denoise(session.denoiser, session.inputs(rows[start : start + batch]))
+    found = []
+    for group in groups:
+        high, smoothing = highs[id(group[0])], group[0].smoothing
+        found.append(high if smoothing is None else high / smoothing)
+    return found
+
+
+STAGES = (
+    Stage(
+        "migrate-outliers",
+        migrate_outliers,
+        "smoothing of layers by the ranges of their input channels",
+        lambda units, effort: (1, 0),
+        paper="SmoothQuant, Xiao et al., ICML 2023, arXiv 2211.10438",
+        spoils=RESULTS,
+    ),
+)
+
+METHOD = Method(
+    "smoothquant",
+    "SmoothQuant, Xiao et al., ICML 2023, arXiv 2211.10438",
+    "outliers of activations migrate to weights; min-max ranges",
+    (
+        ("migrate-outliers", {}),
+        ("weight-ranges", {"finder": "minmax"}),
+        ("activation-ranges", {"finder": "minmax"}),
+    ),
+)

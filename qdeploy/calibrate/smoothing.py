@@ -1,0 +1,40 @@
+"""Channels made alike: a layer's input is divided by factors that its weight is multiplied with.
+
+Nothing changes but what quantization makes of it (SmoothQuant, arXiv 2211.10438, equation 3): one scale for
+the whole input serves channels of like ranges better. The factors of the weight's input channels widen the
+range of its output channels, whose scales share them. Stages only choose the factors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qdeploy.calibrate.fakequant import QuantizedLayer
+
+FLOOR = 1e-3  # factors further from their mean than this are cut, so that no channel is blown up
+
+
+def can_smooth(layer: QuantizedLayer) -> bool:
+    """Whether a weight has an axis of input channels: those of grouped convolutions have several."""
+    return int(getattr(layer.inner, "groups", 1)) == 1
+
+
+def smooth(layer: QuantizedLayer, factors: Tensor) -> None:
+    """Smooth a layer, on top of what has been smoothed already.
+
+    Args:
+        layer: before any scale of it was found.
+        factors: [C] positive. Only their ratios matter, so their geometric mean becomes 1.
+    """
+    factors = relative_factors(factors)
+    if layer.smoothing is not None:
+        factors = layer.smoothing * factors
+    layer.smoothing = factors.to(layer.device, torch.float32)
+
+
+def relative_factors(factors: Tensor) -> Tensor:
+    """Factors over their geometric mean, within [FLOOR, 1 / FLOOR]: positive and finite."""
+    finite = torch.nan_to_num(factors.double(), nan=1.0, posinf=torch.finfo(torch.float32).max)
+    logs = finite.clamp(min=torch.finfo(torch.float32).tiny).log()
+    return (logs - logs.mean()).exp().clamp(FLOOR, 1 / FLOOR).to(factors.dtype)
