@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qdeploy.artifact import KINDS, damage, is_artifact, read_manifest
+from qdeploy.artifact import KINDS, Artifact, damage, is_artifact, read_manifest
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -14,7 +14,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
     Returns:
         For an artifact its manifest's entries, the sizes of its files and ``valid``; if that is false,
-        ``problem`` says why.
+        ``problem`` says why. For a checkpoint also ``effective_bits``, where it tells them.
 
     Raises:
         InvalidInputError: there is neither an artifact nor a model that this version can read.
@@ -38,11 +38,19 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "recipe": manifest["recipe"],
         "seed": manifest["seed"],
         "facts": manifest["facts"],
+        **({} if problems else _effective_bits(Artifact(folder, manifest))),
         "measured": manifest["measured"],
         "notes": manifest["notes"],
         "size_mb": round(sum(sizes.values()) / 2**20, 3),
         "files": sizes,
     }
+
+
+def _effective_bits(artifact: Artifact) -> dict[str, Any]:
+    from qdeploy.evaluate.effective_bits import effective_bits
+
+    found = effective_bits(artifact) if artifact.manifest["kind"] == "checkpoint" else None
+    return {} if found is None else {"effective_bits": found}
 
 
 def _inspect_model(source: str) -> dict[str, Any]:
