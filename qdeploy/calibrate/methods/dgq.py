@@ -40,6 +40,8 @@ from qdeploy.calibrate.groups import (
 )
 from qdeploy.calibrate.log_attention import LogQuantizer
 from qdeploy.calibrate.methods import ACTIVATION_SCALES, WEIGHT_SCALES, Method, Stage
+from qdeploy.calibrate.operators import fake_quantize
+from qdeploy.calibrate.ranges import minmax_weights
 from qdeploy.calibrate.session import Session
 from qdeploy.errors import UsageError
 from qdeploy.formats import Format, parse_format
@@ -160,8 +162,9 @@ def noise(
 ) -> float:
     """Estimated rounding noise of the outputs of layers that read one tensor, up to a constant.
 
-    A rounding error is spread evenly over its step, so its power is step^2 / 12: that of the input meets the
-    weight, and that of the weight meets the input. Errors are taken for independent of each other.
+    The rounding error of an input is spread evenly over its step, so its power is step^2 / 12, and it meets the
+    weight; that of the weight, rounded to nearest with min-max scales, meets the input. Errors are taken for
+    independent of each other.
 
     Args:
         modules: the layers.
@@ -169,8 +172,8 @@ def noise(
         high: [C] largest value.
         square: [C] mean square.
         factors: [C] what the input channels are divided by, and the weight multiplied.
-        labels: [C] groups whose weights have scales of their own (then only steps, not weights, see the
-            factors); None for one group.
+        labels: [C] groups that are split, so that weights have scales of their own and stay as they are; None
+            where the factors are folded.
     """
     weights, activations = modules[0].formats
     assert activations is not None
@@ -179,19 +182,26 @@ def noise(
     steps = factors * (spread / factors).amax() / codes
     total = 0.0
     for module in modules:
-        weight = module.weight.detach().float().cpu().flatten(2) if module.weight.ndim > 2 else None
-        flat = module.weight.detach().float().cpu()[..., None] if weight is None else weight  # [O, C, k]
-        total += float((flat.square().sum((0, 2)) * steps.square()).double().sum())
-        if weights is None:
-            continue
-        if labels is None:
-            step = (flat * factors[:, None]).abs().amax((1, 2))[:, None] / weights.qmax / factors  # [O, C]
-        else:
-            largest = torch.zeros(len(flat), int(labels.max()) + 1)
-            index = labels.expand(len(flat), -1)
-            step = largest.scatter_reduce(1, index, flat.abs().amax(2), "amax")[:, labels] / weights.qmax
-        total += float((step.square() * square.float()).double().sum()) * flat.shape[2]
+        weight = module.weight.detach().float().cpu().reshape(module.channels, len(factors), -1)  # [O, C, k]
+        total += float((weight.square().sum((0, 2)) * steps.square()).double().sum()) / 12
+        if weights is not None:
+            error = _weight_error(weight, weights, factors, labels)
+            total += float((error.square().sum((0, 2)) * square.float()).double().sum())
     return total
+
+
+def _weight_error(weight: Tensor, number_format: Format, factors: Tensor, labels: Tensor | None) -> Tensor:
+    """Error of a weight [O, C, k], rounded to nearest with min-max scales; arguments as of `noise`."""
+    if labels is not None:
+        error = torch.empty_like(weight)
+        for group in labels.unique():
+            own = labels == group
+            error[:, own] = _weight_error(weight[:, own], number_format, torch.ones(int(own.sum())), None)
+        return error
+    scaled = weight * factors[:, None]
+    scale, zero = (x[:, None, None] for x in minmax_weights(scaled, number_format))
+    hat = fake_quantize(scaled, scale, zero, number_format.qmin, number_format.qmax)
+    return (scaled - hat) / factors[:, None]
 
 
 def _unfit(module: QuantizedLayer, found: Mapping[str, Tensor], choose: bool) -> str:
