@@ -528,9 +528,9 @@ def test_what_follows_from_what_is_equal_is_equal_too() -> None:
     ids=["values", "shapes", "tensors", "operators", "constants alone"],
 )
 def test_what_differs_is_computed_twice(old: str, new: str, other: np.ndarray) -> None:
-    stays(SharedComputations(), graph(SCALED.replace(old, new) if old else SCALED, f=FACTORS, g=other))
+    keeps_away(SharedComputations(), graph(SCALED.replace(old, new) if old else SCALED, f=FACTORS, g=other))
 
 
 def test_weighted_nodes_stay_two() -> None:
     weight = np.eye(4, dtype=np.float32)
-    stays(SharedComputations(), graph(SCALED.replace("Mul", "MatMul"), f=weight, g=weight))
+    keeps_away(SharedComputations(), graph(SCALED.replace("Mul", "MatMul"), f=weight, g=weight))
