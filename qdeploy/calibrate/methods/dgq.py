@@ -100,7 +100,8 @@ def group_channels(
     number_format = _activation_format(session, "group-channels")
     form = _form(form, session)
     families = _families(session)
-    _check_groups(groups, {layers[0].path: modules[0].weight.shape[1] for layers, modules in families})
+    whole = [(layers[0].path, modules[0]) for layers, modules in families if not _grouped(modules[0])]
+    _check_groups(groups, {path: module.weight.shape[1] for path, module in whole})
     firsts = {layers[0].path: modules[0] for layers, modules in families}
     measured = session.draft.step(
         f"{session.stage}-measured", lambda: watch(session, firsts, session.teacher(), "channel ranges")
@@ -208,11 +209,16 @@ def _unfit(module: QuantizedLayer, found: Mapping[str, Tensor], choose: bool) ->
     """Why a layer cannot have groups of channels; empty if it can."""
     if module.split:
         return "quantizes the halves of a concatenation"
-    if getattr(module.inner, "groups", 1) > 1:
+    if _grouped(module):
         return "convolves groups of channels"
     if choose and (wins := reference_dimension(found)) in (TOKENS, PIXELS):
         return f"its {wins} differ more"
     return ""
+
+
+def _grouped(module: QuantizedLayer) -> bool:
+    """Whether a layer is a convolution whose outputs read some of the input channels only."""
+    return int(getattr(module.inner, "groups", 1)) > 1
 
 
 def reference_dimension(found: Mapping[str, Tensor]) -> str | None:
