@@ -331,10 +331,8 @@ def _axis_of(layer: QuantizedLayer, dimension: str | None, channels: bool) -> tu
     """Name and axis of the dimension to group along, if there is one."""
     if dimension == TOKENS:
         return TOKENS, -2
-    grouped = getattr(layer.inner, "groups", 1) > 1
-    return (
-        (CHANNELS, layer.feature_axis) if channels and dimension in (CHANNELS, ROWS) and not grouped else None
-    )
+    wins = channels and dimension in (CHANNELS, ROWS) and not _grouped(layer)
+    return (CHANNELS, layer.feature_axis) if wins else None
 
 
 def _scale_along(
