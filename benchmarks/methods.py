@@ -20,7 +20,6 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from qdeploy.evaluate.effective_bits import effective_bits
 
 from qdeploy.artifact import Artifact, open_artifact
 from qdeploy.calibrate.methods import methods
@@ -29,6 +28,7 @@ from qdeploy.denoiser import open_model, read_json
 from qdeploy.engines.build import build_engine
 from qdeploy.engines.machine import machine
 from qdeploy.evaluate.check import check
+from qdeploy.evaluate.effective_bits import effective_bits
 from qdeploy.evaluate.quality import Plan, Trajectories
 from qdeploy.evaluate.remembered import remembered
 from qdeploy.evaluate.report import MISSING, markdown_table, text_table
@@ -133,8 +133,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         file = arguments.output / "measured" / f"{run.name}.json"
         result = remembered(file, [subject.sha256, model.sha256, repr(plan)], partial(judge, subject))
         bits = effective_bits(checkpoint)
-        told = {"weights": bits.weights, "activations": bits.activations}
-        records.append({"run": run.row, "seed": run.seed, **cost, "engine_mb": size, "bits": told, **result})
+        records.append({"run": run.row, "seed": run.seed, **cost, "engine_mb": size, "bits": bits, **result})
         say(f"{run.name}: {result['quality']['sqnr_db']['median']} dB")
         write_results(arguments, records)
     return records

@@ -17,7 +17,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     Returns:
         For an artifact its manifest's entries, the sizes of its files and ``valid``; if that is false,
         ``problem`` says why. For a checkpoint with groups of timesteps also ``timestep_gain``, as of
-        `qdeploy.evaluate.timestep_gain.timestep_gain`.
+        `qdeploy.evaluate.timestep_gain.timestep_gain`; and ``effective_bits``, where it tells them.
 
     Raises:
         InvalidInputError: there is neither an artifact nor a model that this version can read.
@@ -41,6 +41,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "recipe": manifest["recipe"],
         "seed": manifest["seed"],
         "facts": manifest["facts"],
+        **({} if problems else _effective_bits(Artifact(folder, manifest))),
         "measured": manifest["measured"],
         "notes": manifest["notes"],
         "size_mb": round(sum(sizes.values()) / 2**20, 3),
@@ -67,6 +68,13 @@ def description(result: Mapping[str, Any]) -> str:
     shown = {key: value for key, value in gain.items() if key != "by_tensor_db"}
     what = f"best {len(best)} of {len(gain['by_tensor_db'])} tensors, dB"
     return as_text({**result, "timestep_gain": {**shown, what: best}})
+
+
+def _effective_bits(artifact: Artifact) -> dict[str, Any]:
+    from qdeploy.evaluate.effective_bits import effective_bits
+
+    found = effective_bits(artifact) if artifact.manifest["kind"] == "checkpoint" else None
+    return {} if found is None else {"effective_bits": found}
 
 
 def _inspect_model(source: str) -> dict[str, Any]:

@@ -8,7 +8,8 @@ confirms which layers depend on the timestep alone: their outputs are bit-identi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -66,11 +67,13 @@ class Structure:
         layers: the weighted layers.
         attentions: paths of the modules that attend.
         time: what depends on the timestep alone, as a function.
+        products: multiply-accumulate operations per sample of each attention module's two products.
     """
 
     layers: tuple[Layer, ...]
     attentions: tuple[str, ...]
     time: TimePart = field(default_factory=TimePart)
+    products: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def units(self) -> dict[str, list[Layer]]:
@@ -123,12 +126,13 @@ def find_structure(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> Structu
             )
             for layer in layers
         ),
-        tuple(dict.fromkeys(trace.attentions)),
+        tuple(trace.attentions),
         trace.tape.time_part(trace.result, time_only),
+        dict(trace.attentions),
     )
 
 
-def _attends(denoiser: nn.Module, path: str, unit: str, attentions: list[str]) -> bool:
+def _attends(denoiser: nn.Module, path: str, unit: str, attentions: Iterable[str]) -> bool:
     inside = any(path.startswith(f"{attention}.") for attention in attentions)
     beside = any(f"{attention}.".startswith(f"{unit}.") for attention in attentions)
     return inside or (beside and isinstance(denoiser.get_submodule(path), nn.Linear))
@@ -157,7 +161,7 @@ class _Trace(TorchFunctionMode):
         self.layers: list[Layer] = []
         self.inputs: list[Tensor] = []  # held, so that identities stay unique during the run
         self.outputs: dict[str, Tensor] = {}
-        self.attentions: list[str] = []
+        self.attentions: Counter[str] = Counter()
         self.stack: list[str] = []
         self.given: dict[str, Any] = {}
         self._inside = 0  # layers are one operation of the tape, whatever they do inside
@@ -172,7 +176,7 @@ class _Trace(TorchFunctionMode):
             dim = int(given.get("dim", given.get("axis", 0)) or 0) % result.ndim
             self._parts[id(result)] = (result, tuple(part.shape[dim] for part in given["tensors"]), dim)
         if func is nn.functional.scaled_dot_product_attention and self.stack:
-            self.attentions.append(self.stack[-1])
+            self.attentions[self.stack[-1]] += _product_macs(*_operands(args, kwargs or {}))
         if not self._inside:
             self.tape.listen(func, args, kwargs or {}, result)
         return result
@@ -223,6 +227,17 @@ class _Trace(TorchFunctionMode):
         _, sizes, dim = self._parts.get(id(source), (None, (), -1))
         grouped = getattr(inner, "groups", 1) > 1
         return sizes if dim == features and len(sizes) == 2 and not grouped else ()
+
+
+def _operands(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of a call of scaled dot-product attention, by place or by name."""
+    query, key, value = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))[:3]
+    return query, key, value
+
+
+def _product_macs(query: Tensor, key: Tensor, value: Tensor) -> int:
+    """Of q k^T and of the product with v; shapes [..., tokens, d], one row."""
+    return query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
 
 
 def _run(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> _Trace:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from qdeploy.calibrate.fakequant import ActivationQuantizer
+from qdeploy.calibrate.log_attention import LogQuantizer, split_start
 from qdeploy.formats import Format
 
 
@@ -32,8 +33,13 @@ class AttentionQuantizers(nn.Module):
         self.query = ActivationQuantizer(activations)
         self.key = ActivationQuantizer(activations)
         self.value = ActivationQuantizer(activations)
-        self.probabilities = ActivationQuantizer(probabilities)
+        self.probabilities: ActivationQuantizer | LogQuantizer = ActivationQuantizer(probabilities)
         self.quantized = True
+
+    @property
+    def start(self) -> bool:
+        """Whether the first key is a start token that bypasses quantization."""
+        return isinstance(self.probabilities, LogQuantizer) and self.probabilities.start
 
     def attend(
         self,
@@ -50,10 +56,16 @@ class AttentionQuantizers(nn.Module):
 
         The scale is applied after the product, as Stable Diffusion's attention does.
         """
+        kept = key[..., : int(self.start), :]
         query, key, value = (
             quantizer.restore(quantizer(x))
-            for quantizer, x in ((self.query, query), (self.key, key), (self.value, value))
+            for quantizer, x in (
+                (self.query, query),
+                (self.key, key[..., int(self.start) :, :]),
+                (self.value, value),
+            )
         )
+        key = torch.cat([kept, key], -2)
         logits = query @ key.transpose(-2, -1) * (scale or 1 / math.sqrt(query.shape[-1]))
         if attn_mask is not None:
             boolean = attn_mask.dtype == torch.bool
@@ -61,7 +73,10 @@ class AttentionQuantizers(nn.Module):
         if is_causal:
             mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
             logits = logits.masked_fill(~mask, -torch.inf)
-        output: Tensor = self.probabilities.restore(self.probabilities(logits.softmax(-1))) @ value
+        probabilities = self.probabilities.restore(self.probabilities(logits.softmax(-1)))
+        if self.start:
+            return split_start(probabilities, value)
+        output: Tensor = probabilities @ value
         return output
 
 

@@ -1,7 +1,8 @@
 """Checkpoints: what calibration leaves behind, complete in itself.
 
     COMPONENT/config.json            the denoiser's configuration
-    COMPONENT/layers.json            every quantized layer: path, input it shares, split, code shapes
+    COMPONENT/layers.json            every quantized layer: path, input it shares, split, code shapes; and the
+                                     multiplications of every layer and attention product
     COMPONENT/quantized.safetensors  integer weights and all scales (names: `qdeploy.calibrate.state`)
     COMPONENT/parameters.safetensors what stays in float
     COMPONENT/correction.safetensors mean errors by timestep, if measured (`qdeploy.correction_table`)
@@ -33,16 +34,21 @@ from qdeploy.errors import InvalidInputError
 from qdeploy.formats import parse_format, uint8
 from qdeploy.inputs import denoise
 from qdeploy.recipe import Recipe
-from qdeploy.structure import Layer
+from qdeploy.structure import Layer, Structure
 from qdeploy.timesteps import check_timestep
 
 PROBE = "probe.safetensors"
 
 
 def write_checkpoint(
-    draft: Draft, model: Model, denoiser: nn.Module, layers: list[Layer], attentions: list[str]
+    draft: Draft,
+    model: Model,
+    denoiser: nn.Module,
+    layers: list[Layer],
+    attentions: list[str],
+    structure: Structure | None = None,
 ) -> None:
-    """Put a calibrated denoiser into a draft."""
+    """Put a calibrated denoiser into a draft; of its structure, what every layer costs is kept."""
     modules = quantized_layers(denoiser)
     described = [
         {
@@ -57,7 +63,13 @@ def write_checkpoint(
     folder = model.name
     draft.tensors(f"{folder}/quantized.safetensors", lambda: read_state(denoiser))
     draft.tensors(f"{folder}/parameters.safetensors", lambda: _parameters(denoiser))
-    draft.json(f"{folder}/layers.json", {"layers": described, "attentions": attentions})
+    costs: dict[str, Any] = {}
+    if structure is not None:
+        costs = {
+            "macs": {layer.path: layer.macs for layer in structure.layers},
+            "products": structure.products,
+        }
+    draft.json(f"{folder}/layers.json", {"layers": described, "attentions": attentions, **costs})
     draft.json(f"{folder}/config.json", model.config)
     copy_pipeline_files(draft, model.path)
 

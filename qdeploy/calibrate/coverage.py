@@ -76,6 +76,14 @@ COVERAGES = {
             second=False,
         ),
         Coverage(
+            "dgq-paper",
+            "what DGQ's code covers: all but the first and the last layer, q, k, v and the softmax output",
+            ends=False,
+            temporal=True,
+            attention=True,
+            split=False,
+        ),
+        Coverage(
             "qdiffusion-paper",
             "what Q-Diffusion's code covers: every layer, q, k, v and the softmax output; simulated",
             ends=True,

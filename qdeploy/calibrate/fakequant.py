@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qdeploy.calibrate.feature_table import FeatureTable
 from qdeploy.calibrate.operators import dequantize_codes, fake_quantize, per_channel
 from qdeploy.clock import Clock, clock_of
-from qdeploy.errors import CapabilityError
+from qdeploy.errors import CapabilityError, InvalidInputError
 from qdeploy.formats import Format
 
 
@@ -103,7 +103,8 @@ class ActivationQuantizer(nn.Module):
             self.frozen = self.zero_point.to(stored)
             return
         if not self.hoisted:
-            what = "a zero point for each timestep" if self.axis is None else "a scale for each input channel"
+            moves = self.axis in (None, -2)
+            what = "a zero point that moves" if moves else "a scale for each input channel"
             raise CapabilityError(f"{what} has no place in a static integer kernel: this is a simulation")
         self.frozen = torch.zeros((), dtype=stored, device=self.scale.device)
         self.nominal = _nominal(self.scale)
@@ -135,6 +136,11 @@ class ActivationQuantizer(nn.Module):
         """Entries of the running timesteps, shaped so that they broadcast over ``x`` [B, ...]."""
         shape = [1] * x.ndim
         if self.axis is not None:
+            if x.shape[self.axis] != values.shape[-1]:
+                raise InvalidInputError(
+                    f"scales were calibrated for {values.shape[-1]} "
+                    f"{'tokens' if self.axis == -2 else 'channels'}, not {x.shape[self.axis]}"
+                )
             shape[self.axis] = values.shape[-1]
         if not self.banked:
             return values.view(shape)
@@ -259,6 +265,7 @@ class QuantizedLayer(nn.Module):
         """
         weights, activations = self.formats
         parts = max(1, len(split))
+        clock = next((quantizer.clock for quantizer in getattr(self, "input_quantizers", ())), None)
         self.split, self.order = split, order
         self.weight_quantizers = nn.ModuleList(
             [WeightQuantizer(weights, self.channels) for _ in range(parts)] if weights else []
@@ -266,6 +273,10 @@ class QuantizedLayer(nn.Module):
         self.input_quantizers = nn.ModuleList(
             [ActivationQuantizer(activations) for _ in range(parts)] if activations else []
         )
+        for quantizer in self.activation_quantizers:
+            quantizer.clock = clock
+        self.weight_quantizers.to(self.device)
+        self.input_quantizers.to(self.device)
 
     @property
     def weight(self) -> Tensor:
@@ -401,7 +412,7 @@ def full_precision(denoiser: nn.Module) -> AbstractContextManager[None]:
 
 def weights_only(denoiser: nn.Module) -> AbstractContextManager[None]:
     """Within, weights are quantized and activations are not."""
-    return _switched_off([m for m in denoiser.modules() if isinstance(m, ActivationQuantizer)], "enabled")
+    return _switched_off([m for m in denoiser.modules() if hasattr(m, "enabled")], "enabled")
 
 
 @contextmanager

@@ -180,7 +180,9 @@ def _run_stages(session: Session) -> None:
 
 def _write(session: Session, source: Model, data: CalibrationSet) -> None:
     attentions = session.structure.attentions if any_attention(session) else ()
-    write_checkpoint(session.draft, source, session.denoiser, session.layers, list(attentions))
+    write_checkpoint(
+        session.draft, source, session.denoiser, session.layers, list(attentions), session.structure
+    )
     _, judge = session.split(range(len(data)))
     order = judge[data.timesteps[judge].argsort(stable=True)]
     chosen = order[torch.linspace(0, len(order) - 1, min(PROBE_ROWS, len(order))).round().long()]

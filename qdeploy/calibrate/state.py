@@ -6,7 +6,8 @@ Names: ``PATH.weight.PART.{scale,zero_point,codes}`` and ``PATH.input.PART.{scal
 layer's, ``PATH.split`` and ``PATH.order`` where a stage has cut its channels, ``PATH.tuned`` and
 ``PATH.tuned_bias`` while a tuned weight is not yet baked. PART counts the parts of a split layer from 0.
 Codes of at most 4 bits are packed two to a byte. A quantizer with a scale for each group of timesteps has
-``edges`` too, and one with scales along an axis ``axis``.
+``edges`` too, and one with scales along an axis ``axis``; softmax outputs on a logarithmic scale have
+``PATH.attention.probabilities.log2``: bits, and whether a start token bypasses them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from qdeploy.calibrate.attention import AttentionQuantizers
 from qdeploy.calibrate.fakequant import ActivationQuantizer, QuantizedLayer, WeightQuantizer
 from qdeploy.calibrate.feature_table import FeatureTable
+from qdeploy.calibrate.log_attention import LogQuantizer
 from qdeploy.clock import Clock, clock_of
 from qdeploy.errors import InvalidInputError
 from qdeploy.formats import Format
@@ -44,8 +46,8 @@ def _own(path: str, module: nn.Module) -> Iterator[tuple[str, Quantizer]]:
                 yield f"{path}.{kind}.{part}", quantizer
     elif isinstance(module, AttentionQuantizers):
         for name, quantizer in module.named_children():
-            assert isinstance(quantizer, ActivationQuantizer)
-            yield f"{path.removesuffix('_quantizers')}.{name}", quantizer
+            if isinstance(quantizer, ActivationQuantizer):
+                yield f"{path.removesuffix('_quantizers')}.{name}", quantizer
 
 
 def read_state(denoiser: nn.Module, prefix: str = "") -> dict[str, Tensor]:
@@ -61,6 +63,10 @@ def read_state(denoiser: nn.Module, prefix: str = "") -> dict[str, Tensor]:
             state[f"{name}.axis"] = torch.tensor(quantizer.axis)
         if isinstance(quantizer, WeightQuantizer) and quantizer.codes is not None:
             state[f"{name}.codes"] = pack(quantizer.codes.cpu(), quantizer.format)
+    for path, attention in _attentions(denoiser, prefix):
+        if isinstance(attention.probabilities, LogQuantizer):
+            settings = (attention.probabilities.bits, int(attention.probabilities.start))
+            state[f"{path}.probabilities.log2"] = torch.tensor(settings)
     for path, layer in _layers(denoiser, prefix):
         for name in OF_LAYERS:
             value = getattr(layer, name)
@@ -99,6 +105,10 @@ def write_state(
         for name in OF_LAYERS:
             value = state.get(f"{path}.{name}")
             setattr(layer, name, None if value is None else value.to(layer.device))
+    for path, attention in _attentions(denoiser, prefix):
+        if (settings := state.get(f"{path}.probabilities.log2")) is not None:
+            bits, start = settings.tolist()
+            attention.probabilities = LogQuantizer(bits, bool(start))
     for name, quantizer in quantizers(denoiser, prefix):
         try:
             scale, zero_point = state[f"{name}.scale"], state[f"{name}.zero_point"]
@@ -161,6 +171,12 @@ def _share(groups: list[list[QuantizedLayer]], cut: set[int]) -> None:
 def _layers(denoiser: nn.Module, prefix: str) -> list[tuple[str, QuantizedLayer]]:
     modules = denoiser.get_submodule(prefix).named_modules(prefix=prefix)
     return [(path, module) for path, module in modules if isinstance(module, QuantizedLayer)]
+
+
+def _attentions(denoiser: nn.Module, prefix: str) -> list[tuple[str, AttentionQuantizers]]:
+    modules = denoiser.get_submodule(prefix).named_modules(prefix=prefix)
+    found = [(path, module) for path, module in modules if isinstance(module, AttentionQuantizers)]
+    return [(path.removesuffix("_quantizers"), module) for path, module in found]
 
 
 def pack(codes: Tensor, number_format: Format) -> Tensor:

@@ -13,11 +13,17 @@ from onnx_ir.passes.common import (
 
 from qdeploy.export.lint.fixes.plain import Folded, KnownVersion
 from qdeploy.export.passes.names import Names
+from qdeploy.export.passes.shared_computations import SharedComputations
 from qdeploy.export.passes.shared_quantizers import SharedQuantizers
 from qdeploy.export.passes.split_shortcut import SplitShortcut
 from qdeploy.export.passes.transposed_weights import TransposedWeights
 
-_COMMON: tuple[type[InPlacePass], ...] = (SplitShortcut, TransposedWeights, SharedQuantizers)
+_COMMON: tuple[type[InPlacePass], ...] = (
+    SplitShortcut,
+    TransposedWeights,
+    SharedComputations,
+    SharedQuantizers,
+)
 
 PASSES: dict[str, tuple[type[InPlacePass], ...]] = {
     "portable": _COMMON,

@@ -10,6 +10,7 @@ import pytest
 from onnx_ir.passes import InPlacePass
 
 from qdeploy.export.passes.names import Names, tensor_name
+from qdeploy.export.passes.shared_computations import SharedComputations
 from qdeploy.export.passes.shared_quantizers import SharedQuantizers
 from qdeploy.export.passes.split_shortcut import SplitShortcut
 from qdeploy.export.passes.transposed_weights import TransposedWeights
@@ -476,3 +477,60 @@ def fires_once(model: ir.Model) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(before, run(model, inputs), strict=True))
     names = [node.name for node in model.graph]
     assert len(set(names)) == len(names)
+
+
+# -- shared computations -----------------------------------------------------------------------------------
+
+FACTORS = np.array([0.5, 1, 2, 4], np.float32)
+SCALED = """
+agraph (float[2, 4] x, float[2, 4] y) => (float[2, 4] z) {
+    a = Mul (x, f)
+    b = Mul (x, g)
+    z = Sub (a, b)
+}
+"""
+
+
+def test_equal_factors_on_one_tensor_are_multiplied_once() -> None:
+    model = graph(SCALED, f=FACTORS, g=FACTORS)
+    fires(SharedComputations(), model)
+    assert operators(model) == ["Mul", "Sub"]
+
+
+def test_what_follows_from_what_is_equal_is_equal_too() -> None:
+    model = graph(
+        """
+        agraph (float[2, 4] x) => (float[2, 2] z) {
+            a = Gather <axis = 1> (x, f)
+            b = Gather <axis = 1> (x, g)
+            a0, a1 = Split <axis = 1, num_outputs = 2> (a)
+            b0, b1 = Split <axis = 1, num_outputs = 2> (b)
+            c = Sub (a0, b1)
+            z = Add (c, b0)
+        }
+        """,
+        f=np.array([2, 0, 1, 3]),
+        g=np.array([2, 0, 1, 3]),
+    )
+    fires(SharedComputations(), model)
+    assert operators(model) == ["Gather", "Split", "Sub", "Add"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "other"),
+    [
+        ("", "", 2 * FACTORS),
+        ("", "", FACTORS.reshape(1, 4)),
+        ("b = Mul (x, g)", "b = Mul (y, g)", FACTORS),
+        ("b = Mul (x, g)", "b = Div (x, g)", FACTORS),
+        ("a = Mul (x, f)\n    b = Mul (x, g)", "a = Mul (f, f)\n    b = Mul (g, g)", FACTORS),
+    ],
+    ids=["values", "shapes", "tensors", "operators", "constants alone"],
+)
+def test_what_differs_is_computed_twice(old: str, new: str, other: np.ndarray) -> None:
+    keeps_away(SharedComputations(), graph(SCALED.replace(old, new) if old else SCALED, f=FACTORS, g=other))
+
+
+def test_weighted_nodes_stay_two() -> None:
+    weight = np.eye(4, dtype=np.float32)
+    keeps_away(SharedComputations(), graph(SCALED.replace("Mul", "MatMul"), f=weight, g=weight))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from qdeploy.artifact import Artifact, open_artifact
-from qdeploy.calibrate.fakequant import WeightQuantizer
+from qdeploy.calibrate.fakequant import WeightQuantizer, quantized_layers
 from qdeploy.calibrate.methods import ROUNDINGS, WEIGHT_SCALES, Stage
 from qdeploy.calibrate.session import Session
-from qdeploy.calibrate.state import code_shapes, quantizers, unpack
+from qdeploy.calibrate.state import code_shapes, quantizers, read_state, unpack
 from qdeploy.errors import InvalidInputError, UsageError
 from qdeploy.recipe import Recipe
 
@@ -32,6 +36,8 @@ def load_weights(session: Session, *, checkpoint: str = "") -> None:
     stored = load_file(source.path / session.component / "quantized.safetensors")
     shapes = code_shapes(session.denoiser)
 
+    _check_channels(session, stored, checkpoint)
+
     def compute() -> None:
         for name, quantizer in quantizers(session.denoiser):
             if not isinstance(quantizer, WeightQuantizer):
@@ -53,6 +59,19 @@ def _check_alike(session: Session, source: Artifact) -> None:
         raise InvalidInputError(
             f"{source.path} has {theirs} weights, and {session.recipe.weights} are wanted"
         )
+
+
+def _check_channels(session: Session, stored: Mapping[str, Tensor], checkpoint: str) -> None:
+    """Make sure that the weights were rounded for inputs that were scaled and cut as they are here."""
+    ours = read_state(session.denoiser)
+    for path in quantized_layers(session.denoiser):
+        for name in (f"{path}.{kind}" for kind in ("smoothing", "order", "split")):
+            alike = (name in ours) == (name in stored)
+            if not alike or (name in ours and not torch.equal(ours[name], stored[name])):
+                raise InvalidInputError(
+                    f"the weights of {path} in {checkpoint} were made for another {name.rpartition('.')[2]} of "
+                    "its channels"
+                )
 
 
 STAGES = (
