@@ -103,7 +103,7 @@ class Case:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.intra_op_num_threads = 1
         engine = onnxruntime.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
-        feeds = {name: x.numpy() for name, x in self.inputs().items()} | {"timestep": np.float32(500)}
+        feeds = {name: x.numpy() for name, x in self.inputs().items()} | {"timestep": np.array(500, np.float32)}
         return torch.from_numpy(engine.run([OUTPUT], feeds)[0])
 
 
