@@ -131,7 +131,7 @@ def test_a_time_path_in_float_is_left_alone(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_alignment_before_ranges_is_refused() -> None:
-    with pytest.raises(UsageError, match="needs activation scales: list one of .*activation-ranges"):
+    with pytest.raises(UsageError, match=r"needs activation scales: list one of .*activation-ranges"):
         check_stages([("weight-ranges", {}), ("align-time", {}), ("activation-ranges", {})])
 
 

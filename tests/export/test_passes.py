@@ -409,6 +409,15 @@ def test_scales_in_blocks_are_transposed_with_their_codes() -> None:
     assert "Transpose" not in operators(model)
 
 
+def test_a_block_size_of_0_means_no_blocks() -> None:
+    """As tracing writes it out."""
+    model = matmul_graph()
+    dequantize = next(node for node in model.graph if node.op_type == "DequantizeLinear")
+    dequantize.attributes["block_size"] = ir.AttrInt64("block_size", 0)
+    keeps_away(PackedCodes(), model)
+    fires(TransposedWeights(), model)
+
+
 def test_scales_in_blocks_that_others_read_stay_as_they_are() -> None:
     keeps_away(TransposedWeights(), blocked_graph("Neg (scale)"))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
-from qdeploy.export.graph import constant
+from qdeploy.export.graph import block_size, constant
 
 
 class PackedCodes(InPlacePass):
@@ -13,7 +13,7 @@ class PackedCodes(InPlacePass):
 
     Tracing knows no type of four bits.
 
-    1. A DequantizeLinear with ``block_size`` reads constant int8 codes, and has no zero point.
+    1. A DequantizeLinear with a ``block_size`` reads constant int8 codes, and has no zero point.
     2. All codes are from -8 to 7, and every user of them is such a node.
     3. Then the constant's type becomes INT4. The result's type is the scale's, as before.
     """
@@ -39,4 +39,4 @@ class PackedCodes(InPlacePass):
 
 def _in_blocks(node: ir.Node) -> bool:
     """Whether it is a DequantizeLinear in blocks without zero point."""
-    return node.op_type == "DequantizeLinear" and "block_size" in node.attributes and len(node.inputs) == 2
+    return node.op_type == "DequantizeLinear" and block_size(node) > 0 and len(node.inputs) == 2

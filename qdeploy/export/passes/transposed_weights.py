@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
-from qdeploy.export.graph import constant, producer
+from qdeploy.export.graph import block_size, constant, producer
 
 
 class TransposedWeights(InPlacePass):
@@ -54,7 +54,7 @@ def _axis(dequantize: ir.Node) -> int | None:
     axis = dequantize.attributes.get("axis")
     if axis is None or codes is None or _rank(codes) != 2:
         return None
-    if "block_size" not in dequantize.attributes:
+    if not block_size(dequantize):
         return 0 if axis.as_int() == 0 else None
     stored = all(value is None or _rank(value) == 2 for value in (scale, *zero))
     return axis.as_int() % 2 if stored else None
