@@ -197,7 +197,7 @@ def collect(
 @click.option("-r", "--recipe", help="A preset's name or a YAML file.")
 @click.option("--calibration", type=FOLDER, help="A set that `qdeploy collect` wrote.")
 @click.option("--method", help="minmax, qdiffusion, ...: see `qdeploy methods`.")
-@click.option("--weights", help="Weight format: int8, int4, ...")
+@click.option("--weights", help="Weight format: int8, int4, int4b128, fp8, ...")
 @click.option("--activations", help="Activation format: int8, ... or none.")
 @click.option("--coverage", help="Which layers: portable, qdiffusion-paper, ...")
 @click.option("--target", help="What the result must run on.")

@@ -1,7 +1,8 @@
 """Number formats, as data.
 
 An integer format stores codes ``q`` and stands for ``x = (q - zero_point) * scale``. Symmetric formats
-have zero point 0 and a range that is used symmetrically: scale = absmax / qmax.
+have zero point 0 and a range that is used symmetrically: scale = absmax / qmax. A float format stores small
+floats; it is symmetric, and its grid is finer near zero.
 """
 
 from __future__ import annotations
@@ -13,27 +14,57 @@ from qdeploy.errors import UsageError
 
 @dataclass(frozen=True)
 class Format:
-    """An integer number format.
+    """A number format.
 
     Attributes:
         name: the word that recipes use.
         bits: width of a code.
         symmetric: zero point fixed at 0 and signed codes; otherwise unsigned codes with a zero point.
+        block: input features that share a scale, for weights of linear layers; 0 for one scale per channel.
+        largest: the largest code of a float format; 0 for integers.
     """
 
     name: str
     bits: int
     symmetric: bool
+    block: int = 0
+    largest: int = 0
+
+    @property
+    def floating(self) -> bool:
+        """Whether codes are floats, so that the steps between them are not all alike."""
+        return self.largest > 0
 
     @property
     def qmin(self) -> int:
         """Smallest code."""
+        if self.floating:
+            return -self.largest
         return -(1 << (self.bits - 1)) if self.symmetric else 0
 
     @property
     def qmax(self) -> int:
         """Largest code."""
+        if self.floating:
+            return self.largest
         return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
+
+    @property
+    def short(self) -> str:
+        """How precisions are written: ``8``, ``f8`` for floats, ``4g128`` for groups of 128."""
+        return f"{'f' if self.floating else ''}{self.bits}{f'g{self.block}' if self.block else ''}"
+
+    def fitting(self, features: int) -> Format | None:
+        """This format for a weight of so many input features.
+
+        Returns:
+            Itself where they are whole blocks, else the same with the largest smaller block that divides
+            them; None if there is none.
+        """
+        if not self.block:
+            return self
+        sizes = [size for size in BLOCKS if size <= self.block and features % size == 0]
+        return blocked(self.bits, max(sizes)) if sizes else None
 
 
 def integer(bits: int) -> Format:
@@ -46,9 +77,18 @@ def unsigned(bits: int) -> Format:
     return Format(f"uint{bits}", bits, symmetric=False)
 
 
+def blocked(bits: int, block: int) -> Format:
+    """The symmetric format of ``bits`` bits with a scale for each block of input features."""
+    return Format(f"int{bits}b{block}", bits, symmetric=True, block=block)
+
+
+BLOCKS = (64, 128)  # sizes that TensorRT has kernels for
+
 int8, int6, int4 = integer(8), integer(6), integer(4)
 uint8, uint6, uint4 = unsigned(8), unsigned(6), unsigned(4)
-FORMATS = {f.name: f for f in (int8, uint8, int6, uint6, int4, uint4)}
+int4b64, int4b128 = (blocked(4, block) for block in BLOCKS)
+fp8 = Format("fp8", 8, symmetric=True, largest=448)  # E4M3 without infinities: float8_e4m3fn
+FORMATS = {f.name: f for f in (int8, uint8, int6, uint6, int4, uint4, int4b64, int4b128, fp8)}
 NONE = "none"
 
 

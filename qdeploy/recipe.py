@@ -18,7 +18,7 @@ from qdeploy.calibrate.coverage import find_coverage
 from qdeploy.calibrate.effort import find_effort
 from qdeploy.errors import InvalidInputError, UsageError
 from qdeploy.formats import parse_format
-from qdeploy.targets import find_target
+from qdeploy.targets import TARGETS, find_target
 
 if TYPE_CHECKING:
     from qdeploy.calibrate.methods import Method
@@ -78,18 +78,18 @@ class Recipe:
     def precision(self) -> str:
         """The usual short form, such as W4A8; ``fp`` stands for what is left in float."""
         weights, activations = parse_format(self.weights), parse_format(self.activations)
-        return f"W{weights.bits if weights else 'fp'}A{activations.bits if activations else 'fp'}"
+        return f"W{weights.short if weights else 'fp'}A{activations.short if activations else 'fp'}"
 
     def simulated(self) -> list[str]:
         """Why no engine can run the result; empty if one can."""
         coverage = find_coverage(self.coverage)
-        portable = find_target("openvino")
+        targets = [target for target in TARGETS.values() if target.backends]
         reasons = []
         if coverage.attention and self.activations != "none":
             reasons.append(f"coverage {self.coverage} quantizes q, k, v and the softmax output")
-        if self.weights not in portable.weights:
+        if not any(self.weights in target.weights for target in targets):
             reasons.append(f"no engine has a kernel for {self.weights} weights")
-        if self.activations not in portable.activations:
+        if not any(self.activations in target.activations for target in targets):
             reasons.append(f"no engine has a kernel for {self.activations} activations")
         return reasons + self.simulated_stages()
 
@@ -191,16 +191,7 @@ def _checked(values: dict[str, Any]) -> Recipe:
         raise InvalidInputError(f"the recipe cannot be used: {error}") from error
     coverage, target = find_coverage(recipe.coverage), find_target(recipe.target)
     find_effort(recipe.effort)
-    for part, number_format, allowed in (
-        ("weights", recipe.weights, target.weights),
-        ("activations", recipe.activations, target.activations),
-    ):
-        parse_format(number_format)
-        if number_format not in allowed:
-            raise UsageError(
-                f"target {target.name} cannot run {number_format} {part}: choose {_words(allowed)}, or "
-                "--target simulated for research"
-            )
+    _check_formats(recipe)
     if coverage.attention and not target.attention:
         raise UsageError(
             f"target {target.name} cannot run coverage {coverage.name}, which quantizes the attention "
@@ -223,6 +214,39 @@ def _checked(values: dict[str, Any]) -> Recipe:
     if recipe.weights == "none":
         raise UsageError("activations alone cannot be quantized: an integer kernel needs integer weights too")
     return recipe
+
+
+def _check_formats(recipe: Recipe) -> None:
+    from qdeploy.calibrate.methods import stages
+
+    target = find_target(recipe.target)
+    for part in ("weights", "activations"):
+        name, allowed = getattr(recipe, part), getattr(target, part)
+        parse_format(name)
+        if name not in allowed:
+            able = [other.name for other in TARGETS.values() if name in getattr(other, part)]
+            others = "simulated for research" if "simulated" in able else _words(able)
+            where = f", or --target {others}" if able else ""
+            raise UsageError(
+                f"target {target.name} cannot run {name} {part}: choose {_words(allowed)}{where}"
+            )
+    weights, activations = parse_format(recipe.weights), parse_format(recipe.activations)
+    if weights and weights.block and activations:
+        raise UsageError(
+            f"{weights.name} weights are dequantized before a product of floats: choose --activations none"
+        )
+    if bool(weights and weights.floating) != bool(activations and activations.floating):
+        raise UsageError(
+            f"{recipe.weights} weights and {recipe.activations} activations have no kernel together: fp8 needs "
+            "both in fp8"
+        )
+    known = stages()
+    uniform = [name for name, _ in recipe.stages if known[name].uniform]
+    if weights and weights.floating and uniform:
+        raise UsageError(
+            f"stage {uniform[0]} needs steps that are all alike, and those of {weights.name} grow with the "
+            "value: choose --method minmax, or integers"
+        )
 
 
 def _words(names: Iterable[str]) -> str:

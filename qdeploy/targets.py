@@ -18,9 +18,9 @@ class Target:
     Attributes:
         name: the word that recipes use.
         description: one line for people.
-        weights: weight formats that run as integers. Weights of four bits are codes of an int8 kernel:
-            for b <= 7, q - zero_point always fits into int8, bit for bit.
-        activations: activation formats that run as integers.
+        weights: weight formats that it runs. Weights of four bits are codes of an int8 kernel: for b <= 7,
+            q - zero_point always fits into int8, bit for bit. Those in blocks stay four bits wide.
+        activations: activation formats that it runs.
         attention: whether softmax(QK)V can run in integers.
         backends: the engines that take this dialect.
         thin: whether layers are quantized that are too thin to gain (`qdeploy.thin`).
@@ -50,9 +50,9 @@ TARGETS = {
         ),
         Target(
             "tensorrt",
-            "TensorRT on GPUs: symmetric int8 in layers that are wide enough to gain",
-            _WEIGHTS,
-            frozenset({"int8", "none"}),
+            "TensorRT on GPUs: symmetric int8 in layers that are wide enough to gain; fp8; int4 weights in blocks",
+            _WEIGHTS | {"int4b64", "int4b128", "fp8"},
+            frozenset({"int8", "fp8", "none"}),
             attention=False,
             backends=("tensorrt", "onnxruntime"),
             thin=False,

@@ -7,8 +7,10 @@ sizes: the exclusions of nvidia-modelopt 0.47 (`onnx/quantization/graph_utils.py
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 CHANNELS = 16  # below, a layer is thin
+FLOAT_KERNEL = 32  # positions of a kernel; above, fp8 has no convolution
 
 
 def thin_conv(weight: Sequence[int], group: int = 1, first: bool = False) -> bool:
@@ -26,6 +28,11 @@ def thin_conv(weight: Sequence[int], group: int = 1, first: bool = False) -> boo
         return not (out % 8 == 0 and min(kernel) >= 3)
     square, aligned = len(set(kernel)) == 1, out % 8 == 0 or inner % 8 == 0
     return not (square and aligned and (first or max(out, inner) >= CHANNELS))
+
+
+def thin_float_conv(weight: Sequence[int], group: int = 1) -> bool:
+    """Whether an fp8 convolution is too thin, or its kernel too large; arguments as of `thin_conv`."""
+    return prod(weight[2:]) > FLOAT_KERNEL or min(weight[0], weight[1] * group) <= CHANNELS
 
 
 def thin_product(columns: int, inner: int, rows: int | None = None) -> bool:

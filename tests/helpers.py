@@ -145,7 +145,7 @@ def minmax_layer(
     """A layer quantized with min-max ranges of its weight and of ``x``."""
     layer = QuantizedLayer(inner, weights, activations, split).requires_grad_(False)
     for quantizer, weight in zip(layer.weight_quantizers, layer.weight_parts(), strict=True):
-        quantizer.set(*minmax_weights(weight, weights))  # type: ignore[operator]
+        quantizer.set(*minmax_weights(weight, quantizer.format))  # type: ignore[arg-type, operator]
     if activations:
         for quantizer, part in zip(layer.input_quantizers, layer.input_parts(x), strict=True):
             quantizer.set(*to_scale(part.min(), part.max(), activations))  # type: ignore[operator]

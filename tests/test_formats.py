@@ -5,11 +5,24 @@ from __future__ import annotations
 import pytest
 
 from qdeploy.errors import UsageError
-from qdeploy.formats import FORMATS, Format, integer, parse_format, unsigned
+from qdeploy.formats import (
+    BLOCKS,
+    FORMATS,
+    Format,
+    fp8,
+    int4b64,
+    int4b128,
+    int8,
+    integer,
+    parse_format,
+    unsigned,
+)
 from qdeploy.targets import TARGETS
 
+INTEGERS = [number_format for number_format in FORMATS.values() if not number_format.floating]
 
-@pytest.mark.parametrize("number_format", FORMATS.values(), ids=str)
+
+@pytest.mark.parametrize("number_format", INTEGERS, ids=str)
 def test_a_format_has_as_many_codes_as_its_bits_allow(number_format: Format) -> None:
     assert number_format.qmax - number_format.qmin + 1 == 2**number_format.bits
 
@@ -31,7 +44,7 @@ def test_none_leaves_tensors_as_they_are() -> None:
     assert parse_format("none") is None
 
 
-@pytest.mark.parametrize("name", ["int3", "INT8", "", "fp8"])
+@pytest.mark.parametrize("name", ["int3", "INT8", "", "fp4", "int4b32"])
 def test_an_unknown_name_is_refused_with_the_names_that_there_are(name: str) -> None:
     with pytest.raises(UsageError, match=r"int8, uint8, .*none"):
         parse_format(name)
@@ -43,5 +56,38 @@ def test_targets_name_only_formats_that_exist() -> None:
         for name in target.weights | target.activations:
             parse_format(name)
         if target.backends:
-            kernels = [FORMATS[name] for name in target.weights - {"none"}]
+            kernels = [FORMATS[name] for name in target.weights - {"none", "fp8"}]
             assert all(max(-f.qmin, f.qmax, 0 if f.symmetric else f.qmax) <= 128 for f in kernels)
+
+
+@pytest.mark.parametrize(
+    ("number_format", "features", "fitting"),
+    [
+        (int4b128, 256, int4b128),
+        (int4b128, 320, int4b64),
+        (int4b64, 256, int4b64),
+        (int4b128, 96, None),
+        (int8, 3, int8),
+        (fp8, 3, fp8),
+    ],
+)
+def test_a_block_that_does_not_divide_gives_way_to_a_smaller_one(
+    number_format: Format, features: int, fitting: Format | None
+) -> None:
+    assert number_format.fitting(features) == fitting
+
+
+def test_blocks_have_the_sizes_that_lint_knows_kernels_for() -> None:
+    from qdeploy.export.lint.rules.weights import INT4_BLOCKS
+
+    assert BLOCKS == INT4_BLOCKS
+    assert {f.block for f in FORMATS.values()} == {0, *BLOCKS}
+
+
+def test_the_float_format_is_symmetric_and_as_wide_as_torch_says() -> None:
+    import torch
+
+    assert fp8.floating
+    assert not int8.floating
+    assert (fp8.qmin, fp8.qmax) == (-448, 448) == (-int(torch.finfo(torch.float8_e4m3fn).max), fp8.qmax)
+    assert [f.short for f in (int8, fp8, int4b128)] == ["8", "f8", "4g128"]

@@ -30,6 +30,9 @@ def test_a_preset_has_a_description_and_is_named_by_its_precision(preset: str) -
     recipe = resolve_recipe(preset)
     assert presets()[preset]
     precision = recipe.precision.lower().replace("afp", "a32")
+    if recipe.weights.startswith(("fp8", "int4b")):  # another kind of format: its name says more than bits
+        assert preset.startswith(recipe.weights.partition("b")[0])
+        return
     assert preset.startswith(f"{precision}-{recipe.method}")
 
 
@@ -127,3 +130,38 @@ def test_a_missing_file_and_an_unknown_preset_are_refused(tmp_path: Path) -> Non
 def test_unsigned_activations_run_where_the_target_says_so() -> None:
     for target in ("openvino", "onnxruntime"):
         assert not resolve_recipe(activations="uint8", target=target).simulated()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            {"weights": "fp8", "activations": "fp8"},
+            "target portable cannot run fp8 weights: .*--target tensorrt",
+        ),
+        ({"weights": "int4b128", "activations": "none", "target": "openvino"}, "--target tensorrt"),
+        ({"weights": "fp8", "activations": "fp8", "target": "simulated"}, "--target tensorrt"),
+        ({"weights": "int4b64", "activations": "int8", "target": "tensorrt"}, "choose --activations none"),
+        ({"weights": "int8", "activations": "fp8", "target": "tensorrt"}, "both in fp8"),
+        ({"weights": "fp8", "activations": "none", "target": "tensorrt"}, "both in fp8"),
+        (
+            {"weights": "fp8", "activations": "fp8", "target": "tensorrt", "method": "qdiffusion"},
+            "stage round-weights needs steps that are all alike.*choose --method minmax",
+        ),
+        (
+            {"weights": "fp8", "activations": "fp8", "target": "tensorrt", "method": "tfmq"},
+            "stage temporal-rounding needs",
+        ),
+    ],
+)
+def test_formats_that_do_not_go_together_are_refused_in_a_sentence(given: dict[str, str], words: str) -> None:
+    with pytest.raises(UsageError, match=words) as refused:
+        resolve_recipe(None, **given)
+    assert "\n" not in str(refused.value)
+
+
+def test_low_bits_of_tensorrt_are_no_simulation() -> None:
+    for preset in ("int4-weights", "fp8-minmax"):
+        assert resolve_recipe(preset).simulated() == []
+    assert resolve_recipe("fp8-minmax").precision == "Wf8Af8"
+    assert resolve_recipe("int4-weights").precision == "W4g128Afp"

@@ -16,7 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.calibrate.feature_table import FeatureTable
-from qdeploy.calibrate.operators import dequantize_codes, fake_quantize, per_channel
+from qdeploy.calibrate.operators import (
+    code_type,
+    dequantize_codes,
+    over_weight,
+    to_grid,
+)
 from qdeploy.clock import Clock, clock_of
 from qdeploy.errors import CapabilityError
 from qdeploy.formats import Format
@@ -98,7 +103,7 @@ class ActivationQuantizer(nn.Module):
         Raises:
             CapabilityError: a zero point depends on the timestep, or scales run along the features.
         """
-        stored = torch.int8 if self.format.symmetric else torch.uint8
+        stored = code_type(self.format)
         if self.simple:
             self.frozen = self.zero_point.to(stored)
             return
@@ -122,7 +127,7 @@ class ActivationQuantizer(nn.Module):
         if self.frozen is not None:
             traced: Tensor = torch.ops.qdeploy.quantize_dequantize(x, scale, self.frozen)
             return traced
-        return fake_quantize(x, scale, zero_point, self.format.qmin, self.format.qmax)
+        return to_grid(x, scale, zero_point, self.format)
 
     def restore(self, y: Tensor) -> Tensor:
         """What is linear in this quantizer's output, back in the scales of its rows."""
@@ -152,12 +157,17 @@ def _nominal(scale: Tensor) -> Tensor:
 
 
 class WeightQuantizer(nn.Module):
-    """Per-output-channel quantization of a weight, or of one part of it along the input channels.
+    """Quantization of a weight, or of one part of it along the input channels.
+
+    Args:
+        number_format: the grid.
+        channels: of the output.
+        features: of the input; needed where the format has blocks.
 
     Attributes:
-        scale: [C] steps.
-        zero_point: [C] codes of zero.
-        codes: integer weights, once rounding is decided; until then None, and the weight is rounded to
+        scale: [C] steps per output channel; [C, blocks] where blocks of input features have their own.
+        zero_point: codes of zero, shaped like ``scale``.
+        codes: quantized weights, once rounding is decided; until then None, and the weight is rounded to
             nearest.
         rounding: a module that gives the (soft) weight while rounding is being learned; else None.
     """
@@ -167,33 +177,40 @@ class WeightQuantizer(nn.Module):
     codes: Tensor | None
     frozen: Tensor | None
 
-    def __init__(self, number_format: Format, channels: int) -> None:
+    def __init__(self, number_format: Format, channels: int, features: int = 0) -> None:
         super().__init__()
         self.format = number_format
-        self.register_buffer("scale", torch.ones(channels))
-        self.register_buffer("zero_point", torch.zeros(channels, dtype=torch.int32))
+        shape = (channels, features // number_format.block) if number_format.block else (channels,)
+        self.register_buffer("scale", torch.ones(shape))
+        self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
         self.register_buffer("codes", None)
         self.register_buffer("frozen", None)
         self.rounding: nn.Module | None = None
 
     def set(self, scale: Tensor, zero_point: Tensor) -> None:
-        """Store ranges; shapes [C]. Codes that were decided on another grid are dropped."""
+        """Store ranges, shaped as they are. Codes that were decided on another grid are dropped."""
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
         self.codes = None
 
     def nearest(self, weight: Tensor) -> Tensor:
-        """Codes of ``weight`` [C, ...] rounded to nearest, in int16 so that every format fits."""
-        codes = torch.round(weight / per_channel(self.scale, weight.ndim))
-        codes = codes + per_channel(self.zero_point, weight.ndim)
-        return codes.clamp(self.format.qmin, self.format.qmax).to(torch.int16)
+        """Codes of ``weight`` [C, ...] rounded to nearest; integers in int16, so that every format fits."""
+        steps, low, high = weight / over_weight(self.scale, weight.shape), self.format.qmin, self.format.qmax
+        if self.format.floating:
+            return steps.clamp(low, high).to(code_type(self.format))
+        codes = torch.round(steps) + over_weight(self.zero_point, weight.shape)
+        return codes.clamp(low, high).to(torch.int16)
 
     def forward(self, weight: Tensor | None) -> Tensor:
         if self.rounding is not None:
             soft: Tensor = self.rounding()
             return soft
         if self.frozen is not None:
-            traced: Tensor = torch.ops.qdeploy.dequantize(self.frozen, self.scale)
+            traced: Tensor
+            if self.format.block:
+                traced = torch.ops.qdeploy.dequantize_blocks(self.frozen, self.scale, self.format.block)
+            else:
+                traced = torch.ops.qdeploy.dequantize(self.frozen, self.scale)
             return traced
         if self.codes is None:
             assert weight is not None
@@ -203,10 +220,13 @@ class WeightQuantizer(nn.Module):
     def freeze(self) -> None:
         """Compute with the exported operator from now on.
 
-        Its codes are ``codes - zero_point`` in int8: the same weights for an int8 kernel, bit for bit.
+        Integers become ``codes - zero_point`` in int8: the same weights for an int8 kernel, bit for bit.
         """
         assert self.codes is not None
-        self.frozen = (self.codes - per_channel(self.zero_point, self.codes.ndim)).to(torch.int8)
+        if self.format.floating:
+            self.frozen = self.codes.clone()
+        else:
+            self.frozen = (self.codes - over_weight(self.zero_point, self.codes.shape)).to(torch.int8)
 
 
 class QuantizedLayer(nn.Module):
@@ -243,7 +263,7 @@ class QuantizedLayer(nn.Module):
         super().__init__()
         self.inner = inner
         self.formats = (weights, activations)
-        self.channels = len(self.weight)
+        self.channels, self.features = self.weight.shape[:2]
         for name in ("smoothing", "tuned", "tuned_bias", "order"):
             self.register_buffer(name, None)
         self.table: FeatureTable | None = None
@@ -261,11 +281,19 @@ class QuantizedLayer(nn.Module):
         parts = max(1, len(split))
         self.split, self.order = split, order
         self.weight_quantizers = nn.ModuleList(
-            [WeightQuantizer(weights, self.channels) for _ in range(parts)] if weights else []
+            [self._weight_quantizer(weights, features) for features in split or (self.features,)]
+            if weights
+            else []
         )
         self.input_quantizers = nn.ModuleList(
             [ActivationQuantizer(activations) for _ in range(parts)] if activations else []
         )
+
+    def _weight_quantizer(self, number_format: Format, features: int) -> WeightQuantizer:
+        fitting = number_format.fitting(features)
+        if fitting is None:
+            raise CapabilityError(f"{number_format.name} has no block that divides {features} input features")
+        return WeightQuantizer(fitting, self.channels, features)
 
     @property
     def weight(self) -> Tensor:

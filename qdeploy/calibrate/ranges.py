@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from qdeploy.calibrate.operators import fake_quantize
+from qdeploy.calibrate.operators import to_grid
 from qdeploy.errors import UsageError
 from qdeploy.formats import Format
 
@@ -48,29 +48,35 @@ def to_scale(low: Tensor, high: Tensor, number_format: Format) -> tuple[Tensor, 
 
 
 def minmax_weights(weight: Tensor, number_format: Format) -> tuple[Tensor, Tensor]:
-    """Per-output-channel scale [C] and zero point [C] that cover every weight."""
-    flat = weight.flatten(1)
-    return to_scale(flat.amin(1), flat.amax(1), number_format)
+    """Scale and zero point that cover every weight: [C] per output channel, or [C, blocks]."""
+    rows = _sharing(weight, number_format)
+    return to_scale(rows.amin(-1), rows.amax(-1), number_format)
 
 
 def lp_weights(weight: Tensor, number_format: Format, p: float = 2.4) -> tuple[Tensor, Tensor]:
-    """Per-output-channel range, shrunk to minimise the mean of ``|w - w_hat|**p``.
+    """Range per output channel or block, shrunk to minimise the mean of ``|w - w_hat|**p``.
 
     The range is shrunk jointly by 1.00, 0.99, ..., 0.21 (Q-Diffusion's released code, its ``mse`` search).
     """
-    flat = weight.flatten(1)
-    low, high = flat.amin(1), flat.amax(1)
+    rows = _sharing(weight, number_format)
+    low, high = rows.amin(-1), rows.amax(-1)
     best_scale, best_zero = to_scale(low, high, number_format)
     best = torch.full_like(best_scale, torch.inf)
     for shrink in SHRINKS:
         scale, zero = to_scale(low * shrink, high * shrink, number_format)
-        hat = fake_quantize(flat, scale[:, None], zero[:, None], number_format.qmin, number_format.qmax)
-        score = (flat - hat).abs_().pow_(p).mean(1)
+        hat = to_grid(rows, scale[..., None], zero[..., None], number_format)
+        score = (rows - hat).abs_().pow_(p).mean(-1)
         better = score < best
         best = torch.where(better, score, best)
         best_scale = torch.where(better, scale, best_scale)
         best_zero = torch.where(better, zero, best_zero)
     return best_scale, best_zero
+
+
+def _sharing(weight: Tensor, number_format: Format) -> Tensor:
+    """The weight [C, ...] as [C, K], or in blocks [C, blocks, block]: weights that share a scale, last."""
+    flat = weight.flatten(1)
+    return flat.unflatten(1, (-1, number_format.block)) if number_format.block else flat
 
 
 WEIGHT_FINDERS: dict[str, Callable[[Tensor, Format], tuple[Tensor, Tensor]]] = {
@@ -170,7 +176,7 @@ def lp(summary: Summary, number_format: Format, p: float = 2.4) -> tuple[Tensor,
     scores = []
     for shrink in SHRINKS:
         scale, zero = to_scale(low * shrink, high * shrink, number_format)
-        hat = fake_quantize(values, scale, zero, number_format.qmin, number_format.qmax)
+        hat = to_grid(values, scale, zero, number_format)
         scores.append((values - hat).abs_().pow_(p).mean())
     shrink = SHRINKS[int(torch.stack(scores).argmin())]
     return to_scale(low * shrink, high * shrink, number_format)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.calibrate.fakequant import QuantizedLayer, WeightQuantizer
-from qdeploy.calibrate.operators import per_channel
+from qdeploy.calibrate.operators import over_weight
 from qdeploy.calibrate.reconstruct import Problem, optimize
 from qdeploy.formats import Format
 
@@ -50,9 +50,9 @@ class AdaRound(nn.Module):
 
     Args:
         weight: [C, ...] float weights.
-        scale: [C] steps.
-        zero_point: [C] codes of zero.
-        number_format: the grid.
+        scale: [C] steps, or [C, blocks].
+        zero_point: codes of zero, shaped like ``scale``.
+        number_format: the grid, of integers.
     """
 
     floor: Tensor
@@ -62,8 +62,8 @@ class AdaRound(nn.Module):
     def __init__(self, weight: Tensor, scale: Tensor, zero_point: Tensor, number_format: Format) -> None:
         super().__init__()
         self.format = number_format
-        self.register_buffer("scale", per_channel(scale, weight.ndim))
-        self.register_buffer("zero_point", per_channel(zero_point, weight.ndim).to(weight.dtype))
+        self.register_buffer("scale", over_weight(scale, weight.shape))
+        self.register_buffer("zero_point", over_weight(zero_point, weight.shape).to(weight.dtype))
         steps = weight / self.scale
         self.register_buffer("floor", steps.floor())
         self.v = nn.Parameter(inverse_rectified_sigmoid(steps - self.floor))

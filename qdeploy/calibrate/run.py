@@ -16,7 +16,7 @@ from qdeploy.calibrate.estimate import Estimate
 from qdeploy.calibrate.fakequant import quantized_layers
 from qdeploy.calibrate.methods import stages
 from qdeploy.calibrate.methods.minmax import round_to_nearest
-from qdeploy.calibrate.session import Session, quantize_structure
+from qdeploy.calibrate.session import Session, left_in_float, quantize_structure
 from qdeploy.calibrate.timestep_groups import check_groups
 from qdeploy.denoiser import Model, open_model
 from qdeploy.draft import Draft
@@ -107,6 +107,8 @@ def calibrate(
         f"calibrating {source.path.name}: {resolved.method} {resolved.precision}, {len(session.layers)} layers "
         f"in {len(session.units)} units, effort {resolved.effort}; about {estimate}"
     )
+    for reason, paths in by_reason(session.left).items():
+        say(f"in float: {len(paths)} layers, {reason}")
     for reason in resolved.simulated():
         say(f"simulated: {reason}; no engine will run this checkpoint")
     if dry_run:
@@ -126,6 +128,7 @@ def calibrate(
                 "simulated": resolved.simulated(),
                 "layers": len(session.layers),
                 **timestep_facts(session),
+                **({"left_in_float": by_reason(session.left)} if session.left else {}),
             },
             measured=session.report,
             notes={"source": str(source.path.absolute())},
@@ -138,6 +141,7 @@ def _open_session(
     denoiser = source.load(device)
     data.check_fits(source, denoiser)
     structure = find_structure(denoiser, data.inputs([0], device=device))
+    left = left_in_float(denoiser, structure, recipe)
     layers = quantize_structure(denoiser, structure, recipe)
     denoiser.eval().requires_grad_(False).to(device)
     session = Session(
@@ -151,6 +155,7 @@ def _open_session(
         max_memory,
         training_timesteps=source.training_timesteps,
         component=source.name,
+        left=left,
     )
     check_groups(recipe.timestep_groups, data.timesteps[session.rows()])
     return session
@@ -196,6 +201,13 @@ def timestep_facts(session: Session) -> dict[str, Any]:
         },
         "timestep_scales": session.recipe.timestep_groups != 1,
         "temporal": any(layer.path in session.structure.time.layers for layer in session.layers),
+    }
+
+
+def by_reason(left: dict[str, str]) -> dict[str, list[str]]:
+    """Paths of layers by the reason why they stay in float."""
+    return {
+        reason: [p for p, why in left.items() if why == reason] for reason in dict.fromkeys(left.values())
     }
 
 

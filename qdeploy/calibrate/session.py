@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +27,12 @@ from qdeploy.calibrate.state import code_shapes, read_state, write_state
 from qdeploy.calibrate.timestep_groups import RANGES
 from qdeploy.clock import attach_clock, clock_of
 from qdeploy.draft import Draft
-from qdeploy.formats import parse_format, uint8
+from qdeploy.errors import UsageError
+from qdeploy.formats import BLOCKS, Format, parse_format, uint8
 from qdeploy.recipe import Recipe
 from qdeploy.structure import Layer, Structure
 from qdeploy.targets import find_target
-from qdeploy.thin import thin_conv, thin_product
+from qdeploy.thin import thin_conv, thin_float_conv, thin_product
 
 if TYPE_CHECKING:
     from qdeploy.calibrate.dataset import CalibrationSet
@@ -44,17 +46,17 @@ def quantize_structure(denoiser: nn.Module, structure: Structure, recipe: Recipe
     Layers of a unit that read the same tensor share their input quantizer.
 
     Returns:
-        The covered layers, in execution order.
+        The covered layers, in execution order, but those of `left_in_float`.
+
+    Raises:
+        UsageError: no layer is left to quantize.
     """
     coverage = find_coverage(recipe.coverage)
     weights, activations = parse_format(recipe.weights), parse_format(recipe.activations)
-    layers = covered(structure, coverage, recipe.exclude)
-    if not find_target(recipe.target).thin:  # temporal layers need no kernel: they end in a table
-        layers = [
-            layer
-            for layer in layers
-            if layer.temporal or not _thin(denoiser.get_submodule(layer.path), layer)
-        ]
+    left = left_in_float(denoiser, structure, recipe)
+    layers = [layer for layer in covered(structure, coverage, recipe.exclude) if layer.path not in left]
+    if left and not layers:
+        raise UsageError(f"nothing would be quantized: {_counted(left)}")
     bare = float_inputs(layers, coverage)
     for layer in layers:
         inner = denoiser.get_submodule(layer.path)
@@ -69,6 +71,37 @@ def quantize_structure(denoiser: nn.Module, structure: Structure, recipe: Recipe
     return layers
 
 
+def left_in_float(denoiser: nn.Module, structure: Structure, recipe: Recipe) -> dict[str, str]:
+    """Layers of the coverage that the target or the format has no use for: why, by path."""
+    coverage = find_coverage(recipe.coverage)
+    weights = parse_format(recipe.weights)
+    left = {}
+    for layer in covered(structure, coverage, recipe.exclude):
+        module = denoiser.get_submodule(layer.path)
+        reason = _unfit(module, layer if coverage.split else replace(layer, split=()), weights)
+        # temporal layers need no kernel: they end in a table
+        if not reason and not layer.temporal and not find_target(recipe.target).thin:
+            reason = "too thin to gain" if _thin(module, layer, weights) else ""
+        if reason:
+            left[layer.path] = reason
+    return left
+
+
+def _unfit(module: nn.Module, layer: Layer, weights: Format | None) -> str:
+    """Why a format has no place for a layer's weight; empty if it has."""
+    if weights is None or not weights.block:
+        return ""
+    if not isinstance(module, nn.Linear):
+        return "a convolution, and blocks are for linear layers"
+    widths = layer.split or (module.in_features,)
+    odd = next((width for width in widths if weights.fitting(width) is None), None)
+    return "" if odd is None else f"{odd} input features are no whole blocks of {min(BLOCKS)}"
+
+
+def _counted(left: Mapping[str, str]) -> str:
+    return "; ".join(f"{number} layers: {reason}" for reason, number in Counter(left.values()).items())
+
+
 def set_clock(denoiser: nn.Module) -> None:
     """Let every quantizer of a network know the timestep of the running call."""
     clock = attach_clock(denoiser)
@@ -77,7 +110,7 @@ def set_clock(denoiser: nn.Module) -> None:
             module.clock = clock
 
 
-def _thin(module: nn.Module, layer: Layer) -> bool:
+def _thin(module: nn.Module, layer: Layer, weights: Format | None = None) -> bool:
     """Whether a layer, or a half of it that is quantized on its own, is too thin to gain."""
     weight = module.get_parameter("weight")
     parts = [(weight.shape[0], inner, *weight.shape[2:]) for inner in layer.split or weight.shape[1:2]]
@@ -85,6 +118,8 @@ def _thin(module: nn.Module, layer: Layer) -> bool:
         rows = layer.macs // weight.numel()
         return any(thin_product(part[0], part[1], rows) for part in parts)
     group = module.groups if isinstance(module, nn.Conv1d | nn.Conv2d) else 1
+    if weights is not None and weights.floating:
+        return any(thin_float_conv(part, group) for part in parts)
     return any(thin_conv(part, group, layer.first) for part in parts)
 
 
@@ -114,6 +149,7 @@ class Session:
         stage: the stage that is running, with its place in the recipe; names its steps in the journal.
         training_timesteps: how many timesteps the model was trained with, if its scheduler says so.
         component: the denoiser's name in its pipeline.
+        left: layers of the coverage that stay in float all the same: why, by path.
     """
 
     denoiser: nn.Module
@@ -128,6 +164,7 @@ class Session:
     stage: str = "stage"
     training_timesteps: int | None = None
     component: str = "unet"
+    left: dict[str, str] = field(default_factory=dict)
 
     @property
     def effort(self) -> Effort:

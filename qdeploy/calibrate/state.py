@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qdeploy.calibrate.attention import AttentionQuantizers
 from qdeploy.calibrate.fakequant import ActivationQuantizer, QuantizedLayer, WeightQuantizer
 from qdeploy.calibrate.feature_table import FeatureTable
+from qdeploy.calibrate.operators import code_type
 from qdeploy.clock import Clock, clock_of
 from qdeploy.errors import InvalidInputError
 from qdeploy.formats import Format
@@ -52,7 +53,7 @@ def read_state(denoiser: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     """The state of all quantizers at and below ``prefix``."""
     state: dict[str, Tensor] = {}
     for name, quantizer in quantizers(denoiser, prefix):
-        stored = torch.int8 if quantizer.format.symmetric else torch.uint8
+        stored = code_type(quantizer.format)
         state[f"{name}.scale"] = quantizer.scale.detach().cpu().clone()
         state[f"{name}.zero_point"] = quantizer.zero_point.cpu().to(stored)
         if isinstance(quantizer, ActivationQuantizer) and quantizer.banked:
@@ -166,7 +167,7 @@ def _layers(denoiser: nn.Module, prefix: str) -> list[tuple[str, QuantizedLayer]
 def pack(codes: Tensor, number_format: Format) -> Tensor:
     """Codes as stored: two to a byte (low half first) up to 4 bits, else one to a byte."""
     if number_format.bits > 4:
-        return codes.to(torch.int8 if number_format.symmetric else torch.uint8)
+        return codes.to(code_type(number_format))
     flat = (codes.flatten() - number_format.qmin).to(torch.uint8)
     if len(flat) % 2:
         flat = torch.cat([flat, flat.new_zeros(1)])
@@ -174,7 +175,9 @@ def pack(codes: Tensor, number_format: Format) -> Tensor:
 
 
 def unpack(stored: Tensor, number_format: Format, shape: tuple[int, ...]) -> Tensor:
-    """Undo `pack`: int16 codes of the given shape."""
+    """Undo `pack`: codes of the given shape, integers in int16."""
+    if number_format.floating:
+        return stored.view(shape)
     if number_format.bits > 4:
         return stored.to(torch.int16).view(shape)
     flat = torch.stack([stored & 15, stored >> 4], dim=1).flatten().to(torch.int16)

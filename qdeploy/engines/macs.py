@@ -87,14 +87,17 @@ def meant_int8(path: Path) -> set[str]:
     Raises:
         InvalidInputError: the file is no ONNX graph.
     """
+    import onnx
+
     graph = _load(path).graph
     producer = {output: node for node in graph.node for output in node.output}
+    float8 = {t.name for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT8E4M3FN}
 
     def from_integers(name: str) -> bool:
         node = producer.get(name)
         while node is not None and node.op_type in _MOVES:
             node = producer.get(node.input[0])
-        return node is not None and node.op_type == "DequantizeLinear"
+        return node is not None and node.op_type == "DequantizeLinear" and float8.isdisjoint(node.input)
 
     weighted = (node for node in graph.node if node.op_type in WEIGHTED)
     return {node.name for node in weighted if all(from_integers(name) for name in node.input[:2])}

@@ -77,6 +77,11 @@ class ONNXRuntimeEngine(Engine):
             options.intra_op_num_threads = self._threads
         # Signed activations stay signed: rewriting them to unsigned breaks some graphs (1.31).
         options.add_session_config_entry("session.qdqisint8allowed", "1")
+        # Products with int4 weights stay products of floats; the default rounds their inputs to int8.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        if self.facts.get("weights") == "fp8":
+            # Else Q/DQ around a product becomes an integer kernel, which takes no fp8 (1.31).
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         return options
 
     def _load(self, options: Any) -> Any:

@@ -26,6 +26,12 @@ def constant(value: ir.Value | None) -> Any:
     return None if tensor is None else tensor.numpy()
 
 
+def block_size(node: ir.Node) -> int:
+    """Elements that share a scale of a Q or DQ; 0 if it has no blocks."""
+    attribute = node.attributes.get("block_size")
+    return 0 if attribute is None else int(attribute.as_int())
+
+
 def save(graph: ir.Model, path: Path) -> None:
     """Write a graph and check it: the full checker, with strict shape inference.
 

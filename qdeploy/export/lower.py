@@ -13,6 +13,7 @@ from onnx_ir.passes.common import (
 
 from qdeploy.export.lint.fixes.plain import Folded, KnownVersion
 from qdeploy.export.passes.names import Names
+from qdeploy.export.passes.packed_codes import PackedCodes
 from qdeploy.export.passes.shared_quantizers import SharedQuantizers
 from qdeploy.export.passes.split_shortcut import SplitShortcut
 from qdeploy.export.passes.transposed_weights import TransposedWeights
@@ -21,7 +22,7 @@ _COMMON: tuple[type[InPlacePass], ...] = (SplitShortcut, TransposedWeights, Shar
 
 PASSES: dict[str, tuple[type[InPlacePass], ...]] = {
     "portable": _COMMON,
-    "tensorrt": (*_COMMON, Folded, KnownVersion),
+    "tensorrt": (*_COMMON, PackedCodes, Folded, KnownVersion),
     "openvino": _COMMON,
     "onnxruntime": _COMMON,
 }

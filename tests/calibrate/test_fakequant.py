@@ -21,7 +21,7 @@ from qdeploy.calibrate.fakequant import (
 from qdeploy.calibrate.methods.minmax import round_to_nearest
 from qdeploy.calibrate.operators import dequantize_codes
 from qdeploy.calibrate.ranges import lp_weights, minmax_weights
-from qdeploy.formats import Format, int4, int6, int8, integer, uint4, uint6, uint8
+from qdeploy.formats import Format, fp8, int4, int4b64, int4b128, int6, int8, integer, uint4, uint6, uint8
 from tests.helpers import minmax_layer, relative
 
 LAYERS = {
@@ -102,9 +102,10 @@ def test_a_module_is_replaced_within_lists_and_at_the_top() -> None:
 
 def random_weight(number_format: Format, seed: int = 0) -> tuple[Tensor, WeightQuantizer]:
     """A weight with channels that span zero, that are all positive, all negative, and all zero."""
-    weight = torch.randn(6, 5, 3, 3, generator=torch.Generator().manual_seed(seed))
+    shape = (6, 128) if number_format.block else (6, 5, 3, 3)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     weight[1], weight[2], weight[3] = weight[1].abs() + 3, -weight[2].abs() - 3, 0
-    quantizer = WeightQuantizer(number_format, len(weight))
+    quantizer = WeightQuantizer(number_format, *weight.shape[:2])
     quantizer.set(*lp_weights(weight, number_format))
     return weight, quantizer
 
@@ -124,15 +125,16 @@ def test_codes_are_the_same_weights_for_a_symmetric_int8_kernel(number_format: F
     assert torch.equal(quantizer.frozen.float() * quantizer.scale.view(-1, 1, 1, 1), before)
 
 
-@pytest.mark.parametrize("number_format", [int8, uint8, int4, uint4], ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "number_format", [int8, uint8, int4, uint4, int4b64, int4b128, fp8], ids=lambda f: f.name
+)
 def test_decided_codes_compute_what_nearest_computed(number_format: Format) -> None:
     weight, quantizer = random_weight(number_format)
     on_the_fly = quantizer(weight)
     quantizer.codes = quantizer.nearest(weight)
     assert torch.equal(quantizer(weight), on_the_fly)
-    assert (
-        number_format.qmin <= int(quantizer.codes.min()) <= int(quantizer.codes.max()) <= number_format.qmax
-    )
+    codes = quantizer.codes.float()
+    assert number_format.qmin <= int(codes.min()) <= int(codes.max()) <= number_format.qmax
     assert not torch.any(quantizer(None)[3])
 
 
@@ -170,7 +172,26 @@ def test_a_frozen_layer_computes_the_same_bits(
     assert torch.equal(layer(x), before)
 
 
-@pytest.mark.parametrize(("activations", "dtype"), [(int8, torch.int8), (uint8, torch.uint8)])
+@pytest.mark.parametrize(
+    ("weights", "activations"),
+    [(fp8, fp8), (int4b64, None), (int4b128, None)],
+    ids=lambda f: str(f and f.name),
+)
+def test_a_frozen_layer_computes_the_same_bits_in_floats_and_in_blocks(
+    weights: Format, activations: Format | None
+) -> None:
+    x = torch.randn(3, 7, 192)
+    layer = minmax_layer(nn.Linear(192, 8), x, weights, activations)
+    round_to_nearest(layer)
+    before = layer(x)
+    freeze(layer)
+    assert torch.equal(layer(x), before)
+    assert layer.weight_quantizers[0].scale.shape == ((8, 3) if weights.block else (8,))  # 128 divides no 192
+
+
+@pytest.mark.parametrize(
+    ("activations", "dtype"), [(int8, torch.int8), (uint8, torch.uint8), (fp8, torch.float8_e4m3fn)]
+)
 def test_the_type_of_a_frozen_zero_point_is_the_code_type(activations: Format, dtype: torch.dtype) -> None:
     quantizer = ActivationQuantizer(activations)
     quantizer.freeze()

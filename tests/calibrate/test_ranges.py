@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qdeploy.calibrate.operators import fake_quantize
+from qdeploy.calibrate.operators import fake_quantize, over_weight, to_grid
 from qdeploy.calibrate.ranges import (
     ACTIVATION_FINDERS,
     SHRINKS,
@@ -23,10 +23,12 @@ from qdeploy.calibrate.ranges import (
     to_scale,
 )
 from qdeploy.errors import UsageError
-from qdeploy.formats import FORMATS, Format, int4, int8, uint4, uint8
+from qdeploy.formats import FORMATS, Format, fp8, int4, int4b64, int4b128, int8, uint4, uint8
 
 Finder = Callable[[Summary, Format], tuple[Tensor, Tensor]]
-all_formats = pytest.mark.parametrize("number_format", FORMATS.values(), ids=lambda f: f.name)
+PLAIN = [number_format for number_format in FORMATS.values() if not number_format.block]
+INTEGERS = [number_format for number_format in PLAIN if not number_format.floating]
+all_formats = pytest.mark.parametrize("number_format", INTEGERS, ids=lambda f: f.name)
 all_finders = pytest.mark.parametrize("finder", ACTIVATION_FINDERS.values(), ids=list(ACTIVATION_FINDERS))
 
 
@@ -242,3 +244,50 @@ def test_constant_and_empty_looking_tensors_do_not_saturate(finder: Finder) -> N
 def test_unknown_finders_are_refused_with_the_known_ones() -> None:
     with pytest.raises(UsageError, match="minmax, percentile, running, lp"):
         check_finder("entropy", ACTIVATION_FINDERS)  # type: ignore[arg-type]
+
+
+# -- blocks and floats -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number_format", [int4b64, int4b128], ids=lambda f: f.name)
+@pytest.mark.parametrize("finder", WEIGHT_FINDERS.values(), ids=list(WEIGHT_FINDERS))
+def test_each_block_is_quantized_on_its_own(
+    number_format: Format, finder: Callable[[Tensor, Format], tuple[Tensor, Tensor]]
+) -> None:
+    """As if every block were an output channel of its own."""
+    weight = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)).pow(3)
+    scale, zero = finder(weight, number_format)
+    alone, _ = finder(weight.reshape(-1, number_format.block), int4)
+    assert scale.shape == zero.shape == (3, 256 // number_format.block)
+    assert torch.equal(scale.flatten(), alone)
+    assert not zero.any()
+
+
+def test_smaller_blocks_and_the_search_bring_weights_closer() -> None:
+    weight = torch.randn(16, 512, generator=torch.Generator().manual_seed(2)).pow(3)
+
+    def error(found: tuple[Tensor, Tensor], number_format: Format) -> float:
+        scale, zero = (over_weight(values, weight.shape) for values in found)
+        return float((weight - to_grid(weight, scale, zero, number_format)).abs().pow(2.4).mean())
+
+    coarse, middle, fine = (error(minmax_weights(weight, f), f) for f in (int4, int4b128, int4b64))
+    assert fine < middle < coarse
+    for number_format in (int4b128, fp8):
+        searched = error(lp_weights(weight, number_format), number_format)
+        assert searched <= error(minmax_weights(weight, number_format), number_format)
+
+
+def test_the_scales_are_those_that_other_tools_compute() -> None:
+    """The largest magnitude over 448 and over 7, as nvidia-modelopt has it."""
+    weight = torch.randn(4, 128, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(minmax_weights(weight, fp8)[0], weight.abs().amax(1) / 448)
+    assert torch.equal(minmax_weights(weight, int4b128)[0], weight.abs().amax(1, keepdim=True) / 7)
+
+
+@pytest.mark.parametrize("finder", ["minmax", "percentile", "lp"])
+def test_activations_in_fp8_stay_close(finder: str) -> None:
+    rows = drifting_rows()
+    scale, zero = ACTIVATION_FINDERS[finder](summary_of(rows), fp8)
+    hat = to_grid(rows, scale, zero, fp8)
+    assert (hat - rows).square().sum() < 0.01 * rows.square().sum()
+    assert hat.isfinite().all()

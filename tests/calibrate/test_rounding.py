@@ -27,15 +27,17 @@ from qdeploy.calibrate.rounding import (
 from qdeploy.formats import FORMATS, Format, int4, int8, uint4
 from tests.helpers import bare_session, layer_problem, relative
 
-all_formats = pytest.mark.parametrize("number_format", FORMATS.values(), ids=lambda f: f.name)
+INTEGERS = [number_format for number_format in FORMATS.values() if not number_format.floating]
+all_formats = pytest.mark.parametrize("number_format", INTEGERS, ids=lambda f: f.name)
 STEPS = EFFORTS["balanced"].rounding  # enough to settle, at the learning rate chosen for so few
 
 
 def random_rounding(number_format: Format, seed: int = 0) -> tuple[Tensor, AdaRound, WeightQuantizer]:
     """A weight, some of whose entries are clipped, with its rounding and a plain quantizer."""
-    weight = torch.randn(6, 5, 3, 3, generator=torch.Generator().manual_seed(seed))
+    shape = (6, 128) if number_format.block else (6, 5, 3, 3)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     scale, zero = minmax_weights(weight, number_format)
-    quantizer = WeightQuantizer(number_format, len(weight))
+    quantizer = WeightQuantizer(number_format, *weight.shape[:2])
     quantizer.set(0.7 * scale, zero)
     return weight, AdaRound(weight, quantizer.scale, quantizer.zero_point, number_format), quantizer
 

@@ -4,12 +4,15 @@ changes."""
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
 from onnx_ir.passes import InPlacePass
 
+from qdeploy.export.graph import constant
 from qdeploy.export.passes.names import Names, tensor_name
+from qdeploy.export.passes.packed_codes import PackedCodes
 from qdeploy.export.passes.shared_quantizers import SharedQuantizers
 from qdeploy.export.passes.split_shortcut import SplitShortcut
 from qdeploy.export.passes.transposed_weights import TransposedWeights
@@ -376,6 +379,72 @@ def test_outputs_of_the_graph_keep_their_nodes() -> None:
         scale=SCALES,
     )
     keeps_away(TransposedWeights(), weight)
+
+
+BLOCK_CODES = np.random.default_rng(2).integers(-8, 8, (5, 128)).astype(np.int8)
+BLOCK_SCALES = np.random.default_rng(3).uniform(0.01, 0.1, (5, 2)).astype(np.float32)
+BLOCKED = """
+agraph (float[2,128] x) => (float[2,5] y, float[5,2] z) {
+    w = DequantizeLinear <axis = 1, block_size = 64> (codes, scale)
+    t = Transpose <perm = [1, 0]> (w)
+    y = MatMul (x, t)
+    z = READS
+}
+"""
+
+
+def blocked_graph(reads: str = "Constant <value = float[5,2] {0,0,0,0,0,0,0,0,0,0}> ()") -> ir.Model:
+    return graph(BLOCKED.replace("READS", reads), codes=BLOCK_CODES, scale=BLOCK_SCALES)
+
+
+def test_scales_in_blocks_are_transposed_with_their_codes() -> None:
+    model = blocked_graph()
+    fires(TransposedWeights(), model)
+    dequantize = next(node for node in model.graph if node.op_type == "DequantizeLinear")
+    assert dequantize.attributes["axis"].as_int() == 0
+    codes, scale = (constant(value) for value in dequantize.inputs)
+    assert np.array_equal(codes, BLOCK_CODES.T)
+    assert np.array_equal(scale, BLOCK_SCALES.T)
+    assert "Transpose" not in operators(model)
+
+
+def test_a_block_size_of_0_means_no_blocks() -> None:
+    """As tracing writes it out."""
+    model = matmul_graph()
+    dequantize = next(node for node in model.graph if node.op_type == "DequantizeLinear")
+    dequantize.attributes["block_size"] = ir.AttrInt64("block_size", 0)
+    keeps_away(PackedCodes(), model)
+    fires(TransposedWeights(), model)
+
+
+def test_scales_in_blocks_that_others_read_stay_as_they_are() -> None:
+    keeps_away(TransposedWeights(), blocked_graph("Neg (scale)"))
+
+
+# -- PackedCodes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_codes_in_blocks_are_stored_in_four_bits(transposed: bool) -> None:
+    model = blocked_graph()
+    if transposed:
+        TransposedWeights()(model)
+    fires(PackedCodes(), model)
+    stored = next(t for t in ir.to_proto(model).graph.initializer if t.name == "codes")
+    codes = (BLOCK_CODES.T if transposed else BLOCK_CODES).flatten()
+    assert stored.data_type == onnx.TensorProto.INT4
+    low_first = (codes[0::2] & 15) | (codes[1::2] & 15) << 4
+    assert np.frombuffer(stored.raw_data, np.uint8).tolist() == low_first.view(np.uint8).tolist()
+
+
+def test_codes_that_need_more_bits_or_have_other_users_stay_as_they_are() -> None:
+    large = BLOCK_CODES.copy()
+    large[0, 0] = 8
+    keeps_away(PackedCodes(), graph(BLOCKED.replace("READS", "Neg (scale)"), codes=large, scale=BLOCK_SCALES))
+    per_channel = matmul_graph()
+    keeps_away(PackedCodes(), per_channel)
+    read_twice = BLOCKED.replace("READS", "Cast <to = 1> (codes)").replace("float[5,2] z", "float[5,128] z")
+    keeps_away(PackedCodes(), graph(read_twice, codes=BLOCK_CODES, scale=BLOCK_SCALES))
 
 
 # -- Names -------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ class Stage:
         needs: what earlier stages must have given: some of `RESULTS`.
         gives: what it gives.
         spoils: what must not be there yet, since this stage changes what it was made from.
+        uniform: whether it needs integer codes, as learned rounding does: up or down by one equal step.
         simulated: for its options, why no engine can run the result; empty if one can.
     """
 
@@ -49,6 +50,7 @@ class Stage:
     needs: tuple[str, ...] = ()
     gives: tuple[str, ...] = ()
     spoils: tuple[str, ...] = ()
+    uniform: bool = False
     simulated: Callable[[Mapping[str, Any]], str] = lambda options: ""
 
     @property

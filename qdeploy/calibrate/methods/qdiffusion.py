@@ -147,6 +147,7 @@ STAGES = (
         lambda units, effort: (units, effort.rounding),
         needs=(WEIGHT_SCALES,),
         gives=(ROUNDINGS,),
+        uniform=True,
     ),
     Stage(
         "learn-scales",

@@ -266,6 +266,7 @@ STAGES = (
         lambda units, effort: (1, 0),
         needs=(WEIGHT_SCALES,),
         gives=(ROUNDINGS,),
+        uniform=True,
     ),
     Stage(
         "finite-set-ranges",
@@ -280,6 +281,7 @@ STAGES = (
         "each temporal feature from the quantized block or from a table, whichever is closer",
         lambda units, effort: (1, 0),
         needs=(WEIGHT_SCALES,),
+        uniform=True,
     ),
 )
 

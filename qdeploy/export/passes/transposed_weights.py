@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
-from qdeploy.export.graph import constant, producer
+from qdeploy.export.graph import block_size, constant, producer
 
 
 class TransposedWeights(InPlacePass):
@@ -14,8 +14,10 @@ class TransposedWeights(InPlacePass):
     Engines look for DequantizeLinear directly at the weight input.
 
     1. The transposition swaps the two axes of a matrix.
-    2. Its input is a DequantizeLinear along axis 0, of a constant, with no other user.
-    3. Then the codes are transposed, and the DequantizeLinear runs along axis 1.
+    2. Its input is a DequantizeLinear along axis 0, or in blocks along either axis, of a constant, with no
+       other user; scales in blocks are a constant with no other user too.
+    3. Then the codes are transposed, scales in blocks with them, and the DequantizeLinear runs along the
+       other axis.
 
     It does not fire where the transposed weight is an output of the graph.
     """
@@ -30,18 +32,41 @@ class TransposedWeights(InPlacePass):
             dequantize = producer(node.inputs[0])
             if dequantize is None or dequantize.op_type != "DequantizeLinear":
                 continue
-            source = dequantize.inputs[0]
-            codes = constant(source)
-            axis = dequantize.attributes.get("axis")
-            if codes is None or codes.ndim != 2 or source is None or axis is None or axis.as_int() != 0:
+            axis = _axis(dequantize)
+            if axis is None or len(dequantize.outputs[0].uses()) != 1:
                 continue
-            if len(dequantize.outputs[0].uses()) != 1 or len(source.uses()) != 1:
+            matrices = [value for value in dequantize.inputs if value is not None and _rank(value) == 2]
+            if any(len(value.uses()) != 1 for value in matrices):
                 continue
-            tensor = ir.tensor(codes.T.copy(), dtype=source.dtype, name=source.name)
-            source.const_value, source.shape = tensor, ir.Shape(codes.T.shape)
-            dequantize.attributes["axis"] = ir.AttrInt64("axis", 1)
-            dequantize.outputs[0].shape = ir.Shape(codes.T.shape)
+            for value in matrices:
+                _transpose(value)
+            dequantize.attributes["axis"] = ir.AttrInt64("axis", 1 - axis)
+            dequantize.outputs[0].shape = matrices[0].shape
             ir.convenience.replace_all_uses_with(node.outputs[0], dequantize.outputs[0])
             model.graph.remove(node, safe=True)
             modified = True
         return PassResult(model, modified)
+
+
+def _axis(dequantize: ir.Node) -> int | None:
+    """The axis of a matrix that its scales run along; None where the rules do not hold."""
+    codes, scale, *zero = dequantize.inputs
+    axis = dequantize.attributes.get("axis")
+    if axis is None or codes is None or _rank(codes) != 2:
+        return None
+    if not block_size(dequantize):
+        return 0 if axis.as_int() == 0 else None
+    stored = all(value is None or _rank(value) == 2 for value in (scale, *zero))
+    return axis.as_int() % 2 if stored else None
+
+
+def _rank(value: ir.Value) -> int | None:
+    """Number of axes of a constant; None if it is computed."""
+    numbers = constant(value)
+    return None if numbers is None else int(numbers.ndim)
+
+
+def _transpose(value: ir.Value) -> None:
+    numbers = constant(value).T.copy()
+    value.const_value = ir.tensor(numbers, dtype=value.dtype, name=value.name)
+    value.shape = ir.Shape(numbers.shape)

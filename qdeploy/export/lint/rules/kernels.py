@@ -11,7 +11,7 @@ import onnx_ir as ir
 from qdeploy.export.lint.network import COMMUTES, Layer, Network
 from qdeploy.export.lint.quantizer import FP8, INT8
 from qdeploy.export.lint.rule import Hit, Hits, Scope, W, rule
-from qdeploy.thin import CHANNELS, thin_conv, thin_product
+from qdeploy.thin import thin_conv, thin_float_conv, thin_product
 
 INT8_HEADS, INT8_TOKENS = (16, 32, 64), 512  # what the fused int8 attention takes
 
@@ -33,7 +33,7 @@ def narrow_convolution(net: Network, scope: Scope) -> Hits:
         if layer.node.op_type != "Conv" or layer.low_bit is None or weight is None:
             continue
         group = layer.node.attributes["group"].as_int() if "group" in layer.node.attributes else 1
-        if layer.low_bit == FP8 and (prod(weight[2:]) > 32 or min(weight[0], weight[1] * group) <= CHANNELS):
+        if layer.low_bit == FP8 and thin_float_conv(weight, group):
             yield Hit(layer.node, f"an fp8 convolution of weight {weight}: leave it in floats")
         elif layer.low_bit == INT8 and thin_conv(weight, group, _on_graph_input(net, layer)):
             yield Hit(layer.node, f"an int8 convolution of weight {weight}: leave it in floats")
