@@ -306,12 +306,6 @@ class QuantizedLayer(nn.Module):
             raise CapabilityError(f"{number_format.name} has no block that divides {features} input features")
         return WeightQuantizer(fitting, self.channels, features)
 
-    def _weight_quantizer(self, number_format: Format, features: int) -> WeightQuantizer:
-        fitting = number_format.fitting(features)
-        if fitting is None:
-            raise CapabilityError(f"{number_format.name} has no block that divides {features} input features")
-        return WeightQuantizer(fitting, self.channels, features)
-
     @property
     def weight(self) -> Tensor:
         """The original weight."""
