@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 
 from qdeploy.artifact import Artifact, open_artifact
 from qdeploy.calibrate.checkpoint import load_checkpoint
-from qdeploy.calibrate.fakequant import ActivationQuantizer, quantized_layers
+from qdeploy.calibrate.fakequant import quantized_layers
+from qdeploy.calibrate.quantizers import ActivationQuantizer
 from qdeploy.calibrate.state import quantizers
 
 WEIGHTED = ("Conv", "Gemm", "MatMul")

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.artifact import Artifact
-from qdeploy.calibrate.fakequant import ActivationQuantizer, quantized_layers
+from qdeploy.calibrate.fakequant import quantized_layers
+from qdeploy.calibrate.quantizers import ActivationQuantizer
 from qdeploy.calibrate.run import calibrate
 from qdeploy.calibrate.session import quantize_structure
 from qdeploy.calibrate.trajectory import collect

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from qdeploy.calibrate.fakequant import ActivationQuantizer
 from qdeploy.calibrate.log_attention import LogQuantizer, split_start
+from qdeploy.calibrate.quantizers import ActivationQuantizer
 from qdeploy.formats import Format
 
 

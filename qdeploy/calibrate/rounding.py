@@ -11,8 +11,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from qdeploy.calibrate.fakequant import QuantizedLayer, WeightQuantizer
+from qdeploy.calibrate.fakequant import QuantizedLayer
 from qdeploy.calibrate.operators import over_weight
+from qdeploy.calibrate.quantizers import WeightQuantizer
 from qdeploy.calibrate.reconstruct import Problem, optimize
 from qdeploy.formats import Format
 

@@ -15,13 +15,13 @@ from qdeploy.calibrate.attention import AttentionQuantizers, quantize_attention
 from qdeploy.calibrate.coverage import covered, find_coverage, float_inputs
 from qdeploy.calibrate.effort import Effort, find_effort
 from qdeploy.calibrate.fakequant import (
-    ActivationQuantizer,
     QuantizedLayer,
     full_precision,
     quantized_layers,
     replace_module,
     weights_only,
 )
+from qdeploy.calibrate.quantizers import ActivationQuantizer
 from qdeploy.calibrate.reconstruct import Recorder, UnitProblem, record_unit
 from qdeploy.calibrate.state import code_shapes, read_state, write_state
 from qdeploy.calibrate.timestep_groups import RANGES

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.calibrate.attention import AttentionQuantizers
-from qdeploy.calibrate.fakequant import ActivationQuantizer, QuantizedLayer, WeightQuantizer
+from qdeploy.calibrate.fakequant import QuantizedLayer
 from qdeploy.calibrate.feature_table import FeatureTable
 from qdeploy.calibrate.log_attention import LogQuantizer
 from qdeploy.calibrate.operators import code_type
+from qdeploy.calibrate.quantizers import ActivationQuantizer, WeightQuantizer
 from qdeploy.clock import Clock, clock_of
 from qdeploy.errors import InvalidInputError
 from qdeploy.formats import Format

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from qdeploy.calibrate.attention import intercepted
-from qdeploy.calibrate.fakequant import ActivationQuantizer, QuantizedLayer, WeightQuantizer
+from qdeploy.calibrate.fakequant import QuantizedLayer
 from qdeploy.calibrate.operators import per_channel, round_through
+from qdeploy.calibrate.quantizers import ActivationQuantizer, WeightQuantizer
 from qdeploy.calibrate.session import Session
 from qdeploy.clock import clock_of
 from qdeploy.inputs import denoise

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.calibrate.fakequant import (
-    ActivationQuantizer,
     QuantizedLayer,
-    WeightQuantizer,
     freeze,
     full_precision,
     quantized_layers,
@@ -20,6 +18,7 @@ from qdeploy.calibrate.fakequant import (
 )
 from qdeploy.calibrate.methods.minmax import round_to_nearest
 from qdeploy.calibrate.operators import dequantize_codes
+from qdeploy.calibrate.quantizers import ActivationQuantizer, WeightQuantizer
 from qdeploy.calibrate.ranges import lp_weights, minmax_weights
 from qdeploy.formats import Format, fp8, int4, int4b64, int4b128, int6, int8, integer, uint4, uint6, uint8
 from tests.helpers import minmax_layer, relative

@@ -15,13 +15,9 @@ from torch import Tensor, nn
 from qdeploy.calibrate import rounding
 from qdeploy.calibrate.coverage import COVERAGES, covered, find_coverage
 from qdeploy.calibrate.effort import EFFORTS, Effort
-from qdeploy.calibrate.fakequant import (
-    ActivationQuantizer,
-    WeightQuantizer,
-    full_precision,
-    quantized_layers,
-)
+from qdeploy.calibrate.fakequant import full_precision, quantized_layers
 from qdeploy.calibrate.methods import check_stages, find_method, methods, minmax, qdiffusion, stages
+from qdeploy.calibrate.quantizers import ActivationQuantizer, WeightQuantizer
 from qdeploy.calibrate.reconstruct import UnitProblem
 from qdeploy.calibrate.run import _run_stages
 from qdeploy.calibrate.session import Session

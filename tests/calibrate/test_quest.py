@@ -18,8 +18,9 @@ from qdeploy.calibrate import tuning
 from qdeploy.calibrate.channel_ranges import ChannelSummary
 from qdeploy.calibrate.checkpoint import load_checkpoint, write_checkpoint
 from qdeploy.calibrate.effort import EFFORTS
-from qdeploy.calibrate.fakequant import ActivationQuantizer, WeightQuantizer, freeze, quantized_layers
+from qdeploy.calibrate.fakequant import freeze, quantized_layers
 from qdeploy.calibrate.methods import check_stages, minmax, quest
+from qdeploy.calibrate.quantizers import ActivationQuantizer, WeightQuantizer
 from qdeploy.calibrate.run import _run_stages, any_attention
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.state import code_shapes, quantizers, read_state, write_state

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from qdeploy.calibrate import rounding as rounding_module
 from qdeploy.calibrate.effort import EFFORTS
-from qdeploy.calibrate.fakequant import QuantizedLayer, WeightQuantizer
+from qdeploy.calibrate.fakequant import QuantizedLayer
 from qdeploy.calibrate.methods import qdiffusion
 from qdeploy.calibrate.operators import per_channel
+from qdeploy.calibrate.quantizers import WeightQuantizer
 from qdeploy.calibrate.ranges import lp_weights, minmax_weights
 from qdeploy.calibrate.reconstruct import UnitProblem
 from qdeploy.calibrate.rounding import (

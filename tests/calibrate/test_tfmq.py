@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qdeploy.calibrate import rounding
 from qdeploy.calibrate.coverage import covered, find_coverage, float_inputs
 from qdeploy.calibrate.effort import Effort
-from qdeploy.calibrate.fakequant import ActivationQuantizer, QuantizedLayer, full_precision, quantized_layers
+from qdeploy.calibrate.fakequant import QuantizedLayer, full_precision, quantized_layers
 from qdeploy.calibrate.feature_table import FeatureTable
 from qdeploy.calibrate.methods import find_method, tfmq
 from qdeploy.calibrate.methods.minmax import round_to_nearest, weight_ranges
@@ -29,6 +29,7 @@ from qdeploy.calibrate.methods.tfmq import (
     temporal_selection,
 )
 from qdeploy.calibrate.operators import fake_quantize
+from qdeploy.calibrate.quantizers import ActivationQuantizer
 from qdeploy.calibrate.ranges import to_scale
 from qdeploy.calibrate.run import _run_stages, timestep_facts
 from qdeploy.calibrate.session import Session

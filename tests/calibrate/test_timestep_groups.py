@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from qdeploy.calibrate.attention import AttentionQuantizers
 from qdeploy.calibrate.effort import Effort
-from qdeploy.calibrate.fakequant import ActivationQuantizer, QuantizedLayer, full_precision, quantized_layers
+from qdeploy.calibrate.fakequant import QuantizedLayer, full_precision, quantized_layers
 from qdeploy.calibrate.feature_table import FeatureTable
 from qdeploy.calibrate.methods import minmax
 from qdeploy.calibrate.operators import fake_quantize
+from qdeploy.calibrate.quantizers import ActivationQuantizer
 from qdeploy.calibrate.ranges import Summary, minmax_weights, to_scale
 from qdeploy.calibrate.run import _run_stages
 from qdeploy.calibrate.session import Session

@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qdeploy.artifact import Artifact, open_artifact
-from qdeploy.calibrate.fakequant import WeightQuantizer, quantized_layers
+from qdeploy.calibrate.fakequant import quantized_layers
 from qdeploy.calibrate.methods import ROUNDINGS, WEIGHT_SCALES, Stage
+from qdeploy.calibrate.quantizers import WeightQuantizer
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.state import code_shapes, quantizers, read_state, unpack
 from qdeploy.errors import InvalidInputError, UsageError

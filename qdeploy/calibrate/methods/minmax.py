@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from qdeploy.calibrate.channel_ranges import ChannelSummary
-from qdeploy.calibrate.fakequant import ActivationQuantizer, QuantizedLayer, quantized_layers
+from qdeploy.calibrate.fakequant import QuantizedLayer, quantized_layers
 from qdeploy.calibrate.methods import ACTIVATION_SCALES, WEIGHT_SCALES, Method, Stage
+from qdeploy.calibrate.quantizers import ActivationQuantizer
 from qdeploy.calibrate.ranges import ACTIVATION_FINDERS, WEIGHT_FINDERS, Summary, check_finder
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.state import quantizers

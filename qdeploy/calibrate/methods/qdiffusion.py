@@ -21,8 +21,9 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from qdeploy.calibrate.fakequant import ActivationQuantizer, QuantizedLayer
+from qdeploy.calibrate.fakequant import QuantizedLayer
 from qdeploy.calibrate.methods import ACTIVATION_SCALES, ROUNDINGS, WEIGHT_SCALES, Method, Stage
+from qdeploy.calibrate.quantizers import ActivationQuantizer
 from qdeploy.calibrate.reconstruct import UnitProblem, optimize
 from qdeploy.calibrate.rounding import default_rate, learn_rounding, undecided
 from qdeploy.calibrate.session import Session

@@ -32,9 +32,10 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from qdeploy.calibrate.effort import Effort
-from qdeploy.calibrate.fakequant import ActivationQuantizer, QuantizedLayer
+from qdeploy.calibrate.fakequant import QuantizedLayer
 from qdeploy.calibrate.methods import ACTIVATION_SCALES, ROUNDINGS, WEIGHT_SCALES, Method, Stage
 from qdeploy.calibrate.methods.minmax import round_to_nearest
+from qdeploy.calibrate.quantizers import ActivationQuantizer
 from qdeploy.calibrate.session import HELD_OUT, Session
 from qdeploy.calibrate.state import code_shapes, quantizers, read_state, write_state
 from qdeploy.calibrate.tuning import Losses, Tuning, journal_of, learn

@@ -26,9 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdeploy.calibrate.fakequant import ActivationQuantizer, QuantizedLayer
+from qdeploy.calibrate.fakequant import QuantizedLayer
 from qdeploy.calibrate.feature_table import FeatureTable
 from qdeploy.calibrate.methods import ROUNDINGS, WEIGHT_SCALES, Method, Stage
+from qdeploy.calibrate.quantizers import ActivationQuantizer
 from qdeploy.calibrate.ranges import to_scale
 from qdeploy.calibrate.rounding import default_rate, learn_rounding, undecided
 from qdeploy.calibrate.session import HELD_OUT, Session
