@@ -32,6 +32,7 @@ from qdeploy.evaluate.effective_bits import effective_bits
 from qdeploy.evaluate.quality import Plan, Trajectories
 from qdeploy.evaluate.remembered import remembered
 from qdeploy.evaluate.report import MISSING, markdown_table, text_table
+from qdeploy.evaluate.thresholds import look_up
 from qdeploy.export.run import export
 from qdeploy.files import write_json, write_text
 from qdeploy.progress import say
@@ -149,18 +150,12 @@ def rows_of(records: list[dict[str, Any]]) -> list[list[str]]:
         members = [record for record in records if record["run"] == name]
         cells = []
         for keys, digits in COLUMNS.values():
-            values = [value for record in members if (value := _look_up(record, keys)) is not None]
+            values = [value for record in members if (value := look_up(record, keys)) is not None]
             spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{mean(values):.{digits}f}{spread}" if values else MISSING)
         engine = "yes" if members[0]["engine_mb"] is not None else "no: simulated"
         rows.append([f"{name} ({len(members)})", *cells, engine])
     return rows
-
-
-def _look_up(value: Any, keys: tuple[str, ...]) -> float | None:
-    for key in keys:
-        value = value[key]
-    return None if value is None else float(value)
 
 
 def write_results(arguments: argparse.Namespace, records: list[dict[str, Any]]) -> None:

@@ -30,6 +30,7 @@ from qdeploy.evaluate.check import check
 from qdeploy.evaluate.quality import Plan, Trajectories
 from qdeploy.evaluate.remembered import remembered
 from qdeploy.evaluate.report import MISSING, markdown_table, text_table
+from qdeploy.evaluate.thresholds import look_up
 from qdeploy.export.run import export
 from qdeploy.files import write_json, write_text
 from qdeploy.progress import say
@@ -197,17 +198,11 @@ def table(runs: list[dict[str, Any]]) -> list[list[str]]:
                 continue
             cells = []
             for keys, digits in COLUMNS.values():
-                values = [_look_up(run, keys) for run in members]
+                values = [look_up(run, keys) for run in members]
                 spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
                 cells.append(f"{mean(values):.{digits}f}{spread}")
             rows.append([f"{precision.upper()} {variant.name}", *cells])
     return rows
-
-
-def _look_up(value: Any, keys: tuple[str, ...]) -> float:
-    for key in keys:
-        value = value[key]
-    return float(value)
 
 
 def main() -> None:

@@ -9,11 +9,10 @@ from qdeploy.export.graph import constant
 
 
 class SharedQuantizers(InPlacePass):
-    """Equal Q/DQ pairs on one tensor become one pair, with the factors in front of them.
+    """Equal Q/DQ pairs on one tensor become one pair.
 
-    1. Two QuantizeLinear, two DequantizeLinear, or two Mul by a constant read the same tensor.
-    2. Their constants (scales, zero points, factors) are equal and of equal types, and so are their
-       attributes.
+    1. Two QuantizeLinear, or two DequantizeLinear, read the same tensor.
+    2. Their scales and zero points are equal constants of equal types, and so are their attributes.
     3. Then the later one's users read the earlier one's output.
 
     It does not fire where the later one's output is an output of the graph.
@@ -23,7 +22,7 @@ class SharedQuantizers(InPlacePass):
         modified = False
         seen: dict[tuple[object, ...], ir.Node] = {}
         for node in list(model.graph):
-            if node.op_type not in ("QuantizeLinear", "DequantizeLinear", "Mul"):
+            if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
                 continue
             if node.outputs[0].is_graph_output():
                 continue
