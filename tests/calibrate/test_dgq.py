@@ -35,6 +35,7 @@ from qdeploy.calibrate.log_attention import LogQuantizer, log_quantize, split_st
 from qdeploy.calibrate.methods import check_stages, dgq, minmax
 from qdeploy.calibrate.operators import fake_quantize
 from qdeploy.calibrate.ranges import to_scale
+from qdeploy.calibrate.rounding_noise import rounding_noise
 from qdeploy.calibrate.run import _run_stages
 from qdeploy.calibrate.state import read_state
 from qdeploy.clock import Clock, midpoints
@@ -285,10 +286,10 @@ def test_estimated_noise_tells_what_folding_does_to_narrow_weights() -> None:
     spans = relative_spans(low, high, labels, True)
     for weights, form, better in ((int8, "fold", True), (int4, "fold", False), (int4, "split", True)):
         module = QuantizedLayer(nn.Linear(64, 32).requires_grad_(False), weights, int8)
-        after = dgq.noise(
+        after = rounding_noise(
             [module], low, high, square, spans / spans.min(), labels if form == "split" else None
         )
-        before = dgq.noise([module], low, high, square, torch.ones(64), None)
+        before = rounding_noise([module], low, high, square, torch.ones(64), None)
         measured = []
         for plan in (None, dgq.Plan(labels, spans / spans.min(), 1.0)):
             layer = QuantizedLayer(module.inner, weights, int8)

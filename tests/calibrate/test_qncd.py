@@ -19,7 +19,7 @@ from qdeploy.artifact import Artifact
 from qdeploy.calibrate.checkpoint import PROBE, load_checkpoint
 from qdeploy.calibrate.fakequant import QuantizedLayer, quantized_layers
 from qdeploy.calibrate.methods import check_stages, qdiffusion, qncd
-from qdeploy.calibrate.methods.minmax import weight_ranges
+from qdeploy.calibrate.methods.minmax import activation_ranges, weight_ranges
 from qdeploy.calibrate.methods.qncd import mean_errors, smooth_embeddings, smoothing_factors
 from qdeploy.calibrate.run import _run_stages, calibrate
 from qdeploy.calibrate.session import Session
@@ -31,7 +31,7 @@ from qdeploy.export.run import export
 from qdeploy.formats import int8
 from qdeploy.inputs import denoise
 from qdeploy.modulation import ADDITIVE, SCALE_SHIFT, Modulation, find_modulations
-from tests.helpers import MemoryRows, calibrating, sqnr_db, tiny_unet
+from tests.helpers import MemoryRows, calibrating, relative, sqnr_db, tiny_unet
 from tests.models import ddpm_folder
 
 DATA = MemoryRows.noisy()
@@ -172,7 +172,7 @@ def test_without_an_embedding_nothing_is_smoothed(tmp_path: Path, kind: str, bia
         projection.weight.zero_()
         projection.bias.fill_(bias)
     with calibrating(denoiser, DATA, tmp_path / "out") as session:
-        smooth_embeddings(session)
+        smooth_embeddings(session, check=False)
     assert smoothed(session)
     for layer in smoothed(session).values():
         assert layer.smoothing is not None
@@ -185,7 +185,7 @@ def test_factors_come_from_the_timesteps_and_not_from_the_rows(tmp_path: Path) -
     for number, data in enumerate((DATA, MemoryRows.noisy(images=5, steps=3))):
         with calibrating(tiny_unet(), data, tmp_path / str(number)) as session:
             session.training_timesteps = 1000
-            smooth_embeddings(session)
+            smooth_embeddings(session, check=False)
             found.append({path: layer.smoothing for path, layer in smoothed(session).items()})
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[0][path], found[1][path]) for path in found[0])  # type: ignore[arg-type]
@@ -203,7 +203,7 @@ def test_embeddings_that_hold_classes_are_seen_on_the_rows(tmp_path: Path) -> No
         with torch.no_grad(), session.teacher():
             denoise(denoiser, session.inputs(session.rows()))
         handle.remove()
-        smooth_embeddings(session)
+        smooth_embeddings(session, check=False)
     expected = (1 + seen[0][:, :16]).abs().mean(0)
     layer = quantized_layers(denoiser)["mid_block.resnets.0.conv2"]
     assert layer.smoothing is not None
@@ -215,7 +215,7 @@ def test_strength_is_an_exponent(tmp_path: Path, strength: float) -> None:
     factors = []
     for number, chosen in enumerate((1.0, strength)):
         with calibrating(tiny_unet(), DATA, tmp_path / str(number)) as session:
-            smooth_embeddings(session, strength=chosen)
+            smooth_embeddings(session, strength=chosen, check=False)
             factors.append([layer.smoothing for layer in smoothed(session).values()])
     for whole, part in zip(*factors, strict=True):
         torch.testing.assert_close(part, whole.pow(strength))  # type: ignore[union-attr]
@@ -231,7 +231,7 @@ def test_smoothing_changes_nothing_in_full_precision(tmp_path: Path, kind: str) 
     with torch.no_grad():
         before = denoise(KINDS[kind](), inputs)
         with calibrating(KINDS[kind](), DATA, tmp_path / "out") as session:
-            smooth_embeddings(session)
+            smooth_embeddings(session, check=False)
             assert any(
                 float(layer.smoothing.max() / layer.smoothing.min()) > 1.2  # type: ignore[union-attr]
                 for layer in smoothed(session).values()
@@ -256,6 +256,39 @@ def test_rounding_is_learned_for_the_smoothed_weight(tmp_path: Path) -> None:
         low, high = (c.clamp(-8, 7) for c in (steps.floor(), steps.floor() + 1))
         assert torch.all((quantizer.codes == low) | (quantizer.codes == high))
         assert not torch.allclose(weight, layer.weight)
+
+
+def layer_errors(tmp_path: Path, weights: str, smoothing: dict[str, Any] | None) -> dict[str, float]:
+    """Error of each layer that reads an embedding, on its full-precision inputs, with min-max scales."""
+    with calibrating(scale_shift_unet(), DATA, tmp_path, weights=weights) as session:
+        if smoothing is not None:
+            smooth_embeddings(session, **smoothing)
+        weight_ranges(session)
+        activation_ranges(session)
+        places = find_modulations(session.denoiser, DATA.inputs([0]))
+        paths = {path for place in places for path in place.layers}
+        layers = {path: layer for path, layer in quantized_layers(session.denoiser).items() if path in paths}
+        seen: dict[str, Tensor] = {}
+        for path, layer in layers.items():
+            layer.register_forward_pre_hook(lambda module, args, path=path: seen.update({path: args[0]}))
+        with torch.no_grad(), session.teacher():
+            denoise(session.denoiser, DATA.inputs(range(len(DATA))))
+            exact = {path: layer(seen[path]) for path, layer in layers.items()}
+        with torch.no_grad():
+            return {path: relative(exact[path], layer(seen[path])) for path, layer in layers.items()}
+
+
+def test_smoothing_is_kept_where_it_lowers_the_error_of_a_layer(tmp_path: Path) -> None:
+    """T18: with eight bits it helps some layers, with four it helps none, and the check knows which."""
+    plain = layer_errors(tmp_path / "plain", "int8", None)
+    checked = layer_errors(tmp_path / "checked", "int8", {})
+    changed = [path for path in plain if checked[path] != plain[path]]
+    assert changed
+    assert sum(checked[path] for path in changed) < sum(plain[path] for path in changed)
+    plain4 = layer_errors(tmp_path / "plain4", "int4", None)
+    assert layer_errors(tmp_path / "checked4", "int4", {}) == plain4
+    everywhere = layer_errors(tmp_path / "everywhere4", "int4", {"check": False})
+    assert sum(everywhere.values()) > sum(plain4.values())
 
 
 # -- the recipe --------------------------------------------------------------------------------------------

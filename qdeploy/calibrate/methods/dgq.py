@@ -40,8 +40,7 @@ from qdeploy.calibrate.groups import (
 )
 from qdeploy.calibrate.log_attention import LogQuantizer
 from qdeploy.calibrate.methods import ACTIVATION_SCALES, WEIGHT_SCALES, Method, Stage
-from qdeploy.calibrate.operators import fake_quantize
-from qdeploy.calibrate.ranges import minmax_weights
+from qdeploy.calibrate.rounding_noise import LEAST_GAIN, rounding_noise
 from qdeploy.calibrate.session import Session
 from qdeploy.errors import UsageError
 from qdeploy.formats import Format, parse_format
@@ -50,7 +49,6 @@ from qdeploy.structure import Layer
 from qdeploy.targets import find_target
 
 FORMS = ("auto", "fold", "split")
-LEAST_GAIN = 0.05  # of the estimated noise; below it, a rewrite is not worth its operations
 
 _Family = tuple[list[Layer], list[QuantizedLayer]]
 
@@ -146,63 +144,11 @@ def _plan(
     if int(labels.max()) == 0:
         return Plan(labels, torch.ones_like(low), 1.0, "one group")
     factors = spans / spans.amin()
-    before = noise(modules, low, high, found["square"], torch.ones_like(low), None)
-    after = noise(modules, low, high, found["square"], factors, labels if form == "split" else None)
+    before = rounding_noise(modules, low, high, found["square"], torch.ones_like(low), None)
+    after = rounding_noise(modules, low, high, found["square"], factors, labels if form == "split" else None)
     ratio = after / before if before else 1.0
     left = "no less noise" if check and weights is not None and ratio > 1 - LEAST_GAIN else ""
     return Plan(labels, factors, ratio, left)
-
-
-def noise(
-    modules: list[QuantizedLayer],
-    low: Tensor,
-    high: Tensor,
-    square: Tensor,
-    factors: Tensor,
-    labels: Tensor | None,
-) -> float:
-    """Estimated rounding noise of the outputs of layers that read one tensor, up to a constant.
-
-    The rounding error of an input is spread evenly over its step, so its power is step^2 / 12, and it meets the
-    weight; that of the weight, rounded to nearest with min-max scales, meets the input. Errors are taken for
-    independent of each other.
-
-    Args:
-        modules: the layers.
-        low: [C] smallest value of each input channel.
-        high: [C] largest value.
-        square: [C] mean square.
-        factors: [C] what the input channels are divided by, and the weight multiplied.
-        labels: [C] groups that are split, so that weights have scales of their own and stay as they are; None
-            where the factors are folded.
-    """
-    weights, activations = modules[0].formats
-    assert activations is not None
-    spread = torch.maximum(-low, high) if activations.symmetric else high.clamp(min=0) - low.clamp(max=0)
-    codes = activations.qmax if activations.symmetric else activations.qmax - activations.qmin
-    steps = factors * (spread / factors).amax() / codes
-    total = 0.0
-    for module in modules:
-        weight = module.weight.detach().float().cpu().reshape(module.channels, len(factors), -1)  # [O, C, k]
-        total += float((weight.square().sum((0, 2)) * steps.square()).double().sum()) / 12
-        if weights is not None:
-            error = _weight_error(weight, weights, factors, labels)
-            total += float((error.square().sum((0, 2)) * square.float()).double().sum())
-    return total
-
-
-def _weight_error(weight: Tensor, number_format: Format, factors: Tensor, labels: Tensor | None) -> Tensor:
-    """Error of a weight [O, C, k], rounded to nearest with min-max scales; arguments as of `noise`."""
-    if labels is not None:
-        error = torch.empty_like(weight)
-        for group in labels.unique():
-            own = labels == group
-            error[:, own] = _weight_error(weight[:, own], number_format, torch.ones(int(own.sum())), None)
-        return error
-    scaled = weight * factors[:, None]
-    scale, zero = (x[:, None, None] for x in minmax_weights(scaled, number_format))
-    hat = fake_quantize(scaled, scale, zero, number_format.qmin, number_format.qmax)
-    return (scaled - hat) / factors[:, None]
 
 
 def _unfit(module: QuantizedLayer, found: Mapping[str, Tensor], choose: bool) -> str:

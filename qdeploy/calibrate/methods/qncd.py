@@ -8,6 +8,8 @@ or as estimated on the way (`qdeploy.runtime.correction`). Departures from the r
 - blocks are found by tracing, both kinds of them (`qdeploy.modulation`); the code knows one, by position;
 - S is positive: of gamma and of the embedding the magnitude is taken. The code's follows their signs, and
   may be 0 or negative;
+- a layer is smoothed where that lowers the estimated rounding noise of its weight and its input together: at four
+  bits the weight loses more than the input gains (``check: false`` smooths all of them, as the paper does);
 - S is the mean over every timestep of training, each once; the code takes the first sample of random batches;
 - full precision still convolves the original input with the original weight; the code divides its input too;
 - S is stored with the checkpoint; the code computes another one when it loads.
@@ -15,17 +17,19 @@ or as estimated on the way (`qdeploy.runtime.correction`). Departures from the r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qdeploy.calibrate.fakequant import quantized_layers
+from qdeploy.calibrate.fakequant import QuantizedLayer, quantized_layers
+from qdeploy.calibrate.groups import CHANNELS, of_layer, watch
 from qdeploy.calibrate.methods import ACTIVATION_SCALES, RESULTS, WEIGHT_SCALES, Method, Stage
+from qdeploy.calibrate.rounding_noise import LEAST_GAIN, rounding_noise
 from qdeploy.calibrate.session import Session
-from qdeploy.calibrate.smoothing import can_smooth, smooth
+from qdeploy.calibrate.smoothing import can_smooth, relative_factors, smooth
 from qdeploy.correction_table import CORRECTION, CorrectionTable
 from qdeploy.inputs import denoise
 from qdeploy.modulation import ADDITIVE, Modulation, find_modulations
@@ -34,12 +38,13 @@ from qdeploy.progress import say, track
 EPSILON = 1e-3
 
 
-def smooth_embeddings(session: Session, *, strength: float = 1.0) -> None:
+def smooth_embeddings(session: Session, *, strength: float = 1.0, check: bool = True) -> None:
     """Smooth the layers that read what the embedding was added to or scaled (section 3.1).
 
     Args:
         session: the calibration.
         strength: the exponent of S; 1 is the paper's, less leaves more to the weights.
+        check: leave layers whose estimated rounding noise, of weights and input together, would not fall.
     """
     layers = quantized_layers(session.denoiser)
 
@@ -47,16 +52,49 @@ def smooth_embeddings(session: Session, *, strength: float = 1.0) -> None:
         with torch.no_grad(), session.teacher():
             places = find_modulations(session.denoiser, session.inputs(session.rows()[:1]))
             outputs = _projections(session, {place.projection for place in places})
-        count = 0
+        wanted: list[tuple[dict[str, QuantizedLayer], Tensor]] = []
         for place in places:
             factors = smoothing_factors(place, outputs[place.projection]).pow(strength)
-            for layer in (layers[path] for path in place.layers if path in layers):
-                if can_smooth(layer) and len(factors) == layer.weight.shape[1]:
-                    smooth(layer, factors)
-                    count += 1
-        say(f"{count} of {len(layers)} quantized layers are smoothed by the timestep's embedding")
+            readers = {path: layers[path] for path in place.layers if path in layers}
+            fitting = (
+                can_smooth(layer) and len(factors) == layer.weight.shape[1] for layer in readers.values()
+            )
+            if readers and all(fitting):
+                wanted.append((readers, factors))
+        chosen = _quieter(session, wanted) if check else wanted
+        for readers, factors in chosen:
+            for layer in readers.values():
+                smooth(layer, factors)
+        count, able = (sum(len(readers) for readers, _ in some) for some in (chosen, wanted))
+        session.report["smoothed_by_embedding"] = {"layers": count, "read_an_embedding": able}
+        say(
+            f"{count} of the {able} quantized layers that read the timestep's embedding are smoothed by it"
+            + ("" if count == able else "; for the others its factors are not worth what they do to weights")
+        )
 
     session.once("smoothing", compute)
+
+
+def _quieter(
+    session: Session, wanted: Sequence[tuple[dict[str, QuantizedLayer], Tensor]]
+) -> list[tuple[dict[str, QuantizedLayer], Tensor]]:
+    """Those families of layers whose estimated rounding noise falls if they are smoothed."""
+    watched = {next(iter(readers)): next(iter(readers.values())) for readers, _ in wanted}
+    seen = watch(session, watched, session.teacher(), "channel ranges")
+    chosen = []
+    for readers, factors in wanted:
+        found = of_layer(seen, next(iter(readers)))
+        layers = list(readers.values())
+        if layers[0].formats[1] is None:  # nothing to smooth for
+            continue
+        arguments = found[f"{CHANNELS}.low"], found[f"{CHANNELS}.high"], found["square"]
+        stands = layers[0].smoothing
+        ones = torch.ones(len(factors)) if stands is None else stands.cpu()
+        before = rounding_noise(layers, *arguments, ones, None)
+        after = rounding_noise(layers, *arguments, ones * relative_factors(factors).cpu(), None)
+        if after < (1 - LEAST_GAIN) * before:
+            chosen.append((readers, factors))
+    return chosen
 
 
 def smoothing_factors(place: Modulation, output: Tensor) -> Tensor:
@@ -174,7 +212,7 @@ STAGES = (
         "smooth-embeddings",
         smooth_embeddings,
         "smoothing of layers that read what the timestep's embedding was added to or scaled",
-        lambda units, effort: (0, 0),
+        lambda units, effort: (1, 0),
         spoils=RESULTS,
     ),
     Stage(
