@@ -62,7 +62,8 @@ def build_engine(
 
     Raises:
         UsageError: an unknown backend or precision, an impossible number, an option of another backend.
-        CapabilityError: the backend is not installed, the machine lacks bf16, or the bundle is a simulation.
+        CapabilityError: the backend is not installed or has no kernels for a format of the bundle, the machine
+            lacks bf16, or the bundle is a simulation.
         InvalidInputError: the bundle is damaged, or holds what the backend cannot run.
     """
     if batch < 1 or (threads is not None and threads < 1):
@@ -72,7 +73,7 @@ def build_engine(
         raise CapabilityError(f"{source.path} is a simulation that no engine can run: {'; '.join(reasons)}")
     if source.kind == "checkpoint":
         raise InvalidInputError(f"{source.path} is a checkpoint: export it first, with `qdeploy export`")
-    chosen = find_backend(backend)
+    chosen = find_backend(backend, (source.facts["weights"], source.facts["activations"]))
     check_precision(chosen, precision)
     wishes = {name: value for name, value in wishes.items() if value is not None and value is not False}
     _check_wishes(chosen, wishes)
