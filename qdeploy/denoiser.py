@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -108,12 +110,16 @@ class Model:
         return plain or files
 
     def build(self) -> nn.Module:
-        """The denoiser with its configuration and untrained weights."""
-        denoiser: nn.Module = self.denoiser_class().from_config(self.config)
+        """The denoiser with its configuration, its parameters without values or memory (device ``meta``)."""
+        with _without_parameters():
+            denoiser: nn.Module = self.denoiser_class().from_config(self.config)
         return denoiser.eval()
 
     def load(self, device: str = "cpu") -> nn.Module:
         """The denoiser in float32 and evaluation mode, its weights verified.
+
+        On a CPU, weights that are stored in float32 stay in their file, mapped into memory: it takes what the
+        network touches, and the system can take it back.
 
         Raises:
             InvalidInputError: weights are truncated, do not fit the class, or hold NaN or Inf.
@@ -138,7 +144,7 @@ class Model:
                 )
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise InvalidInputError(f"the weights in {self.folder} hold NaN or Inf, first in {name}")
-        denoiser.load_state_dict(state)
+        denoiser.load_state_dict(state, assign=True)
         return denoiser.to(device).requires_grad_(False)
 
     def pipeline(self, denoiser: nn.Module | None = None) -> Any:
@@ -236,6 +242,25 @@ def _download(source: str) -> Path:
         raise InvalidInputError(
             f"{source} does not exist, and cannot be had from the Hub: {first}"
         ) from error
+
+
+@contextmanager
+def _without_parameters() -> Iterator[None]:
+    """Within, modules are made whose parameters have a shape alone; buffers have their values."""
+    from torch import nn
+
+    register = nn.Module.register_parameter
+
+    def without(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = without  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def test_formats_that_do_not_go_together_are_refused_in_a_sentence(given: dict[s
 
 
 def test_low_bits_of_tensorrt_are_no_simulation() -> None:
-    for preset in ("int4-weights", "fp8-minmax"):
+    for preset in ("int4-weights", "int4-awq", "fp8-minmax"):
         assert resolve_recipe(preset).simulated() == []
     assert resolve_recipe("fp8-minmax").precision == "Wf8Af8"
     assert resolve_recipe("int4-weights").precision == "W4g128Afp"

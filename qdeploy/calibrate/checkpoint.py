@@ -111,7 +111,7 @@ def load_checkpoint(checkpoint: str | Path | Artifact, device: str = "cpu") -> n
     from safetensors.torch import load_file
 
     parameters = load_file(model.folder / "parameters.safetensors")
-    missing, unexpected = denoiser.load_state_dict(parameters, strict=False)
+    missing, unexpected = denoiser.load_state_dict(parameters, strict=False, assign=True)
     left = [name for name in missing if not _is_quantizer_state(name)]
     if left or unexpected:
         raise InvalidInputError(

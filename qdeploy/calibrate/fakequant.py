@@ -113,8 +113,9 @@ class QuantizedLayer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where its tensors are."""
-        return next((t.device for t in (*self.parameters(), *self.buffers())), torch.device("cpu"))
+        """Where its tensors are, but those that are only described."""
+        there = (t.device for t in (*self.parameters(), *self.buffers()) if not t.is_meta)
+        return next(there, torch.device("cpu"))
 
     @property
     def feature_axis(self) -> int:

@@ -7,10 +7,15 @@ range of its output channels, whose scales share them. Stages only choose the fa
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from qdeploy.calibrate.fakequant import QuantizedLayer
+import torch
+from torch import Tensor, nn
+
+from qdeploy.calibrate.fakequant import QuantizedLayer, quantized_layers
+
+if TYPE_CHECKING:
+    from qdeploy.calibrate.session import Session
 
 FLOOR = 1e-3  # factors further from their mean than this are cut, so that no channel is blown up
 
@@ -18,6 +23,19 @@ FLOOR = 1e-3  # factors further from their mean than this are cut, so that no ch
 def can_smooth(layer: QuantizedLayer) -> bool:
     """Whether a weight has an axis of input channels: those of grouped convolutions have several."""
     return int(getattr(layer.inner, "groups", 1)) == 1
+
+
+def smoothing_groups(session: Session, linear: bool) -> list[list[QuantizedLayer]]:
+    """Layers that read one tensor, and so share its factors, together; ``linear``: without convolutions."""
+    modules = quantized_layers(session.denoiser)
+    groups: dict[str, list[QuantizedLayer]] = {}
+    for layer in session.layers:
+        groups.setdefault(layer.reads, []).append(modules[layer.path])
+    return [
+        group
+        for group in groups.values()
+        if all(can_smooth(layer) and (isinstance(layer.inner, nn.Linear) or not linear) for layer in group)
+    ]
 
 
 def smooth(layer: QuantizedLayer, factors: Tensor) -> None:

@@ -70,7 +70,8 @@ def build_engine(
 
     Raises:
         UsageError: an unknown backend or precision, an impossible number, an option of another backend.
-        CapabilityError: the backend is not installed, the machine lacks bf16, or the bundle is a simulation.
+        CapabilityError: the backend is not installed or has no kernels for a format of the bundle, the machine
+            lacks bf16, or the bundle is a simulation.
         InvalidInputError: the bundle is damaged, or holds what the backend cannot run.
         CheckFailed: no placement reaches ``min_sqnr``.
     """
@@ -81,7 +82,7 @@ def build_engine(
         raise CapabilityError(f"{source.path} is a simulation that no engine can run: {'; '.join(reasons)}")
     if source.kind == "checkpoint":
         raise InvalidInputError(f"{source.path} is a checkpoint: export it first, with `qdeploy export`")
-    chosen = find_backend(backend)
+    chosen = find_backend(backend, (source.facts["weights"], source.facts["activations"]))
     _check_goal(chosen, optimize_for, min_sqnr)
     if precision is None:
         precision = "bf16" if optimize_for and "bf16" in chosen.precisions and has_bf16() else "f32"

@@ -239,4 +239,5 @@ BACKEND = Backend(
     build=build,
     load=OpenVINOEngine,
     rank=10,
+    lacks=frozenset({"int4b64", "int4b128", "fp8"}),
 )

@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -41,6 +41,7 @@ class Backend:
         wishes: names of further options of its builds; ``build`` takes them, ``precision`` and ``batch`` as
             keywords where there are any.
         check: raises `CapabilityError` where the machine lacks what the backend needs beside its package.
+        lacks: number formats (`qdeploy.formats`) that it has no kernels for.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Backend:
     device: str = "cpu"
     wishes: tuple[str, ...] = ()
     check: Callable[[], None] | None = None
+    lacks: frozenset[str] = frozenset()
 
     def available(self) -> bool:
         """Whether the runtime is installed and the machine has what it needs."""
@@ -103,16 +105,28 @@ def backends() -> dict[str, Backend]:
     return {backend.name: backend for backend in sorted(found, key=lambda b: (-b.rank, b.name))}
 
 
-def find_backend(name: str = "auto") -> Backend:
+def find_backend(name: str = "auto", formats: Iterable[str] = ()) -> Backend:
     """The backend of that name, its package installed.
 
     Args:
         name: a backend, or ``auto`` for the fastest that is installed.
+        formats: names of the number formats that it shall run.
 
     Raises:
         UsageError: there is no such backend.
-        CapabilityError: its package is missing, or the machine cannot run it.
+        CapabilityError: its package is missing, the machine cannot run it, or it lacks a format.
     """
+    chosen = _named(name)
+    if lacking := chosen.lacks.intersection(formats):
+        able = [other.name for other in backends().values() if not other.lacks.intersection(formats)]
+        raise CapabilityError(
+            f"{chosen.name} has no kernels for {' and '.join(sorted(lacking))}: build with --backend "
+            f"{' or '.join(able)}"
+        )
+    return chosen
+
+
+def _named(name: str) -> Backend:
     if name == "auto":
         ranked = [backend for backend in backends().values() if backend.rank > 0]
         # The last one asks for nothing but its package, so that its complaint is the one to follow.

@@ -26,6 +26,7 @@ from qdeploy.draft import Draft
 from qdeploy.errors import CapabilityError, UsageError
 from qdeploy.export.components import has_components, write_components
 from qdeploy.export.graph import save
+from qdeploy.export.lint.run import lint
 from qdeploy.export.lower import PASSES, lower
 from qdeploy.export.time_table import TimeTable, needs_table, plan_table, tabulate
 from qdeploy.paths import default_output
@@ -209,17 +210,31 @@ def _write(
     freeze(denoiser)
     graph = lower(trace(denoiser, inputs), facts["target"])
     _describe(graph, draft, facts)
-    save(graph, draft.content / model.name / "model.onnx")
+    facts["inputs"] = [
+        {"name": value.name, "dtype": str(value.dtype), "shape": [str(axis) for axis in value.shape or ()]}
+        for value in graph.graph.inputs
+    ]
+    file = draft.content / model.name / "model.onnx"
+    save(graph, file)
+    del graph
+    if facts["target"] == "tensorrt":
+        facts["lint"] = _lint(file)
     draft.json(f"{model.name}/config.json", model.config)
     copy_pipeline_files(draft, model.path)
     if rest is not None:
         say("tracing the rest of the pipeline")
         write_components(draft, rest)
-    facts["inputs"] = [
-        {"name": value.name, "dtype": str(value.dtype), "shape": [str(axis) for axis in value.shape or ()]}
-        for value in graph.graph.inputs
-    ]
     return draft.finish(facts=facts, notes=notes)
+
+
+def _lint(file: Path) -> dict[str, Any]:
+    """What the rules of the target's engines say of the graph, for the bundle's facts."""
+    report = lint(file)
+    if found := report.counts["E"] + report.counts["W"]:
+        say(
+            f"warning: {found} findings of `qdeploy lint` in what was exported: lint the bundle, and report it"
+        )
+    return report.summary()
 
 
 def _describe(graph: ir.Model, draft: Draft, facts: dict[str, Any]) -> None:

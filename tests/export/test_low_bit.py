@@ -25,7 +25,7 @@ from qdeploy.calibrate.trajectory import collect
 from qdeploy.decibels import sqnr_by_row
 from qdeploy.engines.build import build_engine, load_engine
 from qdeploy.engines.macs import meant_int8
-from qdeploy.errors import UsageError
+from qdeploy.errors import CapabilityError, UsageError
 from qdeploy.export.graph import constant, producer, save
 from qdeploy.export.lint.run import graph_file, lint
 from qdeploy.export.lower import lower
@@ -218,6 +218,11 @@ def test_presets_lead_to_an_engine(
         assert reason in said.out + said.err
     bundle = export(checkpoint, tmp_path / "onnx")
     assert lint(graph_file(bundle.path)).passed
+    lacking = "fp8" if preset == "fp8-minmax" else "int4b128"
+    with pytest.raises(
+        CapabilityError, match=f"no kernels for {lacking}: build with --backend .*onnxruntime"
+    ):
+        build_engine(bundle, tmp_path / "engine", backend="openvino")
     engine = build_engine(bundle, tmp_path / "engine", backend="onnxruntime")
     network = load_checkpoint(checkpoint)
     inputs = data_inputs(data)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdeploy.calibrate.fakequant import QuantizedLayer, quantized_layers
+from qdeploy.calibrate.fakequant import QuantizedLayer
 from qdeploy.calibrate.methods import RESULTS, Method, Stage
 from qdeploy.calibrate.session import Session
-from qdeploy.calibrate.smoothing import can_smooth, smooth
+from qdeploy.calibrate.smoothing import smooth, smoothing_groups
 from qdeploy.errors import UsageError
 from qdeploy.inputs import denoise
 from qdeploy.progress import say, track
@@ -41,7 +41,7 @@ def migrate_outliers(session: Session, *, alpha: float = 0.5, layers: str = "lin
         raise UsageError(f"migrate-outliers smooths {' or '.join(LAYERS)}, not {layers!r}")
 
     def compute() -> None:
-        groups = [group for group in _groups(session) if layers == "all" or _linear(group)]
+        groups = smoothing_groups(session, linear=layers == "linear")
         seen = _channel_ranges(session, groups)
         for group, activations in zip(groups, seen, strict=True):
             weights = torch.stack([weight_ranges(layer) for layer in group]).amax(0)
@@ -69,19 +69,6 @@ def migration_factors(activations: Tensor, weights: Tensor, alpha: float) -> Ten
 def weight_ranges(layer: QuantizedLayer) -> Tensor:
     """[C] max |W_j| over the outputs that read input channel j."""
     return layer.student.detach().abs().transpose(0, 1).flatten(1).amax(1)
-
-
-def _groups(session: Session) -> list[list[QuantizedLayer]]:
-    """Layers that read one tensor, and so share its factors, together."""
-    modules = quantized_layers(session.denoiser)
-    groups: dict[str, list[QuantizedLayer]] = {}
-    for layer in session.layers:
-        groups.setdefault(layer.reads, []).append(modules[layer.path])
-    return [group for group in groups.values() if all(map(can_smooth, group))]
-
-
-def _linear(group: list[QuantizedLayer]) -> bool:
-    return all(isinstance(layer.inner, nn.Linear) for layer in group)
 
 
 def _channel_ranges(session: Session, groups: list[list[QuantizedLayer]]) -> list[Tensor]:

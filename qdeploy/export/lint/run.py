@@ -78,6 +78,19 @@ class Report:
         }
         return said | ({"output": self.output, "fixed": self.fixed} if self.output else {})
 
+    def summary(self) -> dict[str, Any]:
+        """What a bundle keeps of it: findings by severity, each rule's number of them, shares of MACs."""
+        by_rule = {
+            waived: Counter(finding.rule for finding in self.findings if bool(finding.waived) is waived)
+            for waived in (False, True)
+        }
+        return {
+            "counts": self.counts,
+            "rules": dict(sorted(by_rule[False].items())),
+            "waived": dict(sorted(by_rule[True].items())),
+            "shares": self.macs["shares"],
+        }
+
     def table(self) -> str:
         """For people."""
         lines = [_line(finding) for finding in self.findings if finding.waived is None]

@@ -1,0 +1,191 @@
+"""What `qdeploy export --target tensorrt` writes: rules that fire, parity on ONNX Runtime, size, memory, seconds.
+
+    python -m benchmarks.tensorrt_exports --shape digits --shape cifar --output runs/tensorrt-exports
+    python -m benchmarks.tensorrt_exports --shape sd15 --format w8a8 --kind static
+
+Min-max calibration, a handful of rows: what is exported and at what cost does not depend on how good the ranges
+are. The weights of `cifar` and `sd15` are random. Each export has a process of its own, whose peak memory the
+system tells; weights that it maps from files count. What is there already is not made again, and rows of earlier
+runs stay in the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
+from typing import Any
+
+import torch
+
+from benchmarks.models import SHAPES, model_folder
+from qdeploy.artifact import Artifact, open_artifact
+from qdeploy.calibrate.importers import import_qdiffusion
+from qdeploy.calibrate.run import calibrate
+from qdeploy.calibrate.trajectory import collect
+from qdeploy.decibels import distance
+from qdeploy.engines.measure import read_probe
+from qdeploy.evaluate.parity import open_subject
+from qdeploy.evaluate.report import markdown_table, number, text_table
+from qdeploy.export.run import export
+from qdeploy.files import write_json, write_text
+from qdeploy.inputs import example_inputs
+from qdeploy.progress import say
+
+FORMATS = {
+    "w8a8": {"weights": "int8", "activations": "int8"},
+    "w4a8": {"weights": "int4", "activations": "int8"},
+    "int4": {"weights": "int4b128", "activations": "none"},
+    "fp8": {"weights": "fp8", "activations": "fp8"},
+}
+GROUPS = 4
+KINDS = ("static", "table", "hoisted")  # hoisted scales are one for each group of timesteps
+COLUMNS = ("export", "E", "W", "waived", "low-bit MACs", "parity dB", "worst", "MB", "peak GB", "seconds")
+
+
+def calibration_set(shape: str, model: Path, output: Path) -> Artifact:
+    """A small one: sampled where the model is trained, of noise where its weights are random."""
+    place = output / f"{shape}-set"
+    if shape == "digits":
+        made = collect(model, place, samples=8, steps=4, inference_steps=4, scheduler="ddim")
+        assert isinstance(made, Artifact)
+        return made
+    from qdeploy.denoiser import open_model
+
+    images = 4 if shape == "cifar" else 1
+    inputs = example_inputs(open_model(model), rows=GROUPS * images)
+    stacked = {
+        new: inputs[old].unflatten(0, (GROUPS, images))
+        for new, old in (("xs", "sample"), ("ts", "timestep"), ("cs", "encoder_hidden_states"))
+        if old in inputs
+    }
+    file = output / f"{shape}.pt"
+    torch.save(stacked, file)
+    return import_qdiffusion(model, file, place, steps=GROUPS, samples=images)
+
+
+def checkpoint(shape: str, name: str, groups: int, output: Path) -> Path:
+    """Calibrate a shape in a format."""
+    model = model_folder(shape, output)
+    made = calibrate(
+        model,
+        output / f"{shape}-{name}-{groups}",
+        calibration=calibration_set(shape, model, output),
+        method="minmax",
+        target="tensorrt",
+        effort="fast",
+        timestep_groups=groups,
+        **FORMATS[name],  # type: ignore[arg-type]
+    )
+    assert isinstance(made, Artifact)
+    return made.path
+
+
+def bundle(source: Path, place: Path, table: str) -> Path:
+    """Export a checkpoint."""
+    return export(source, place, time_table=table, components=False).path
+
+
+def parity(path: Path) -> dict[str, Any]:
+    """Distance of the graph on ONNX Runtime from the fake-quantized network's outputs, over the probe."""
+    inputs, _, simulated = read_probe(path)
+    assert simulated is not None
+    return distance(open_subject(path).predict(inputs), simulated)
+
+
+def alone(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float, float]:
+    """Call a function in a new process: its result, the process's peak memory in bytes, and seconds."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_measured, work, *arguments).result()
+
+
+def _measured(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float, float]:
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    result = work(*arguments)
+    return result, getrusage(RUSAGE_SELF).ru_maxrss * 1024.0, time.perf_counter() - began
+
+
+def measure(shape: str, name: str, kind: str, output: Path) -> dict[str, Any]:
+    """One row."""
+    groups = GROUPS if kind == "hoisted" else 1
+    source, _, _ = alone(checkpoint, shape, name, groups, output)
+    place = output / f"{shape}-{name}-{kind}-onnx"
+    made, peak, seconds = alone(bundle, source, place, "fp32" if kind == "table" else "none")
+    found, _, _ = alone(parity, made)
+    artifact = open_artifact(made, "onnx")
+    component = made / str(artifact.facts["component"])
+    weights = sum(tensor.stat().st_size for tensor in model_weights(shape, output))
+    return {
+        "shape": shape,
+        "format": name,
+        "kind": kind,
+        "lint": artifact.facts["lint"],
+        "parity": found,
+        "bytes": sum(file.stat().st_size for file in component.glob("model.onnx*")),
+        "external": (component / "model.onnx_data").exists(),
+        "peak": peak,
+        "fp32_weights": weights,
+        "seconds": seconds,
+    }
+
+
+def model_weights(shape: str, output: Path) -> list[Path]:
+    """Files of a model's weights."""
+    from qdeploy.denoiser import open_model
+
+    return open_model(model_folder(shape, output)).weights
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row as text."""
+    lint, parity = row["lint"], row["parity"]
+    waived = ", ".join(f"{rule} x{count}" for rule, count in lint["waived"].items()) or "none"
+    return [
+        f"{row['shape']} {row['format']}, {row['kind']}",
+        str(lint["counts"]["E"]),
+        str(lint["counts"]["W"]),
+        waived,
+        f"{sum(share for kind, share in lint['shares'].items() if kind != 'float'):.0%}",
+        number(parity["sqnr_db"], 1),
+        number(parity["worst_db"], 1),
+        number(row["bytes"] / 1e6, 1),
+        f"{row['peak'] / 1e9:.2f}",
+        number(row["seconds"], 0),
+    ]
+
+
+def main() -> None:
+    """Measure, and write ``exports.json`` and ``exports.md``."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=SHAPES, action="append")
+    parser.add_argument("--format", choices=FORMATS, action="append")
+    parser.add_argument("--kind", choices=KINDS, action="append")
+    parser.add_argument("--output", type=Path, default=Path("runs/tensorrt-exports"))
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    file = arguments.output / "exports.json"
+    rows = json.loads(file.read_text()) if file.exists() else {}
+    for shape in arguments.shape or SHAPES:
+        for name in arguments.format or FORMATS:
+            for kind in arguments.kind or KINDS:
+                key = f"{shape} {name} {kind}"
+                if key in rows or (name == "int4" and kind == "hoisted"):
+                    continue  # weights alone have no scale that depends on the timestep
+                say(f"exporting {key}")
+                rows[key] = measure(shape, name, kind, arguments.output)
+                write_json(file, rows)
+    table = [cells(row) for row in rows.values()]
+    write_text(arguments.output / "exports.md", markdown_table(COLUMNS, table))
+    print(text_table(COLUMNS, table))
+
+
+if __name__ == "__main__":
+    main()

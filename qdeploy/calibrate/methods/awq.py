@@ -1,0 +1,155 @@
+"""AWQ (Lin et al., MLSys 2024, arXiv 2306.00978): weights that meet large activations are kept precise.
+
+Section 3.2: input channel j of a weight is multiplied by ``s_j`` before it is quantized, and the input is
+divided by it. A salient channel then gets finer steps, as long as it does not widen the range that it shares with
+its block. Equation 5: ``s_j = mean|X_j|^alpha``, with the alpha between 0 and 1 that gives the least error of the
+layer's output, ``|Q(W diag(s)) diag(s)^-1 X - W X|^2``; alpha = 0 is rounding to nearest.
+
+Departures: layers that read one tensor share s, as their errors' sum wants it; 1 / s stays in front of them as a
+factor of its own, which engines fuse, instead of being folded into what comes before; weights are not clipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdeploy.calibrate.fakequant import QuantizedLayer
+from qdeploy.calibrate.methods import RESULTS, Method, Stage
+from qdeploy.calibrate.ranges import WEIGHT_FINDERS, check_finder
+from qdeploy.calibrate.session import Session
+from qdeploy.calibrate.smoothing import smooth, smoothing_groups
+from qdeploy.errors import UsageError
+from qdeploy.inputs import denoise
+from qdeploy.progress import say, track
+
+TOKENS = 1024  # rows of a layer's input that its error is measured on
+
+
+def scale_salient(session: Session, *, grid: int = 20, finder: str = "minmax") -> None:
+    """Scale the input channels of linear layers so that their quantized weights serve their inputs best.
+
+    Args:
+        session: the calibration.
+        grid: how many alphas from 0 up to, not including, 1 are tried.
+        finder: how the ranges of weights are found in the trials; as the stage that finds them afterwards.
+
+    Raises:
+        UsageError: an impossible grid or finder.
+    """
+    check_finder(finder, WEIGHT_FINDERS)
+    if grid < 1:
+        raise UsageError(f"the grid of scale-salient must be at least 1, not {grid}")
+
+    def compute() -> None:
+        alphas = []
+        for groups in _batches(smoothing_groups(session, linear=True), session.max_memory):
+            for group, x in zip(groups, _inputs(session, groups), strict=True):
+                alpha, factors = best_factors(group, x, grid, finder)
+                alphas += [alpha] * len(group)
+                for layer in group:
+                    smooth(layer, factors)
+        if alphas:
+            mean = sum(alphas) / len(alphas)
+            say(
+                f"{len(alphas)} of {len(session.layers)} quantized layers are scaled, alpha {mean:.2f} on average"
+            )
+
+    session.once("salient", compute)
+
+
+def best_factors(group: list[QuantizedLayer], x: Tensor, grid: int, finder: str) -> tuple[float, Tensor]:
+    """The alpha of equation 5 and its factors, for layers that read one tensor.
+
+    Args:
+        group: the layers; their weight quantizers are left as the last trial set them.
+        x: [N, C] inputs.
+        grid: how many alphas to try.
+        finder: of the weights' ranges.
+
+    Returns:
+        Alpha, and [C] factors: 1 for channels that are always 0.
+    """
+    mean = x.abs().mean(0)
+    trials = []
+    for step in range(grid):
+        alpha = step / grid
+        factors = torch.where(mean > 0, mean, 1.0).pow(alpha)
+        trials.append((sum(_error(layer, x, factors, finder) for layer in group), alpha, factors))
+    _, alpha, factors = min(trials, key=lambda trial: trial[0])
+    return alpha, factors
+
+
+def _error(layer: QuantizedLayer, x: Tensor, factors: Tensor, finder: str) -> float:
+    """Squared error of a layer's output for inputs [N, C], its weight scaled and rounded to nearest."""
+    before = layer.smoothing
+    smooth(layer, factors)
+    for quantizer, weight in layer.weight_pairs():
+        quantizer.set(*WEIGHT_FINDERS[finder](weight, quantizer.format))
+    parts = zip(layer.input_parts(x), layer.quantized_weights(), strict=True)
+    computed = torch.stack([nn.functional.linear(part, weight) for part, weight in parts]).sum(0)
+    exact = nn.functional.linear(x if before is None else x / before, layer.weight)
+    layer.smoothing = before
+    return float((computed - exact).double().square().sum())
+
+
+def _batches(groups: list[list[QuantizedLayer]], memory: int) -> Iterator[list[list[QuantizedLayer]]]:
+    """Groups whose recorded inputs fit into so many bytes together; one at least."""
+    batch: list[list[QuantizedLayer]] = []
+    taken = 0
+    for group in groups:
+        size = 4 * TOKENS * group[0].features
+        if batch and taken + size > memory:
+            yield batch
+            batch, taken = [], 0
+        batch.append(group)
+        taken += size
+    if batch:
+        yield batch
+
+
+def _inputs(session: Session, groups: list[list[QuantizedLayer]]) -> list[Tensor]:
+    """[N, C] of what each group reads in full precision: about `TOKENS` rows, evenly from all calls."""
+    rows, batch = session.rows(), session.effort.batch
+    share = -(-TOKENS // -(-len(rows) // batch))
+    seen: dict[int, list[Tensor]] = {id(group[0]): [] for group in groups}
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0].detach().flatten(0, -2)
+        seen[id(module)].append(x[:: max(1, len(x) // share)][:share].float())
+
+    with ExitStack() as stack:
+        for group in groups:
+            stack.callback(group[0].register_forward_pre_hook(before).remove)
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(session.teacher())
+        for start in track(range(0, len(rows), batch), "salient channels"):
+            denoise(session.denoiser, session.inputs(rows[start : start + batch]))
+    return [torch.cat(seen[id(group[0])]) for group in groups]
+
+
+STAGES = (
+    Stage(
+        "scale-salient",
+        scale_salient,
+        "scaling of linear layers' input channels by what their inputs hold",
+        lambda units, effort: (1.5, 0),
+        paper="AWQ, Lin et al., MLSys 2024, arXiv 2306.00978",
+        spoils=RESULTS,
+    ),
+)
+
+METHOD = Method(
+    "awq",
+    "AWQ, Lin et al., MLSys 2024, arXiv 2306.00978",
+    "weights of salient input channels are scaled before they are rounded; min-max ranges",
+    (
+        ("scale-salient", {}),
+        ("weight-ranges", {"finder": "minmax"}),
+        ("activation-ranges", {"finder": "minmax"}),
+    ),
+)
