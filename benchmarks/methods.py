@@ -1,6 +1,7 @@
 """All methods on the zoo's ``digits``, on one table: quality, cost, size, and whether an engine exists.
 
     python benchmarks/methods.py --output runs/methods
+    python benchmarks/methods.py --output runs/methods --precisions w4a8 --recipes w4a8-tuned my-recipe.yaml
 
 W8A8 and W4A8 are measured as engines on OpenVINO; W4A6 and W4A4, which no engine runs, as the simulation in
 torch. Each calibration is a process of its own, whose largest memory is told. A run that was stopped continues.
@@ -36,6 +37,7 @@ from qdeploy.evaluate.thresholds import look_up
 from qdeploy.export.run import export
 from qdeploy.files import write_json, write_text
 from qdeploy.progress import say
+from qdeploy.recipe import resolve_recipe
 
 STEPS = 50
 # Formats of weights and activations, and whether an engine runs them.
@@ -81,27 +83,68 @@ class Run:
             f", {self.groups} groups" if self.groups > 1 else ""
         )
 
+    @property
+    def runs_on_engines(self) -> bool:
+        """Whether an engine runs the result."""
+        return PRECISIONS[self.precision][2]
 
-def runs(chosen: list[str], precisions: list[str], groups: list[int], seeds: int) -> Iterator[Run]:
+    @property
+    def options(self) -> list[str]:
+        """What `qdeploy calibrate` is told of it."""
+        weights, activations, engine = PRECISIONS[self.precision]
+        return [
+            "--method", self.method, "--weights", weights, "--activations", activations,
+            "--timestep-groups", str(self.groups), "--target", "portable" if engine else "simulated",
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RecipeRun:
+    """One calibration by a preset, or by a recipe's file."""
+
+    recipe: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its folder's name."""
+        return f"{self.row}-recipe-{self.seed}"
+
+    @property
+    def row(self) -> str:
+        """Its row in the table, which it shares with other seeds."""
+        return Path(self.recipe).stem
+
+    @property
+    def runs_on_engines(self) -> bool:
+        """Whether an engine runs the result."""
+        return not resolve_recipe(self.recipe).simulated()
+
+    @property
+    def options(self) -> list[str]:
+        """What `qdeploy calibrate` is told of it."""
+        return ["--recipe", self.recipe]
+
+
+def runs(arguments: argparse.Namespace) -> Iterator[Run | RecipeRun]:
     """All calibrations, one seed after the other."""
-    for seed in range(seeds):
-        for precision in precisions:
-            for method in chosen:
-                for count in groups:
+    for seed in range(arguments.seeds):
+        for precision in arguments.precisions:
+            for method in arguments.methods:
+                for count in arguments.groups:
                     yield Run(precision, method, count, seed)
+        for recipe in arguments.recipes:
+            yield RecipeRun(recipe, seed)
 
 
-def calibrated(run: Run, output: Path, effort: str) -> tuple[Artifact, dict[str, float]]:
+def calibrated(run: Run | RecipeRun, output: Path, effort: str) -> tuple[Artifact, dict[str, float]]:
     """The checkpoint, and what it cost."""
     data = output / f"set-{run.seed}"
     collect("digits", data, inference_steps=STEPS, scheduler="ddim", seed=1000 * run.seed, batch=32)
-    weights, activations, runs_on_engines = PRECISIONS[run.precision]
     place, cost = output / run.name, output / "cost" / f"{run.name}.json"
     command = [
-        sys.executable, "-m", "qdeploy.cli", "calibrate", "digits", "-o", str(place), "--method", run.method,
-        "--weights", weights, "--activations", activations, "--effort", effort, "--seed", str(run.seed),
-        "--calibration", str(data), "--timestep-groups", str(run.groups),
-        "--target", "portable" if runs_on_engines else "simulated",
+        sys.executable, "-m", "qdeploy.cli", "calibrate", "digits", "-o", str(place), *run.options,
+        "--effort", effort, "--seed", str(run.seed), "--calibration", str(data),
     ]  # fmt: skip
     if not (place.exists() and cost.exists()):
         process = subprocess.Popen(command)
@@ -119,10 +162,10 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     plan = Plan(samples=arguments.samples, inference_steps=STEPS, batch=32)
     trajectories = cache(lambda: Trajectories(model, plan))
     records = []
-    for run in runs(arguments.methods, arguments.precisions, arguments.groups, arguments.seeds):
+    for run in runs(arguments):
         checkpoint, cost = calibrated(run, arguments.output, arguments.effort)
         subject, size = checkpoint, None
-        if PRECISIONS[run.precision][2]:
+        if run.runs_on_engines:
             bundle = export(checkpoint, Path(f"{checkpoint.path}-onnx"))
             subject = build_engine(bundle, Path(f"{checkpoint.path}-engine"), backend="openvino", threads=1)
             files = subject.file(str(subject.facts["component"])).iterdir()
@@ -200,7 +243,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("runs/methods"))
-    parser.add_argument("--methods", nargs="+", choices=sorted(methods()), default=sorted(methods()))
+    parser.add_argument("--methods", nargs="*", choices=sorted(methods()), default=sorted(methods()))
+    parser.add_argument("--recipes", nargs="+", default=[], help="presets, or recipes' files, beside methods")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--groups", nargs="+", type=int, default=[1, 4], help="groups of timesteps")
     parser.add_argument("--effort", default="fast", choices=("fast", "balanced", "best"))

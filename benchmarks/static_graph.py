@@ -26,8 +26,8 @@ from qdeploy.denoiser import open_model
 from qdeploy.engines.build import build_engine, load_engine
 from qdeploy.engines.machine import machine
 from qdeploy.engines.measure import read_probe, repeat_rows
+from qdeploy.engines.timing import take_turns
 from qdeploy.evaluate.report import MISSING, markdown_table, text_table
-from qdeploy.evaluate.timing import take_turns
 from qdeploy.export.run import export
 from qdeploy.files import write_json, write_text
 from qdeploy.inputs import example_inputs

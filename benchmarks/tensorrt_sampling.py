@@ -50,7 +50,7 @@ def steps(
     from qdeploy.engines.build import load_engine
     from qdeploy.engines.measure import int8_shares, read_probe, repeat_rows
     from qdeploy.engines.tensorrt.smi import gpu_state
-    from qdeploy.evaluate.timing import quantile, take_turns
+    from qdeploy.engines.timing import quantile, take_turns
 
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:

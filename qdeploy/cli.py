@@ -253,7 +253,9 @@ def export(source: str, as_json: bool, **options: Any) -> None:
 @click.argument("onnx", type=FOLDER)
 @OUTPUT
 @click.option("--backend", default="auto", show_default=True, help="tensorrt, openvino or onnxruntime.")
-@click.option("--precision", default="f32", show_default=True, help="What is not integer: f32, bf16 or f16.")
+@click.option("--precision", help="What is not integer: f32, bf16 or f16.  [default: f32; optimized: bf16]")
+@click.option("--optimize-for", help="latency: keep int8 only where it is measured to pay.")
+@click.option("--min-sqnr", type=float, help="Least SQNR that --optimize-for may end with, in dB.")
 @click.option("--batch", type=int, default=1, show_default=True, help="Batch size that is measured.")
 @click.option("--threads", type=int, help="CPU threads.  [default: all]")
 @tensorrt

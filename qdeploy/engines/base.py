@@ -34,6 +34,7 @@ class Kernel:
         precision: what it multiplies or moves: ``int8``, ``f32``, ``bf16`` ...; `UNKNOWN` where the
             runtime does not tell.
         type: the implementation that ran, such as ``brgconv_avx512_I8``.
+        ms: median time of a call in milliseconds; None where it was not asked for, or the runtime does not tell.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Kernel:
     kind: str
     precision: str
     type: str
+    ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -138,11 +140,16 @@ class Engine(ABC):
         """One call of the runtime: contiguous tensors of the graph's dtypes on `device`, ``timestep`` a scalar."""
 
     @abstractmethod
-    def _kernels(self, inputs: dict[str, Tensor]) -> list[Kernel]:
-        """What the runtime executes for inputs as `_run` gets them."""
+    def _kernels(self, inputs: dict[str, Tensor], calls: int) -> list[Kernel]:
+        """What the runtime executes for inputs as `_run` gets them, timed over some calls if there are any."""
 
-    def kernels(self, inputs: Mapping[str, Tensor]) -> list[Kernel]:
+    def kernels(self, inputs: Mapping[str, Tensor], *, calls: int = 0) -> list[Kernel]:
         """What the runtime executes for these inputs, read from the runtime itself.
+
+        Args:
+            inputs: as of a call.
+            calls: of how many calls each kernel's time is told; 0 for no times. Looking at the clock around
+                every kernel slows a call down, so their sum is somewhat above an engine's latency.
 
         Raises:
             InvalidInputError: as in a call.
@@ -150,7 +157,7 @@ class Engine(ABC):
         ready = self._prepare(inputs)
         if "timestep" in ready and ready["timestep"].ndim > 0:
             ready["timestep"] = ready["timestep"][0]
-        return self._kernels(ready)
+        return self._kernels(ready, calls)
 
     def timed(self, inputs: Mapping[str, Tensor]) -> float:
         """Milliseconds of a call."""

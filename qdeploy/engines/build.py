@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from qdeploy.engines.measure import (
     repeat_rows,
     row_by_row,
 )
+from qdeploy.engines.placement.place import Placer
 from qdeploy.engines.registry import PRECISIONS, Backend, backends, find_backend
 from qdeploy.errors import CapabilityError, InvalidInputError, UsageError
 from qdeploy.paths import default_output
@@ -39,9 +41,11 @@ def build_engine(
     output: str | Path | None = None,
     *,
     backend: str = "auto",
-    precision: str = "f32",
+    precision: str | None = None,
     batch: int = 1,
     threads: int | None = None,
+    optimize_for: str | None = None,
+    min_sqnr: float | None = None,
     overwrite: bool = False,
     **wishes: Any,
 ) -> Artifact:
@@ -51,9 +55,13 @@ def build_engine(
         bundle: an artifact of kind ``onnx``.
         output: the engine's folder; beside the working directory's other artifacts by default.
         backend: name of a backend, or ``auto`` for the fastest that is installed.
-        precision: what everything that is not int8 is computed in, ``f32``, ``bf16`` or, on GPUs, ``f16``.
+        precision: what everything that is not int8 is computed in, ``f32``, ``bf16`` or, on GPUs, ``f16``. By
+            default ``f32``; with ``optimize_for``, 16 bits where the processor has them.
         batch: number of samples per call that the speed is measured with; the engine takes any number.
         threads: number of threads that the engine runs on; the runtime's own choice if None.
+        optimize_for: ``latency`` measures which quantizers pay on this machine, and computes the layers behind
+            the others in ``precision``; None keeps them all.
+        min_sqnr: with ``optimize_for``, the least median SQNR to full precision on the probe, in dB.
         overwrite: replace another artifact at ``output``.
         wishes: options that only some backends have, as of `Backend.wishes`; None or False asks for nothing.
 
@@ -64,6 +72,7 @@ def build_engine(
         UsageError: an unknown backend or precision, an impossible number, an option of another backend.
         CapabilityError: the backend is not installed, the machine lacks bf16, or the bundle is a simulation.
         InvalidInputError: the bundle is damaged, or holds what the backend cannot run.
+        CheckFailed: no placement reaches ``min_sqnr``.
     """
     if batch < 1 or (threads is not None and threads < 1):
         raise UsageError(f"batch and threads must be at least 1, not {batch if batch < 1 else threads}")
@@ -73,6 +82,9 @@ def build_engine(
     if source.kind == "checkpoint":
         raise InvalidInputError(f"{source.path} is a checkpoint: export it first, with `qdeploy export`")
     chosen = find_backend(backend)
+    _check_goal(chosen, optimize_for, min_sqnr)
+    if precision is None:
+        precision = "bf16" if optimize_for and "bf16" in chosen.precisions and has_bf16() else "f32"
     check_precision(chosen, precision)
     wishes = {name: value for name, value in wishes.items() if value is not None and value is not False}
     _check_wishes(chosen, wishes)
@@ -82,6 +94,7 @@ def build_engine(
         "engine_precision": precision,
         "batch": batch,
         "threads": threads,
+        **({"optimize_for": optimize_for, "min_sqnr": min_sqnr} if optimize_for else {}),
         **{name: value for name, value in wishes.items() if not isinstance(value, Path)},
     }
     place = Path(output) if output else default_output(source.path, "engine")
@@ -94,8 +107,14 @@ def build_engine(
         say("this processor has neither VNNI nor AMX: int8 will hardly be faster than float32 here")
     with draft:
         say(f"building a {chosen.name} engine of {source.path.name}")
-        _convert(chosen, source, draft, facts, wishes)
-        measured = _measure(chosen, draft, facts)
+        graph = source.file(f"{facts['component']}/model.onnx")
+        searched: dict[str, Any] = {}
+        if optimize_for:
+            placement = Placer(chosen, source, draft, facts).search(min_sqnr)
+            graph, searched = placement.graph, {"placement": placement.to_json()}
+            facts["left_in_float"] = list(placement.floats)
+        _convert(chosen, source, graph, draft, facts, wishes)
+        measured = _measure(chosen, draft, facts) | searched
         notes = {"source": source.manifest["notes"].get("source")}
         return draft.finish(facts=facts, measured=measured, notes=notes)
 
@@ -132,6 +151,21 @@ def check_precision(backend: Backend, precision: str) -> None:
         raise CapabilityError(f"this processor has no bf16 instructions ({needed}): build with f32")
 
 
+def _check_goal(backend: Backend, optimize_for: str | None, min_sqnr: float | None) -> None:
+    if optimize_for is None:
+        if min_sqnr is not None:
+            raise UsageError("--min-sqnr limits what --optimize-for may do: give both")
+        return
+    if optimize_for != "latency":
+        raise UsageError(f"an engine can be optimized for latency, not for {optimize_for!r}")
+    if min_sqnr is not None and not isfinite(min_sqnr):
+        raise UsageError(f"the least SQNR is a number of dB, not {min_sqnr}")
+    if backend.device != "cpu":
+        raise UsageError(
+            f"--optimize-for is for CPUs: {backend.name} times int8 beside 16 bits itself when it builds"
+        )
+
+
 def _check_wishes(backend: Backend, wishes: dict[str, Any]) -> None:
     known = {name for other in backends().values() for name in other.wishes}
     for name in wishes.keys() - set(backend.wishes):
@@ -142,11 +176,15 @@ def _check_wishes(backend: Backend, wishes: dict[str, Any]) -> None:
 
 
 def _convert(
-    backend: Backend, source: Artifact, draft: Draft, facts: dict[str, Any], wishes: dict[str, Any]
+    backend: Backend,
+    source: Artifact,
+    graph: Path,
+    draft: Draft,
+    facts: dict[str, Any],
+    wishes: dict[str, Any],
 ) -> None:
     """The runtime's files; those of the bundle that still matter; and the sizes of all layers."""
     component = facts["component"]
-    graph = source.file(f"{component}/model.onnx")
     if backend.wishes:
         wishes = wishes | {"precision": facts["engine_precision"], "batch": facts["batch"]}
     backend.build(graph, draft.content / component, **wishes)

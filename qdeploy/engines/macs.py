@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # Operations that pass on the numbers they get.
-_MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity")
+MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity")
 
 # Operations that keep the shape, for which onnx (1.23) has no shape inference of its own, or none at all.
 _SAME_SHAPE = (
@@ -95,7 +95,7 @@ def meant_int8(path: Path) -> set[str]:
 
     def from_integers(name: str) -> bool:
         node = producer.get(name)
-        while node is not None and node.op_type in _MOVES:
+        while node is not None and node.op_type in MOVES:
             node = producer.get(node.input[0])
         return node is not None and node.op_type == "DequantizeLinear" and float8.isdisjoint(node.input)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,11 +85,11 @@ class ONNXRuntimeTensorRTEngine(plain.ONNXRuntimeEngine):
         )
         super().__init__(artifact, threads)
 
-    def _kernels(self, inputs: dict[str, Tensor]) -> list[Kernel]:
+    def _kernels(self, inputs: dict[str, Tensor], calls: int) -> list[Kernel]:
         """Nodes of the profile; what TensorRT took is one of them and tells no more."""
         return [
-            Kernel(k.name, k.layers, k.kind, UNKNOWN, k.type) if k.kind.startswith("TRTKernel") else k
-            for k in super()._kernels(inputs)
+            replace(k, precision=UNKNOWN) if k.kind.startswith("TRTKernel") else k
+            for k in super()._kernels(inputs, calls)
         ]
 
 

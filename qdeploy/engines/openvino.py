@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from qdeploy.engines.base import Engine, Kernel, Port, why
@@ -79,35 +81,62 @@ class OpenVINOEngine(Engine):
         if key in self._requests:
             self._requests.move_to_end(key)
             return self._requests[key]
-        try:
-            self._model.reshape({name: list(inputs[name].shape) for name in self.ports})
-            compiled = self._core.compile_model(self._model, "CPU", self._options)
-        except RuntimeError as error:
-            raise InvalidInputError(f"OpenVINO cannot run {self.path} at {key}: {why(error)}") from error
+        compiled = self._compile(inputs)
         self._requests[key] = compiled.create_infer_request(), tuple(compiled.output(0).shape)
         if len(self._requests) > KEPT_SHAPES:
             self._requests.popitem(last=False)
         return self._requests[key]
 
+    def _compile(self, inputs: dict[str, Tensor], **options: Any) -> Any:
+        """The model, compiled for the shapes of these inputs."""
+        shapes = {name: list(inputs[name].shape) for name in self.ports}
+        try:
+            self._model.reshape(shapes)
+            return self._core.compile_model(self._model, "CPU", {**self._options, **options})
+        except RuntimeError as error:
+            raise InvalidInputError(f"OpenVINO cannot run {self.path} at {shapes}: {why(error)}") from error
+
     def _run(self, inputs: dict[str, Tensor]) -> Tensor:
         import torch
-        from openvino import Tensor as Shared
 
         request, shape = self._request(inputs)
         output = torch.empty(shape, dtype=torch.float32)
         # Both sides read and write the same memory; nothing is copied.
         for name, x in inputs.items():
-            request.set_tensor(name, Shared(x.numpy(), shared_memory=True))
-        request.set_output_tensor(0, Shared(output.numpy(), shared_memory=True))
+            request.set_tensor(name, _shared(x))
+        request.set_output_tensor(0, _shared(output))
         request.infer()
         return output
 
-    def _kernels(self, inputs: dict[str, Tensor]) -> list[Kernel]:
+    def _kernels(self, inputs: dict[str, Tensor], calls: int) -> list[Kernel]:
         executed = self._request(inputs)[0].get_compiled_model().get_runtime_model()
-        return [kernel for op in executed.get_ordered_ops() if (kernel := _kernel(op)) is not None]
+        kernels = [kernel for op in executed.get_ordered_ops() if (kernel := _kernel(op)) is not None]
+        if not calls:
+            return kernels
+        times = self._kernel_times(inputs, calls)
+        return [replace(kernel, ms=times.get(kernel.name)) for kernel in kernels]
+
+    def _kernel_times(self, inputs: dict[str, Tensor], calls: int) -> dict[str, float]:
+        """Median times in ms by kernel, from a second compiled model that keeps counters."""
+        request = self._compile(inputs, PERF_COUNT="YES").create_infer_request()
+        for name, x in inputs.items():
+            request.set_tensor(name, _shared(x))
+        times: dict[str, list[float]] = {}
+        for call in range(calls + 1):
+            request.infer()
+            for told in request.get_profiling_info() if call else ():  # the first call is slower
+                times.setdefault(told.node_name, []).append(told.real_time.total_seconds() * 1e3)
+        return {name: round(median(values), 6) for name, values in times.items()}
 
     def close(self) -> None:
         self._requests.clear()
+
+
+def _shared(x: Tensor) -> Any:
+    """A tensor as OpenVINO's, in the same memory."""
+    import openvino
+
+    return openvino.Tensor(x.numpy(), shared_memory=True)
 
 
 def _kernel(op: Any) -> Kernel | None:

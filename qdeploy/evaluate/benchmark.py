@@ -19,10 +19,10 @@ from qdeploy.engines.base import Engine
 from qdeploy.engines.machine import machine
 from qdeploy.engines.measure import int8_shares, read_probe, repeat_rows
 from qdeploy.engines.registry import find_backend
+from qdeploy.engines.timing import quantile, take_turns
 from qdeploy.errors import UsageError
 from qdeploy.evaluate.baselines import FULL, HALF, HALVES, Entrant, enter, is_baseline
 from qdeploy.evaluate.report import MISSING, markdown_table, number, text_table
-from qdeploy.evaluate.timing import quantile, take_turns
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,16 @@ def test_kernels_tell_the_layers_that_ran(engine: Engine) -> None:
     kernels = engine.kernels(example_inputs(1))
     assert {layer for kernel in kernels for layer in kernel.layers} >= MEANT
     assert all(kernel.type and kernel.kind for kernel in kernels)
+
+
+def test_times_of_kernels_are_told_on_demand(engine: Engine) -> None:
+    untimed, timed = engine.kernels(example_inputs(1)), engine.kernels(example_inputs(1), calls=3)
+    assert all(kernel.ms is None for kernel in untimed)
+    assert [replace(kernel, ms=None) for kernel in timed] == untimed
+    assert sum(kernel.ms for kernel in timed if kernel.ms is not None) > 0
+    multiplying = [kernel for kernel in timed if MEANT.intersection(kernel.layers)]
+    assert multiplying
+    assert all(kernel.ms is not None and kernel.ms >= 0 for kernel in multiplying)
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,13 @@ import torch
 from click.testing import Result
 
 from qdeploy.artifact import Artifact
+from qdeploy.engines import timing
 from qdeploy.engines.build import build_engine
 from qdeploy.engines.machine import has_bf16
+from qdeploy.engines.timing import quantile, take_turns
 from qdeploy.errors import InvalidInputError, UsageError
-from qdeploy.evaluate import timing
 from qdeploy.evaluate.baselines import baseline_precisions, enter, is_baseline, source_model
 from qdeploy.evaluate.benchmark import benchmark
-from qdeploy.evaluate.timing import quantile, take_turns
 from tests.engines.bundles import write_bundle
 from tests.evaluate.conftest import Way
 from tests.models import ddpm_folder

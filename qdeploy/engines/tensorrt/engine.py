@@ -76,7 +76,7 @@ class TensorRTEngine(Engine):
         result: Tensor = output.float()
         return result
 
-    def _kernels(self, inputs: dict[str, Tensor]) -> list[Kernel]:
+    def _kernels(self, inputs: dict[str, Tensor], calls: int) -> list[Kernel]:
         return kernels(read_layers(self._trt, self._plan.engine))
 
     def timed(self, inputs: Mapping[str, Tensor]) -> float:

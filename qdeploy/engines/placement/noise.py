@@ -1,0 +1,93 @@
+"""The error that each quantizer causes at the network's prediction, alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from qdeploy.engines.base import Engine
+from qdeploy.engines.placement.switches import Switch
+from qdeploy.progress import track
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+GATES = "qdeploy.gates"
+Step = Callable[[str, "Callable[[], dict[str, Tensor]]"], "dict[str, Tensor]"]
+
+
+def with_gates(model: ir.Model, switches: Sequence[Switch]) -> ir.Model:
+    """A graph whose quantizers can be switched at run time.
+
+    Args:
+        model: the graph; it is changed.
+        switches: which quantizers.
+
+    Returns:
+        The same graph with one more input, `GATES`: a bool for each switch, whether it quantizes.
+    """
+    gates = ir.Value(name=GATES, shape=ir.Shape([len(switches)]), type=ir.TensorType(ir.DataType.BOOL))
+    model.graph.inputs.append(gates)
+    by_name = {node.name: node for node in model.graph}
+    for index, switch in enumerate(switches):
+        source = by_name[switch.name].inputs[0]
+        place = _constant(model, f"{GATES}/{index}", index)
+        gate = ir.node("Gather", [gates, place], attributes={"axis": 0}, name=f"{GATES}/gather/{index}")
+        by_name[switch.name].prepend([gate])
+        for number, name in enumerate(switch.nodes[1:]):
+            pair = by_name[name]
+            users = list(pair.outputs[0].uses())
+            chosen = ir.node(
+                "Where", [gate.outputs[0], pair.outputs[0], source], name=f"{GATES}/where/{index}/{number}"
+            )
+            pair.append([chosen])
+            for use in users:
+                use.node.replace_input_with(use.idx, chosen.outputs[0])
+    return model
+
+
+def _constant(model: ir.Model, name: str, value: int) -> ir.Value:
+    import numpy as np
+
+    constant = ir.Value(name=name, const_value=ir.tensor(np.int64(value), name=name))
+    constant.shape, constant.dtype = ir.Shape([]), ir.DataType.INT64
+    model.graph.register_initializer(constant)
+    return constant
+
+
+def noise_of_each(
+    engine: Engine, rows: Sequence[dict[str, Tensor]], count: int, step: Step
+) -> tuple[Tensor, Tensor]:
+    """What every quantizer alone does to the prediction.
+
+    Errors of rounding in different tensors are nearly independent, so that those of several quantizers add up.
+
+    Args:
+        engine: the graph of `with_gates`.
+        rows: inputs of one call each.
+        count: how many gates there are.
+        step: keeps what it computes under a name, so that a stopped measurement continues.
+
+    Returns:
+        The predictions without any quantizer, ``[rows, ...]``; and the squared distance to them with one
+        quantizer each, ``[count, rows]``, float64.
+    """
+    import torch
+
+    def predictions(gates: Tensor) -> Tensor:
+        return torch.cat([engine({**row, GATES: gates}) for row in rows])
+
+    off = torch.zeros(count, dtype=torch.bool)
+    plain = step("placement-plain", lambda: {"output": predictions(off)})["output"]
+    powers = []
+    for index in track(range(count), "errors of quantizers"):
+
+        def alone(index: int = index) -> dict[str, Tensor]:
+            gates = off.clone()
+            gates[index] = True
+            return {"noise": (predictions(gates).double() - plain.double()).flatten(1).square().sum(1)}
+
+        powers.append(step(f"placement-noise-{index}", alone)["noise"])
+    return plain, torch.stack(powers)

@@ -1,0 +1,146 @@
+"""The quantizers of a graph that can be taken out, each on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from qdeploy.engines.macs import MOVES, WEIGHTED
+from qdeploy.errors import InvalidInputError
+
+QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A quantizer of activations, and the layers that compute in int8 because of it.
+
+    Attributes:
+        name: name of its QuantizeLinear.
+        nodes: names of the QuantizeLinear and of all DequantizeLinear behind it.
+        products: names of the Conv, Gemm and MatMul that read it.
+    """
+
+    name: str
+    nodes: tuple[str, ...]
+    products: tuple[str, ...]
+
+
+def read_model(path: Path) -> ir.Model:
+    """A graph, its weights left in their files.
+
+    Raises:
+        InvalidInputError: it is no ONNX graph.
+    """
+    try:
+        return ir.load(path)
+    except Exception as error:  # protobuf's errors have no common base
+        raise InvalidInputError(f"{path} is damaged or no ONNX graph") from error
+
+
+def find_switches(model: ir.Model) -> list[Switch]:
+    """All quantizers of activations that products read, in the graph's order.
+
+    A quantizer whose integers anything but a DequantizeLinear reads is none: what reads them needs them.
+    """
+    found = []
+    for node in model.graph:
+        pairs = _pairs(node)
+        products = tuple(dict.fromkeys(name for pair in pairs for name in _products(pair.outputs[0])))
+        if products:
+            found.append(Switch(_name(node), (_name(node), *map(_name, pairs)), products))
+    return found
+
+
+def take_out(model: ir.Model, names: Collection[str]) -> ir.Model:
+    """Remove quantizers, and let the layers behind them multiply floats.
+
+    Their weights become floats too: an engine would otherwise unpack them at every call, or round activations on
+    its own.
+
+    Args:
+        model: the graph; it is changed.
+        names: names of `Switch`.
+
+    Returns:
+        The same graph.
+    """
+    freed: set[str] = set()
+    for switch in find_switches(model):
+        if switch.name in names:
+            freed.update(switch.products)
+    for node in list(model.graph):
+        if _name(node) not in names:
+            continue
+        (source,) = node.inputs[:1]
+        assert source is not None
+        for pair in _pairs(node):
+            ir.convenience.replace_all_uses_with(pair.outputs[0], source)
+            model.graph.remove(pair, safe=True)
+        model.graph.remove(node, safe=True)
+    for node in list(model.graph):
+        if _name(node) in freed:
+            for value in node.inputs:
+                _unpack(model, value)
+    return model
+
+
+def _pairs(node: ir.Node) -> list[ir.Node]:
+    """The DequantizeLinear behind a quantizer of activations; none if it cannot be taken out."""
+    if node.op_type != QUANTIZE or node.inputs[0] is None or node.outputs[0].is_graph_output():
+        return []
+    users = [use.node for use in node.outputs[0].uses()]
+    apart = all(user.op_type == DEQUANTIZE and not user.outputs[0].is_graph_output() for user in users)
+    return users if apart else []
+
+
+def _products(value: ir.Value) -> list[str]:
+    """Names of the products that read a value, also through operations that only move it."""
+    found = []
+    for use in value.uses():
+        if use.node.op_type in WEIGHTED:
+            found.append(_name(use.node))
+        elif use.node.op_type in MOVES:
+            found.extend(_products(use.node.outputs[0]))
+    return found
+
+
+def _unpack(model: ir.Model, value: ir.Value | None) -> None:
+    """Replace the integers that a product reads as weights by the floats that they stand for."""
+    while value is not None and value.producer() is not None:
+        node = value.producer()
+        assert node is not None
+        if node.op_type == DEQUANTIZE:
+            constants = [None if x is None else ir.convenience.get_const_tensor(x) for x in node.inputs]
+            if constants[0] is not None:
+                _fold(model, node, constants)
+            return
+        if node.op_type not in MOVES:
+            return
+        value = node.inputs[0]
+
+
+def _fold(model: ir.Model, node: ir.Node, constants: Sequence[ir.TensorProtocol | None]) -> None:
+    import numpy as np
+    from onnx.reference import ReferenceEvaluator
+
+    feeds = {
+        str(value.name): tensor.numpy()
+        for value, tensor in zip(node.inputs, constants, strict=True)
+        if value is not None and tensor is not None
+    }
+    (output,) = ReferenceEvaluator(ir.to_proto(node)).run(None, feeds)
+    result = np.asarray(output, np.float32)
+    name = f"{_name(node)}/float"
+    folded = ir.Value(name=name, const_value=ir.tensor(result, name=name))
+    folded.shape, folded.dtype = ir.Shape(result.shape), ir.DataType.FLOAT
+    model.graph.register_initializer(folded)
+    ir.convenience.replace_all_uses_with(node.outputs[0], folded)
+    model.graph.remove(node, safe=True)
+
+
+def _name(node: ir.Node) -> str:
+    return node.name or node.outputs[0].name or ""
