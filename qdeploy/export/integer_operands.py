@@ -20,7 +20,7 @@ class Operands:
         zero_point: [] of the codes, a constant.
         weight: int8 codes of the weight as the node has them.
         weight_scale: [out].
-        name: of the weight's codes.
+        names: of the weight's codes and of its scales.
     """
 
     codes: ir.Value
@@ -28,7 +28,7 @@ class Operands:
     zero_point: ir.Value
     weight: np.ndarray
     weight_scale: np.ndarray
-    name: str
+    names: tuple[str, str]
 
     @property
     def quantizer(self) -> ir.Node | None:
@@ -49,9 +49,12 @@ def operands(node: ir.Node, output_axis: int) -> Operands | None:
         with scales along that axis and without a zero point other than 0.
     """
     left, right = producer(node.inputs[0]), producer(node.inputs[1])
-    if not all(n is not None and n.op_type == "DequantizeLinear" and not block_size(n) for n in (left, right)):
+    if not all(
+        n is not None and n.op_type == "DequantizeLinear" and not block_size(n) for n in (left, right)
+    ):
         return None
-    assert left is not None and right is not None
+    assert left is not None
+    assert right is not None
     codes, scale, zero = (*left.inputs, None)[:3]
     if codes is None or codes.dtype != ir.DataType.UINT8 or zero is None or constant(zero) is None:
         return None
@@ -67,5 +70,9 @@ def operands(node: ir.Node, output_axis: int) -> Operands | None:
     if weight_scale.size > 1 and axis % stored.ndim != output_axis:
         return None
     scales = np.broadcast_to(weight_scale.reshape(-1), (stored.shape[output_axis],))
-    name = right.inputs[0].name if right.inputs[0] is not None else None
-    return Operands(codes, scale, zero, stored, scales, name or "weight")
+    names = (_name(right.inputs[0], "weight"), _name(right.inputs[1], "weight.scale"))
+    return Operands(codes, scale, zero, stored, scales, names)
+
+
+def _name(value: ir.Value | None, default: str) -> str:
+    return (value.name if value is not None else None) or default

@@ -27,7 +27,7 @@ class Writer:
         self,
         operator: str,
         *inputs: ir.Value | None,
-        shape: Sequence[Any] | None = None,
+        shape: ir.Shape | Sequence[Any] | None = None,
         dtype: ir.DataType | None = ir.DataType.FLOAT,
         domain: str = "",
         **attributes: Any,
@@ -47,7 +47,9 @@ class Writer:
         written = ir.node(operator, inputs, attributes, domain=domain)
         written.metadata_props.update(self.place.metadata_props)
         output = written.outputs[0]
-        output.dtype, output.shape = dtype, None if shape is None else ir.Shape(list(shape))
+        output.shape = None if shape is None else ir.Shape(list(shape))
+        if dtype is not None:
+            output.dtype = dtype
         self.model.graph.insert_before(self.place, written)
         return output
 

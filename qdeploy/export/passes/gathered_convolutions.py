@@ -65,7 +65,9 @@ class _Geometry:
         Returns:
             [height of the output, width of the output, kernel height * kernel width].
         """
-        padded = np.pad(grid, ((self.pads[0], self.pads[2]), (self.pads[1], self.pads[3])), constant_values=-1)
+        padded = np.pad(
+            grid, ((self.pads[0], self.pads[2]), (self.pads[1], self.pads[3])), constant_values=-1
+        )
         reach = [(size - 1) * step + 1 for size, step in zip(self.kernel, self.dilations, strict=True)]
         windows = np.lib.stride_tricks.sliding_window_view(padded, reach)
         windows = windows[:: self.strides[0], :: self.strides[1], :: self.dilations[0], :: self.dilations[1]]
@@ -132,9 +134,7 @@ def _gather(
         "Gather", codes, numbers, shape=(rows, positions * taps, channels), dtype=last.dtype, axis=1
     )
     merged = write.constant(np.array([0, positions, taps * channels]), "shape")
-    return write.node(
-        "Reshape", gathered, merged, shape=(rows, positions, taps * channels), dtype=last.dtype
-    )
+    return write.node("Reshape", gathered, merged, shape=(rows, positions, taps * channels), dtype=last.dtype)
 
 
 def _source(write: Writer, found: Operands, image: tuple[int, int]) -> tuple[ir.Value, np.ndarray | None]:

@@ -77,9 +77,9 @@ def integer_product(
     return write.node(
         PRODUCT,
         codes,
-        write.constant(weight, found.name),
+        write.constant(weight, found.names[0]),
         found.scale,
-        write.constant(found.weight_scale.astype(np.float32), f"{found.name}.scale"),
+        write.constant(found.weight_scale.astype(np.float32), found.names[1]),
         found.zero_point,
         None,
         *([write.constant(bias.astype(np.float32).reshape(-1), "bias")] if bias is not None else []),

@@ -76,12 +76,12 @@ def _last_shape(value: ir.Value | None) -> list[Any] | None:
     return [value.shape[axis] for axis in to_last(value.shape.rank())]
 
 
-def _last(write: Writer, value: ir.Value) -> ir.Value | None:
+def _last(write: Writer, value: ir.Value | None) -> ir.Value | None:
     """A value of three or four axes channels-last; None where its shape is unknown."""
     if (known := _behind(value)) is not None:
         return known
     shape = _last_shape(value)
-    if shape is None or len(shape) not in (3, 4):
+    if value is None or shape is None or len(shape) not in (3, 4):
         return None
     stored = constant(value)
     if stored is not None:
@@ -91,7 +91,7 @@ def _last(write: Writer, value: ir.Value) -> ir.Value | None:
     return write.node("Transpose", value, shape=shape, dtype=value.dtype, perm=to_last(len(shape)))
 
 
-def _reshape(write: Writer, value: ir.Value, sizes: list[int], shape: list[Any]) -> ir.Value:
+def _reshape(write: Writer, value: ir.Value, sizes: list[Any], shape: list[Any]) -> ir.Value:
     """A Reshape, of what the value is a Reshape of if it is one; 0 stands for the number of rows."""
     node = producer(value)
     if node is not None and node.op_type == "Reshape" and _keeps_rows(node):
@@ -119,7 +119,8 @@ def _sink(write: Writer, node: ir.Node, inputs: list[ir.Value | None], **changes
     written.metadata_props.update(node.metadata_props)
     write.model.graph.insert_before(node, written)
     shape = _last_shape(output)
-    written.outputs[0].dtype = output.dtype
+    if output.dtype is not None:
+        written.outputs[0].dtype = output.dtype
     written.outputs[0].shape = None if shape is None else ir.Shape(shape)
     return _first(write, node, written.outputs[0])
 
@@ -137,7 +138,10 @@ def _unary(model: ir.Model, node: ir.Node) -> bool:
     last = _behind(node.inputs[0])
     if last is None or node.outputs[0].shape is None:
         return False
-    if any(value is not None and (constant(value) is None or constant(value).size != 1) for value in node.inputs[1:]):
+    if any(
+        value is not None and (constant(value) is None or constant(value).size != 1)
+        for value in node.inputs[1:]
+    ):
         return False
     return _sink(Writer(model, node), node, [last, *node.inputs[1:]])
 
@@ -146,17 +150,19 @@ def _binary(model: ir.Model, node: ir.Node) -> bool:
     shape = node.outputs[0].shape
     if shape is None or not any(_behind(value) is not None for value in node.inputs):
         return False
-    if any(value is None or value.shape is None for value in node.inputs):
-        return False
-    write, inputs = Writer(model, node), []
-    for value in node.inputs:
-        assert value is not None and value.shape is not None
-        single = all(size == 1 for size in value.shape) and value.shape.rank() <= shape.rank()
-        if not single and value.shape.rank() != shape.rank():
+    ranks = [None if value is None or value.shape is None else value.shape.rank() for value in node.inputs]
+    single = [
+        value is not None and value.shape is not None and all(size == 1 for size in value.shape)
+        for value in node.inputs
+    ]
+    for rank, number in zip(ranks, single, strict=True):
+        if rank is None or rank > shape.rank() or (rank < shape.rank() and not number):
             return False
-        inputs.append(value if single else value.shape.rank())
-    ready = [_last(write, value) if isinstance(kept, int) else kept for value, kept in zip(node.inputs, inputs, strict=True)]  # type: ignore[arg-type]
-    return None not in ready and _sink(write, node, ready)  # type: ignore[arg-type]
+    write = Writer(model, node)
+    ready = [
+        value if number else _last(write, value) for value, number in zip(node.inputs, single, strict=True)
+    ]
+    return None not in ready and _sink(write, node, ready)
 
 
 def _concat(model: ir.Model, node: ir.Node) -> bool:
