@@ -67,11 +67,11 @@ TARGETS = {
         ),
         Target(
             "onnxruntime",
-            "ONNX Runtime on CPUs: also asymmetric uint8 activations",
+            "ONNX Runtime on CPUs: integer products in its own operators; also asymmetric uint8 activations",
             _WEIGHTS,
             frozenset({"int8", "uint8", "none"}),
             attention=False,
-            backends=("onnxruntime", "openvino"),
+            backends=("onnxruntime",),
         ),
         Target(
             "simulated",

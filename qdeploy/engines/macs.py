@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from qdeploy.engines.base import Kernel
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+# ONNX Runtime's product of integers with a float result.
+INTEGER_PRODUCT = "MatMulIntegerToFloat"
 # Operations that pass on the numbers they get.
 MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity")
 
@@ -39,7 +41,7 @@ def graph_macs(path: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, int
     nodes, known = graph_shapes(path, shapes)
     macs: dict[str, int] = {}
     for node in nodes:
-        if node.op_type not in WEIGHTED:
+        if node.op_type not in (*WEIGHTED, "MatMulInteger"):
             continue
         lacking = [name for name in (*node.input[:2], node.output[0]) if name not in known]
         if lacking:
@@ -82,7 +84,7 @@ def macs_of(node: Any, x: tuple[int, ...], w: tuple[int, ...], y: tuple[int, ...
 
 
 def meant_int8(path: Path) -> set[str]:
-    """Names of the nodes both of whose inputs come from integers: they were quantized to run as int8.
+    """Names of the nodes that were quantized to run as int8: both of their inputs are or come from integers.
 
     Raises:
         InvalidInputError: the file is no ONNX graph.
@@ -100,7 +102,8 @@ def meant_int8(path: Path) -> set[str]:
         return node is not None and node.op_type == "DequantizeLinear" and float8.isdisjoint(node.input)
 
     weighted = (node for node in graph.node if node.op_type in WEIGHTED)
-    return {node.name for node in weighted if all(from_integers(name) for name in node.input[:2])}
+    meant = {node.name for node in weighted if all(from_integers(name) for name in node.input[:2])}
+    return meant | {node.name for node in graph.node if node.op_type == INTEGER_PRODUCT}
 
 
 def int8_mac_share(
@@ -148,6 +151,27 @@ def _load(path: Path) -> Any:
         raise InvalidInputError(f"{path} is damaged or no ONNX graph") from error
 
 
+def _spell_out_products(graph: Any) -> None:
+    """MatMulIntegerToFloat as MatMulInteger and Cast, whose shapes onnx can infer."""
+    import onnx
+
+    nodes = []
+    for node in graph.node:
+        nodes.append(node)
+        if node.op_type != INTEGER_PRODUCT:
+            continue
+        output = node.output[0]
+        node.op_type, node.domain, node.output[0] = "MatMulInteger", "", f"{output}/sums"
+        del node.input[2:]
+        nodes.append(
+            onnx.helper.make_node(
+                "Cast", [node.output[0]], [output], f"{node.name}/Cast", to=onnx.TensorProto.FLOAT
+            )
+        )
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
 def with_fixed_shapes(model: Any, shapes: Mapping[str, Sequence[int]], strict: bool = False) -> Any:
     """The graph with shapes inferred anew from fixed shapes of its inputs; the model given is changed.
 
@@ -161,6 +185,7 @@ def with_fixed_shapes(model: Any, shapes: Mapping[str, Sequence[int]], strict: b
         if node.op_type in _SAME_SHAPE:
             node.op_type, node.domain = "Identity", ""
             del node.input[1:], node.attribute[:]
+    _spell_out_products(graph)
     for port in graph.input:
         if port.name not in shapes:
             continue

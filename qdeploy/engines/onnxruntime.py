@@ -1,7 +1,8 @@
 """ONNX Runtime on CPUs: the oracle that engines are compared with, and a portable fallback.
 
-Its kernels compute a convolution in int8 only when the output is quantized too. With Q/DQ on inputs alone
-it computes in float what the calibration simulated, number for number.
+Its kernels compute a convolution in int8 only when the output is quantized too. With Q/DQ on inputs alone, as in
+the portable dialect, it computes in float what the calibration simulated, number for number. The dialect of
+the target ``onnxruntime`` computes the same in integers (`qdeploy.export.passes.gathered_convolutions`).
 """
 
 from __future__ import annotations
@@ -80,6 +81,8 @@ class ONNXRuntimeEngine(Engine):
         options.add_session_config_entry("session.qdqisint8allowed", "1")
         # Products with int4 weights stay products of floats; the default rounds their inputs to int8.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        # Without VNNI, sums of products of unsigned by signed bytes saturate at 16 bits; this avoids it there.
+        options.add_session_config_entry("session.x64quantprecision", "1")
         if self.facts.get("weights") == "fp8":
             # Else Q/DQ around a product becomes an integer kernel, which takes no fp8 (1.31).
             options.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -162,7 +165,7 @@ def build(onnx_path: Path, folder: Path) -> None:
 
 BACKEND = Backend(
     name="onnxruntime",
-    description="ONNX Runtime on CPUs: computes what was calibrated, number for number, rarely in int8",
+    description="ONNX Runtime on CPUs: computes what was calibrated, in int8 for --target onnxruntime",
     package="onnxruntime",
     install="onnxruntime",
     build=build,

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from qdeploy.errors import InvalidInputError
 
-WEIGHTED_OPS = ("Conv", "Gemm", "MatMul")
+WEIGHTED_OPS = ("Conv", "Gemm", "MatMul", "MatMulIntegerToFloat")
 LARGE = 2**30  # bytes of initializers above which they go to a file of their own
 
 

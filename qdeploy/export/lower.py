@@ -12,12 +12,17 @@ from onnx_ir.passes.common import (
 )
 
 from qdeploy.export.lint.fixes.plain import Folded, KnownVersion
+from qdeploy.export.passes.affine_norms import AffineNorms
+from qdeploy.export.passes.gathered_convolutions import GatheredConvolutions
+from qdeploy.export.passes.integer_products import IntegerProducts
 from qdeploy.export.passes.names import Names
 from qdeploy.export.passes.packed_codes import PackedCodes
 from qdeploy.export.passes.shared_computations import SharedComputations
 from qdeploy.export.passes.shared_quantizers import SharedQuantizers
 from qdeploy.export.passes.split_shortcut import SplitShortcut
+from qdeploy.export.passes.sunk_transpositions import SunkTranspositions
 from qdeploy.export.passes.transposed_weights import TransposedWeights
+from qdeploy.export.passes.unsigned_codes import UnsignedCodes
 
 _COMMON: tuple[type[InPlacePass], ...] = (
     SplitShortcut,
@@ -30,7 +35,15 @@ PASSES: dict[str, tuple[type[InPlacePass], ...]] = {
     "portable": _COMMON,
     "tensorrt": (*_COMMON, PackedCodes, Folded, KnownVersion),
     "openvino": _COMMON,
-    "onnxruntime": _COMMON,
+    "onnxruntime": (
+        *_COMMON,
+        UnsignedCodes,
+        IntegerProducts,
+        GatheredConvolutions,
+        AffineNorms,
+        SunkTranspositions,
+        SharedComputations,
+    ),
 }
 
 

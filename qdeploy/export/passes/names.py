@@ -60,6 +60,9 @@ class Names(InPlacePass):
 
 def tensor_name(traced: str) -> str:
     """The checkpoint's name of a traced parameter or buffer."""
+    before, stored_anew, _ = traced.rpartition("/")  # as `qdeploy.export.writer` names constants
+    if stored_anew and ".weight" in before:
+        traced = before
     name = traced.removeprefix(_ROOT).replace(".inner.", ".")
     name = name.replace(".tuned_bias", ".bias")
     name = name.replace(".weight_quantizers.", ".weight.").replace(".input_quantizers.", ".input.")

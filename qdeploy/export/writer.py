@@ -1,0 +1,77 @@
+"""New nodes and constants for a graph that is being rewritten."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+MICROSOFT = "com.microsoft"  # ONNX Runtime's own operators
+
+
+class Writer:
+    """Writes nodes in front of a node, as part of the module that the node came from.
+
+    Args:
+        model: the model that is rewritten.
+        place: the node that they stand in front of.
+    """
+
+    def __init__(self, model: ir.Model, place: ir.Node) -> None:
+        self.model, self.place = model, place
+
+    def node(
+        self,
+        operator: str,
+        *inputs: ir.Value | None,
+        shape: ir.Shape | Sequence[Any] | None = None,
+        dtype: ir.DataType | None = ir.DataType.FLOAT,
+        domain: str = "",
+        **attributes: Any,
+    ) -> ir.Value:
+        """The output of a new node.
+
+        Args:
+            operator: its type.
+            inputs: None stands for an input that is left out.
+            shape: of the output, where it is known: integers, and symbolic sizes of other values.
+            dtype: of the output.
+            domain: the operator's; the model imports it.
+            attributes: of the node.
+        """
+        if domain:
+            self.model.opset_imports.setdefault(domain, 1)
+        written = ir.node(operator, inputs, attributes, domain=domain)
+        written.metadata_props.update(self.place.metadata_props)
+        output = written.outputs[0]
+        output.shape = None if shape is None else ir.Shape(list(shape))
+        if dtype is not None:
+            output.dtype = dtype
+        self.model.graph.insert_before(self.place, written)
+        return output
+
+    def constant(self, array: Any, name: str = "constant") -> ir.Value:
+        """An initializer; equal content under one name is stored once."""
+        array = np.ascontiguousarray(array) if np.ndim(array) else np.asarray(array)
+        described = f"{array.dtype.str}{array.shape}".encode()
+        name = f"{name}/{sha256(described + array.tobytes()).hexdigest()[:12]}"
+        initializers = self.model.graph.initializers
+        if name not in initializers:
+            tensor = ir.tensor(array, name=name)
+            initializers[name] = ir.Value(
+                name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
+        return initializers[name]
+
+    def replace(self, old: ir.Value, new: ir.Value) -> None:
+        """Let all users of a value, the graph's outputs included, read another; and remove its node."""
+        node = old.producer()
+        assert node is not None
+        if old.is_graph_output():
+            name, old.name = old.name, None
+            new.name = name
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        self.model.graph.remove(node, safe=True)
