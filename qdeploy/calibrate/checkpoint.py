@@ -134,10 +134,11 @@ def checkpoint_model(artifact: Artifact) -> Model:
 
 
 def _quantize_as_described(denoiser: nn.Module, described: Mapping[str, Any], recipe: Recipe) -> None:
-    weights, activations = parse_format(recipe.weights), parse_format(recipe.activations)
+    activations = parse_format(recipe.activations)
     for layer in described["layers"]:
         inner = denoiser.get_submodule(layer["path"])
-        seen = None if layer.get("float_input") else activations
+        weights, own = recipe.formats(layer["path"])
+        seen = None if layer.get("float_input") else own
         replace_module(denoiser, layer["path"], QuantizedLayer(inner, weights, seen, tuple(layer["split"])))
         inner.weight = None  # type: ignore[assignment]
     share_inputs(denoiser, {layer["path"]: layer["reads"] for layer in described["layers"]})
