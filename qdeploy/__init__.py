@@ -28,6 +28,7 @@ _PUBLIC = {
     "load_checkpoint": "qdeploy.calibrate.checkpoint",
     "load_engine": "qdeploy.engines.build",
     "sample": "qdeploy.runtime.sample",
+    "sensitivity": "qdeploy.mixed.run",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]

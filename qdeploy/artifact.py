@@ -35,6 +35,7 @@ KINDS = {
     "onnx": "an ONNX graph, with Q/DQ where it is quantized",
     "engine": "a graph that one backend runs",
     "samples": "images, with their seeds",
+    "sensitivity": "how much each layer suffers from each number format",
 }
 IDENTITY = ("kind", "schema", "files", "made_from", "recipe", "seed", "facts")
 

@@ -90,13 +90,22 @@ def _silence_libraries(debug: bool) -> None:
     logging.disable(logging.WARNING)
 
 
-def _report(result: Any, began: float, as_json: bool) -> None:
-    """Print what a verb that writes an artifact (or only estimates one) came to."""
+def _report(
+    result: Any,
+    began: float,
+    as_json: bool,
+    more: Callable[[Any], dict[str, Any]] | None = None,
+    table: Callable[[Any], str] | None = None,
+) -> None:
+    """Print what a verb that writes an artifact (or only estimates one) came to, and what it holds."""
     from qdeploy.artifact import Artifact
 
     if isinstance(result, Artifact):
-        summary = result.summary(time.perf_counter() - began)
-        text = f"{summary['kind']} {summary['path']} ({summary['sha256'][:12]}) in {summary['seconds']:.1f} s"
+        summary = result.summary(time.perf_counter() - began) | (more(result) if more else {})
+        text = f"{table(result)}\n" if table else ""
+        text += (
+            f"{summary['kind']} {summary['path']} ({summary['sha256'][:12]}) in {summary['seconds']:.1f} s"
+        )
     else:
         summary = {"estimate": {"seconds": round(result.seconds, 3), "bytes": int(result.bytes)}}
         text = f"estimated: {result}"
@@ -215,6 +224,12 @@ def collect(
     help="Groups of timesteps with scales of their own: how many, or boundaries such as 200,500.",
 )
 @click.option(
+    "--budget",
+    multiple=True,
+    help="Choose formats layer by layer: size=3.2MB, size=50%, macs=5%; repeatable.",
+)
+@click.option("--sensitivity", type=FOLDER, help="For --budget: what `qdeploy sensitivity` wrote.")
+@click.option(
     "--max-memory", type=float, default=4.0, show_default=True, help="GiB for recorded activations."
 )
 @click.option("--seed", type=int, help="Where all randomness comes from.  [default: 0]")
@@ -225,10 +240,43 @@ def collect(
 def calibrate(model: str, exclude: tuple[str, ...], max_memory: float, as_json: bool, **options: Any) -> None:
     """Quantize a model: integer weights and scales."""
     from qdeploy.calibrate.run import calibrate
+    from qdeploy.mixed.result import budget_summary
 
     began = time.perf_counter()
     result = calibrate(model, exclude=exclude or None, max_memory=int(max_memory * 2**30), **options)
-    _report(result, began, as_json)
+    _report(result, began, as_json, budget_summary)
+
+
+@main.command()
+@click.argument("source")
+@OUTPUT
+@click.option("-r", "--recipe", help="A preset's name or a YAML file: which layers, which finders of ranges.")
+@click.option("--calibration", type=FOLDER, help="A set that `qdeploy collect` wrote.")
+@click.option("--reference", help="For a checkpoint: its model.  [default: the one it was made from]")
+@click.option("--method", help="minmax, qdiffusion, ...: whose finders of ranges.")
+@click.option("--formats", help="Weight formats to try, such as int8,int4.  [default: 3 to 8 bits]")
+@click.option("--activations", help="Activation format: int8, ... or none.")
+@click.option("--coverage", help="Which layers: portable, ...")
+@click.option("--target", help="What the result must run on.")
+@click.option("--exclude", multiple=True, help="Shell glob of layers that stay in float; repeatable.")
+@click.option("--rows", type=int, default=32, show_default=True, help="Calibration rows to measure on.")
+@click.option("--probes", type=int, default=4, show_default=True, help="Backward passes of the cheap pass.")
+@click.option("--cheap", is_flag=True, help="The cheap pass alone: estimates for all layers from gradients.")
+@click.option("--seed", type=int, help="Where all randomness comes from.  [default: 0]")
+@DEVICE
+@DRY_RUN
+@OVERWRITE
+@verb
+def sensitivity(
+    source: str, formats: str | None, exclude: tuple[str, ...], as_json: bool, **options: Any
+) -> None:
+    """Rank layers by the harm of quantizing each, in each bit width."""
+    from qdeploy.mixed.result import summary, table
+    from qdeploy.mixed.run import sensitivity
+
+    began, listed = time.perf_counter(), formats.split(",") if formats else None
+    result = sensitivity(source, formats=listed, exclude=exclude or None, **options)
+    _report(result, began, as_json, summary, table)
 
 
 @main.command()

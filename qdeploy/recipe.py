@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 from qdeploy.calibrate.coverage import find_coverage
 from qdeploy.calibrate.effort import find_effort
 from qdeploy.errors import InvalidInputError, UsageError
-from qdeploy.formats import parse_format
+from qdeploy.formats import Format, parse_format
+from qdeploy.overrides import Overrides, combinations, formats_of, parse_overrides, span
+from qdeploy.recipe_formats import check_formats
 from qdeploy.targets import TARGETS, find_target
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ class Recipe:
         exclude: shell globs of layer paths that stay in float.
         timestep_groups: how many groups of timesteps have activation scales of their own, or the largest
             timestep of each group but the last.
+        layers: shell globs of layer paths with formats of their own, as of `qdeploy.overrides`.
     """
 
     method: str
@@ -54,6 +57,7 @@ class Recipe:
     seed: int = 0
     exclude: tuple[str, ...] = ()
     timestep_groups: int | tuple[float, ...] = 1
+    layers: Overrides = ()
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as JSON values; `from_json` undoes it."""
@@ -62,6 +66,9 @@ class Recipe:
         value["exclude"] = list(self.exclude)
         if not isinstance(self.timestep_groups, int):
             value["timestep_groups"] = list(self.timestep_groups)
+        value["layers"] = [{pattern: dict(formats)} for pattern, formats in self.layers]
+        if not self.layers:
+            del value["layers"]
         return value
 
     @classmethod
@@ -70,15 +77,33 @@ class Recipe:
         stages = tuple(next(iter(stage.items())) for stage in value["stages"])
         groups = value.get("timestep_groups", 1)
         groups = groups if isinstance(groups, int) else tuple(groups)
-        return cls(
-            **{**value, "stages": stages, "exclude": tuple(value["exclude"]), "timestep_groups": groups}
-        )
+        parsed = {
+            "stages": stages,
+            "exclude": tuple(value["exclude"]),
+            "timestep_groups": groups,
+            "layers": parse_overrides(value.get("layers", ())),
+        }
+        return cls(**{**value, **parsed})
+
+    def formats(self, path: str) -> tuple[Format | None, Format | None]:
+        """The formats of a layer's weight and input; None for float."""
+        weights, activations = formats_of(path, self.weights, self.activations, self.layers)
+        return parse_format(weights), parse_format(activations)
+
+    @property
+    def combinations(self) -> list[tuple[str, str]]:
+        """The pairs of formats of weights and activations that layers have, those of most layers first."""
+        return combinations(self.weights, self.activations, self.layers)
 
     @property
     def precision(self) -> str:
-        """The usual short form, such as W4A8; ``fp`` stands for what is left in float."""
-        weights, activations = parse_format(self.weights), parse_format(self.activations)
-        return f"W{weights.short if weights else 'fp'}A{activations.short if activations else 'fp'}"
+        """The usual short form, such as W4A8; ``fp`` stands for what is left in float.
+
+        W3-8A8 says that layers have formats of their own, from 3 to 8 bits.
+        """
+        sides = zip(*((parse_format(name) for name in pair) for pair in self.combinations), strict=True)
+        weights, activations = (span(formats) for formats in sides)
+        return f"W{weights}A{activations}"
 
     def simulated(self) -> list[str]:
         """Why no engine can run the result; empty if one can."""
@@ -87,10 +112,12 @@ class Recipe:
         reasons = []
         if coverage.attention and self.activations != "none":
             reasons.append(f"coverage {self.coverage} quantizes q, k, v and the softmax output")
-        if not any(self.weights in target.weights for target in targets):
-            reasons.append(f"no engine has a kernel for {self.weights} weights")
-        if not any(self.activations in target.activations for target in targets):
-            reasons.append(f"no engine has a kernel for {self.activations} activations")
+        for weights in dict.fromkeys(pair[0] for pair in self.combinations):
+            if not any(weights in target.weights for target in targets):
+                reasons.append(f"no engine has a kernel for {weights} weights")
+        for activations in dict.fromkeys(pair[1] for pair in self.combinations):
+            if not any(activations in target.activations for target in targets):
+                reasons.append(f"no engine has a kernel for {activations} activations")
         return reasons + self.simulated_stages()
 
     def simulated_stages(self) -> list[str]:
@@ -126,6 +153,7 @@ def resolve_recipe(preset: str | Path | None = None, **given: Any) -> Recipe:
     values.setdefault("method", "minmax")
     values["exclude"] = tuple(values.get("exclude", ()))
     values["timestep_groups"] = parse_groups(values.get("timestep_groups", 1))
+    values["layers"] = parse_overrides(values.get("layers", ()))
     if "coverage" not in values:
         values["coverage"] = _find_method(values["method"]).coverage
     if "target" not in values:
@@ -191,18 +219,19 @@ def _checked(values: dict[str, Any]) -> Recipe:
         raise InvalidInputError(f"the recipe cannot be used: {error}") from error
     coverage, target = find_coverage(recipe.coverage), find_target(recipe.target)
     find_effort(recipe.effort)
-    _check_formats(recipe)
+    check_formats(recipe)
     if coverage.attention and not target.attention:
         raise UsageError(
             f"target {target.name} cannot run coverage {coverage.name}, which quantizes the attention "
             "products: choose --target simulated, or --coverage portable"
         )
-    activations = parse_format(recipe.activations)
-    if recipe.timestep_groups != 1 and activations is None:
+    seen = [parse_format(pair[1]) for pair in recipe.combinations]
+    if recipe.timestep_groups != 1 and not any(seen):
         raise UsageError("timestep groups are groups of activation scales, and activations are 'none'")
-    if recipe.timestep_groups != 1 and activations and not activations.symmetric and target.backends:
+    shifted = next((format for format in seen if format and not format.symmetric), None)
+    if recipe.timestep_groups != 1 and shifted and target.backends:
         raise UsageError(
-            f"scales for groups of timesteps need a symmetric activation format, and {recipe.activations} has "
+            f"scales for groups of timesteps need a symmetric activation format, and {shifted.name} has "
             "a zero point: choose --activations int8, or --target simulated for research"
         )
     if target.backends and (reasons := recipe.simulated_stages()):
@@ -214,43 +243,6 @@ def _checked(values: dict[str, Any]) -> Recipe:
     if recipe.weights == "none":
         raise UsageError("activations alone cannot be quantized: an integer kernel needs integer weights too")
     return recipe
-
-
-def _check_formats(recipe: Recipe) -> None:
-    from qdeploy.calibrate.methods import stages
-
-    target = find_target(recipe.target)
-    for part in ("weights", "activations"):
-        name, allowed = getattr(recipe, part), getattr(target, part)
-        parse_format(name)
-        if name not in allowed:
-            able = [other.name for other in TARGETS.values() if name in getattr(other, part)]
-            others = "simulated for research" if "simulated" in able else _words(able)
-            where = f", or --target {others}" if able else ""
-            raise UsageError(
-                f"target {target.name} cannot run {name} {part}: choose {_words(allowed)}{where}"
-            )
-    weights, activations = parse_format(recipe.weights), parse_format(recipe.activations)
-    if weights and weights.block and activations:
-        raise UsageError(
-            f"{weights.name} weights are dequantized before a product of floats: choose --activations none"
-        )
-    if bool(weights and weights.floating) != bool(activations and activations.floating):
-        raise UsageError(
-            f"{recipe.weights} weights and {recipe.activations} activations have no kernel together: fp8 needs "
-            "both in fp8"
-        )
-    known = stages()
-    uniform = [name for name, _ in recipe.stages if known[name].uniform]
-    if weights and weights.floating and uniform:
-        raise UsageError(
-            f"stage {uniform[0]} needs steps that are all alike, and those of {weights.name} grow with the "
-            "value: choose --method minmax, or integers"
-        )
-
-
-def _words(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names))
 
 
 def _read(preset: str | Path) -> Mapping[str, Any]:

@@ -18,7 +18,7 @@ class Target:
     Attributes:
         name: the word that recipes use.
         description: one line for people.
-        weights: weight formats that it runs. Weights of four bits are codes of an int8 kernel: for b <= 7,
+        weights: weight formats that it runs. Weights of fewer bits are codes of an int8 kernel: for b <= 7,
             q - zero_point always fits into int8, bit for bit. Those in blocks stay four bits wide.
         activations: activation formats that it runs.
         attention: whether softmax(QK)V can run in integers.
@@ -35,7 +35,7 @@ class Target:
     thin: bool = True
 
 
-_WEIGHTS = frozenset({"int8", "int4", "uint4", "none"})
+_WEIGHTS = frozenset({"int8", "int6", "int5", "int4", "uint4", "int3", "none"})
 
 TARGETS = {
     target.name: target
@@ -76,7 +76,7 @@ TARGETS = {
         Target(
             "simulated",
             "every format and every layer, in torch only: for research, no engine runs it",
-            frozenset({"int8", "uint8", "int6", "uint6", "int4", "uint4", "none"}),
+            _WEIGHTS | {"uint8", "uint6"},
             frozenset({"int8", "uint8", "int6", "uint6", "int4", "uint4", "none"}),
             attention=True,
             backends=(),

@@ -44,7 +44,7 @@ def test_none_leaves_tensors_as_they_are() -> None:
     assert parse_format("none") is None
 
 
-@pytest.mark.parametrize("name", ["int3", "INT8", "", "fp4", "int4b32"])
+@pytest.mark.parametrize("name", ["int2", "INT8", "", "fp4", "int4b32"])
 def test_an_unknown_name_is_refused_with_the_names_that_there_are(name: str) -> None:
     with pytest.raises(UsageError, match=r"int8, uint8, .*none"):
         parse_format(name)

@@ -74,7 +74,8 @@ def test_stages_of_several_papers_combine(tmp_path: Path) -> None:
     "given",
     [
         {"method": "magic"},
-        {"weights": "int3"},
+        {"weights": "int2"},
+        {"activations": "int3"},
         {"coverage": "everything"},
         {"target": "abacus"},
         {"effort": "heroic"},

@@ -62,7 +62,7 @@ def write_checkpoint(
     ]
     folder = model.name
     draft.tensors(f"{folder}/quantized.safetensors", lambda: read_state(denoiser))
-    draft.tensors(f"{folder}/parameters.safetensors", lambda: _parameters(denoiser))
+    draft.tensors(f"{folder}/parameters.safetensors", lambda: float_parameters(denoiser))
     costs: dict[str, Any] = {}
     if structure is not None:
         costs = {
@@ -134,10 +134,11 @@ def checkpoint_model(artifact: Artifact) -> Model:
 
 
 def _quantize_as_described(denoiser: nn.Module, described: Mapping[str, Any], recipe: Recipe) -> None:
-    weights, activations = parse_format(recipe.weights), parse_format(recipe.activations)
+    activations = parse_format(recipe.activations)
     for layer in described["layers"]:
         inner = denoiser.get_submodule(layer["path"])
-        seen = None if layer.get("float_input") else activations
+        weights, own = recipe.formats(layer["path"])
+        seen = None if layer.get("float_input") else own
         replace_module(denoiser, layer["path"], QuantizedLayer(inner, weights, seen, tuple(layer["split"])))
         inner.weight = None  # type: ignore[assignment]
     share_inputs(denoiser, {layer["path"]: layer["reads"] for layer in described["layers"]})
@@ -147,7 +148,8 @@ def _quantize_as_described(denoiser: nn.Module, described: Mapping[str, Any], re
     set_clock(denoiser)
 
 
-def _parameters(denoiser: nn.Module) -> dict[str, Tensor]:
+def float_parameters(denoiser: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint keeps in float: everything but quantized weights and quantizers."""
     quantized = {f"{path}.inner.weight" for path in quantized_layers(denoiser)}
     return {
         name: tensor.detach().cpu().clone()

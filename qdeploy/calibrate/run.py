@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from qdeploy.denoiser import Model, open_model
 from qdeploy.draft import Draft
 from qdeploy.errors import CapabilityError, UsageError
 from qdeploy.inputs import denoise
+from qdeploy.mixed.budget import parse_budget
 from qdeploy.paths import cache_folder, default_output
 from qdeploy.progress import say
 from qdeploy.recipe import Recipe, resolve_recipe
@@ -45,6 +47,8 @@ def calibrate(
     effort: str | None = None,
     exclude: tuple[str, ...] | None = None,
     timestep_groups: str | int | tuple[float, ...] | None = None,
+    budget: str | Sequence[str] | None = None,
+    sensitivity: str | Path | Artifact | None = None,
     seed: int | None = None,
     device: str = "cpu",
     max_memory: int = 4 * 2**30,
@@ -68,6 +72,9 @@ def calibrate(
         exclude: shell globs of layers that stay in float.
         timestep_groups: groups of timesteps that have activation scales of their own: how many, or the
             largest timestep of each but the last, as numbers or as text ``200,500``.
+        budget: bounds such as ``size=3.2MB`` or ``macs=5%`` within which the formats of weights are chosen,
+            layer by layer; as of `qdeploy.mixed.budget.parse_budget`.
+        sensitivity: what `qdeploy.sensitivity` measured; with a budget and without this it is measured first.
         seed: where all randomness comes from.
         device: torch device.
         max_memory: bytes that recorded activations may take in memory.
@@ -82,6 +89,13 @@ def calibrate(
         CapabilityError: the device is not there.
         InvalidInputError: the model or the set cannot be used.
     """
+    from qdeploy.mixed.plan import plan_for
+
+    limits = parse_budget(budget) if budget else {}
+    if limits and weights:
+        raise UsageError("the budget chooses the formats of weights: leave out --weights")
+    if sensitivity is not None and not limits:
+        raise UsageError("sensitivities serve a budget: pass --budget size=... or macs=...")
     resolved = resolve_recipe(
         recipe,
         method=method,
@@ -94,15 +108,22 @@ def calibrate(
         timestep_groups=timestep_groups,
         seed=seed,
     )
-    _check_device(device)
+    check_device(device)
     source = open_model(model)
+    data = CalibrationSet.open(calibration_for(source, calibration, resolved.seed, device))
+    made_from, asked = {"model": source.sha256, "calibration": data.sha256}, {}
+    planned = plan_for(source, data, resolved, limits, sensitivity, device) if limits else None
+    if planned is not None:
+        resolved, asked = planned.recipe, {"budget": dict(planned.bounds)}
+        made_from["sensitivity"] = planned.sensitivity
+        say(planned.table())
     output = Path(output) if output else default_output(source.path, resolved.precision.lower())
-    data = CalibrationSet.open(_calibration(source, calibration, resolved.seed, device))
-    made_from = {"model": source.sha256, "calibration": data.sha256}
-    draft = Draft(output, "checkpoint", made_from, resolved.to_json(), resolved.seed, overwrite=overwrite)
+    draft = Draft(
+        output, "checkpoint", made_from, resolved.to_json(), resolved.seed, asked, overwrite=overwrite
+    )
     if not dry_run and (done := draft.finished()):
         return done
-    session = _open_session(source, data, resolved, draft, device, max_memory)
+    session = open_session(source, data, resolved, draft, device, max_memory)
     estimate = estimate_cost(session)
     say(
         f"calibrating {source.path.name}: {resolved.method} {resolved.precision}, {len(session.layers)} layers "
@@ -117,6 +138,8 @@ def calibrate(
     with draft:
         _run_stages(session)
         _write(session, source, data)
+        if planned is not None:
+            planned.write(draft, source.name)
         return draft.finish(
             facts={
                 "component": source.name,
@@ -137,9 +160,15 @@ def calibrate(
         )
 
 
-def _open_session(
+def open_session(
     source: Model, data: CalibrationSet, recipe: Recipe, draft: Draft, device: str, max_memory: int
 ) -> Session:
+    """A model loaded and quantized as a recipe says, ready for stages.
+
+    Raises:
+        InvalidInputError: the set does not belong to the model.
+        UsageError: nothing would be quantized.
+    """
     denoiser = source.load(device)
     data.check_fits(source, denoiser)
     structure = find_structure(denoiser, data.inputs([0], device=device))
@@ -246,7 +275,12 @@ def estimate_cost(session: Session) -> Estimate:
     return Estimate(seconds, 3 * weights + 2 * recorded)
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Refuse a device that torch cannot use.
+
+    Raises:
+        CapabilityError: it cannot.
+    """
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -255,7 +289,12 @@ def _check_device(device: str) -> None:
         ) from error
 
 
-def _calibration(source: Model, given: Any, seed: int, device: str) -> Path:
+def calibration_for(source: Model, given: Any, seed: int, device: str) -> Path:
+    """Folder of the calibration set that is given, or of the default one, collected at its first use.
+
+    Raises:
+        UsageError: the model takes prompts, so there is no default.
+    """
     if given is not None:
         return given.path if isinstance(given, Artifact) else Path(given)
     from qdeploy.calibrate.trajectory import collect

@@ -29,6 +29,7 @@ from qdeploy.clock import attach_clock, clock_of
 from qdeploy.draft import Draft
 from qdeploy.errors import UsageError
 from qdeploy.formats import BLOCKS, Format, parse_format, uint8
+from qdeploy.overrides import check_overrides
 from qdeploy.recipe import Recipe
 from qdeploy.structure import Layer, Structure
 from qdeploy.targets import find_target
@@ -52,16 +53,19 @@ def quantize_structure(denoiser: nn.Module, structure: Structure, recipe: Recipe
         UsageError: no layer is left to quantize.
     """
     coverage = find_coverage(recipe.coverage)
-    weights, activations = parse_format(recipe.weights), parse_format(recipe.activations)
+    activations = parse_format(recipe.activations)
+    wanted = covered(structure, coverage, recipe.exclude)
+    check_overrides(recipe.layers, (layer.path for layer in wanted), recipe.coverage)
     left = left_in_float(denoiser, structure, recipe)
-    layers = [layer for layer in covered(structure, coverage, recipe.exclude) if layer.path not in left]
+    layers = [layer for layer in wanted if layer.path not in left]
     if left and not layers:
         raise UsageError(f"nothing would be quantized: {_counted(left)}")
     bare = float_inputs(layers, coverage)
     for layer in layers:
         inner = denoiser.get_submodule(layer.path)
         split = layer.split if coverage.split else ()
-        seen = None if layer.path in bare else activations
+        weights, own = recipe.formats(layer.path)
+        seen = None if layer.path in bare else own
         replace_module(denoiser, layer.path, QuantizedLayer(inner, weights, seen, split))
     share_inputs(denoiser, {layer.path: layer.reads for layer in layers})
     if coverage.attention and activations is not None:
@@ -74,10 +78,13 @@ def quantize_structure(denoiser: nn.Module, structure: Structure, recipe: Recipe
 def left_in_float(denoiser: nn.Module, structure: Structure, recipe: Recipe) -> dict[str, str]:
     """Layers of the coverage that the target or the format has no use for: why, by path."""
     coverage = find_coverage(recipe.coverage)
-    weights = parse_format(recipe.weights)
     left = {}
     for layer in covered(structure, coverage, recipe.exclude):
         module = denoiser.get_submodule(layer.path)
+        weights, _ = recipe.formats(layer.path)
+        if weights is None:
+            left[layer.path] = "as the recipe says"
+            continue
         reason = _unfit(module, layer if coverage.split else replace(layer, split=()), weights)
         # temporal layers need no kernel: they end in a table
         if not reason and not layer.temporal and not find_target(recipe.target).thin:
@@ -127,9 +134,16 @@ def share_inputs(denoiser: nn.Module, reads: dict[str, str]) -> None:
     """Let layers that read one tensor use one input quantizer; ``reads`` maps each to the first of them."""
     layers = quantized_layers(denoiser)
     for path, first in reads.items():
-        alike = first in layers and len(layers[first].input_quantizers) == len(layers[path].input_quantizers)
-        if first != path and alike and layers[first].split == layers[path].split:
+        if first == path or first not in layers or layers[first].split != layers[path].split:
+            continue
+        if layers[first].formats[1] == layers[path].formats[1] and _quantizes_input(
+            layers[first], layers[path]
+        ):
             layers[path].input_quantizers = layers[first].input_quantizers
+
+
+def _quantizes_input(*layers: QuantizedLayer) -> bool:
+    return all(len(layer.input_quantizers) for layer in layers)
 
 
 @dataclass

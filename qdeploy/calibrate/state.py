@@ -5,7 +5,7 @@ Names: ``PATH.weight.PART.{scale,zero_point,codes}`` and ``PATH.input.PART.{scal
 ``PATH.feature.{rows,edges,scale,zero_point}`` for a table of temporal features; ``PATH.smoothing`` for a
 layer's, ``PATH.split`` and ``PATH.order`` where a stage has cut its channels, ``PATH.tuned`` and
 ``PATH.tuned_bias`` while a tuned weight is not yet baked. PART counts the parts of a split layer from 0.
-Codes of at most 4 bits are packed two to a byte. A quantizer with a scale for each group of timesteps has
+Codes of less than 8 bits are packed without gaps. A quantizer with a scale for each group of timesteps has
 ``edges`` too, and one with scales along an axis ``axis``; softmax outputs on a logarithmic scale have
 ``PATH.attention.probabilities.log2``: bits, and whether a start token bypasses them.
 """
@@ -182,23 +182,34 @@ def _attentions(denoiser: nn.Module, prefix: str) -> list[tuple[str, AttentionQu
 
 
 def pack(codes: Tensor, number_format: Format) -> Tensor:
-    """Codes as stored: two to a byte (low half first) up to 4 bits, else one to a byte."""
-    if number_format.bits > 4:
+    """Codes as stored: those of less than 8 bits one after the other without gaps, low bits first.
+
+    Two codes of 4 bits are a byte, eight of 3 bits are three bytes.
+    """
+    if number_format.bits >= 8:
         return codes.to(code_type(number_format))
     flat = (codes.flatten() - number_format.qmin).to(torch.uint8)
-    if len(flat) % 2:
-        flat = torch.cat([flat, flat.new_zeros(1)])
-    return flat[0::2] | (flat[1::2] << 4)
+    bits = (flat[:, None] >> torch.arange(number_format.bits, dtype=torch.uint8)) & 1
+    stream = torch.nn.functional.pad(bits.flatten(), (0, -bits.numel() % 8)).view(-1, 8)
+    return (stream << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
 
 
 def unpack(stored: Tensor, number_format: Format, shape: tuple[int, ...]) -> Tensor:
     """Undo `pack`: codes of the given shape, integers in int16."""
     if number_format.floating:
         return stored.view(shape)
-    if number_format.bits > 4:
+    if number_format.bits >= 8:
         return stored.to(torch.int16).view(shape)
-    flat = torch.stack([stored & 15, stored >> 4], dim=1).flatten().to(torch.int16)
-    return (flat[: torch.Size(shape).numel()] + number_format.qmin).view(shape)
+    count = torch.Size(shape).numel()
+    stream = ((stored[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()
+    bits = stream[: count * number_format.bits].view(count, number_format.bits).to(torch.int16)
+    codes = (bits << torch.arange(number_format.bits, dtype=torch.int16)).sum(1, dtype=torch.int16)
+    return (codes + number_format.qmin).view(shape)
+
+
+def packed_bytes(count: int, number_format: Format) -> int:
+    """Bytes that so many codes take as stored."""
+    return -(-count * number_format.bits // 8)
 
 
 def code_shapes(denoiser: nn.Module) -> dict[str, tuple[int, ...]]:

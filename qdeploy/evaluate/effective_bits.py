@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qdeploy.artifact import Artifact
-from qdeploy.formats import parse_format
+from qdeploy.formats import Format, parse_format
 from qdeploy.recipe import Recipe
 
 FLOAT_BITS = 32
@@ -50,11 +50,11 @@ def operations(checkpoint: Artifact) -> list[Operation] | None:
     with safe_open(checkpoint.file(f"{component}/quantized.safetensors"), "pt") as stored:
         state = set(stored.keys())
     recipe = Recipe.from_json(checkpoint.manifest["recipe"])
-    weights, activations = _bits(recipe.weights), _bits(recipe.activations)
     covered = {layer["path"]: layer for layer in described["layers"]}
     found = []
     for path, macs in described["macs"].items():
         layer = covered.get(path)
+        weights, activations = map(_bits, recipe.formats(path))
         looked_up = f"{path}.feature.rows" in state
         rounded = f"{path}.weight.0.codes" in state
         quantized_input = layer is not None and not layer.get("float_input")
@@ -66,6 +66,7 @@ def operations(checkpoint: Artifact) -> list[Operation] | None:
                 activations if quantized_input else FLOAT_BITS,
             )
         )
+    activations = _bits(parse_format(recipe.activations))
     attended = set(described["attentions"])
     for path, macs in described.get("products", {}).items():
         found.append(Operation(path, macs, None, activations if path in attended else FLOAT_BITS))
@@ -102,6 +103,5 @@ def _mean(counted: list[tuple[int, int]]) -> float:
     return round(sum(macs * bits for macs, bits in counted) / total, 3) if total else 0.0
 
 
-def _bits(name: str) -> int:
-    number_format = parse_format(name)
+def _bits(number_format: Format | None) -> int:
     return FLOAT_BITS if number_format is None else number_format.bits

@@ -31,6 +31,7 @@ from qdeploy.export.lower import PASSES, lower
 from qdeploy.export.time_table import TimeTable, needs_table, plan_table, tabulate
 from qdeploy.paths import default_output
 from qdeploy.progress import say
+from qdeploy.recipe import Recipe
 from qdeploy.targets import TARGETS, find_target
 
 
@@ -97,10 +98,12 @@ def _export_checkpoint(
             f"{checkpoint.path} is a simulation and cannot be exported: {'; '.join(facts['simulated'])}"
         )
     dialect = _dialect(target or facts["target"])
-    for part in ("weights", "activations"):
-        if facts[part] not in getattr(TARGETS[dialect], part):
+    used = Recipe.from_json(checkpoint.manifest["recipe"]).combinations
+    for part, names in zip(("weights", "activations"), zip(*used, strict=True), strict=True):
+        foreign = [name for name in names if name not in getattr(TARGETS[dialect], part)]
+        if foreign:
             raise UsageError(
-                f"target {dialect} cannot run the {facts[part]} {part} of {checkpoint.path}: calibrate with "
+                f"target {dialect} cannot run the {foreign[0]} {part} of {checkpoint.path}: calibrate with "
                 f"--target {dialect}"
             )
     place = Path(output) if output else default_output(checkpoint.path, "onnx")

@@ -22,7 +22,15 @@ from qdeploy.calibrate.fakequant import full_precision, quantized_layers
 from qdeploy.calibrate.methods import minmax
 from qdeploy.calibrate.run import any_attention
 from qdeploy.calibrate.session import Session
-from qdeploy.calibrate.state import code_shapes, pack, quantizers, read_state, unpack, write_state
+from qdeploy.calibrate.state import (
+    code_shapes,
+    pack,
+    packed_bytes,
+    quantizers,
+    read_state,
+    unpack,
+    write_state,
+)
 from qdeploy.denoiser import Model, open_model
 from qdeploy.errors import InvalidInputError
 from qdeploy.formats import FORMATS, Format, parse_format
@@ -188,7 +196,10 @@ def test_packing_is_undone_exactly(number_format: Format, shape: list[int], data
     again = unpack(packed, number_format, tuple(shape))
     assert again.dtype == codes.dtype
     assert torch.equal(again.float(), codes.float())
-    assert packed.nbytes == (-(-size // 2) if number_format.bits <= 4 else size)
+    assert packed.nbytes == packed_bytes(size, number_format) == -(-size * number_format.bits // 8)
+    if number_format.bits == 4:  # as it was before other widths were packed: the first code in the low half
+        first = int(codes.flatten()[0]) - number_format.qmin
+        assert int(packed[0]) & 15 == first
 
 
 # -- what does not belong ----------------------------------------------------------------------------------

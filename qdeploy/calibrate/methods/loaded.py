@@ -55,11 +55,18 @@ def load_weights(session: Session, *, checkpoint: str = "") -> None:
 def _check_alike(session: Session, source: Artifact) -> None:
     if source.manifest["made_from"]["model"] != session.draft.made_from["model"]:
         raise InvalidInputError(f"{source.path} was made from another model")
-    theirs = Recipe.from_json(source.manifest["recipe"]).weights
-    if theirs != session.recipe.weights:
+    recipe = Recipe.from_json(source.manifest["recipe"])
+    if recipe.weights != session.recipe.weights and not (recipe.layers or session.recipe.layers):
         raise InvalidInputError(
-            f"{source.path} has {theirs} weights, and {session.recipe.weights} are wanted"
+            f"{source.path} has {recipe.weights} weights, and {session.recipe.weights} are wanted"
         )
+    for path in quantized_layers(session.denoiser):
+        theirs, ours = recipe.formats(path)[0], session.recipe.formats(path)[0]
+        if theirs != ours:
+            names = [each.name if each else "float" for each in (theirs, ours)]
+            raise InvalidInputError(
+                f"{source.path} has {names[0]} weights at {path}, and {names[1]} are wanted"
+            )
 
 
 def _check_channels(session: Session, stored: Mapping[str, Tensor], checkpoint: str) -> None:

@@ -1,0 +1,104 @@
+"""Which layers suffer most, by both passes, and how far the passes agree."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qdeploy.mixed.options import ACTIVATIONS, WEIGHTS
+
+TOP = 10
+Harm = Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class LayerHarm:
+    """How much a layer's quantization alone disturbs the prediction.
+
+    Attributes:
+        path: the layer.
+        unit: the block that it belongs to.
+        reads: path of the first layer that reads the same tensor.
+        macs: multiply-accumulates per sample.
+        count: weights.
+        cheap: noise by signal of the prediction, mean over timesteps, by part and format: first order.
+        exact: likewise, measured; None where that was not asked for.
+    """
+
+    path: str
+    unit: str
+    reads: str
+    macs: int
+    count: int
+    cheap: Harm
+    exact: Harm | None = None
+
+    @property
+    def best(self) -> Harm:
+        """The exact harm, or else the estimate."""
+        return self.cheap if self.exact is None else self.exact
+
+    def to_json(self) -> dict[str, Any]:
+        """The layer as JSON values."""
+        measured = {} if self.exact is None else {"exact": _rounded(self.exact)}
+        return {
+            "path": self.path,
+            "unit": self.unit,
+            "reads": self.reads,
+            "macs": self.macs,
+            "weights": self.count,
+            "harm": {"cheap": _rounded(self.cheap), **measured},
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> LayerHarm:
+        """A layer from `to_json`'s values."""
+        names = {"path": "path", "unit": "unit", "reads": "reads", "macs": "macs", "count": "weights"}
+        plain = {ours: value[theirs] for ours, theirs in names.items()}
+        return cls(**plain, cheap=value["harm"]["cheap"], exact=value["harm"].get("exact"))
+
+
+def _rounded(harm: Harm) -> dict[str, dict[str, float]]:
+    """Nine digits: the same on every run, and far more than the measurement is worth."""
+    return {
+        part: {name: float(f"{value:.9g}") for name, value in found.items()} for part, found in harm.items()
+    }
+
+
+def score(harm: Harm, weights: str, activations: str) -> float:
+    """Harm of a layer with both parts quantized: errors of weight and input are independent, powers add."""
+    return harm[WEIGHTS].get(weights, 0.0) + harm[ACTIVATIONS].get(activations, 0.0)
+
+
+def ranked(layers: Sequence[LayerHarm], weights: str, activations: str, exact: bool) -> list[str]:
+    """Paths of layers, those that suffer most first."""
+
+    def harm(layer: LayerHarm) -> float:
+        chosen = layer.exact if exact else layer.cheap
+        assert chosen is not None
+        return score(chosen, weights, activations)
+
+    return [layer.path for layer in sorted(layers, key=lambda layer: (-harm(layer), layer.path))]
+
+
+def agreement(exact: Sequence[str], cheap: Sequence[str]) -> dict[str, Any]:
+    """How far two rankings of the same layers agree.
+
+    Returns:
+        ``top``, how many first ones are compared; ``shared``, how many of those both have, and which; and
+        ``spearman``, the correlation of ranks over all layers.
+    """
+    top = min(TOP, len(exact))
+    shared = [path for path in exact[:top] if path in cheap[:top]]
+    places = {path: place for place, path in enumerate(cheap)}
+    squares = sum((place - places[path]) ** 2 for place, path in enumerate(exact))
+    count = len(exact)
+    spearman = 1 - 6 * squares / (count * (count**2 - 1)) if count > 1 else 1.0
+    return {"top": top, "shared": len(shared), "layers": shared, "spearman": round(spearman, 4)}
+
+
+def harm_db(harm: float) -> float:
+    """Harm as the SQNR that the prediction would have with no other error, in dB."""
+    return -10 * math.log10(harm) if harm > 0 else 200.0

@@ -1,0 +1,55 @@
+"""Sensitivities and budgets for people and programs: what the artifacts say, in short."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from qdeploy.artifact import Artifact
+from qdeploy.evaluate.report import number, text_table
+from qdeploy.mixed.plan import BUDGET
+from qdeploy.mixed.ranking import TOP, LayerHarm, harm_db, score
+from qdeploy.mixed.run import SENSITIVITY
+
+
+def read_sensitivity(artifact: Artifact) -> dict[str, Any]:
+    """The content of ``sensitivity.json``: layers with their harms, those that suffer most first."""
+    report: dict[str, Any] = json.loads(artifact.file(SENSITIVITY).read_text())
+    return report
+
+
+def summary(artifact: Artifact) -> dict[str, Any]:
+    """What ``qdeploy sensitivity --json`` adds to the usual: rankings, layers, agreement of the passes."""
+    report = read_sensitivity(artifact)
+    names = ("ranked_by", "formats", "ranking", "agreement", "layers")
+    return {name: report[name] for name in names if name in report}
+
+
+def table(artifact: Artifact) -> str:
+    """The layers that suffer most, in the SQNR that the prediction has with them alone quantized."""
+    report = read_sensitivity(artifact)
+    formats, ranked_by = report["formats"], report["ranked_by"]
+    columns = ["layer", "weights", *(f"{name}, dB" for name in formats)]
+    columns += [f"input {ranked_by['activations']}, dB", "both, first order"]
+    rows = []
+    for value in report["layers"][:TOP]:
+        layer = LayerHarm.from_json(value)
+        inputs = layer.best["activations"].get(ranked_by["activations"])
+        shown = [layer.best["weights"].get(name) for name in formats]
+        cheap = score(layer.cheap, **ranked_by)
+        cells = (number(None if harm is None else harm_db(harm), 1) for harm in (*shown, inputs, cheap))
+        rows.append([layer.path, str(layer.count), *cells])
+    lines = [text_table(columns, rows)]
+    if "agreement" in report:
+        found = report["agreement"]
+        lines.append(
+            f"of the {found['top']} layers that suffer most the cheap pass names {found['shared']}; Spearman's rank "
+            f"correlation over all {len(report['layers'])} layers is {found['spearman']:.3f}"
+        )
+    return "\n".join(lines)
+
+
+def budget_summary(checkpoint: Artifact) -> dict[str, Any]:
+    """What ``qdeploy calibrate --json`` adds where formats were chosen within a budget."""
+    file = checkpoint.file(BUDGET)
+    return {"budget": json.loads(file.read_text())} if file.is_file() else {}
