@@ -27,6 +27,7 @@ _PUBLIC = {
     "export": "qdeploy.export.run",
     "load_checkpoint": "qdeploy.calibrate.checkpoint",
     "load_engine": "qdeploy.engines.build",
+    "report": "qdeploy.evaluate.report_page.run",
     "sample": "qdeploy.runtime.sample",
     "sensitivity": "qdeploy.mixed.run",
 }

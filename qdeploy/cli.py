@@ -383,6 +383,35 @@ def benchmark(paths: tuple[Path, ...], as_json: bool, **options: Any) -> None:
 
 
 @main.command()
+@click.argument("paths", nargs=-1, required=True, type=FOLDER)
+@click.option(
+    "-o", "--output", type=FOLDER, default=Path("report.html"), show_default=True, help="HTML file."
+)
+@click.option("--reference", help="The full-precision model.  [default: the one they were made from]")
+@click.option("--check", "checks", multiple=True, type=FOLDER, help="What `check --json` said; repeatable.")
+@click.option("--benchmark", type=FOLDER, help="What `benchmark --json` said.  [default: measured]")
+@click.option("--sensitivity", type=FOLDER, help="A folder that `qdeploy sensitivity` wrote.")
+@click.option("--pictures", type=int, default=8, show_default=True, help="Seeds to show images of.")
+@click.option("--samples", type=int, default=64, show_default=True, help="Images for paired quality.")
+@click.option("--inference-steps", type=int, default=50, show_default=True, help="Length of the trajectory.")
+@click.option("--scheduler", default="ddim", show_default=True)
+@click.option("--seed", type=int, default=1, show_default=True, help="Seed of the held-out trajectories.")
+@click.option(
+    "--batch", type=int, multiple=True, default=(1,), show_default=True, help="Of speed; repeatable."
+)
+@click.option("--rounds", type=int, default=30, show_default=True, help="Interleaved measurements of speed.")
+@PROMPTS
+@GUIDANCE
+@verb
+def report(paths: tuple[Path, ...], prompts: Path | None, as_json: bool, **options: Any) -> None:
+    """One HTML file with pictures, errors, speed and provenance; what is not given is measured."""
+    from qdeploy.evaluate.report_page.run import report
+
+    result = report(paths, prompts=_prompts(prompts), **options)
+    click.echo(json.dumps(result.to_json()) if as_json else result.text())
+
+
+@main.command()
 @click.argument("source", metavar="ONNX", type=FOLDER)
 @click.option("--target", default="tensorrt", show_default=True, help="Whose rules: see `qdeploy methods`.")
 @click.option("--tensorrt", default="11.4", show_default=True, help="TensorRT's version.")

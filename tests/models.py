@@ -107,7 +107,7 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _vae(size: int) -> Any:
+def _vae(size: int, **options: Any) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -117,11 +117,12 @@ def _vae(size: int) -> Any:
         norm_num_groups=4,
         down_block_types=("DownEncoderBlock2D",),
         up_block_types=("UpDecoderBlock2D",),
+        **options,
     )
 
 
-def _text_encoder() -> tuple[Any, Any]:
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+def _text_encoder(projected: bool = False) -> tuple[Any, Any]:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     words = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(letter + "</w>" for letter in LETTERS)]
     codes = {word: code for code, word in enumerate(words)}
@@ -136,8 +137,10 @@ def _text_encoder() -> tuple[Any, Any]:
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=1,
+        projection_dim=TEXT_WIDTH,
     )
-    return CLIPTextModel(config).eval(), tokenizer
+    kind = CLIPTextModelWithProjection if projected else CLIPTextModel
+    return kind(config).eval(), tokenizer
 
 
 def _saved(pipeline: Any, path: Path) -> Path:

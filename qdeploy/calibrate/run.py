@@ -19,6 +19,7 @@ from qdeploy.calibrate.methods import stages
 from qdeploy.calibrate.methods.minmax import round_to_nearest
 from qdeploy.calibrate.session import Session, left_in_float, quantize_structure
 from qdeploy.calibrate.timestep_groups import check_groups
+from qdeploy.card import base_model, write_card
 from qdeploy.correction_table import CORRECTION, correction_facts, prediction_type
 from qdeploy.denoiser import Model, open_model
 from qdeploy.draft import Draft
@@ -140,21 +141,24 @@ def calibrate(
         _write(session, source, data)
         if planned is not None:
             planned.write(draft, source.name)
+        facts = {
+            "component": source.name,
+            "class": source.class_name,
+            "model_sha256": source.sha256,
+            "base_model": base_model(source),
+            "precision": resolved.precision,
+            "weights": resolved.weights,
+            "activations": resolved.activations,
+            "target": resolved.target,
+            "simulated": resolved.simulated(),
+            "layers": len(session.layers),
+            **timestep_facts(session),
+            **correction_facts(draft.content / source.name / CORRECTION),
+            **({"left_in_float": by_reason(session.left)} if session.left else {}),
+        }
+        write_card(draft, facts)
         return draft.finish(
-            facts={
-                "component": source.name,
-                "class": source.class_name,
-                "model_sha256": source.sha256,
-                "precision": resolved.precision,
-                "weights": resolved.weights,
-                "activations": resolved.activations,
-                "target": resolved.target,
-                "simulated": resolved.simulated(),
-                "layers": len(session.layers),
-                **timestep_facts(session),
-                **correction_facts(draft.content / source.name / CORRECTION),
-                **({"left_in_float": by_reason(session.left)} if session.left else {}),
-            },
+            facts=facts,
             measured=session.report,
             notes={"source": str(source.path.absolute())},
         )

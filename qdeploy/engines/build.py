@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qdeploy.artifact import Artifact, open_artifact
+from qdeploy.card import write_card
 from qdeploy.decibels import distance, powers
 from qdeploy.draft import Draft
 from qdeploy.engines.base import UNKNOWN, Engine
@@ -29,7 +30,7 @@ from qdeploy.progress import say
 # Facts that an engine hands on from its bundle.
 _CARRIED = (
     "component", "class", "model_sha256", "precision", "weights", "activations", "target",
-    "timesteps", "timestep_scales", "time_table", "correction",
+    "timesteps", "timestep_scales", "time_table", "correction", "base_model",
 )  # fmt: skip
 # An engine may round differently here and there, and every difference spreads. Two independent roundings are
 # twice the quantization noise apart; beyond twice that, the engine computes something else.
@@ -113,8 +114,10 @@ def build_engine(
         if optimize_for:
             placement = Placer(chosen, source, draft, facts).search(min_sqnr)
             graph, searched = placement.graph, {"placement": placement.to_json()}
-            facts["left_in_float"] = list(placement.floats)
+            facts["quantizers_left_out"] = list(placement.floats)
         _convert(chosen, source, graph, draft, facts, wishes)
+        if "base_model" in facts:  # bundles of earlier versions do not know it
+            write_card(draft, facts)
         measured = _measure(chosen, draft, facts) | searched
         notes = {"source": source.manifest["notes"].get("source")}
         return draft.finish(facts=facts, measured=measured, notes=notes)

@@ -50,7 +50,8 @@ def demo(
     """Collect, calibrate to 8 and 4 bits, export, build engines, sample, check and benchmark.
 
     Args:
-        output: folder of everything that is made: artifacts, ``grid.png``, ``table.md``, ``results.json``.
+        output: folder of everything that is made: artifacts, ``grid.png``, ``table.md``,
+            ``results.json``, ``report.html``.
         model: an unconditional model.
         backend: of the engines.
         samples: images that quality is measured on.
@@ -74,8 +75,13 @@ def demo(
     speed = work.benchmark(engines)
     titles = {FULL: "full precision", HALF: "16-bit"}
     titles |= {name: title for name, (title, _, _) in VARIANTS.items()}
+    page = work.report(checks, speed)
     columns, rows = summary_rows(engines, titles, checks, speed, BATCH)
-    notes = [*summary_notes(checks, speed), f"images of the same seeds: {work.output / 'grid.png'}"]
+    notes = [
+        *summary_notes(checks, speed),
+        f"images of the same seeds: {work.output / 'grid.png'}",
+        f"everything on one page: {page}",
+    ]
     result = DemoResult(work.output, columns, rows, work.stages, checks, speed, notes)
     write_json(work.output / "results.json", result.to_json())
     write_text(work.output / "table.md", result.markdown())
@@ -183,6 +189,26 @@ class _Work:
         key = [[engine.sha256 for engine in engines.values()], self.rounds, machine()]
         file = self.output / "measured" / "benchmark.json"
         return self._stage("benchmark", partial(remembered, file, key, measure))
+
+    def report(self, checks: dict[str, dict[str, Any]], speed: dict[str, Any]) -> Path:
+        """``report.html``: all of this on one page."""
+        from qdeploy.evaluate.report_page.run import report
+
+        paths = [
+            self.output / f"{name}{part}"
+            for name in VARIANTS
+            for part in ("", "-onnx", "-engine", "-samples")
+        ]
+        run = partial(
+            report,
+            [*paths, self.output / "full-samples"],
+            self.output / "report.html",
+            reference=self.model,
+            checks=[checks[name] for name in VARIANTS],
+            benchmark=speed,
+            folder=self.output / "measured",
+        )
+        return self._stage("report", run).path
 
     def _make(self, name: str, run: Callable[[], object]) -> Artifact:
         made = self._stage(name, run)

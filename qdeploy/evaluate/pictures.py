@@ -58,21 +58,27 @@ def range_heat_map(ranges: Mapping[str, Tensor], path: Path) -> None:
     names = tensor_names(ranges)
     if not names or not len(ranges["timesteps"]):
         raise InvalidInputError(f"{path} cannot be drawn: no tensor's range over time is known")
-    shares = relative_ranges(ranges).flip(1)
-    timesteps = [f"{t:.4g}" for t in ranges["timesteps"].flip(0).tolist()]
     every = -(-len(names) // _LABELLED)
     left = 0.3 + _LETTER * max(map(len, names))
     width, height = left + 6.2, max(_LEAST_ROW, _ROW / every) * len(names) + 1.1
     with _drawn(path, width, height, left=left, bottom=0.55, right=1.2, top=0.4) as (figure, axes):
-        image = axes.imshow(shares.numpy(), aspect="auto", interpolation="nearest", vmin=0, vmax=1)
-        shown = range(0, len(names), every)
-        axes.set_yticks(shown, [names[row] for row in shown], fontsize=7, family="monospace")
-        columns = range(0, len(timesteps), -(-len(timesteps) // _TICKS))
-        axes.set_xticks(columns, [timesteps[column] for column in columns], fontsize=8)
-        axes.set_xlabel("timestep", fontsize=9)
+        image = paint_ranges(axes, ranges, every)
         axes.set_title("range over time, relative to each tensor's largest", fontsize=9, loc="left")
         bar = figure.add_axes((1 - 1.05 / width, 0.55 / height, 0.15 / width, 1 - 0.95 / height))
         figure.colorbar(image, cax=bar).ax.tick_params(labelsize=8)
+
+
+def paint_ranges(axes: Any, ranges: Mapping[str, Tensor], every: int) -> Any:
+    """The heat map alone, on axes; a name at every so many rows. Returns matplotlib's image."""
+    names, shares = tensor_names(ranges), relative_ranges(ranges).flip(1)
+    timesteps = [f"{t:.4g}" for t in ranges["timesteps"].flip(0).tolist()]
+    image = axes.imshow(shares.numpy(), aspect="auto", interpolation="nearest", vmin=0, vmax=1)
+    shown = range(0, len(names), every)
+    axes.set_yticks(shown, [names[row] for row in shown], fontsize=7, family="monospace")
+    columns = range(0, len(timesteps), -(-len(timesteps) // _TICKS))
+    axes.set_xticks(columns, [timesteps[column] for column in columns], fontsize=8)
+    axes.set_xlabel("timestep", fontsize=9)
+    return image
 
 
 def error_by_timestep(series: Mapping[str, Mapping[float, float]], path: Path) -> None:
@@ -83,15 +89,26 @@ def error_by_timestep(series: Mapping[str, Mapping[float, float]], path: Path) -
         path: the PNG file.
     """
     with _drawn(path, 7.5, 4.2, left=0.7, bottom=0.55, right=0.2, top=0.4) as (_, axes):
-        for label, values in series.items():
-            timesteps = sorted(values, reverse=True)
-            axes.plot(timesteps, [values[t] for t in timesteps], marker="o", markersize=3, label=label)
-        axes.invert_xaxis()
-        axes.set_xlabel("timestep", fontsize=9)
-        axes.set_ylabel("SQNR, dB", fontsize=9)
+        paint_curves(axes, series, "SQNR, dB")
         axes.set_title("error by timestep: higher is better", fontsize=9, loc="left")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+
+
+def paint_curves(axes: Any, series: Mapping[str, Mapping[float, float]], what: str) -> None:
+    """Curves over timesteps on axes, with a legend.
+
+    Args:
+        axes: matplotlib's.
+        series: values by timestep, by label.
+        what: the values, with their unit.
+    """
+    for label, values in series.items():
+        timesteps = sorted(values, reverse=True)
+        axes.plot(timesteps, [values[t] for t in timesteps], marker="o", markersize=3, label=label)
+    axes.invert_xaxis()
+    axes.set_xlabel("timestep", fontsize=9)
+    axes.set_ylabel(what, fontsize=9)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
 
 
 @contextmanager

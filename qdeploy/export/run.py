@@ -20,6 +20,7 @@ from qdeploy.calibrate.checkpoint import (
 from qdeploy.calibrate.estimate import readable_size
 from qdeploy.calibrate.fakequant import freeze
 from qdeploy.calibrate.timestep_groups import RANGES
+from qdeploy.card import write_card
 from qdeploy.correction_table import CORRECTION
 from qdeploy.denoiser import Model, open_model
 from qdeploy.draft import Draft
@@ -128,7 +129,9 @@ def _export_checkpoint(
         kept = ("component", "class", "model_sha256", "precision", "weights", "activations", "simulated")
         described = {key: facts[key] for key in kept} | {"target": dialect}
         described |= {
-            key: facts[key] for key in ("timesteps", "timestep_scales", "correction") if key in facts
+            key: facts[key]
+            for key in ("timesteps", "timestep_scales", "correction", "base_model")
+            if key in facts
         }
         if "correction" in facts:
             name = f"{facts['component']}/{CORRECTION}"
@@ -227,6 +230,8 @@ def _write(
     if rest is not None:
         say("tracing the rest of the pipeline")
         write_components(draft, rest)
+    if "base_model" in facts:
+        write_card(draft, facts)
     return draft.finish(facts=facts, notes=notes)
 
 

@@ -12,6 +12,9 @@ from torch import Tensor
 from qdeploy.errors import InvalidInputError, UsageError
 
 
+_BINNED = (32, 64, 128, 256)  # sizes of latents that PixArt's pipelines have aspect ratios for
+
+
 def generate(
     pipeline: Any,
     seeds: Sequence[int],
@@ -60,6 +63,8 @@ def generate(
             raise UsageError(f"{type(pipeline).__name__} takes class numbers as prompts: {error}") from error
     elif "batch_size" in known:
         arguments["batch_size"] = len(seeds)
+    if "use_resolution_binning" in known and not _has_bins(pipeline):
+        arguments["use_resolution_binning"] = False
     if guidance is not None:
         options["guidance_scale"] = guidance
     for name, value in options.items():
@@ -76,6 +81,11 @@ def generate(
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InvalidInputError(f"{type(pipeline).__name__} cannot sample as asked: {first}") from error
     return torch.as_tensor(images).permute(0, 3, 1, 2).contiguous()
+
+
+def _has_bins(pipeline: Any) -> bool:
+    """Whether PixArt's pipelines know aspect ratios for the size that their transformer was trained at."""
+    return getattr(pipeline.transformer.config, "sample_size", None) in _BINNED
 
 
 def _callback(on_step: Callable[[], None]) -> Callable[..., dict[str, Any]]:

@@ -14,7 +14,9 @@ from qdeploy.engines.build import build_engine
 from qdeploy.engines.measure import latency
 from qdeploy.evaluate.baselines import baseline_bundle
 from qdeploy.evaluate.quality import Plan
+from qdeploy.evaluate.report_page.run import ReportResult, report
 from qdeploy.export.run import export
+from qdeploy.files import write_json
 
 SMALL = Plan(samples=4, steps=3, inference_steps=5, batch=2)
 
@@ -55,3 +57,22 @@ def full_bundle(way: Way) -> Artifact:
 @pytest.fixture
 def small() -> Plan:
     return SMALL
+
+
+@pytest.fixture(scope="session")
+def page(way: Way, tmp_path_factory: pytest.TempPathFactory) -> ReportResult:
+    """A report on the whole way, everything in it measured."""
+    folder = tmp_path_factory.mktemp("report")
+    ranking = {"layers": [{"name": "conv_a", "bits": 4, "harm_db": 0.5}, {"name": "conv_b", "harm_db": 2.25}]}
+    write_json(folder / "sensitivity.json", ranking)
+    return report(
+        [way.checkpoint, way.onnx, way.engine],
+        folder / "report.html",
+        reference=way.model,
+        sensitivity=folder,
+        pictures=3,
+        samples=4,
+        inference_steps=5,
+        batch=(1, 2),
+        rounds=3,
+    )

@@ -1,0 +1,109 @@
+"""Where in the network the error comes in: layer by layer, of its own and as it has piled up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdeploy.artifact import Artifact
+from qdeploy.calibrate.checkpoint import load_checkpoint
+from qdeploy.calibrate.fakequant import QuantizedLayer, quantized_layers
+from qdeploy.decibels import decibels, powers
+from qdeploy.denoiser import Model
+from qdeploy.engines.measure import read_probe
+from qdeploy.inputs import denoise
+
+_ROWS = 4  # of the probe, evenly spread over its timesteps
+
+
+def layer_errors(checkpoint: Artifact, model: Model, rows: int = _ROWS) -> dict[str, Any]:
+    """The error of every quantized layer's output on held-out inputs.
+
+    The full-precision network runs first, one row at a time; then the quantized one, in which every layer
+    computes twice: what it is given there, and what the full-precision layer was given.
+
+    Args:
+        checkpoint: what is examined.
+        model: the full-precision model that it was made from.
+        rows: how many rows of the probe.
+
+    Returns:
+        ``timesteps`` of the rows; and ``layers``, in the order of execution, each with its ``name``, the SQNR of
+        its output for the full-precision input (``own_db``), and in the running network (``piled_up_db``).
+        Layers that a table replaced are left out.
+    """
+    reference, student = model.load(), load_checkpoint(checkpoint)
+    inputs, _, _ = read_probe(checkpoint.path)
+    count = len(inputs["timestep"])
+    chosen = torch.linspace(0, count - 1, min(rows, count)).round().long().unique()
+    own: dict[str, list[tuple[float, float]]] = {}
+    piled: dict[str, list[tuple[float, float]]] = {}
+    layers = {name: layer for name, layer in quantized_layers(student).items() if layer.table is None}
+    for row in chosen.tolist():
+        single = {name: x[row : row + 1] for name, x in inputs.items()}
+        seen = _watch(reference, list(layers), single)
+        for name, (ours, local) in _run_beside(student, layers, single, seen).items():
+            _, expected = seen[name]
+            own.setdefault(name, []).append(powers(local, expected))
+            piled.setdefault(name, []).append(powers(ours, expected))
+    return {
+        "timesteps": [float(t) for t in inputs["timestep"].flatten()[chosen]],
+        "layers": [
+            {"name": name, "own_db": _pooled(own[name]), "piled_up_db": _pooled(piled[name])} for name in own
+        ],
+    }
+
+
+def _pooled(parts: list[tuple[float, float]]) -> float:
+    signal, noise = (sum(part[index] for part in parts) for index in (0, 1))
+    return round(decibels(signal, noise), 2)
+
+
+def _watch(
+    network: nn.Module, paths: list[str], inputs: dict[str, Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Input and output of layers in one call, in the order of execution; of repeated calls the last."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(path: str) -> Any:
+        def hook(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            seen[path] = args[0], output
+
+        return hook
+
+    hooks = [network.get_submodule(path).register_forward_hook(keep(path)) for path in paths]
+    try:
+        with torch.no_grad():
+            denoise(network, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _run_beside(
+    network: nn.Module,
+    layers: dict[str, QuantizedLayer],
+    inputs: dict[str, Tensor],
+    seen: dict[str, tuple[Tensor, Tensor]],
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Outputs of quantized layers in the running network, and for the inputs that were seen."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def compare(path: str) -> Any:
+        def hook(layer: QuantizedLayer, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if path in seen:  # within the call, since scales may depend on its timestep
+                found[path] = output, layer.forward(seen[path][0])
+
+        return hook
+
+    hooks = [layer.register_forward_hook(compare(path)) for path, layer in layers.items()]
+    try:
+        with torch.no_grad():
+            denoise(network, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {path: found[path] for path in seen if path in found}

@@ -1,0 +1,144 @@
+"""The verb ``report``: one self-contained HTML file, from artifacts and what was measured of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qdeploy.artifact import Artifact
+from qdeploy.denoiser import Model
+from qdeploy.errors import UsageError
+from qdeploy.evaluate.quality import Plan
+from qdeploy.evaluate.report_page import measured
+from qdeploy.evaluate.report_page.content import Content
+from qdeploy.evaluate.report_page.render import render
+from qdeploy.evaluate.report_page.sensitivity import read_sensitivity
+from qdeploy.evaluate.report_page.subjects import find_reference, open_given
+from qdeploy.files import explained_os_errors, write_text
+from qdeploy.progress import say
+
+Result = str | Path | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ReportResult:
+    """Where the page is.
+
+    Attributes:
+        path: the HTML file.
+        passed: whether every check that it shows passed; None if it shows none.
+        subjects: names of what it compares.
+        missing: what it does not show, and what would bring it: a sentence each.
+    """
+
+    path: Path
+    passed: bool | None
+    subjects: list[str]
+    missing: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object of ``qdeploy report --json``."""
+        return {
+            "path": str(self.path),
+            "passed": self.passed,
+            "subjects": self.subjects,
+            "missing": self.missing,
+            "bytes": self.path.stat().st_size,
+        }
+
+    def text(self) -> str:
+        """The result for people."""
+        verdict = {True: "all checks passed", False: "a check failed", None: "nothing was checked"}[
+            self.passed
+        ]
+        lines = [f"{self.path} ({self.path.stat().st_size / 1e6:.1f} MB): {verdict}"]
+        return "\n".join([*lines, *(f"not shown: {line}" for line in self.missing)])
+
+
+def report(
+    paths: Sequence[str | Path | Artifact],
+    output: str | Path = "report.html",
+    *,
+    reference: str | Path | Model | None = None,
+    checks: Sequence[Result] = (),
+    benchmark: Result | None = None,
+    sensitivity: str | Path | None = None,
+    pictures: int = 8,
+    samples: int = 64,
+    inference_steps: int = 50,
+    scheduler: str | None = "ddim",
+    seed: int = 1,
+    batch: Sequence[int] = (1,),
+    rounds: int = 30,
+    prompts: Sequence[str] | None = None,
+    guidance: float | None = None,
+    folder: str | Path | None = None,
+) -> ReportResult:
+    """Write one HTML file that holds everything it shows.
+
+    What is not given is measured, and remembered beside the file: a report that was stopped continues, and
+    one that is made again with more artifacts measures only those.
+
+    Args:
+        paths: engines, ONNX bundles and checkpoints to compare, all of one model. A checkpoint or bundle that
+            another of them was made from is shown with it. Folders that ``sample`` wrote bring the pictures, a
+            calibration set brings ranges.
+        output: the HTML file.
+        reference: the full-precision model; by default where it was when they were made.
+        checks: results of ``check --json``, files or objects.
+        benchmark: the result of ``benchmark --json``, likewise.
+        sensitivity: a folder that ``sensitivity`` wrote.
+        pictures: seeds to show images of; 0 for none.
+        samples: images to measure quality on.
+        inference_steps: length of trajectories, in checks and pictures.
+        scheduler: a name of `qdeploy.schedulers`; the model's own if None.
+        seed: chooses the images of checks.
+        batch: samples per call to measure speed with.
+        rounds: turns of each engine, likewise.
+        prompts: for pipelines that take prompts or class numbers; used in turns.
+        guidance: classifier-free guidance scale.
+        folder: where measurements are remembered; ``NAME-measured`` beside the file by default.
+
+    Raises:
+        UsageError: nothing is named that could be compared, missing prompts, or the file cannot be written.
+        InvalidInputError: an artifact or a result is damaged, or does not belong to the others.
+        CapabilityError: a runtime is not installed.
+    """
+    output = Path(output)
+    if output.is_dir():
+        raise UsageError(f"{output} is a folder: name the HTML file to write")
+    if pictures < 0:
+        raise UsageError(f"the number of pictures must be at least 0, not {pictures}")
+    plan = Plan(
+        samples=samples,
+        inference_steps=inference_steps,
+        scheduler=scheduler,
+        seed=seed,
+        prompts=tuple(prompts) if prompts is not None else None,
+        guidance=guidance,
+    )
+    ranking = None if sensitivity is None else read_sensitivity(sensitivity)
+    given = open_given(paths)
+    model = find_reference(given, reference)
+    work = Path(folder) if folder is not None else output.with_name(f"{output.stem}-measured")
+    with explained_os_errors(work):
+        speed = measured.benchmark_of(given, benchmark, model, measured.Turns(tuple(batch), rounds), work)
+        content = Content(
+            given=given,
+            model=model,
+            checks=measured.checks_of(given, checks, model, plan, work),
+            speed=speed,
+            layers=measured.layer_errors_of(given, model, work),
+            kernels=measured.kernel_times_of(given, speed, work),
+            samples=measured.samples_of(given, model, measured.Pictures(pictures, plan), work),
+            sensitivity=ranking,
+            pictures=pictures,
+        )
+    say(f"writing {output}", level=2)
+    page = render(content)
+    with explained_os_errors(output):
+        write_text(output, page)
+    names = [subject.name for subject in given.subjects]
+    return ReportResult(output, content.passed, names, content.missing())

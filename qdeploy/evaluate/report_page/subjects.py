@@ -1,0 +1,122 @@
+"""Which of the named artifacts a report is about, and which stand by them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qdeploy.artifact import Artifact, open_artifact
+from qdeploy.denoiser import Model
+from qdeploy.engines.registry import find_backend
+from qdeploy.errors import CapabilityError, InvalidInputError, UsageError
+from qdeploy.evaluate.baselines import is_baseline, source_model
+from qdeploy.evaluate.parity import STAGES
+from qdeploy.progress import say
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One way to run the model that the report compares.
+
+    Attributes:
+        name: the folder's name, or its whole path where two names are equal.
+        artifact: an engine, or an ONNX bundle or a checkpoint that is the end of its way.
+        before: the named artifacts that it was made from, by kind.
+    """
+
+    name: str
+    artifact: Artifact
+    before: dict[str, Artifact]
+
+    @property
+    def checkpoint(self) -> Artifact | None:
+        """The checkpoint, if it is at hand."""
+        return self.artifact if self.artifact.kind == "checkpoint" else self.before.get("checkpoint")
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether nothing of it is quantized."""
+        return is_baseline(self.artifact)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the paths of a report came to.
+
+    Attributes:
+        subjects: what is compared, in the order it was named.
+        samples: folders of images.
+        sets: calibration sets.
+        model_sha256: identity of the full-precision model, the same for all subjects.
+    """
+
+    subjects: list[Subject]
+    samples: list[Artifact]
+    sets: list[Artifact]
+    model_sha256: str
+
+
+def open_given(paths: Sequence[str | Path | Artifact]) -> Given:
+    """Open the artifacts of a report and see what belongs to what.
+
+    Raises:
+        UsageError: nothing is named that could be compared.
+        InvalidInputError: a path is no artifact, or they belong to different models.
+    """
+    artifacts = {artifact.sha256: artifact for path in paths for artifact in [open_artifact(path)]}.values()
+    staged = [artifact for artifact in artifacts if artifact.kind in STAGES]
+    used = {sha256 for artifact in staged for sha256 in artifact.manifest["made_from"].values()}
+    ends = [artifact for artifact in staged if artifact.sha256 not in used]
+    if not ends:
+        raise UsageError("name at least one engine, ONNX bundle or checkpoint to report on")
+    models = {str(artifact.facts.get("model_sha256")) for artifact in ends}
+    if len(models) > 1:
+        named = ", ".join(str(artifact.path) for artifact in ends)
+        raise InvalidInputError(f"{named} were made from different models: make one report for each")
+    names = [artifact.path.resolve().name for artifact in ends]
+    subjects = [
+        Subject(
+            name if names.count(name) == 1 else str(artifact.path),
+            artifact,
+            {
+                other.kind: other
+                for other in staged
+                if other.sha256 in artifact.manifest["made_from"].values()
+            },
+        )
+        for name, artifact in zip(names, ends, strict=True)
+    ]
+    kinds = {
+        kind: [artifact for artifact in artifacts if artifact.kind == kind]
+        for kind in ("samples", "calibration-set")
+    }
+    return Given(subjects, kinds["samples"], kinds["calibration-set"], models.pop())
+
+
+def find_reference(given: Given, reference: str | Path | Model | None) -> Model | None:
+    """The full-precision model: the named one, or the one that was noted, if it is still there.
+
+    Raises:
+        InvalidInputError: the named one is not the one that the subjects were made from.
+    """
+    first = given.subjects[0].artifact
+    try:
+        return source_model(first, reference)
+    except InvalidInputError as error:
+        if reference is not None:
+            raise
+        say(f"quality is told from the probe alone: {error}")
+        return None
+
+
+def can_run(subject: Subject) -> bool:
+    """Whether this machine can run an engine; what it cannot is shown without new measurements."""
+    if subject.artifact.kind != "engine":
+        return True
+    try:
+        find_backend(str(subject.artifact.facts["backend"]))
+    except CapabilityError as error:
+        say(f"{subject.name} is not measured here: {error}")
+        return False
+    return True

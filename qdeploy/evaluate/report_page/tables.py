@@ -1,0 +1,278 @@
+"""The tables of a report: cells with what they are sorted by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qdeploy.evaluate.report import MISSING, number
+from qdeploy.evaluate.report_page.content import Content, describe
+from qdeploy.evaluate.thresholds import THRESHOLDS, look_up
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table.
+
+    Attributes:
+        text: what is read.
+        sort: what rows are sorted by; the text if None.
+        bar: length of a bar behind it, from 0 to 1.
+        tone: ``good``, ``bad`` or nothing.
+        code: whether it is a name of the program.
+    """
+
+    text: str
+    sort: float | None = None
+    bar: float | None = None
+    tone: str = ""
+    code: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; the first column names the row."""
+
+    caption: str
+    columns: list[str]
+    rows: list[list[Cell]]
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Of each column, whether it holds numbers; names that carry an order are none."""
+        return [
+            index > 0 and any(row[index].sort is not None for row in self.rows)
+            for index in range(len(self.columns))
+        ]
+
+
+def amount(value: float | None, digits: int = 1, suffix: str = "", bar: float | None = None) -> Cell:
+    """A number, or a dash, which sorts last."""
+    if value is None:
+        return Cell(MISSING)
+    return Cell(f"{number(value, digits)}{suffix}", float(value), bar)
+
+
+def verdict(passed: bool | None) -> Cell:
+    """Passed, failed or not checked."""
+    words = {True: ("passed", "good"), False: ("failed", "bad"), None: ("not checked", "")}
+    return Cell(words[passed][0], None, None, words[passed][1])
+
+
+def summary_table(content: Content) -> Table:
+    """A row for each subject, and for each baseline that was timed."""
+    rows = []
+    own = {subject.artifact.sha256: subject for subject in content.given.subjects}
+    timed = {result["sha256"]: result for result in content.timed()}
+    baselines = [result for sha256, result in timed.items() if sha256 not in own]
+    kinds = [*dict.fromkeys(kind for result in timed.values() for kind in content.ratios(result))]
+    for result in baselines:
+        rows.append(
+            [Cell(f"{result['name']} baseline"), Cell(MISSING), *_speed_cells(content, result, kinds)]
+        )
+        rows[-1] += [Cell(MISSING)] * 4
+    for sha256, subject in own.items():
+        check = content.checks.get(subject.name)
+        quality = check["quality"] if check else {}
+        rows.append(
+            [
+                Cell(subject.name),
+                verdict(check["passed"] if check else None),
+                *_speed_cells(content, timed.get(sha256), kinds),
+                amount(look_up(quality, ("sqnr_db", "median"))),
+                amount(look_up(quality, ("sqnr_db", "worst"))),
+                amount(
+                    look_up(quality, ("psnr_db",))
+                    if not isinstance(quality.get("psnr_db"), Mapping)
+                    else None
+                ),
+                amount(check["parity"]["sqnr_db"] if check else None),
+            ]
+        )
+    batch = next((result["batch"] for result in timed.values()), 1)
+    speed = [f"ms, batch {batch}", *(f"vs {kind}" for kind in kinds), "MB", "int8 MACs"] if timed else []
+    columns = ["", "check", *speed, "SQNR dB", "worst SQNR dB", "PSNR dB", "parity dB"]
+    return Table("Everything in one table", columns, rows)
+
+
+def _speed_cells(content: Content, result: Mapping[str, Any] | None, kinds: list[str]) -> list[Cell]:
+    if not content.timed():
+        return []
+    if result is None:
+        return [Cell(MISSING)] * (3 + len(kinds))
+    ratios = content.ratios(result)
+    return [
+        amount(result["ms"]["median"], 2),
+        *(amount(ratios[kind][0] if kind in ratios else None, 2, "×") for kind in kinds),  # noqa: RUF001
+        amount(result["size_mb"]),
+        Cell(f"{result['int8_mac_share']:.0%}", result["int8_mac_share"]),
+    ]
+
+
+def threshold_table(content: Content) -> Table:
+    """What was demanded of each subject, and what came out."""
+    rows = []
+    for name, check in content.checks.items():
+        for threshold in THRESHOLDS:
+            bound = check["thresholds"].get(threshold.name)
+            if bound is None:
+                continue
+            value = look_up(check, threshold.value)
+            met = value is not None and (value >= bound if threshold.least else value <= bound)
+            demanded = f"{'at least' if threshold.least else 'at most'} {number(bound)}"
+            cells = [
+                Cell(name),
+                Cell(threshold.what),
+                amount(value, 2),
+                Cell(demanded, float(bound)),
+                verdict(met),
+            ]
+            rows.append(cells)
+    columns = ["", "what", "measured", "demanded", "verdict"]
+    return Table("Thresholds of the checks", columns, rows)
+
+
+def metric_table(content: Content) -> Table:
+    """Every number of quality and parity that checks told, a column for each subject."""
+    told = {
+        name: dict([*_numbers("parity", check["parity"]), *_numbers("", check["quality"])])
+        for name, check in content.checks.items()
+    }
+    names = list(dict.fromkeys(metric for values in told.values() for metric in values))
+    rows = [[Cell(metric), *(amount(values.get(metric), 3) for values in told.values())] for metric in names]
+    return Table("Every metric", ["", *told], rows)
+
+
+_CONDITIONS = {"samples", "inference_steps", "seed"}  # told below the table
+
+
+def _numbers(name: str, value: Any) -> Iterable[tuple[str, float]]:
+    if isinstance(value, bool | str | list) or value is None:
+        return
+    if not isinstance(value, Mapping):
+        yield name.replace("_", " ").replace(" db", ", dB"), float(value)
+        return
+    for key, item in value.items():
+        if key not in _CONDITIONS and key != "by_timestep":
+            yield from _numbers(f"{name}: {key}" if name else str(key), item)
+
+
+def layer_table(name: str, errors: Mapping[str, Any]) -> Table:
+    """The error of a subject's layers in the order of execution."""
+    rows = [
+        [
+            Cell(layer["name"], place, code=True),
+            amount(layer["own_db"], 1),
+            amount(layer["piled_up_db"], 1),
+        ]
+        for place, layer in enumerate(errors["layers"])
+    ]
+    columns = ["layer", "own error, SQNR dB", "piled up, SQNR dB"]
+    return Table(f"Error by layer of {name}", columns, rows)
+
+
+def sensitivity_table(layers: list[dict[str, Any]]) -> Table:
+    """Layers by the harm of quantizing each."""
+    most = max((abs(float(layer["harm_db"])) for layer in layers), default=0.0) or 1.0
+    rows = [
+        [
+            Cell(str(layer["name"]), code=True),
+            Cell(
+                str(layer.get("bits", MISSING)), layer.get("bits") if _is_number(layer.get("bits")) else None
+            ),
+            amount(float(layer["harm_db"]), 2, bar=abs(float(layer["harm_db"])) / most),
+        ]
+        for layer in layers
+    ]
+    return Table("Layers by the harm of quantizing each", ["layer", "bits", "harm, dB"], rows)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def speed_table(content: Content) -> Table:
+    """Every engine at every batch size."""
+    assert content.speed is not None
+    results = content.speed["results"]
+    slowest = {
+        batch: max(r["ms"]["median"] for r in results if r["batch"] == batch)
+        for batch in {result["batch"] for result in results}
+    }
+    kinds = [*dict.fromkeys(kind for result in results for kind in content.ratios(result))]
+    rows = []
+    for result in results:
+        ratios = content.ratios(result)
+        rows.append(
+            [
+                Cell(result["name"]),
+                amount(result["batch"], 0),
+                amount(result["ms"]["median"], 3, bar=result["ms"]["median"] / slowest[result["batch"]]),
+                amount(result["ms"]["p95"], 3),
+                *(_ratio_cell(ratios.get(kind)) for kind in kinds),
+                Cell(f"{result['int8_mac_share']:.0%}", result["int8_mac_share"]),
+            ]
+        )
+    columns = ["", "batch", "ms", "ms, 95 %", *(f"vs {kind} (quartiles)" for kind in kinds), "int8 MACs"]
+    return Table("Speed beside 16 bits and full precision", columns, rows)
+
+
+def _ratio_cell(told: tuple[float, list[float] | None] | None) -> Cell:
+    if told is None:
+        return Cell(MISSING)
+    ratio, spread = told
+    quartiles = f" ({spread[0]:.2f} to {spread[1]:.2f})" if spread else ""
+    return Cell(f"{ratio:.2f}×{quartiles}", ratio)  # noqa: RUF001
+
+
+def kernel_table(content: Content) -> Table:
+    """Where the time goes: a row for each type of kernel, a column for each engine."""
+    totals = {
+        name: sum(kind["ms"] for kind in times["kinds"].values()) or 1.0
+        for name, times in content.kernels.items()
+    }
+    sums: dict[str, float] = {}
+    for times in content.kernels.values():
+        for kind, told in times["kinds"].items():
+            sums[kind] = sums.get(kind, 0.0) + told["ms"]
+    shown = [kind for kind in sorted(sums, key=lambda kind: -sums[kind]) if sums[kind] > 0]
+    rows = []
+    for kind in shown:
+        cells = [Cell(kind, code=True)]
+        for name, times in content.kernels.items():
+            told = times["kinds"].get(kind)
+            share = told["ms"] / totals[name] if told else None
+            cells.append(amount(told["ms"] if told else None, 3, bar=share))
+        rows.append(cells)
+    columns = ["type of kernel", *(f"{name}, ms" for name in content.kernels)]
+    return Table("Time by type of kernel", columns, rows)
+
+
+def size_table(content: Content) -> Table:
+    """What the artifacts take on disk."""
+    rows = []
+    if content.model is not None:
+        megabytes = sum(file.stat().st_size for file in content.model.weights) / 1e6
+        rows.append([Cell("full precision"), Cell("weights"), amount(megabytes, 2)])
+    for subject in content.given.subjects:
+        for artifact in (*subject.before.values(), subject.artifact):
+            megabytes = sum(artifact.file(name).stat().st_size for name in artifact.manifest["files"]) / 1e6
+            rows.append([Cell(subject.name), Cell(artifact.kind), amount(megabytes, 2)])
+    most = max((row[2].sort or 0.0 for row in rows), default=0.0) or 1.0
+    rows = [[*row[:2], Cell(row[2].text, row[2].sort, (row[2].sort or 0.0) / most)] for row in rows]
+    return Table("Sizes on disk", ["", "what", "MB"], rows)
+
+
+def provenance_table(content: Content) -> Table:
+    """What each subject was made from and with."""
+    rows = []
+    for subject in content.given.subjects:
+        artifact = subject.artifact
+        hashes = {artifact.kind: artifact.sha256, **artifact.manifest["made_from"]}
+        for kind, sha256 in hashes.items():
+            rows.append([Cell(subject.name), Cell(kind), Cell(str(sha256), code=True)])
+        rows.append([Cell(subject.name), Cell("made as"), Cell(describe(subject))])
+        rows.append([Cell(subject.name), Cell("qdeploy"), Cell(str(artifact.manifest["version"]))])
+        rows.append([Cell(subject.name), Cell("seed"), Cell(str(artifact.manifest["seed"]))])
+    return Table("Identities (SHA-256), versions and seeds", ["", "what", "value"], rows)
