@@ -13,14 +13,18 @@ from onnx_ir.passes.common import (
 
 from qdeploy.export.lint.fixes.plain import Folded, KnownVersion
 from qdeploy.export.passes.affine_norms import AffineNorms
+from qdeploy.export.passes.channelwise_norms import ChannelwiseNorms
 from qdeploy.export.passes.gathered_convolutions import GatheredConvolutions
 from qdeploy.export.passes.integer_products import IntegerProducts
 from qdeploy.export.passes.names import Names
 from qdeploy.export.passes.packed_codes import PackedCodes
+from qdeploy.export.passes.pixels_as_tokens import PixelsAsTokens
+from qdeploy.export.passes.scaled_scores import ScaledScores
 from qdeploy.export.passes.shared_computations import SharedComputations
 from qdeploy.export.passes.shared_quantizers import SharedQuantizers
 from qdeploy.export.passes.split_shortcut import SplitShortcut
 from qdeploy.export.passes.sunk_transpositions import SunkTranspositions
+from qdeploy.export.passes.transposed_keys import TransposedKeys
 from qdeploy.export.passes.transposed_weights import TransposedWeights
 from qdeploy.export.passes.unsigned_codes import UnsignedCodes
 
@@ -31,10 +35,20 @@ _COMMON: tuple[type[InPlacePass], ...] = (
     SharedQuantizers,
 )
 
+# For engines whose convolutions keep channels last. `build-engine` runs them for OpenVINO whatever the dialect of the
+# bundle, so that a portable one is as fast.
+CHANNELS_LAST: tuple[type[InPlacePass], ...] = (
+    PixelsAsTokens,
+    TransposedKeys,
+    ScaledScores,
+    ChannelwiseNorms,
+    SharedComputations,
+)
+
 PASSES: dict[str, tuple[type[InPlacePass], ...]] = {
     "portable": _COMMON,
     "tensorrt": (*_COMMON, PackedCodes, Folded, KnownVersion),
-    "openvino": _COMMON,
+    "openvino": (*_COMMON, *CHANNELS_LAST),
     "onnxruntime": (
         *_COMMON,
         UnsignedCodes,
@@ -49,11 +63,22 @@ PASSES: dict[str, tuple[type[InPlacePass], ...]] = {
 
 def lower(model: ir.Model, target: str) -> ir.Model:
     """Rewrite a traced graph for a target; the numbers in it stay the same."""
-    passes = [rewrite() for rewrite in PASSES[target]]
+    adapt(model, PASSES[target])
+    return Names()(model).model
+
+
+def adapt(model: ir.Model, rewrites: tuple[type[InPlacePass], ...]) -> bool:
+    """Rewrite a graph in place, and tidy it up; names stay.
+
+    Returns:
+        Whether a rewrite fired.
+    """
+    fired = [rewrite()(model).modified for rewrite in rewrites]
     clean = (
         IdentityEliminationPass(),
         RemoveUnusedNodesPass(),
         RemoveUnusedOpsetsPass(),
         TopologicalSortPass(),
     )
-    return Sequential(*passes, *clean, Names())(model).model
+    Sequential(*clean)(model)
+    return any(fired)
