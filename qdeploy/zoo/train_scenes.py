@@ -86,7 +86,8 @@ def training_latents(vae: Any, output: Path, seed: int, device: str) -> tuple[li
                 posterior = vae.encode(images.to(device)).latent_dist
             parts.append((posterior.mean.cpu(), posterior.std.cpu()))
     if stored is None:
-        stored = {"mean": torch.cat([mean for mean, _ in parts]), "std": torch.cat([std for _, std in parts])}
+        mean, std = (torch.cat(part).contiguous() for part in zip(*parts, strict=True))
+        stored = {"mean": mean, "std": std}
         partial = file.with_suffix(".partial")
         save_file(stored, partial)
         partial.replace(file)
