@@ -67,6 +67,28 @@ def weights(images: Tensor) -> Tensor:
     return 1 + (THING_WEIGHT - 1) * things
 
 
+def standardize(vae: Any, mean: Tensor, deviation: Tensor) -> None:
+    """Shift and scale each latent channel, inside the two convolutions around the latent: decoded pictures stay.
+
+    Pipelines scale all channels by one factor; noise would hide a channel of small deviation long before one of
+    large deviation.
+
+    Args:
+        vae: an `AutoencoderKL`, changed in place; its scaling factor becomes 1.
+        mean: what becomes 0, ``[C]``.
+        deviation: what becomes 1, ``[C]``.
+    """
+    into, out_of = vae.quant_conv, vae.post_quant_conv
+    channels = len(mean)
+    with torch.no_grad():
+        into.bias[:channels] = (into.bias[:channels] - mean) / deviation
+        into.weight[:channels] /= deviation[:, None, None, None]
+        into.bias[channels:] -= 2 * deviation.log()
+        out_of.bias += out_of.weight[:, :, 0, 0] @ mean
+        out_of.weight *= deviation[None, :, None, None]
+    vae.register_to_config(scaling_factor=1.0)
+
+
 def train_vae(output: Path, seed: int, steps: int, device: str) -> Any:
     """Train and write ``vae/``; return the autoencoder, in evaluation mode."""
     from diffusers import AutoencoderKL
@@ -93,7 +115,7 @@ def train_vae(output: Path, seed: int, steps: int, device: str) -> Any:
     vae.eval()
     with torch.no_grad():
         latents = vae.encode(pictures(_FITTED, Draws.of(seed, 0)).to(device)).latent_dist.mean
-        vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+        standardize(vae, latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
         held = pictures(_TESTED, Draws.of(seed, 0), held_out=True).to(device)
         error = (vae.decode(vae.encode(held).latent_dist.mean).sample.clamp(-1, 1) - held).square()
     psnr = 10 * (4 / error.mean((1, 2, 3))).log10()
