@@ -1,0 +1,136 @@
+"""Attribute accuracy: how often pictures show what their prompts ask for, each attribute on its own.
+
+For models that come with an attribute network, which reads things, colours and places back from a picture
+(the zoo's ``scenes``). Every picture counts once per attribute: right or wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+from scipy.stats import norm
+from torch import Tensor
+
+from qdeploy.zoo.attribute_network import AttributeNetwork, Found, Reading
+from qdeploy.zoo.scene_captions import Wanted, wanted
+
+ATTRIBUTES = ("shape", "colour", "size", "count", "relation", "background")
+_CONFIDENCE = 0.95
+
+
+def wilson(right: int, count: int, confidence: float = _CONFIDENCE) -> tuple[float, float]:
+    """Wilson's score interval of a share (Wilson 1927, equation 5); it holds for few samples and for shares near 1.
+
+    Args:
+        right: successes.
+        count: trials, at least one.
+        confidence: of the interval.
+    """
+    z = float(norm.ppf((1 + confidence) / 2))
+    share = right / count
+    middle = share + z**2 / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    below, above = ((middle + sign * half) / (1 + z**2 / count) for sign in (-1, 1))
+    return max(0.0, below), min(1.0, above)
+
+
+def judge(asked: Wanted, reading: Reading) -> dict[str, bool]:
+    """Whether a picture shows what was asked for, for each attribute that was.
+
+    Things that were found are matched one to one with those asked for, so that most shapes, colours and
+    sizes agree. Shape, colour and size are right if every match has them and no kind of thing is missing; a
+    wrong number of things is the count's mistake alone. A relation is right if the centres of both matches
+    lie more in its direction than across it.
+    """
+    matched = _match(asked, reading.things)
+    complete = {asked.things[row] for row in matched} == set(asked.things)
+
+    def agree(place: int) -> bool:
+        pairs = [(asked.things[row][place], _kind(found)[place]) for row, found in matched.items()]
+        return complete and all(one in (None, other) for one, other in pairs)
+
+    verdict = {"shape": agree(0), "colour": agree(1), "count": len(reading.things) == len(asked.things)}
+    if any(size for _, _, size in asked.things):
+        verdict["size"] = agree(2)
+    if asked.background is not None:
+        verdict["background"] = reading.background == asked.background
+    if asked.relation is not None:
+        verdict["relation"] = len(matched) == 2 and _related(matched[0], matched[1], asked.relation)
+    return verdict
+
+
+def _kind(found: Found) -> tuple[str, str, str]:
+    return found.shape, found.colour, found.size
+
+
+def _match(asked: Wanted, things: Sequence[Found]) -> dict[int, Found]:
+    agreements = [
+        [sum(a == b for a, b in zip(thing, _kind(found), strict=True)) for found in things]
+        for thing in asked.things
+    ]
+    rows, columns = linear_sum_assignment(
+        np.array(agreements).reshape(len(asked.things), len(things)), maximize=True
+    )
+    return {int(row): things[column] for row, column in zip(rows, columns, strict=True)}
+
+
+def _related(first: Found, second: Found, relation: str) -> bool:
+    right, down = second.x - first.x, second.y - first.y
+    along, across = (right, down) if relation == "left of" else (down, right)
+    return along > abs(across)
+
+
+class Tally:
+    """Counts right pictures per attribute."""
+
+    def __init__(self) -> None:
+        self.right: Counter[str] = Counter()
+        self.count: Counter[str] = Counter()
+        self.skipped = 0
+
+    def add(self, prompt: str, reading: Reading) -> None:
+        """Judge one picture; prompts outside the network's world are counted as skipped."""
+        asked = wanted(prompt)
+        if asked is None:
+            self.skipped += 1
+            return
+        for attribute, right in judge(asked, reading).items():
+            self.count[attribute] += 1
+            self.right[attribute] += right
+
+    def result(self) -> dict[str, dict[str, Any]]:
+        """Accuracy, its 95 % interval after Wilson and the number of pictures, of each attribute asked for."""
+        values = {}
+        for name in ATTRIBUTES:
+            if count := self.count[name]:
+                right = self.right[name]
+                values[name] = {
+                    "accuracy": round(right / count, 4),
+                    "interval": [round(bound, 4) for bound in wilson(right, count)],
+                    "count": count,
+                }
+        return values
+
+
+def attribute_accuracy(
+    images: Tensor, prompts: Sequence[str], network: AttributeNetwork
+) -> dict[str, dict[str, Any]]:
+    """Accuracy of images against their prompts, by attribute.
+
+    Args:
+        images: ``[N, 3, H, W]`` in [0, 1].
+        prompts: one per image.
+        network: reads the images.
+
+    Returns:
+        For each attribute that a prompt asks for: ``accuracy``, ``interval`` (95 %, Wilson) and ``count``.
+    """
+    tally = Tally()
+    for prompt, reading in zip(prompts, network.read(images), strict=True):
+        tally.add(prompt, reading)
+    return tally.result()
