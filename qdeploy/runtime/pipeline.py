@@ -11,7 +11,6 @@ from torch import Tensor
 
 from qdeploy.errors import InvalidInputError, UsageError
 
-
 _BINNED = (32, 64, 128, 256)  # sizes of latents that PixArt's pipelines have aspect ratios for
 
 
