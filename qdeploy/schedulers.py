@@ -29,7 +29,7 @@ def make_scheduler(name: str | None, current: Any) -> Any:
         current: the scheduler that the model came with.
 
     Raises:
-        UsageError: diffusers has no scheduler of that name.
+        UsageError: diffusers has no scheduler of that name, or the model is a flow and the scheduler is none.
         InvalidInputError: the scheduler cannot take over this model's configuration.
     """
     if name is None:
@@ -41,12 +41,22 @@ def make_scheduler(name: str | None, current: Any) -> Any:
         raise UsageError(
             f"unknown scheduler {name!r}: choose from {', '.join(SHORT_NAMES)}, or name a diffusers class"
         )
+    if _is_flow(type(current)) and not _is_flow(found):
+        raise UsageError(
+            f"{name} cannot stand in for {type(current).__name__}: the model is a flow; pass --scheduler "
+            f"{type(current).__name__}, or scheduler=None in Python"
+        )
     try:
         return _for_any_pipeline(found).from_config(current.config)
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         raise InvalidInputError(
             f"the scheduler {name} cannot take over this model's schedule: {error}"
         ) from error
+
+
+def _is_flow(scheduler: type) -> bool:
+    """Whether a scheduler class is for flow matching, which knows no noise schedule that others could take over."""
+    return "FlowMatch" in scheduler.__name__
 
 
 def _for_any_pipeline(found: Any) -> Any:

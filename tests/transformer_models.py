@@ -42,7 +42,7 @@ def pixart_folder(path: Path, *, size: int = 8, seed: int = 0) -> Path:
 
 
 def sd3_folder(path: Path, *, size: int = 8, seed: int = 0) -> Path:
-    """A `StableDiffusion3Pipeline` without T5: image and text as two streams, pooled prompts, flow matching."""
+    """A `StableDiffusion3Pipeline`: image and text as two streams, pooled prompts, flow matching."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
     with _seeded(seed):
@@ -61,6 +61,7 @@ def sd3_folder(path: Path, *, size: int = 8, seed: int = 0) -> Path:
         )
         vae = _vae(size, shift_factor=0.0)
         (first, tokenizer), (second, _) = _text_encoder(True), _text_encoder(True)
+        third, letters = t5(2 * TEXT_WIDTH)
     pipeline = StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -69,8 +70,8 @@ def sd3_folder(path: Path, *, size: int = 8, seed: int = 0) -> Path:
         tokenizer=tokenizer,
         text_encoder_2=second,
         tokenizer_2=tokenizer,
-        text_encoder_3=None,
-        tokenizer_3=None,
+        text_encoder_3=third,
+        tokenizer_3=letters,
     )
     return _saved(pipeline, path)
 
@@ -141,7 +142,7 @@ def sdxl_folder(path: Path, *, size: int = 8, seed: int = 0) -> Path:
     return _saved(pipeline, path)
 
 
-def t5() -> tuple[Any, Any]:
+def t5(width: int = TEXT_WIDTH) -> tuple[Any, Any]:
     """A T5 encoder and a tokenizer of letters."""
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
@@ -153,7 +154,7 @@ def t5() -> tuple[Any, Any]:
     )
     config = T5Config(
         vocab_size=len(words),
-        d_model=TEXT_WIDTH,
+        d_model=width,
         d_kv=8,
         d_ff=TEXT_WIDTH,
         num_layers=1,

@@ -121,6 +121,19 @@ class CalibrationSet:
             inputs[name] = result.to(device)
         return inputs
 
+    def probe_inputs(
+        self, rows: Sequence[int] | Tensor, device: str | torch.device = "cpu"
+    ) -> dict[str, Tensor]:
+        """As `inputs`, for probes and graphs, in which every input has rows.
+
+        An input that has no batch dimension is repeated for each row. The one known network that has such inputs,
+        Flux with its positions, takes the first of them then.
+        """
+        inputs = self.inputs(rows, device)
+        count = len(inputs["timestep"])
+        shared = [name for name, form in self._layout.items() if form["shared"]]
+        return inputs | {name: inputs[name].expand(count, *inputs[name].shape).clone() for name in shared}
+
     def check_fits(self, model: Model, denoiser: nn.Module) -> None:
         """Make sure that the set belongs to a model, by its hash, its input names and one call.
 

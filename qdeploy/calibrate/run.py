@@ -224,7 +224,7 @@ def _write(session: Session, source: Model, data: CalibrationSet) -> None:
     _, judge = session.split(range(len(data)))
     order = judge[data.timesteps[judge].argsort(stable=True)]
     chosen = order[torch.linspace(0, len(order) - 1, min(PROBE_ROWS, len(order))).round().long()]
-    write_probe(session.draft, session.denoiser, session.inputs(chosen.tolist()))
+    write_probe(session.draft, session.denoiser, data.probe_inputs(chosen.tolist(), session.device))
 
 
 def timestep_facts(session: Session) -> dict[str, Any]:

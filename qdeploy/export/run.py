@@ -276,7 +276,7 @@ def _probe_inputs(model: Model, denoiser: nn.Module, calibration: Any) -> dict[s
         data = CalibrationSet.open(calibration.path if isinstance(calibration, Artifact) else calibration)
         data.check_fits(model, denoiser)
         rows = torch.linspace(0, len(data) - 1, min(16, len(data))).round().long()
-        return data.inputs(rows)
+        return data.probe_inputs(rows)
     from qdeploy.inputs import example_inputs
 
     return example_inputs(model, rows=4)

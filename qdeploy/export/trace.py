@@ -90,6 +90,7 @@ def export_program(module: nn.Module, inputs: Mapping[str, Tensor], outputs: tup
                 tuple(inputs.values()),
                 dynamic_shapes=(tuple(axes),) if by_position else tuple(axes),
             )
+            _drop_idle_squeezes(traced.graph_module)
             program = torch.onnx.export(
                 traced,
                 dynamo=True,
@@ -109,6 +110,17 @@ def export_program(module: nn.Module, inputs: Mapping[str, Tensor], outputs: tup
         raise InvalidInputError(f"{name} cannot be traced into ONNX: {first}") from error
     assert program is not None
     return _name_batch(program.model)
+
+
+def _drop_idle_squeezes(module: torch.fx.GraphModule) -> None:
+    """Take out what squeezes an axis whose size is not 1: nothing to torch, an error to ONNX (PixArt does so)."""
+    for node in list(module.graph.nodes):
+        if node.target not in (torch.ops.aten.squeeze.dim, torch.ops.aten.squeeze.dims):
+            continue
+        before = node.args[0]
+        if node.meta["val"].ndim == before.meta["val"].ndim:
+            node.replace_all_uses_with(before)
+            module.graph.erase_node(node)
 
 
 def _name_batch(graph: ir.Model) -> ir.Model:

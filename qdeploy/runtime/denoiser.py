@@ -104,7 +104,7 @@ class EngineDenoiser(diffusers.ModelMixin, ConfigMixin):
             given = self.signature.bind(*args, **kwargs).arguments
         except TypeError as error:
             raise InvalidInputError(f"{self._original.__name__}: {error}") from error
-        result = self.engine(self._flatten(given))
+        result = self.engine(self._with_rows(self._flatten(given)))
         return DenoiserOutput(sample=result) if given.get("return_dict", True) else (result,)
 
     def _flatten(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -121,6 +121,16 @@ class EngineDenoiser(diffusers.ModelMixin, ConfigMixin):
                     self._take(flat, f"{name}.{key}", item, None)
             else:
                 self._take(flat, name, value, self.signature.parameters[name].default)
+        return flat
+
+    def _with_rows(self, flat: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs that a pipeline gives once for all rows, such as Flux's positions, repeated for each row."""
+        first = next(iter(self.signature.parameters))
+        rows = len(flat[first]) if first in flat else 1
+        for name, value in flat.items():
+            shape = getattr(self.engine.ports[name], "shape", ()) if name != "timestep" else ()
+            if len(shape) == value.ndim + 1:
+                flat[name] = value.expand(rows, *value.shape)
         return flat
 
     def _take(self, flat: dict[str, Tensor], name: str, value: Any, default: Any) -> None:

@@ -213,7 +213,9 @@ def _open_pipeline(
     with _quiet_loading():
         pipeline = whole.pipeline(_denoiser(source))
     pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler)
-    if isinstance(source, Artifact):
+    # Schedules that are shifted by the size of the image are not known before the pipeline runs.
+    shifted = pipeline.scheduler.config.get("use_dynamic_shifting", False)
+    if isinstance(source, Artifact) and not shifted:
         asked = make_scheduler(type(pipeline.scheduler).__name__, pipeline.scheduler)
         asked.set_timesteps(steps)
         if line := explain_schedule(source.facts, torch.as_tensor(asked.timesteps).tolist()):
