@@ -151,7 +151,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         str(lint["counts"]["E"]),
         str(lint["counts"]["W"]),
         waived,
-        f"{sum(share for kind, share in lint['shares'].items() if kind != 'float'):.0%}",
+        f"{1 - lint['shares'].get('fp32', 0.0):.0%}",
         number(parity["sqnr_db"], 1),
         number(parity["worst_db"], 1),
         number(row["bytes"] / 1e6, 1),
