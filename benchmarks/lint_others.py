@@ -120,10 +120,30 @@ def nncf_gpu(source: Path, target: Path, bundle: Artifact) -> None:
 
 def modelopt_int8(source: Path, target: Path, bundle: Artifact) -> None:
     from modelopt.onnx.quantization import quantize
+    from onnxruntime.quantization import CalibrationDataReader
 
-    data = list(rows(bundle))
-    feed = {name: np.stack([row[name] for row in data]) for name in data[0]}
-    quantize(str(source), quantize_mode="int8", calibration_data=feed, output_path=str(target))
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        """Row by row: arrays would be cut along a first axis, which a timestep does not have."""
+
+        def __init__(self) -> None:
+            self.rewind()
+
+        def rewind(self) -> None:
+            self.rows = rows(bundle)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self.rows, None)
+
+        def get_first(self) -> dict[str, np.ndarray]:
+            return next(rows(bundle))
+
+    quantize(
+        str(source),
+        quantize_mode="int8",
+        calibration_data_reader=Reader(),
+        calibration_eps=["cpu"],
+        output_path=str(target),
+    )
 
 
 QUANTIZERS: dict[str, tuple[str, Callable[..., None]]] = {

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -30,7 +31,7 @@ from qdeploy.calibrate.run import calibrate
 from qdeploy.calibrate.trajectory import collect
 from qdeploy.decibels import distance
 from qdeploy.engines.measure import read_probe
-from qdeploy.evaluate.parity import open_subject
+from qdeploy.evaluate.parity import NUDGE, open_subject
 from qdeploy.evaluate.report import markdown_table, number, text_table
 from qdeploy.export.run import export
 from qdeploy.files import write_json, write_text
@@ -45,7 +46,19 @@ FORMATS = {
 }
 GROUPS = 4
 KINDS = ("static", "table", "hoisted")  # hoisted scales are one for each group of timesteps
-COLUMNS = ("export", "E", "W", "waived", "low-bit MACs", "parity dB", "worst", "MB", "peak GB", "seconds")
+COLUMNS = (
+    "export",
+    "E",
+    "W",
+    "waived",
+    "low-bit MACs",
+    "parity dB",
+    "worst",
+    "floor dB",
+    "MB",
+    "peak GB",
+    "seconds",
+)
 
 
 def calibration_set(shape: str, model: Path, output: Path) -> Artifact:
@@ -92,10 +105,16 @@ def bundle(source: Path, place: Path, table: str) -> Path:
 
 
 def parity(path: Path) -> dict[str, Any]:
-    """Distance of the graph on ONNX Runtime from the fake-quantized network's outputs, over the probe."""
+    """Distance of the graph on ONNX Runtime from the fake-quantized network's outputs, over the probe.
+
+    ``floor_db`` is the graph's distance from itself where the sample is nudged (`qdeploy.evaluate.parity`).
+    """
     inputs, _, simulated = read_probe(path)
     assert simulated is not None
-    return distance(open_subject(path).predict(inputs), simulated)
+    subject = open_subject(path)
+    computed = subject.predict(inputs)
+    nudged = subject.predict({**inputs, subject.sample: inputs[subject.sample] * (1 + NUDGE)})
+    return distance(computed, simulated) | {"floor_db": distance(nudged, computed)["sqnr_db"]}
 
 
 def alone(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float, float]:
@@ -116,6 +135,7 @@ def measure(shape: str, name: str, kind: str, output: Path) -> dict[str, Any]:
     groups = GROUPS if kind == "hoisted" else 1
     source, _, _ = alone(checkpoint, shape, name, groups, output)
     place = output / f"{shape}-{name}-{kind}-onnx"
+    shutil.rmtree(place, ignore_errors=True)  # an interrupted run may have left it
     made, peak, seconds = alone(bundle, source, place, "fp32" if kind == "table" else "none")
     found, _, _ = alone(parity, made)
     artifact = open_artifact(made, "onnx")
@@ -151,9 +171,10 @@ def cells(row: dict[str, Any]) -> list[str]:
         str(lint["counts"]["E"]),
         str(lint["counts"]["W"]),
         waived,
-        f"{sum(share for kind, share in lint['shares'].items() if kind != 'float'):.0%}",
+        f"{1 - lint['shares'].get('fp32', 0.0):.0%}",
         number(parity["sqnr_db"], 1),
         number(parity["worst_db"], 1),
+        number(parity["floor_db"], 1),
         number(row["bytes"] / 1e6, 1),
         f"{row['peak'] / 1e9:.2f}",
         number(row["seconds"], 0),
