@@ -106,13 +106,13 @@ class OpenVINOEngine(Engine):
 
     def _kernels(self, inputs: dict[str, Tensor]) -> list[Kernel]:
         executed = self._request(inputs)[0].get_compiled_model().get_runtime_model()
-        return [kernel for op in executed.get_ordered_ops() if (kernel := _kernel(op)) is not None]
+        return [kernel for op in executed.get_ordered_ops() if (kernel := kernel_of(op)) is not None]
 
     def close(self) -> None:
         self._requests.clear()
 
 
-def _kernel(op: Any) -> Kernel | None:
+def kernel_of(op: Any) -> Kernel | None:
     """What the plugin says of one operation of the executed graph; None for constants and ends."""
     told = op.get_rt_info()
 
