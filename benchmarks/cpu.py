@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import resource
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -63,7 +62,7 @@ def serve(pipe: Connection, name: str, case: Case, batch: int) -> None:
         question, given = pipe.recv()
         try:
             if question == "prepare":
-                pipe.send(contender.prepare(case))
+                pipe.send(contender.prepare(case) if contender.prepare is not None else None)
             elif question == "load":
                 inputs, began = given, time.perf_counter()
                 loaded = contender.load(case)
@@ -81,7 +80,7 @@ def serve(pipe: Connection, name: str, case: Case, batch: int) -> None:
                     took.append((time.perf_counter() - began) * 1e3)
                 pipe.send(took)
             elif question == "memory":
-                pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+                pipe.send(_peak_megabytes())
             elif question == "kernels":
                 told = None
                 if loaded.ir is not None:
@@ -92,6 +91,15 @@ def serve(pipe: Connection, name: str, case: Case, batch: int) -> None:
                 return
         except Exception as error:
             pipe.send(error)
+
+
+def _peak_megabytes() -> float | None:
+    """The most memory that this process has held; unlike getrusage's, without what its parent held before."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), None)
 
 
 class Process:
@@ -133,8 +141,8 @@ def _size(case: Case, contender: Contender) -> float | None:
 
 def prepare(case: Case, names: list[str]) -> dict[str, str]:
     """Let contenders quantize, each in a process of its own, and say of those that cannot why not."""
-    skipped = {}
-    for name in names:
+    known, skipped = contenders(), {}
+    for name in [name for name in names if known[name].prepare is not None]:
         say(f"preparing {name}")
         worker = Process(name, case, 1)
         try:

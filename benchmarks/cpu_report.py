@@ -50,7 +50,7 @@ def _speeds(found: dict[str, Any]) -> list[list[str]]:
                 number(row["sqnr_worst_db"], 1),
                 MISSING if share is None else f"{share:.0%}",
                 number(row["size_mb"], 1),
-                f"{row['peak_mb']:.0f}",
+                number(row["peak_mb"], 0),
                 f"{row['load_s']:.1f}",
             ]
         )

@@ -6,7 +6,7 @@ To add one, write a file with such a dictionary and list it in `FAMILIES`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -85,14 +85,14 @@ class Contender:
     Attributes:
         name: for the tables.
         load: opens what was prepared.
-        prepare: quantizes and writes files; returns why not, if it cannot.
+        prepare: quantizes and writes files, unless they are there; returns why not, if it cannot.
         files: what its engine consists of, relative to the case's folder.
         floating: whether nothing is quantized.
     """
 
     name: str
     load: Callable[[Case], Loaded]
-    prepare: Callable[[Case], str | None] = field(default=lambda case: None)
+    prepare: Callable[[Case], str | None] | None = None
     files: tuple[str, ...] = ()
     floating: bool = False
 

@@ -50,7 +50,7 @@ def _convolution(precision: str, threads: int) -> float:
     }
     compiled = openvino.Core().compile_model(openvino.Model([y], [x], "limit"), "CPU", options)
     request, least = compiled.create_infer_request(), float("inf")
-    for _ in range(15):
+    for _ in range(40):
         request.infer([random.normal(size=shape).astype(np.float32)])
         told = request.get_profiling_info()
         took = [k.real_time.total_seconds() for k in told if k.node_type == "Convolution"]
