@@ -112,7 +112,7 @@ class OpenVINOEngine(Engine):
 
     def _kernels(self, inputs: dict[str, Tensor], calls: int) -> list[Kernel]:
         executed = self._request(inputs)[0].get_compiled_model().get_runtime_model()
-        kernels = [kernel for op in executed.get_ordered_ops() if (kernel := _kernel(op)) is not None]
+        kernels = [kernel for op in executed.get_ordered_ops() if (kernel := kernel_of(op)) is not None]
         if not calls:
             return kernels
         times = self._kernel_times(inputs, calls)
@@ -141,7 +141,7 @@ def _shared(x: Tensor) -> Any:
     return openvino.Tensor(x.numpy(), shared_memory=True)
 
 
-def _kernel(op: Any) -> Kernel | None:
+def kernel_of(op: Any) -> Kernel | None:
     """What the plugin says of one operation of the executed graph; None for constants and ends."""
     told = op.get_rt_info()
 

@@ -1,0 +1,50 @@
+"""qdeploy: W8A8 and W4A8 on OpenVINO, the rest in f32 and bf16, the time path as a table."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from benchmarks.contenders import PRECISIONS, Case, Contender, Loaded
+
+
+def _name(weights: str, precision: str) -> str:
+    return f"ours-w{weights[3:]}a8-{precision}"
+
+
+def _prepare(case: Case, weights: str, precision: str) -> None:
+    from qdeploy.calibrate.run import calibrate
+    from qdeploy.engines.build import build_engine
+    from qdeploy.export.run import export
+
+    stem = case.folder / f"ours-w{weights[3:]}a8"
+    checkpoint = calibrate(
+        case.model,
+        stem,
+        recipe="w8a8-minmax-cpu",
+        weights=weights,
+        calibration=case.folder / "set",
+        effort="fast",
+    )
+    bundle = export(checkpoint, f"{stem}-onnx", time_table="fp32", components=False)
+    place = case.folder / _name(weights, precision)
+    build_engine(bundle, place, backend="openvino", precision=precision, threads=case.threads)
+
+
+def _load(case: Case, weights: str, precision: str) -> Loaded:
+    from qdeploy.engines.build import load_engine
+
+    place = case.folder / _name(weights, precision)
+    engine = load_engine(place, threads=case.threads)
+    return Loaded(engine, next(place.glob("*/openvino_model.xml")), precision)
+
+
+CONTENDERS = {
+    (name := f"qdeploy W{weights[3:]}A8, {precision}"): Contender(
+        name,
+        partial(_load, weights=weights, precision=precision),
+        partial(_prepare, weights=weights, precision=precision),
+        (f"{_name(weights, precision)}/",),
+    )
+    for weights in ("int8", "int4")
+    for precision in PRECISIONS
+}
