@@ -3,7 +3,7 @@
 Every process makes the batches that fall to it (number modulo processes) and writes each to a file; when all are
 there, every process reads all of them in order. What is measured is then the same, bit for bit, however many
 processes there were and however often they were stopped. ``accelerate launch -m qdeploy.cli check ...`` starts
-them.
+them, on CPUs ``torchrun --nproc_per_node 2 -m qdeploy.cli check ...``.
 """
 
 from __future__ import annotations

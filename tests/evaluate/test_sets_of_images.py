@@ -117,6 +117,10 @@ def test_torch_fidelity_finds_the_same_in_the_same_features(
     x, y = features[0][:50], features[1]
     theirs = metric_kid.kid_features_to_metric(x, y, kid_subsets=1, kid_subset_size=50, verbose=False)
     assert kid(x, y) == pytest.approx(theirs["kernel_inception_distance_mean"], abs=1e-6)
+    m, n = x.numpy(), y.numpy()
+    kernels = (metric_kid.kernel_poly(a, b) for a, b in ((m, m), (m, n), (n, n)))
+    paired = metric_kid.mmd2(*kernels, mmd_est="u-statistic")
+    assert kid(x, y, paired=True) == pytest.approx(paired, abs=1e-6)
     statistics = [metric_fid.fid_features_to_statistics(side) for side in (x, y)]
     fid = metric_fid.fid_statistics_to_metric(*statistics, verbose=False)
     assert frechet(x, y) == pytest.approx(fid["frechet_inception_distance"], abs=1e-6)
@@ -205,7 +209,7 @@ def test_batches_do_not_matter_and_everything_is_named() -> None:
 def test_equal_sets_are_at_no_distance() -> None:
     images = noise(24, 1, 28, 28).sigmoid()
     same = measured([Pair([], images, images)], Means(open_model("digits")))
-    assert same["kid"]["value"] < 1e-3
+    assert same["kid"]["value"] == pytest.approx(0, abs=1e-6)
     assert same["spatial_frechet"]["value"] == pytest.approx(0, abs=1e-3)
     assert same["precision_recall"]["precision"]["value"] == same["precision_recall"]["recall"]["value"] == 1
     assert same["ssim"]["mean"] == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,9 +28,19 @@ class SetMeter:
         distance: between features [N, D] of the subject and [M, D] of what it is compared with.
         name: of the metric where features are Inception's.
         digits: decimals of the report.
+        least: what the distance can never be below.
     """
 
-    def __init__(self, means: Means, part: str, distance: Distance, name: str, digits: int = 4) -> None:
+    def __init__(
+        self,
+        means: Means,
+        part: str,
+        distance: Distance,
+        name: str,
+        digits: int = 4,
+        least: float = -math.inf,
+    ) -> None:
+        self._least = least
         self.means, self._part, self._distance = means, part, distance
         self._name, self._digits = name, digits
         self._kept: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -65,7 +76,7 @@ class SetMeter:
         value = {
             "called": self.means.called(self._name),
             "value": round(self._distance(made, against), self._digits),
-            "interval": rounded(of_statistic(without, len(made)), self._digits),
+            "interval": rounded(of_statistic(without, len(made)), self._digits, self._least),
             "confidence": CONFIDENCE,
             **self.means.told(len(made)),
         }

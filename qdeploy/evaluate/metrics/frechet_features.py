@@ -22,11 +22,11 @@ def frechet(one: Tensor, other: Tensor) -> float:
 
 def _fid(means: Means) -> SetMeter | None:
     with_inception = means.extractor is not None and means.extractor.name == INCEPTION
-    return SetMeter(means, "pooled", frechet, "FID") if with_inception else None
+    return SetMeter(means, "pooled", frechet, "FID", least=0) if with_inception else None
 
 
 def _sfid(means: Means) -> SetMeter | None:
-    return SetMeter(means, "spatial", frechet, "sFID") if means.extractor else None
+    return SetMeter(means, "spatial", frechet, "sFID", least=0) if means.extractor else None
 
 
 METRICS = (

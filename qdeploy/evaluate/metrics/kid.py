@@ -5,6 +5,8 @@ Unlike Fréchet distances it has no bias from the number of images: distances of
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from qdeploy.evaluate.means import Means
@@ -14,18 +16,30 @@ from qdeploy.evaluate.metrics.distribution import SetMeter
 _BLOCK = 2048
 
 
-def kid(one: Tensor, other: Tensor) -> float:
+def kid(one: Tensor, other: Tensor, paired: bool = False) -> float:
     """Unbiased squared MMD with the kernel (x·y / D + 1)^3, over all features [N, D] and [M, D].
 
     Published values are means over subsets of 1000; this is what they scatter about.
+
+    Args:
+        one: features of a set.
+        other: of another.
+        paired: images of the same number are alike, as from the same seeds. Such pairs are left out of the cross
+            term, as each image is left out of its own set's (Gretton et al. 2012, equation 4); equal sets are
+            then at distance 0.
     """
     x, y = one.double(), other.double()
-    return _within(x) + _within(y) - 2 * _sum(x, y) / (len(x) * len(y))
+    left_out, pairs = (_pairs(x, y), len(x) * (len(x) - 1)) if paired else (0.0, len(x) * len(y))
+    cross = (_sum(x, y) - left_out) / pairs
+    return _within(x) + _within(y) - 2 * cross
 
 
 def _within(x: Tensor) -> float:
-    own = (x.square().sum(1) / x.shape[1] + 1).pow(3).sum()
-    return (_sum(x, x) - float(own)) / (len(x) * (len(x) - 1))
+    return (_sum(x, x) - _pairs(x, x)) / (len(x) * (len(x) - 1))
+
+
+def _pairs(x: Tensor, y: Tensor) -> float:
+    return float(((x * y).sum(1) / x.shape[1] + 1).pow(3).sum())
 
 
 def _sum(x: Tensor, y: Tensor) -> float:
@@ -34,7 +48,9 @@ def _sum(x: Tensor, y: Tensor) -> float:
 
 
 def _begin(means: Means) -> SetMeter | None:
-    return SetMeter(means, "pooled", kid, "KID", digits=6) if means.extractor else None
+    if means.extractor is None:
+        return None
+    return SetMeter(means, "pooled", partial(kid, paired=means.real is None), "KID", digits=6)
 
 
 METRIC = Metric("kid", "kernel distance of sets of images in a feature space", begin=_begin)
