@@ -117,7 +117,11 @@ OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace another arti
 SEED = click.option("--seed", type=int, default=0, show_default=True, help="Where all randomness comes from.")
 DEVICE = click.option("--device", default="cpu", show_default=True, help="Torch device.")
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Say what it would cost, and stop.")
-PROMPTS = click.option("--prompts", type=FOLDER, help="Text file, one prompt per line.")
+_PROMPT_OPTIONS = (
+    click.option("--prompts", type=FOLDER, help="Text file, one prompt per line; or COCO captions, *.json."),
+    click.option("--prompt-count", type=int, help="Prompts to take from the file.  [default: up to 5000]"),
+    click.option("--prompt-seed", type=int, help="Draw them at random.  [default: the first ones]"),
+)
 GUIDANCE = click.option("--guidance", type=float, help="Classifier-free guidance scale.")
 SCHEDULER = click.option("--scheduler", help="ddim, pndm, euler, dpm++, ... or a diffusers class.")
 ETA = click.option("--eta", type=float, help="DDIM's eta.")
@@ -131,10 +135,25 @@ CORRECTION = click.option(
 )
 
 
+def prompted(function: F) -> F:
+    """Options that name prompts; the function is given the prompts themselves."""
+
+    @functools.wraps(function)
+    def run(
+        *args: Any, prompts: Path | None, prompt_count: int | None, prompt_seed: int | None, **kwargs: Any
+    ) -> Any:
+        return function(*args, prompts=_prompts(prompts, prompt_count, prompt_seed), **kwargs)
+
+    for option in _PROMPT_OPTIONS[::-1]:
+        run = option(run)
+    return run  # type: ignore[return-value]
+
+
 def sampling(function: F) -> F:
     """The options of every verb that runs a whole pipeline."""
     size = (click.option("--height", type=int), click.option("--width", type=int))
-    for option in reversed((*size, SCHEDULER, ETA, PROMPTS, GUIDANCE, BATCH, SEED)):
+    function = prompted(function)
+    for option in reversed((*size, SCHEDULER, ETA, GUIDANCE, BATCH, SEED)):
         function = option(function)
     return function
 
@@ -191,9 +210,7 @@ def demo(as_json: bool, **options: Any) -> None:
 @DRY_RUN
 @OVERWRITE
 @verb
-def collect(
-    model: str, from_qdiffusion: Path | None, prompts: Path | None, as_json: bool, **options: Any
-) -> None:
+def collect(model: str, from_qdiffusion: Path | None, as_json: bool, **options: Any) -> None:
     """Record a calibration set: denoiser inputs along the sampling trajectory."""
     began = time.perf_counter()
     if from_qdiffusion:
@@ -204,7 +221,7 @@ def collect(
         return
     from qdeploy.calibrate.trajectory import collect
 
-    _report(collect(model, prompts=_prompts(prompts), **options), began, as_json)
+    _report(collect(model, **options), began, as_json)
 
 
 @main.command()
@@ -329,12 +346,12 @@ def build_engine(onnx: Path, as_json: bool, **options: Any) -> None:
 @sampling
 @OVERWRITE
 @verb
-def sample(source: str, prompts: Path | None, as_json: bool, **options: Any) -> None:
+def sample(source: str, as_json: bool, **options: Any) -> None:
     """Sample images with an engine, a checkpoint or a model."""
     from qdeploy.runtime.sample import sample
 
     began = time.perf_counter()
-    _report(sample(source, prompts=_prompts(prompts), **options), began, as_json)
+    _report(sample(source, **options), began, as_json)
 
 
 @main.command()
@@ -353,16 +370,22 @@ def sample(source: str, prompts: Path | None, as_json: bool, **options: Any) -> 
 @click.option("--max-fd-increase", type=float, help="FD-local above the reference's.")
 @click.option("--scheduler", default="ddim", show_default=True)
 @click.option("--seed", type=int, default=1, show_default=True, help="Seed of the held-out trajectories.")
+@click.option("--features", type=FOLDER, help="Feature network: a folder, or Inception's weights file.")
+@click.option("--real", type=FOLDER, help="Folder of real images to compare sets with.")
+@click.option("--lpips", type=FOLDER, help="Folder with LPIPS's weights.")
+@click.option("--clip", help="CLIP model for the score of prompts: a folder or a Hub id.")
 @CORRECTION
-@PROMPTS
+@prompted
 @GUIDANCE
 @verb
-def check(subject: Path, prompts: Path | None, as_json: bool, **options: Any) -> None:
+def check(subject: Path, as_json: bool, **options: Any) -> None:
     """Compare with the simulation and with full precision; exit code 3 if a threshold is missed."""
     from qdeploy.evaluate.check import check
+    from qdeploy.evaluate.shared_work import is_main_process
 
-    result = check(subject, prompts=_prompts(prompts), **options)
-    click.echo(json.dumps(result.to_json()) if as_json else result.table())
+    result = check(subject, **options)
+    if is_main_process():
+        click.echo(json.dumps(result.to_json()) if as_json else result.table())
     if not result.passed:
         raise CheckFailed("; ".join(result.failures))
 
@@ -492,12 +515,16 @@ def selftest(output: Path | None, as_json: bool, **options: Any) -> None:
         raise CheckFailed(result.failures)
 
 
-def _prompts(file: Path | None) -> list[str] | None:
+def _prompts(file: Path | None, count: int | None, seed: int | None) -> list[str] | None:
     if file is None:
+        if (count, seed) != (None, None):
+            from qdeploy.errors import UsageError
+
+            raise UsageError("--prompt-count and --prompt-seed choose from a file: name it with --prompts")
         return None
     from qdeploy.runtime.prompts import read_prompts
 
-    return read_prompts(file)
+    return read_prompts(file, count, seed)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from qdeploy.denoiser import Model, open_model
 from qdeploy.engines.measure import read_probe
 from qdeploy.errors import InvalidInputError, UsageError
 from qdeploy.evaluate.baselines import source_model
+from qdeploy.evaluate.means import Means
 from qdeploy.evaluate.metrics.frechet import FOLDER
 from qdeploy.evaluate.metrics.sqnr import summary
 from qdeploy.evaluate.over_time import describe_before, draw, open_before, timestep_table
@@ -120,6 +121,10 @@ def check(
     trajectories: Trajectories | None = None,
     before: str | Path | Artifact | None = None,
     pictures: str | Path | None = None,
+    features: str | Path | None = None,
+    real: str | Path | None = None,
+    lpips: str | Path | None = None,
+    clip: str | Path | None = None,
 ) -> CheckResult:
     """Compare an artifact with what it was made from.
 
@@ -151,6 +156,11 @@ def check(
         before: another checkpoint, bundle or engine of the same model, to compare the error by timestep with.
         pictures: folder for ``error.png``, the error by timestep, and ``ranges.png``, how ranges change over
             time; the latter is drawn from what the subject carries, or else from ``checkpoint``.
+        features: a feature network for distances of sets of images: a folder like a zoo model's ``features/``,
+            or torch-fidelity's Inception weights. The reference's own by default.
+        real: a folder of real images; distances are then to these, else to the reference's images.
+        lpips: a folder with LPIPS's weights, as of `qdeploy.evaluate.metrics.lpips`.
+        clip: folder or Hub id of a CLIP model, for the CLIP score of prompts.
 
     Returns:
         What was measured, and what of it missed a threshold.
@@ -188,15 +198,17 @@ def check(
     opened = open_subject(subject)
     check_correction(correction, opened.artifact)
     earlier = None if before is None else open_before(before, opened)
+    given_means = {"features": features, "real": real, "lpips": lpips, "clip": clip}
+    means = _means(model, given_means, plan.prompts)
     if model is not None:
         source_model(opened.artifact, model)
         trajectories = trajectories or Trajectories(model, plan)
     others = [open_subject(other) for other in (onnx, checkpoint) if other is not None]
     parity = measure_parity(opened, others)
-    quality = _quality(opened, trajectories, opened.artifact, correction)
+    quality = _quality(opened, trajectories, opened.artifact, correction, means)
     result = _judge(opened.artifact, parity, quality, given)
     if earlier is not None:
-        compared = _quality(earlier, trajectories, opened.artifact)
+        compared = _quality(earlier, trajectories, opened.artifact, means=means)
         result = replace(result, before=describe_before(earlier, compared))
     if folder is not None:
         result = replace(result, pictures=draw(folder, [opened, *others], quality, result.before))
@@ -219,14 +231,33 @@ def _model(reference: str | Path | Model | None) -> Model | None:
     return reference if reference is None or isinstance(reference, Model) else open_model(reference)
 
 
+def _means(
+    model: Model | None, given: dict[str, str | Path | None], prompts: tuple[str, ...] | None
+) -> Means | None:
+    """What metrics may use, checked before any work."""
+    named = next((name for name, value in given.items() if value is not None), None)
+    if model is None:
+        if named:
+            raise UsageError(f"--{named} serves the quality of images: name the full-precision model too")
+        return None
+    means = Means(model, **given, prompts=prompts)
+    means.check()
+    return means
+
+
 def _quality(
-    subject: Subject, trajectories: Trajectories | None, probe: Artifact, correction: str = "none"
+    subject: Subject,
+    trajectories: Trajectories | None,
+    probe: Artifact,
+    correction: str = "none",
+    means: Means | None = None,
 ) -> dict[str, Any]:
     if trajectories is None:
         return _quality_of_probe(subject, probe)
     denoiser = correct(subject.denoiser, correction, subject.artifact, trajectories.scheduler)
     try:
-        measured = measure_quality(trajectories, denoiser)
+        key = f"{subject.artifact.sha256} {correction}"
+        measured = measure_quality(trajectories, denoiser, means, key)
     except InvalidInputError as error:
         raise InvalidInputError(f"{subject.artifact.path} cannot be compared: {error}") from error
     plan = trajectories.plan

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qdeploy.artifact import sha256_of
 from qdeploy.calibrate.recorder import chosen_calls
+from qdeploy.calibrate.request import pipeline_sha256
 from qdeploy.denoiser import Model
 from qdeploy.errors import InvalidInputError, UsageError
+from qdeploy.evaluate.means import Means
 from qdeploy.evaluate.metrics.base import Call, Meter, Pair, metrics
+from qdeploy.evaluate.shared_work import in_parts, journal, processes
 from qdeploy.inputs import denoise, flatten_inputs, sample_name
 from qdeploy.progress import track
 from qdeploy.runtime.pipeline import generate
 from qdeploy.schedulers import make_scheduler
+from qdeploy.version import __version__
 
 # Image i of an evaluation has the seed FIRST_SEED + SEEDS_APART * seed + i: whatever ordinary seed a
 # calibration set was collected with, the evaluation meets none of its images again.
@@ -63,6 +68,12 @@ class Plan:
         if self.prompts is not None and not self.prompts:
             raise UsageError("the list of prompts is empty")
 
+    def prompts_of(self, images: range) -> list[str] | None:
+        """A prompt for each image; the list begins anew where it ends."""
+        if self.prompts is None:
+            return None
+        return [self.prompts[image % len(self.prompts)] for image in images]
+
     def batches(self) -> list[range]:
         """Numbers of the images in each batch."""
         starts = range(0, self.samples, self.batch)
@@ -106,6 +117,7 @@ class Trajectories:
     def __init__(self, model: Model, plan: Plan) -> None:
         self.model, self.plan = model, plan
         self._denoiser = model.load()
+        self._rest = pipeline_sha256(model) if model.has_pipeline else ""
         self.sample = sample_name(self._denoiser)
         self._pipeline = model.pipeline(self._denoiser)
         self._pipeline.scheduler = make_scheduler(plan.scheduler, self._pipeline.scheduler)
@@ -118,36 +130,57 @@ class Trajectories:
 
     def reference(self) -> Iterator[Trajectory]:
         """The reference's own, batch by batch."""
-        for number, images in enumerate(track(self.plan.batches(), "full precision")):
-            trajectory = self._kept.get(number) or self._run(self._denoiser, images, keep_inputs=True)
-            if sum(kept.bytes for kept in self._kept.values()) + trajectory.bytes <= KEPT_BYTES:
-                self._kept[number] = trajectory
-            yield trajectory
+        for number in track(range(len(self.plan.batches())), "full precision"):
+            yield self._reference(number)
 
-    def pairs(self, subject: nn.Module) -> Iterator[Pair]:
+    def _reference(self, number: int) -> Trajectory:
+        kept = self._kept.get(number)
+        trajectory = kept or self._run(self._denoiser, self.plan.batches()[number], keep_inputs=True)
+        if sum(each.bytes for each in self._kept.values()) + trajectory.bytes <= KEPT_BYTES:
+            self._kept[number] = trajectory
+        return trajectory
+
+    def pairs(self, subject: nn.Module, key: str | None = None) -> Iterator[Pair]:
         """The reference beside a subject, batch by batch.
 
         Args:
             subject: a denoiser, or what stands in for one.
+            key: names the subject and how it is run. With it the batches are kept on disk until all are made:
+                a run that was stopped goes on, and several processes share the work.
 
         Raises:
             InvalidInputError: the subject cannot run in the pipeline, or computes NaN or Inf.
         """
-        for images, reference in zip(self.plan.batches(), self.reference(), strict=True):
-            own = self._run(subject, images, keep_inputs=False)
-            calls = []
-            for inputs, sample, expected, own_sample in zip(
-                reference.inputs, reference.samples, reference.outputs, own.samples, strict=True
-            ):
-                t = float(inputs["timestep"].flatten()[0])
-                with torch.no_grad():
-                    predicted = denoise(subject, inputs)
-                if not bool(predicted.isfinite().all()):
-                    raise InvalidInputError(f"it computes NaN or Inf at timestep {t:g}")
-                calls.append(Call(t, expected, predicted, sample, own_sample))
-            if not bool(own.images.isfinite().all()):
-                raise InvalidInputError("the images that it leads to hold NaN or Inf")
-            yield Pair(calls, reference.images, own.images)
+        count = len(self.plan.batches())
+        if key is None:
+            for number in track(range(count), "beside full precision"):
+                yield self._pair(subject, number)
+            return
+        identity = sha256_of([__version__, key, self.model.sha256, self._rest, asdict(self.plan)])
+        left = iter(track(range(count), "beside full precision", total=-(-count // processes()[1])))
+
+        def make(number: int) -> Pair:
+            next(left, None)
+            return self._pair(subject, number)
+
+        yield from in_parts(journal(identity), count, make)
+
+    def _pair(self, subject: nn.Module, number: int) -> Pair:
+        images, reference = self.plan.batches()[number], self._reference(number)
+        own = self._run(subject, images, keep_inputs=False)
+        calls = []
+        for inputs, sample, expected, own_sample in zip(
+            reference.inputs, reference.samples, reference.outputs, own.samples, strict=True
+        ):
+            t = float(inputs["timestep"].flatten()[0])
+            with torch.no_grad():
+                predicted = denoise(subject, inputs)
+            if not bool(predicted.isfinite().all()):
+                raise InvalidInputError(f"it computes NaN or Inf at timestep {t:g}")
+            calls.append(Call(t, expected, predicted, sample, own_sample))
+        if not bool(own.images.isfinite().all()):
+            raise InvalidInputError("the images that it leads to hold NaN or Inf")
+        return Pair(calls, reference.images, own.images, self.plan.prompts_of(images))
 
     def _run(self, denoiser: nn.Module, images: range, keep_inputs: bool) -> Trajectory:
         plan, first = self.plan, FIRST_SEED + SEEDS_APART * self.plan.seed
@@ -160,7 +193,7 @@ class Trajectories:
                 self._pipeline,
                 [first + image for image in images],
                 plan.inference_steps,
-                [plan.prompts[image % len(plan.prompts)] for image in images] if plan.prompts else None,
+                plan.prompts_of(images),
                 plan.guidance,
             )
         return Trajectory(seen.inputs, seen.samples, seen.outputs, made.clamp(0, 1))
@@ -217,12 +250,16 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def measure_quality(trajectories: Trajectories, subject: nn.Module) -> dict[str, Any]:
+def measure_quality(
+    trajectories: Trajectories, subject: nn.Module, means: Means | None = None, key: str | None = None
+) -> dict[str, Any]:
     """Every metric of a subject beside the reference.
 
     Args:
         trajectories: of the reference.
         subject: a denoiser, or what stands in for one.
+        means: what metrics may use; by default what the model has.
+        key: names the subject, as of `Trajectories.pairs`: the measurement resumes, and processes share it.
 
     Returns:
         The metrics' values by name, without those that the model lacks the means for.
@@ -230,12 +267,11 @@ def measure_quality(trajectories: Trajectories, subject: nn.Module) -> dict[str,
     Raises:
         InvalidInputError: the subject cannot run in the pipeline, or computes NaN or Inf.
     """
+    means = means or Means(trajectories.model)
     meters: Mapping[str, Meter] = {
-        name: meter
-        for name, metric in metrics().items()
-        if (meter := metric.start(trajectories.model)) is not None
+        name: meter for name, metric in metrics().items() if (meter := metric.meter(means)) is not None
     }
-    for pair in trajectories.pairs(subject):
+    for pair in trajectories.pairs(subject, key):
         for meter in meters.values():
             meter.add(pair)
     values = {name: meter.result() for name, meter in meters.items()}

@@ -16,6 +16,7 @@ from torch import Tensor
 from qdeploy.decibels import decibels, sqnr_by_row, sqnr_db
 from qdeploy.denoiser import open_model
 from qdeploy.evaluate import metrics as package
+from qdeploy.evaluate.means import Means
 from qdeploy.evaluate.metrics.base import Call, Meter, Pair, metrics
 from qdeploy.evaluate.metrics.drift import DriftMeter, drift
 from qdeploy.evaluate.metrics.frechet import (
@@ -224,8 +225,11 @@ def test_the_registry_lists_every_metric() -> None:
 
 
 def test_a_metric_without_its_means_is_left_out(ddpm: Path) -> None:
-    started = {name for name, metric in metrics().items() if metric.start(open_model(ddpm))}
-    assert started == metrics().keys() - {"fd_local"}
+    started = {name for name, metric in metrics().items() if metric.meter(Means(open_model(ddpm)))}
+    with_features = {"fd_local", "fid", "inception_score", "kid", "precision_recall", "spatial_frechet"}
+    assert started == metrics().keys() - with_features - {"clip_score", "lpips"}
+    local = {name for name, metric in metrics().items() if metric.meter(Means(open_model("digits")))}
+    assert local & with_features == with_features - {"fid"}
 
 
 def test_a_new_metric_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

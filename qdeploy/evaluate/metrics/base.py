@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from qdeploy.denoiser import Model
+from qdeploy.evaluate.means import Means
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,13 @@ class Pair:
         calls: denoiser calls, in the order of sampling.
         expected_images: the reference's images, ``[N, C, H, W]`` in [0, 1].
         images: the subject's, from the same seeds.
+        prompts: of the images, where the model takes prompts.
     """
 
     calls: Sequence[Call]
     expected_images: Tensor
     images: Tensor
+    prompts: Sequence[str] | None = None
 
 
 class Meter(Protocol):
@@ -70,11 +73,17 @@ class Metric:
         name: the value's name in reports; ends with its unit, where it has one.
         description: one line for people.
         start: begins a measurement for a reference model; gives None where the model lacks what it takes.
+        begin: likewise, for metrics that take more than the model; then ``start`` is not asked.
     """
 
     name: str
     description: str
-    start: Callable[[Model], Meter | None]
+    start: Callable[[Model], Meter | None] = lambda model: None
+    begin: Callable[[Means], Meter | None] | None = None
+
+    def meter(self, means: Means) -> Meter | None:
+        """A measurement with the means at hand; None where something is lacking."""
+        return self.start(means.model) if self.begin is None else self.begin(means)
 
 
 @cache
@@ -84,7 +93,6 @@ def metrics() -> dict[str, Metric]:
     found: dict[str, Metric] = {}
     for info in pkgutil.iter_modules(package.__path__):
         module = importlib.import_module(f"{package.__name__}.{info.name}")
-        metric = getattr(module, "METRIC", None)
-        if isinstance(metric, Metric):
-            found[metric.name] = metric
+        named = (getattr(module, "METRIC", None), *getattr(module, "METRICS", ()))
+        found |= {metric.name: metric for metric in named if isinstance(metric, Metric)}
     return found

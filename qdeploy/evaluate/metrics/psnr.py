@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qdeploy.denoiser import Model
 from qdeploy.evaluate.metrics.base import Metric, Pair
+from qdeploy.evaluate.metrics.paired import PairedMeter
 
 # 8-bit images that are equal but for rounding are about 59 dB apart; a mean shall not hang on few equal ones.
 EQUAL_DB = 100.0
@@ -41,4 +42,11 @@ def _start(model: Model) -> PsnrMeter:
     return PsnrMeter()
 
 
-METRIC = Metric("psnr_db", "PSNR of images on the same seeds, mean over images", _start)
+def _start_interval(model: Model) -> PairedMeter:
+    return PairedMeter(psnr_db, 2, unit="dB")
+
+
+METRICS = (
+    Metric("psnr_db", "PSNR of images on the same seeds, mean over images", _start),
+    Metric("psnr", "likewise, with its confidence interval", _start_interval),
+)

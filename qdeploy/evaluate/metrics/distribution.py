@@ -1,0 +1,85 @@
+"""What metrics of sets of images have in common: features of all images, against real ones or the reference's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from qdeploy.evaluate.extractors import Features
+from qdeploy.evaluate.intervals import CONFIDENCE, of_statistic, rounded
+from qdeploy.evaluate.means import Means
+from qdeploy.evaluate.metrics.base import Pair
+
+Distance = Callable[[Tensor, Tensor], float]
+
+
+class SetMeter:
+    """Collects one kind of features and compares sets at the end.
+
+    With real images at hand the subject's distance to them is told, and the reference's beside it; without,
+    the subject's distance to the reference's images.
+
+    Args:
+        means: where features come from.
+        part: ``pooled``, ``spatial`` or ``logits``.
+        distance: between features [N, D] of the subject and [M, D] of what it is compared with.
+        name: of the metric where features are Inception's.
+        digits: decimals of the report.
+        least: what the distance can never be below.
+    """
+
+    def __init__(
+        self,
+        means: Means,
+        part: str,
+        distance: Distance,
+        name: str,
+        digits: int = 4,
+        least: float = -math.inf,
+    ) -> None:
+        self._least = least
+        self.means, self._part, self._distance = means, part, distance
+        self._name, self._digits = name, digits
+        self._kept: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._checked = False
+
+    def add(self, pair: Pair) -> None:
+        if not self._checked:
+            self.means.check_size(pair)
+            self._checked = True
+        for kept, features in zip(self._kept, self.means.of(pair), strict=True):
+            kept.append(self._chosen(features))
+
+    def _chosen(self, features: Features) -> Tensor:
+        return features.tensors()[self._part]
+
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """Features of the reference's images and of the subject's, [N, D] each."""
+        import torch
+
+        return torch.cat(self._kept[0]), torch.cat(self._kept[1])
+
+    def result(self) -> dict[str, Any] | None:
+        expected, made = self.sides()
+        if len(made) < 2:
+            return None  # one image is no set
+        real = self.means.real_features
+        against = expected if real is None else self._chosen(real)
+
+        def without(rows: Tensor) -> float:
+            # Where both sides have the same seeds, they are left out on both.
+            return self._distance(made[rows], against[rows] if real is None else against)
+
+        value = {
+            "called": self.means.called(self._name),
+            "value": round(self._distance(made, against), self._digits),
+            "interval": rounded(of_statistic(without, len(made)), self._digits, self._least),
+            "confidence": CONFIDENCE,
+            **self.means.told(len(made)),
+        }
+        if real is not None:
+            value["of_the_reference"] = round(self._distance(expected, against), self._digits)
+        return value

@@ -1,0 +1,56 @@
+"""The inception score: how sure a classifier is of each image, and how many classes it sees (Salimans et al. 2016).
+
+It knows no reference; the full-precision model's own score stands beside it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from qdeploy.evaluate.intervals import CONFIDENCE, of_statistic, rounded
+from qdeploy.evaluate.means import Means
+from qdeploy.evaluate.metrics.base import Metric
+from qdeploy.evaluate.metrics.distribution import SetMeter
+
+
+def inception_score(logits: Tensor) -> float:
+    """exp of the mean KL divergence of p(class | image) from p(class); from 1 to the number of classes.
+
+    Args:
+        logits: [N, C], all in one split.
+    """
+    logs = logits.double().log_softmax(1)
+    marginal = logs.exp().mean(0).log()
+    return float((logs.exp() * (logs - marginal)).sum(1).mean().exp())
+
+
+class InceptionScoreMeter(SetMeter):
+    """The subject's score and the reference's."""
+
+    def __init__(self, means: Means) -> None:
+        super().__init__(means, "logits", lambda one, other: 0.0, "IS")
+
+    def result(self) -> dict[str, Any] | None:
+        expected, made = self.sides()
+        if len(made) < 2:
+            return None
+        return {
+            "called": self.means.called(self._name),
+            "value": round(inception_score(made), 4),
+            "interval": rounded(
+                of_statistic(lambda rows: inception_score(made[rows]), len(made)), 4, least=1
+            ),
+            "confidence": CONFIDENCE,
+            "of_the_reference": round(inception_score(expected), 4),
+            **self.means.told(len(made)),
+            "reference": "none: a score of the images alone",
+        }
+
+
+def _begin(means: Means) -> InceptionScoreMeter | None:
+    return InceptionScoreMeter(means) if means.extractor else None
+
+
+METRIC = Metric("inception_score", "how sure a classifier is, and of how many classes", begin=_begin)

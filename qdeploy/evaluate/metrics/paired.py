@@ -1,0 +1,45 @@
+"""What metrics of image pairs have in common: a value for each pair, their mean and its interval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from qdeploy.evaluate.intervals import CONFIDENCE, of_mean, rounded
+from qdeploy.evaluate.means import PAIRED
+from qdeploy.evaluate.metrics.base import Pair
+
+Compare = Callable[[Tensor, Tensor], Sequence[float]]
+
+
+def about_mean(values: Sequence[float], digits: int, **more: Any) -> dict[str, Any]:
+    """A mean for a report: its interval, what it is compared with, and of how many images."""
+    return {
+        "mean": round(sum(values) / len(values), digits),
+        "interval": rounded(of_mean(values), digits),
+        "confidence": CONFIDENCE,
+        "count": len(values),
+        "reference": PAIRED,
+        **more,
+    }
+
+
+class PairedMeter:
+    """Compares images pair by pair.
+
+    Args:
+        compare: a value for each pair of images, of batches [N, C, H, W] in [0, 1].
+        digits: decimals of the report.
+    """
+
+    def __init__(self, compare: Compare, digits: int, **more: Any) -> None:
+        self._compare, self._digits, self._more = compare, digits, more
+        self._values: list[float] = []
+
+    def add(self, pair: Pair) -> None:
+        self._values += self._compare(pair.images, pair.expected_images)
+
+    def result(self) -> dict[str, Any]:
+        return about_mean(self._values, self._digits, **self._more)

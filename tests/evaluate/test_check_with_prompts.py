@@ -1,0 +1,37 @@
+"""`check` on a text-to-image pipeline: prompts, guidance, and metrics that know the prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qdeploy.artifact import Artifact
+from qdeploy.calibrate.run import calibrate
+from qdeploy.calibrate.trajectory import collect
+from qdeploy.denoiser import open_model
+from qdeploy.evaluate.check import check
+from qdeploy.evaluate.quality import Plan, Trajectories
+from tests.models import stable_diffusion_folder
+
+PROMPTS = ["a red dog", "7 houses", "a cat"]
+
+
+def test_prompts_and_guidance_reach_both_sides(tmp_path: Path) -> None:
+    model = stable_diffusion_folder(tmp_path / "sd")
+    data = collect(model, tmp_path / "set", steps=2, samples=3, inference_steps=3, prompts=PROMPTS)
+    checkpoint = calibrate(model, tmp_path / "c", recipe="w8a8-minmax", effort="fast", calibration=data)
+    assert isinstance(checkpoint, Artifact)
+    plan = {"samples": 4, "steps": 2, "inference_steps": 3, "batch": 3}
+    found = {
+        guidance: check(
+            checkpoint, reference=model, prompts=PROMPTS, guidance=guidance, min_sqnr=0, **plan
+        ).quality
+        for guidance in (1.0, 7.5)
+    }
+    assert found[1.0]["drift"] != found[7.5]["drift"]
+    assert all(quality["ssim"]["count"] == quality["psnr"]["count"] == 4 for quality in found.values())
+    trajectories = Trajectories(open_model(model), Plan(prompts=tuple(PROMPTS), guidance=7.5, **plan))
+    network = open_model(model).load()
+    pairs = list(trajectories.pairs(network))
+    assert [pair.prompts for pair in pairs] == [PROMPTS, PROMPTS[:1]]
+    assert pairs[0].calls[0].expected.shape[0] == 2 * 3  # under guidance a prompt is two rows
+    assert all(bool((pair.images == pair.expected_images).all()) for pair in pairs)
