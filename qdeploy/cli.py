@@ -423,14 +423,14 @@ def benchmark(paths: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     "--batch", type=int, multiple=True, default=(1,), show_default=True, help="Of speed; repeatable."
 )
 @click.option("--rounds", type=int, default=30, show_default=True, help="Interleaved measurements of speed.")
-@PROMPTS
+@prompted
 @GUIDANCE
 @verb
-def report(paths: tuple[Path, ...], prompts: Path | None, as_json: bool, **options: Any) -> None:
+def report(paths: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     """One HTML file with pictures, errors, speed and provenance; what is not given is measured."""
     from qdeploy.evaluate.report_page.run import report
 
-    result = report(paths, prompts=_prompts(prompts), **options)
+    result = report(paths, **options)
     click.echo(json.dumps(result.to_json()) if as_json else result.text())
 
 

@@ -17,6 +17,7 @@ from qdeploy.evaluate.quality import Plan
 from qdeploy.evaluate.report_page.run import ReportResult, report
 from qdeploy.export.run import export
 from qdeploy.files import write_json
+from qdeploy.mixed.ranking import LayerHarm
 
 SMALL = Plan(samples=4, steps=3, inference_steps=5, batch=2)
 
@@ -63,8 +64,10 @@ def small() -> Plan:
 def page(way: Way, tmp_path_factory: pytest.TempPathFactory) -> ReportResult:
     """A report on the whole way, everything in it measured."""
     folder = tmp_path_factory.mktemp("report")
-    ranking = {"layers": [{"name": "conv_a", "bits": 4, "harm_db": 0.5}, {"name": "conv_b", "harm_db": 2.25}]}
-    write_json(folder / "sensitivity.json", ranking)
+    harms = {"conv_a": {"weights": {"int4": 1e-2, "int8": 1e-4}, "activations": {"int8": 1e-3}}}
+    harms["conv_b"] = {"weights": {"int8": 1e-5}, "activations": {}}
+    ranking = [LayerHarm(path, "unit", path, 10, 72, harm) for path, harm in harms.items()]
+    write_json(folder / "sensitivity.json", {"layers": [layer.to_json() for layer in ranking]})
     return report(
         [way.checkpoint, way.onnx, way.engine],
         folder / "report.html",

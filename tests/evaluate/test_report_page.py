@@ -23,12 +23,14 @@ from qdeploy.denoiser import open_model
 from qdeploy.engines.base import Kernel
 from qdeploy.engines.measure import read_probe
 from qdeploy.errors import InvalidInputError, UsageError
+from qdeploy.evaluate.report import MISSING
 from qdeploy.evaluate.report_page.images import gallery
 from qdeploy.evaluate.report_page.kernel_times import by_kind
 from qdeploy.evaluate.report_page.layer_errors import layer_errors
 from qdeploy.evaluate.report_page.run import ReportResult, report
 from qdeploy.evaluate.report_page.sensitivity import read_sensitivity
 from qdeploy.evaluate.report_page.subjects import open_given
+from qdeploy.evaluate.report_page.tables import sensitivity_table
 from qdeploy.runtime.sample import sample
 from tests.evaluate.conftest import Way
 from tests.helpers import sqnr_db
@@ -225,13 +227,17 @@ def test_kernels_are_summed_by_type() -> None:
     }
 
 
-def test_rankings_are_read_from_the_most_harmful_and_junk_is_refused(tmp_path: Path) -> None:
+def test_rankings_are_read_as_they_stand_and_junk_is_refused(tmp_path: Path, page: ReportResult) -> None:
+    layers = read_sensitivity(page.path.parent)
+    assert [layer.path for layer in layers] == ["conv_a", "conv_b"]
+    table = sensitivity_table(layers)
+    assert table.columns == ["layer", "weights", "int4 weights, dB", "int8 weights, dB", "int8 input, dB"]
+    assert [[cell.text for cell in row] for row in table.rows] == [
+        ["conv_a", "72", "20.0", "40.0", "30.0"],
+        ["conv_b", "72", MISSING, "50.0", MISSING],
+    ]
     file = tmp_path / "sensitivity.json"
-    file.write_text(
-        '{"layers": [{"name": "a", "harm_db": 1}, {"name": "b", "harm_db": 3, "bits": 4, "more": []}]}'
-    )
-    assert [layer["name"] for layer in read_sensitivity(tmp_path)] == ["b", "a"]
-    for junk in ('{"layers": {}}', '{"layers": [{"name": "a"}]}', "[]", "{"):
+    for junk in ('{"layers": 3}', '{"layers": [{"path": "a"}]}', "[]", "{"):
         file.write_text(junk)
         with pytest.raises(InvalidInputError):
             read_sensitivity(file)

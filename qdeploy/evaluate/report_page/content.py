@@ -10,6 +10,7 @@ from qdeploy.artifact import Artifact
 from qdeploy.calibrate.timestep_groups import RANGES, read_ranges, tensor_names
 from qdeploy.denoiser import Model
 from qdeploy.evaluate.report_page.subjects import Given, Subject
+from qdeploy.mixed.ranking import LayerHarm
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +39,7 @@ class Content:
     layers: dict[str, dict[str, Any]]
     kernels: dict[str, dict[str, Any]]
     samples: tuple[Artifact | None, dict[str, Artifact]]
-    sensitivity: list[dict[str, Any]] | None
+    sensitivity: list[LayerHarm] | None
     pictures: int
 
     @property

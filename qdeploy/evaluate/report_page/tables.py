@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qdeploy.evaluate.report import MISSING, number
 from qdeploy.evaluate.report_page.content import Content, describe
 from qdeploy.evaluate.thresholds import THRESHOLDS, look_up
+from qdeploy.mixed.options import ACTIVATIONS, WEIGHTS
+from qdeploy.mixed.ranking import LayerHarm, harm_db
 
 
 @dataclass(frozen=True)
@@ -172,24 +174,20 @@ def layer_table(name: str, errors: Mapping[str, Any]) -> Table:
     return Table(f"Error by layer of {name}", columns, rows)
 
 
-def sensitivity_table(layers: list[dict[str, Any]]) -> Table:
-    """Layers by the harm of quantizing each."""
-    most = max((abs(float(layer["harm_db"])) for layer in layers), default=0.0) or 1.0
-    rows = [
-        [
-            Cell(str(layer["name"]), code=True),
-            Cell(
-                str(layer.get("bits", MISSING)), layer.get("bits") if _is_number(layer.get("bits")) else None
-            ),
-            amount(float(layer["harm_db"]), 2, bar=abs(float(layer["harm_db"])) / most),
-        ]
-        for layer in layers
+def sensitivity_table(layers: Sequence[LayerHarm]) -> Table:
+    """Layers by the SQNR that the prediction has with each of them alone quantized, part by part."""
+    kinds = [
+        (part, name, f"{name} {word}, dB")
+        for part, word in ((WEIGHTS, "weights"), (ACTIVATIONS, "input"))
+        for name in dict.fromkeys(name for layer in layers for name in layer.best[part])
     ]
-    return Table("Layers by the harm of quantizing each", ["layer", "bits", "harm, dB"], rows)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    rows = []
+    for layer in layers:
+        found = (layer.best[part].get(name) for part, name, _ in kinds)
+        cells = [amount(None if harm is None else harm_db(harm), 1) for harm in found]
+        rows.append([Cell(layer.path, code=True), amount(layer.count, 0), *cells])
+    caption = "SQNR of the prediction with one layer quantized alone"
+    return Table(caption, ["layer", "weights", *(column for _, _, column in kinds)], rows)
 
 
 def speed_table(content: Content) -> Table:
