@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qdeploy.evaluate.report import MISSING, markdown_table, number, text_table
-from qdeploy.files import write_text
+from qdeploy.files import write_atomically, write_text
 
 COLUMNS = [
     *("contender", "ms", "p10 to p90", "vs fp32", "vs bf16", "SQNR dB", "worst", "int8 MACs"),
@@ -97,22 +97,23 @@ def _note(found: dict[str, Any]) -> str:
 
 
 def _picture(found: dict[str, Any], path: Path) -> None:
-    """Latency against error, a point for each contender."""
+    """Latency of every contender as a bar, with the spread of its calls and its error."""
     from matplotlib import rc_context, style
     from matplotlib.figure import Figure
 
-    from qdeploy.files import write_atomically
-
+    rows = sorted(found["rows"].items(), key=lambda item: -item[1]["ms"])
     with rc_context(), style.context("default"):
-        figure = Figure(figsize=(9, 5.5), layout="constrained")
+        figure = Figure(figsize=(9, 0.35 * len(rows) + 1), layout="constrained")
         axes = figure.add_subplot()
-        shown = {name: row for name, row in found["rows"].items() if row["sqnr_db"] < 60}
-        for name, row in shown.items():
-            ours = name.startswith("qdeploy")
-            axes.plot(row["ms"], row["sqnr_db"], "o", color="tab:red" if ours else "tab:gray")
-            axes.annotate(name, (row["ms"], row["sqnr_db"]), (5, 4), textcoords="offset points", fontsize=8)
-        axes.set_xscale("log")
-        axes.set_xlabel(f"ms per call, batch {found['batch']}, {found['threads']} threads (log scale)")
-        axes.set_ylabel("SQNR against fp32, dB (median over held-out inputs)")
-        axes.grid(alpha=0.3)
-        write_atomically(path, lambda target: figure.savefig(target, format="png", dpi=110))
+        for place, (name, row) in enumerate(rows):
+            color = "tab:red" if name.startswith("qdeploy") else "tab:gray"
+            spread = [[row["ms"] - row["ms_p10"]], [row["ms_p90"] - row["ms"]]]
+            axes.barh(place, row["ms"], color=color, xerr=spread, error_kw={"elinewidth": 1, "alpha": 0.5})
+            label = f" {row['ms']:.0f} ms, {row['sqnr_db']:.0f} dB"
+            axes.text(row["ms_p90"], place, label, va="center", fontsize=8)
+        axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
+        axes.set_xlim(0, 1.25 * max(row["ms_p90"] for _, row in rows))
+        axes.set_xlabel(
+            f"ms per call: {found['shape']}, batch {found['batch']}, {found['threads']} threads; SQNR against fp32"
+        )
+        write_atomically(path, lambda target: figure.savefig(target, format="png", dpi=100))
