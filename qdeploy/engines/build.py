@@ -12,7 +12,14 @@ from qdeploy.card import write_card
 from qdeploy.decibels import distance, powers
 from qdeploy.draft import Draft
 from qdeploy.engines.base import UNKNOWN, Engine
-from qdeploy.engines.machine import BF16_INSTRUCTIONS, has_bf16, has_int8, machine
+from qdeploy.engines.machine import (
+    BF16_INSTRUCTIONS,
+    cpu_features,
+    cpu_model,
+    has_bf16,
+    has_int8,
+    machine,
+)
 from qdeploy.engines.macs import graph_macs, int8_layers, int8_mac_share, meant_int8
 from qdeploy.engines.measure import (
     latency,
@@ -105,6 +112,8 @@ def build_engine(
     if done := draft.finished():
         return done
     facts = {key: source.facts[key] for key in _CARRIED if key in source.facts} | options
+    if chosen.device == "cpu":
+        say(f"this processor: {cpu_model()}, with {', '.join(cpu_features()) or 'features unknown'}")
     if chosen.device == "cpu" and facts.get("activations", "none") != "none" and not has_int8():
         say("this processor has neither VNNI nor AMX: int8 will hardly be faster than float32 here")
     with draft:

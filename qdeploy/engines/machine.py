@@ -41,6 +41,11 @@ def cpu_features() -> list[str]:
     return sorted(flags.intersection(_NAMED))
 
 
+def cpu_identity() -> dict[str, Any]:
+    """What compiled code depends on: the processor's name and all that it says it can do."""
+    return {"cpu": cpu_model(), "flags": sorted(set(_cpuinfo("flags", "Features").split()))}
+
+
 def has_int8() -> bool:
     """Whether int8 products are faster than float32 ones here; True where the system does not tell."""
     features = cpu_features()

@@ -11,9 +11,13 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
+from onnx_ir.passes import InPlacePass
+from onnx_ir.passes import Sequential as Passes
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from qdeploy.artifact import Artifact
 from qdeploy.draft import Draft
@@ -150,6 +154,7 @@ def write_bundle(
     unknown: bool = False,
     facts: Mapping[str, Any] | None = None,
     simulated: torch.Tensor | None = None,
+    passes: Sequence[type[InPlacePass]] = (),
 ) -> Artifact:
     """An ``onnx`` artifact around `denoiser_graph`.
 
@@ -159,6 +164,7 @@ def write_bundle(
         concat: passed on.
         unknown: passed on; the probe is then that of the graph without it.
         facts: added to the manifest's facts.
+        passes: rewrites of the graph, which may not change what it computes.
         simulated: what the probe claims the fake-quantized model to give; the truth by default.
     """
     graph = denoiser_graph(quantized, concat, unknown)
@@ -180,6 +186,11 @@ def write_bundle(
     }
     with Draft(folder, "onnx", {"model": "0" * 64}, options={"test": str(folder)}) as draft:
         (draft.content / "unet").mkdir()
+        if passes:
+            model = ir.from_proto(onnx.shape_inference.infer_shapes(graph))
+            graph = ir.to_proto(
+                Passes(*(rewrite() for rewrite in passes), RemoveUnusedNodesPass())(model).model
+            )
         onnx.save(graph, draft.content / "unet" / "model.onnx")
         draft.json("unet/config.json", CONFIG)
         draft.tensors("probe.safetensors", lambda: probe)

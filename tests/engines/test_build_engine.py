@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from qdeploy.artifact import Artifact, open_artifact
+from qdeploy.decibels import distance
 from qdeploy.engines import machine
 from qdeploy.engines.build import build_engine, load_engine
-from qdeploy.engines.measure import int8_shares
+from qdeploy.engines.measure import int8_shares, read_probe, row_by_row
 from qdeploy.errors import CapabilityError, InvalidInputError, QDeployError, UsageError
+from qdeploy.export.lower import PASSES
 from tests.engines.bundles import example_inputs, write_bundle
 
 
@@ -234,3 +236,20 @@ def test_an_engine_that_computes_something_else_is_told(
     bundle = write_bundle(tmp_path / "onnx2", simulated=probe["reference"])
     build_engine(bundle, tmp_path / "engine", threads=1)
     assert "report this" in capsys.readouterr().err
+
+
+def test_products_stay_exact_on_processors_whose_byte_products_saturate(
+    quantized_bundle: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without VNNI ONNX Runtime makes the weights unsigned too; the dialect's products still load, and agree."""
+    bundle = write_bundle(tmp_path / "onnx", facts={"target": "onnxruntime"}, passes=PASSES["onnxruntime"])
+    plain = build_engine(bundle, tmp_path / "engine", backend="onnxruntime", threads=1)
+    assert plain.manifest["measured"]["int8_mac_share_of_meant"] == 1.0
+    assert plain.manifest["measured"]["parity"]["sqnr_db"] > 100
+    without(monkeypatch, tmp_path, "avx2")
+    with load_engine(plain) as engine:
+        kinds = {kernel.kind for kernel in engine.kernels(example_inputs(1))}
+        inputs, _, simulated = read_probe(plain.path)
+        assert simulated is not None
+        assert distance(row_by_row(engine, inputs), simulated)["sqnr_db"] > 100
+    assert "MatMulIntegerToFloat" in kinds
