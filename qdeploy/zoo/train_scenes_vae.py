@@ -109,7 +109,8 @@ def train_vae(output: Path, seed: int, steps: int, device: str) -> Any:
             decoded = vae.decode(posterior.mean + posterior.std * noise).sample.float()
         error = (decoded - images).abs()
         rebuilt: Tensor = (weights(images) * (error + error.square())).mean()
-        return rebuilt + KL_WEIGHT * posterior.kl().float().mean() / images[0].numel()
+        loss: Tensor = rebuilt + KL_WEIGHT * posterior.kl().float().mean() / images[0].numel()
+        return loss
 
     fit(vae, loss_of, name="vae", folder=output, steps=steps, rate=RATE, seed=seed, decay=0.995)
     vae.eval()
