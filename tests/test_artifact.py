@@ -89,6 +89,14 @@ def test_a_summary_says_what_was_written(tmp_path: Path) -> None:
 # -- damage ------------------------------------------------------------------------------------------------
 
 
+def says_the_same(damaged: bytes, content: bytes) -> bool:
+    """Whether two texts are one JSON value."""
+    try:
+        return bool(json.loads(damaged) == json.loads(content))
+    except ValueError:
+        return False
+
+
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
     """One bit of each byte of each file, the manifest's own included."""
     made = small_artifact(tmp_path / "a", notes={"über": "ß"})
@@ -96,6 +104,8 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
         for place in range(len(content)):
             damaged = bytearray(content)
             damaged[place] ^= 1 << place % 8
+            if name == MANIFEST and says_the_same(damaged, content):
+                continue  # an e of 1e-05 turned into an E
             (made.path / name).write_bytes(damaged)
             with pytest.raises(InvalidInputError):
                 open_artifact(made.path)

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from qdeploy.engines.base import Engine, Kernel, Port, why
-from qdeploy.engines.blobs import Blobs
+from qdeploy.engines.blobs import LARGEST_BYTES, Blobs
 from qdeploy.engines.machine import has_bf16
 from qdeploy.engines.registry import Backend
 from qdeploy.errors import CapabilityError, InvalidInputError
@@ -81,7 +81,12 @@ class OpenVINOEngine(Engine):
         # A model whose files have no hashes yet is being built, and measured as it was compiled.
         hashes = artifact.manifest.get("files", {}).items()
         files = {name: digest for name, digest in hashes if name.endswith((".xml", ".bin"))}
-        self._blobs = Blobs(files, f"openvino {openvino.__version__}") if files else None
+        weights = artifact.path / self.component / MODEL.replace(".xml", ".bin")
+        small = weights.is_file() and weights.stat().st_size <= LARGEST_BYTES
+        self._blobs = Blobs(files, f"openvino {openvino.__version__}") if files and small else None
+        self._imported: set[tuple[tuple[int, ...], ...]] = (
+            set()
+        )  # shapes whose model an earlier process compiled
         self._requests: OrderedDict[tuple[tuple[int, ...], ...], tuple[Any, tuple[int, ...]]] = OrderedDict()
 
     def _request(self, inputs: dict[str, Tensor]) -> tuple[Any, tuple[int, ...]]:
@@ -90,29 +95,30 @@ class OpenVINOEngine(Engine):
         if key in self._requests:
             self._requests.move_to_end(key)
             return self._requests[key]
-        compiled = self._kept(inputs)
+        compiled, imported = self._kept(inputs)
+        (self._imported.add if imported else self._imported.discard)(key)
         self._requests[key] = compiled.create_infer_request(), tuple(compiled.output(0).shape)
         if len(self._requests) > KEPT_SHAPES:
             self._requests.popitem(last=False)
         return self._requests[key]
 
-    def _kept(self, inputs: dict[str, Tensor]) -> Any:
-        """The compiled model from an earlier process, else compiled now and kept for the next one."""
+    def _kept(self, inputs: dict[str, Tensor]) -> tuple[Any, bool]:
+        """The compiled model from an earlier process, else compiled now and kept for the next; and which it is."""
         if self._blobs is None:
-            return self._compile(inputs)
+            return self._compile(inputs), False
         shapes = {name: list(inputs[name].shape) for name in self.ports}
         request = {"shapes": shapes, "options": self._options}
         blob = self._blobs.read(request)
         if blob is not None:
             try:
-                return self._core.import_model(BytesIO(blob), "CPU", self._options)
+                return self._core.import_model(BytesIO(blob), "CPU", self._options), True
             except RuntimeError:
                 say(f"OpenVINO does not take its own compiled model of {self.path}: compiling it again")
                 self._blobs.drop(request)
         compiled, stream = self._compile(inputs), BytesIO()
         compiled.export_model(stream)
         self._blobs.write(request, stream.getvalue())
-        return compiled
+        return compiled, False
 
     def _compile(self, inputs: dict[str, Tensor], **options: Any) -> Any:
         """The model, compiled for the shapes of these inputs."""
@@ -136,8 +142,11 @@ class OpenVINOEngine(Engine):
         return output
 
     def _kernels(self, inputs: dict[str, Tensor], calls: int) -> list[Kernel]:
-        # A compiled model that was kept has lost the names of layers that were fused.
-        executed = self._compile(inputs).get_runtime_model()
+        compiled = self._request(inputs)[0].get_compiled_model()
+        if tuple(tuple(inputs[name].shape) for name in self.ports) in self._imported:
+            # A compiled model that was kept has lost the names of layers that were fused.
+            compiled = self._compile(inputs)
+        executed = compiled.get_runtime_model()
         kernels = [kernel for op in executed.get_ordered_ops() if (kernel := kernel_of(op)) is not None]
         if not calls:
             return kernels

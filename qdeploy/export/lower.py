@@ -12,8 +12,7 @@ from onnx_ir.passes.common import (
 )
 
 from qdeploy.export.lint.fixes.plain import Folded, KnownVersion
-from qdeploy.export.passes.affine_norms import AffineNorms
-from qdeploy.export.passes.channelwise_norms import ChannelwiseNorms
+from qdeploy.export.passes.channelwise_norms import ChannelwiseNorms, ChannelwiseNormsByMeans
 from qdeploy.export.passes.gathered_convolutions import GatheredConvolutions
 from qdeploy.export.passes.integer_products import IntegerProducts
 from qdeploy.export.passes.names import Names
@@ -54,7 +53,7 @@ PASSES: dict[str, tuple[type[InPlacePass], ...]] = {
         UnsignedCodes,
         IntegerProducts,
         GatheredConvolutions,
-        AffineNorms,
+        ChannelwiseNormsByMeans,
         SunkTranspositions,
         SharedComputations,
     ),

@@ -13,15 +13,18 @@ MICROSOFT = "com.microsoft"  # ONNX Runtime's own operators
 
 
 class Writer:
-    """Writes nodes in front of a node, as part of the module that the node came from.
+    """Writes nodes next to a node, as part of the module that the node came from, with names that begin like its.
 
     Args:
         model: the model that is rewritten.
         place: the node that they stand in front of.
+        behind: whether they stand behind it instead.
     """
 
-    def __init__(self, model: ir.Model, place: ir.Node) -> None:
+    def __init__(self, model: ir.Model, place: ir.Node, behind: bool = False) -> None:
         self.model, self.place = model, place
+        self._behind = place if behind else None
+        self._count = 0
 
     def node(
         self,
@@ -44,13 +47,21 @@ class Writer:
         """
         if domain:
             self.model.opset_imports.setdefault(domain, 1)
-        written = ir.node(operator, inputs, attributes, domain=domain)
+        self._count += 1
+        result = self.place.outputs[0].name
+        name = f"{self.place.name or result}/{operator}.{self._count}"
+        written = ir.node(operator, inputs, attributes, domain=domain, name=name)
         written.metadata_props.update(self.place.metadata_props)
         output = written.outputs[0]
+        output.name = f"{result}.{self._count}"
         output.shape = None if shape is None else ir.Shape(list(shape))
         if dtype is not None:
             output.dtype = dtype
-        self.model.graph.insert_before(self.place, written)
+        if self._behind is None:
+            self.model.graph.insert_before(self.place, written)
+        else:
+            self.model.graph.insert_after(self._behind, written)
+            self._behind = written
         return output
 
     def constant(self, array: Any, name: str = "constant") -> ir.Value:

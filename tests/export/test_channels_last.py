@@ -10,7 +10,7 @@ import pytest
 from onnx_ir.passes import InPlacePass
 
 from qdeploy.export.lower import CHANNELS_LAST, adapt
-from qdeploy.export.passes.channelwise_norms import ChannelwiseNorms
+from qdeploy.export.passes.channelwise_norms import ChannelwiseNorms, ChannelwiseNormsByMeans
 from qdeploy.export.passes.pixels_as_tokens import PixelsAsTokens
 from qdeploy.export.passes.scaled_scores import ScaledScores
 from qdeploy.export.passes.transposed_keys import TransposedKeys
@@ -48,22 +48,30 @@ def norm_graph(shape: str = "2,8,5,3", groups: int = 4, head: int = 21, more: st
     return model
 
 
+FORMS = (ChannelwiseNorms, ChannelwiseNormsByMeans)
+
+
 @pytest.mark.parametrize("shape", ["2,8,5,3", "1,8,7", "2,8,3,4,2", "3,8,2,1"])
 @pytest.mark.parametrize("groups", [1, 4, 8])
-def test_a_norm_becomes_a_scale_and_a_shift_of_channels(shape: str, groups: int) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_a_norm_becomes_a_scale_and_a_shift_of_channels(
+    shape: str, groups: int, form: type[ChannelwiseNorms]
+) -> None:
     model = norm_graph(shape, groups)
-    fires(ChannelwiseNorms(), model)
+    fires(form(), model)
     assert "GroupNormalization" not in operators(model)
     full = tuple(int(size) for size in shape.split(","))
     touched = [node.op_type for node in model.graph if node.inputs[0].shape == ir.Shape(full)]
     # two reads for the statistics, one pass with scale and shift
-    assert sorted(touched) == ["Add", "Mul", "Neg", "ReduceL2", "ReduceMean"]
+    squares = ["ReduceL2"] if form.norms else ["Mul", "ReduceMean"]
+    assert sorted(touched) == sorted(["Add", "Mul", "Neg", "ReduceMean", *squares])
 
 
-def test_a_mean_a_hundred_times_the_deviation_costs_a_thousandth() -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_a_mean_a_hundred_times_the_deviation_costs_a_thousandth(form: type[ChannelwiseNorms]) -> None:
     model = norm_graph()
     x = (RANDOM.normal(size=(2, 8, 5, 3)) + 100).astype(np.float32)
-    fires(ChannelwiseNorms(), model, {"x": x}, within=1e-2)
+    fires(form(), model, {"x": x}, within=1e-2)
 
 
 def test_channels_of_very_different_means_and_deviations_normalise_alike() -> None:
@@ -73,10 +81,11 @@ def test_channels_of_very_different_means_and_deviations_normalise_alike() -> No
     fires(ChannelwiseNorms(), model, {"x": x.astype(np.float32)}, within=1e-5)
 
 
-def test_a_constant_image_stays_finite() -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_a_constant_image_stays_finite(form: type[ChannelwiseNorms]) -> None:
     model = norm_graph()
     (y,) = run(model, {"x": np.full((2, 8, 5, 3), 1e3, np.float32)})
-    ChannelwiseNorms()(model)
+    form()(model)
     (after,) = run(model, {"x": np.full((2, 8, 5, 3), 1e3, np.float32)})
     assert np.isfinite(y).all()
     assert np.isfinite(after).all()

@@ -20,7 +20,6 @@ from qdeploy.decibels import sqnr_by_row
 from qdeploy.engines.macs import graph_macs, meant_int8
 from qdeploy.export.graph import save
 from qdeploy.export.lower import lower
-from qdeploy.export.passes.affine_norms import AffineNorms
 from qdeploy.export.passes.gathered_convolutions import GatheredConvolutions
 from qdeploy.export.passes.integer_products import IntegerProducts
 from qdeploy.export.passes.sunk_transpositions import SunkTranspositions
@@ -28,7 +27,7 @@ from qdeploy.export.passes.unsigned_codes import UnsignedCodes
 from qdeploy.export.trace import OUTPUT, trace
 from qdeploy.inputs import denoise
 from tests.export.test_passes import graph, keeps_away, operators, random_inputs, run
-from tests.helpers import MemoryRows, calibrating, relative, sqnr_db, tiny_unet
+from tests.helpers import MemoryRows, calibrating, relative, tiny_unet
 
 RANDOM = np.random.default_rng(3)
 ROUNDING = 2e-6  # sums of floats in another order
@@ -237,43 +236,6 @@ def test_groups_unknown_sizes_and_automatic_padding_stay_convolutions() -> None:
     for node in unknown.graph:
         node.outputs[0].shape = None
     assert not GatheredConvolutions()(unknown).modified
-
-
-# -- AffineNorms -------------------------------------------------------------------------------------------
-
-
-def norm(shape: str = "2,8,5,6", gamma: str = "g") -> ir.Model:
-    arrays = {"g": RANDOM.normal(size=8).astype(np.float32), "b": RANDOM.normal(size=8).astype(np.float32)}
-    computed = "h = Neg (g)" if gamma == "h" else ""
-    return graph(
-        f"""
-        agraph (float[{shape}] x) => (float[{shape}] y) {{
-            {computed}
-            y = GroupNormalization <num_groups = 4, epsilon = 0.001> (x, {gamma}, b)
-        }}
-        """,
-        **arrays,
-    )
-
-
-@pytest.mark.parametrize("shape", ["2,8,5,6", "3,8,7", "1,8,2,3,4"])
-def test_a_group_norm_becomes_a_factor_and_a_shift(shape: str) -> None:
-    found = Counter(fires(AffineNorms(), norm(shape)))
-    assert found["GroupNormalization"] == 0
-    assert found["ReduceMean"] == 4
-
-
-def test_a_large_mean_costs_digits_only() -> None:
-    """The variance is a difference of means: a mean of 30 deviations leaves 80 dB."""
-    model = norm()
-    x = {"x": (RANDOM.normal(size=(2, 8, 5, 6)) + 30).astype(np.float32)}
-    (before,) = run(model, x)
-    AffineNorms()(model)
-    assert sqnr_db(torch.from_numpy(before), torch.from_numpy(run(model, x)[0])) > 80
-
-
-def test_norms_of_computed_factors_stay() -> None:
-    keeps_away(AffineNorms(), norm(gamma="h"))
 
 
 # -- SunkTranspositions ------------------------------------------------------------------------------------

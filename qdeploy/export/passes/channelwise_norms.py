@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from qdeploy.export.graph import constant
-from qdeploy.export.writing import Size, Writer
+from qdeploy.export.writer import Writer
 
 OPSET = 21  # from here on, gamma and beta are per channel
 
@@ -23,11 +24,13 @@ class ChannelwiseNorms(InPlacePass):
     scale and a shift of one channel are computed in the layout that is there, and the latter within the
     kernel of the activation and the quantization that follow.
 
-    With the sum of squares ``n * E[x^2]`` from the L2 norm of the channels' L2 norms (Wu and He 2018, equations
-    1 to 3)::
+    (Wu and He 2018, equations 1 to 3)::
 
-        mean = mean over channels of mean(x)        var = norm(norm(x))^2 / n - mean^2
+        mean = mean over channels of mean(x)        var = E[x^2] - mean^2
         scale = gamma / sqrt(var + epsilon)         shift = beta - mean * scale
+
+    ``E[x^2]`` is the square of the L2 norm of the channels' L2 norms, by their number: one pass over x, without a
+    tensor of squares.
 
     In float32 the variance is off by about ``2^-23 * E[x^2]``: where the mean is a hundred times the deviation,
     by a thousandth.
@@ -39,6 +42,8 @@ class ChannelwiseNorms(InPlacePass):
     It does not fire where a size is unknown, nor where the output is an output of the graph.
     """
 
+    norms = True
+
     def call(self, model: ir.Model) -> PassResult:
         modified = False
         if model.opset_imports.get("", 0) < OPSET:
@@ -46,9 +51,19 @@ class ChannelwiseNorms(InPlacePass):
         for node in list(model.graph):
             sizes = _sizes(node)
             if sizes is not None:
-                _replace(model.graph, node, sizes)
+                _replace(model, node, sizes, self.norms)
                 modified = True
         return PassResult(model, modified)
+
+
+class ChannelwiseNormsByMeans(ChannelwiseNorms):
+    """`ChannelwiseNorms` with ``E[x^2]`` as the mean of squares.
+
+    ONNX Runtime's CPU provider takes means two to four times as fast as L2 norms (1.31), more than the tensor of
+    squares costs.
+    """
+
+    norms = False
 
 
 def _sizes(node: ir.Node) -> list[int] | None:
@@ -66,7 +81,7 @@ def _sizes(node: ir.Node) -> list[int] | None:
     return sizes
 
 
-def _replace(graph: ir.Graph, node: ir.Node, sizes: list[int]) -> None:
+def _replace(model: ir.Model, node: ir.Node, sizes: list[int], norms: bool) -> None:
     channels, *space = sizes
     groups = node.attributes["num_groups"].as_int()
     epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
@@ -75,11 +90,11 @@ def _replace(graph: ir.Graph, node: ir.Node, sizes: list[int]) -> None:
     assert x is not None
     assert x.shape is not None
     rows = x.shape[0]
-    write = Writer(graph, node)
+    write = Writer(model, node)
     one, each, wide = (rows, groups, 1), (rows, groups, members), (rows, channels, *[1] * len(space))
 
-    def op(kind: str, *inputs: ir.Value, shape: Iterable[Size] = one) -> ir.Value:
-        return write.op(kind, inputs, shape)
+    def op(kind: str, *inputs: ir.Value, shape: Sequence[Any] = one) -> ir.Value:
+        return write.node(kind, *inputs, shape=shape)
 
     def number(value: float) -> ir.Value:
         return write.constant(np.array(value, np.float32))
@@ -90,17 +105,22 @@ def _replace(graph: ir.Graph, node: ir.Node, sizes: list[int]) -> None:
     axes, members_axis = integers(*range(2, 2 + len(space))), integers(2)
     by_group, by_channel = integers(0, groups, members), integers(0, channels, *[1] * len(space))
 
-    def over_group(reduction: str) -> ir.Value:
-        channelwise = op(reduction, x, axes, shape=wide)
+    def over_group(reduction: str, values: ir.Value) -> ir.Value:
+        channelwise = op(reduction, values, axes, shape=wide)
         return op(reduction, op("Reshape", channelwise, by_group, shape=each), members_axis)
 
-    mean, norm = over_group("ReduceMean"), over_group("ReduceL2")
-    square = op("Mul", op("Mul", norm, norm), number(1 / (members * prod(space))))
+    mean = over_group("ReduceMean", x)
+    if norms:
+        norm = over_group("ReduceL2", x)
+        square = op("Mul", op("Mul", norm, norm), number(1 / (members * prod(space))))
+    else:
+        square = over_group("ReduceMean", op("Mul", x, x, shape=list(x.shape)))
     # rounding may leave a variance of nearly 0 below it
     variance = op("Relu", op("Sub", square, op("Mul", mean, mean)))
     deviation = op("Sqrt", op("Add", variance, number(epsilon)))
     gamma, beta = (write.constant(constant(value).reshape(groups, members)) for value in node.inputs[1:3])
     scale = op("Div", gamma, deviation, shape=each)
     shift = op("Sub", beta, op("Mul", mean, scale, shape=each), shape=each)
-    scaled = op("Mul", x, op("Reshape", scale, by_channel, shape=wide), shape=x.shape)
-    write.replace(op("Add", scaled, op("Reshape", shift, by_channel, shape=wide), shape=x.shape))
+    scaled = op("Mul", x, op("Reshape", scale, by_channel, shape=wide), shape=list(x.shape))
+    shifted = op("Add", scaled, op("Reshape", shift, by_channel, shape=wide), shape=list(x.shape))
+    write.replace(node.outputs[0], shifted)

@@ -7,7 +7,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from qdeploy.export.graph import producer
-from qdeploy.export.writing import Size, Writer
+from qdeploy.export.writer import Writer
 
 
 class PixelsAsTokens(InPlacePass):
@@ -32,7 +32,7 @@ class PixelsAsTokens(InPlacePass):
         for node in list(model.graph):
             rule = {"GroupNormalization": _norm, "Transpose": _to_tokens, "Reshape": _to_pixels}
             if node.op_type in rule and not node.outputs[0].is_graph_output():
-                modified |= rule[node.op_type](model.graph, node)
+                modified |= rule[node.op_type](model, node)
         return PassResult(model, modified)
 
 
@@ -55,16 +55,20 @@ def _flattened(value: ir.Value | None) -> tuple[ir.Node, ir.Value, list[int]] | 
     return node, node.inputs[0], image
 
 
-def _norm(graph: ir.Graph, node: ir.Node) -> bool:
+def _norm(model: ir.Model, node: ir.Node) -> bool:
     flattened = _flattened(node.inputs[0])
     if flattened is None:
         return False
     reshape, x, _ = flattened
-    write = Writer(graph, node)
-    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-    normal = write.op("GroupNormalization", [x, *node.inputs[1:]], x.shape, attributes)
-    like = {name: attribute.value for name, attribute in reshape.attributes.items()}
-    write.replace(write.op("Reshape", [normal, reshape.inputs[1]], reshape.outputs[0].shape, like))
+    write = Writer(model, node)
+    attributes, like = (
+        {name: attribute.value for name, attribute in one.attributes.items()} for one in (node, reshape)
+    )
+    normal = write.node("GroupNormalization", x, *node.inputs[1:], shape=x.shape, dtype=x.dtype, **attributes)
+    flat = write.node(
+        "Reshape", normal, reshape.inputs[1], shape=reshape.outputs[0].shape, dtype=x.dtype, **like
+    )
+    write.replace(node.outputs[0], flat)
     return True
 
 
@@ -75,19 +79,20 @@ def _swaps(node: ir.Node) -> bool:
     return tuple(node.attributes["perm"].as_ints()) == (0, 2, 1)
 
 
-def _to_tokens(graph: ir.Graph, node: ir.Node) -> bool:
+def _to_tokens(model: ir.Model, node: ir.Node) -> bool:
     flattened = _flattened(node.inputs[0])
     if flattened is None or not _swaps(node):
         return False
     _, x, (c, h, w) = flattened
     n = _rows(x)
-    write = Writer(graph, node)
-    last = write.op("Transpose", [x], (n, h, w, c), {"perm": (0, 2, 3, 1)})
-    write.replace(write.op("Reshape", [last, _shape(write, h * w, c)], (n, h * w, c)))
+    write = Writer(model, node)
+    last = write.node("Transpose", x, shape=(n, h, w, c), dtype=x.dtype, perm=(0, 2, 3, 1))
+    tokens = write.node("Reshape", last, _shape(write, h * w, c), shape=(n, h * w, c), dtype=x.dtype)
+    write.replace(node.outputs[0], tokens)
     return True
 
 
-def _to_pixels(graph: ir.Graph, node: ir.Node) -> bool:
+def _to_pixels(model: ir.Model, node: ir.Node) -> bool:
     transpose = producer(node.inputs[0])
     flat, image = _sizes(node.inputs[0], 3), _sizes(node.outputs[0], 4)
     if transpose is None or not _swaps(transpose) or flat is None or image is None:
@@ -96,13 +101,14 @@ def _to_pixels(graph: ir.Graph, node: ir.Node) -> bool:
     if flat != [c, h * w]:
         return False
     n = _rows(node.outputs[0])
-    write = Writer(graph, node)
-    last = write.op("Reshape", [transpose.inputs[0], _shape(write, h, w, c)], (n, h, w, c))
-    write.replace(write.op("Transpose", [last], (n, c, h, w), {"perm": (0, 3, 1, 2)}))
+    write, kind = Writer(model, node), node.outputs[0].dtype
+    last = write.node("Reshape", transpose.inputs[0], _shape(write, h, w, c), shape=(n, h, w, c), dtype=kind)
+    pixels = write.node("Transpose", last, shape=(n, c, h, w), dtype=kind, perm=(0, 3, 1, 2))
+    write.replace(node.outputs[0], pixels)
     return True
 
 
-def _rows(value: ir.Value) -> Size:
+def _rows(value: ir.Value) -> int | ir.SymbolicDim:
     assert value.shape is not None
     return value.shape[0]
 

@@ -7,7 +7,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from qdeploy.export.graph import constant, producer
-from qdeploy.export.writing import Writer
+from qdeploy.export.writer import Writer
 
 
 class ScaledScores(InPlacePass):
@@ -35,7 +35,7 @@ class ScaledScores(InPlacePass):
                 if found is not None:
                     node.replace_input_with(position, found[0])
                     factor *= found[1]
-            _scale_output(model.graph, node, factor)
+            _scale_output(model, node, factor)
             modified = True
         return PassResult(model, modified)
 
@@ -54,10 +54,10 @@ def _scaled(value: ir.Value | None) -> tuple[ir.Value, np.float32] | None:
     return None
 
 
-def _scale_output(graph: ir.Graph, node: ir.Node, factor: np.float32) -> None:
+def _scale_output(model: ir.Model, node: ir.Node, factor: np.float32) -> None:
     product = node.outputs[0]
     users = list(product.uses())
-    write = Writer(graph, node, behind=True)
-    scaled = write.op("Mul", [product, write.constant(np.array(factor))], product.shape)
+    write = Writer(model, node, behind=True)
+    scaled = write.node("Mul", product, write.constant(np.array(factor)), shape=product.shape)
     for user, position in users:
         user.replace_input_with(position, scaled)

@@ -6,7 +6,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from qdeploy.export.graph import constant, producer
-from qdeploy.export.writing import Writer
+from qdeploy.export.writer import Writer
 
 # A size in terms of another value's axis, counted from the front; or a number.
 Axis = tuple[int, int] | int
@@ -35,8 +35,11 @@ class TransposedKeys(InPlacePass):
                 continue
             shape = list(x.shape)
             order = [*range(len(shape) - 2), len(shape) - 1, len(shape) - 2]
-            write = Writer(model.graph, node)
-            write.replace(write.op("Transpose", [x], [shape[axis] for axis in order], {"perm": order}))
+            write = Writer(model, node)
+            swapped = write.node(
+                "Transpose", x, shape=[shape[axis] for axis in order], dtype=x.dtype, perm=order
+            )
+            write.replace(node.outputs[0], swapped)
             modified = True
         return PassResult(model, modified)
 
