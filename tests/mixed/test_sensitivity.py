@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import Result
 from torch import nn
 
 import qdeploy
@@ -230,6 +232,26 @@ def test_what_cannot_be_measured_is_refused(
             qdeploy.sensitivity(ddpm, tmp_path / "s", calibration=data, **given)  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match="sensitivity"):
         qdeploy.sensitivity(measured.path, tmp_path / "s", calibration=data)
+
+
+def test_the_commands_print_rankings_and_budgets_as_json(
+    qdeploy: Callable[..., Result], ddpm: Path, data: Artifact, tmp_path: Path
+) -> None:
+    common = ("--calibration", data.path, "--json")
+    harm = qdeploy("sensitivity", ddpm, "-o", tmp_path / "s", "--cheap", "--rows", 8, *common)
+    assert harm.exit_code == 0, harm.output
+    told = json.loads(harm.stdout)
+    assert told["kind"] == "sensitivity"
+    assert told["ranking"] == [layer["path"] for layer in told["layers"]]
+    asked = ("--budget", "size=26%", "--sensitivity", tmp_path / "s", "--effort", "fast", *common)
+    made = qdeploy("calibrate", ddpm, "-o", tmp_path / "c", *asked)
+    assert made.exit_code == 0, made.output
+    budget = json.loads(made.stdout)["budget"]
+    assert budget["chosen"]["size"] <= budget["bounds"]["size"]
+    refused = qdeploy("calibrate", ddpm, "-o", tmp_path / "d", "--budget", "size=1%", *asked[2:])
+    assert refused.exit_code == 2
+    shown = qdeploy("sensitivity", ddpm, "-o", tmp_path / "s", "--cheap", "--rows", 8, *common[:2])
+    assert told["ranking"][0] in shown.stdout
 
 
 def test_agreement_counts_what_both_rankings_have_in_front() -> None:
