@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -139,6 +140,11 @@ def test_more_bits_do_less_harm_and_every_covered_layer_is_ranked(measured: Arti
         for layer in report["layers"]
     ]
     assert totals == sorted(totals, reverse=True)
+    shown = [(layer["name"], layer["bits"], layer["harm_db"]) for layer in report["layers"]]
+    assert [harm for _, _, harm in shown] == pytest.approx(
+        [10 * math.log10(total) for total in totals], abs=0.01
+    )
+    assert {bits for _, bits, _ in shown} == {4}
     assert (
         sorted(report["rankings"]["cheap"])
         == sorted(report["ranking"])
