@@ -233,7 +233,7 @@ def test_a_full_disk_is_explained_and_leaves_nothing(ddpm: Path, tmp_path: Path)
     ("option", "value"),
     [
         ("--method", "magic"),
-        ("--weights", "int3"),
+        ("--weights", "int2"),
         ("--activations", "fp7"),
         ("--coverage", "some"),
         ("--target", "abacus"),
@@ -263,7 +263,7 @@ def test_unknown_backends_targets_and_schedulers_are_refused(
     ("options", "words"),
     [
         (("--activations", "uint8"), ("portable", "uint8")),
-        (("--weights", "int6"), ("portable", "int6")),
+        (("--weights", "uint6"), ("portable", "uint6")),
         (("--coverage", "qdiffusion-paper", "--target", "portable"), ("portable", "attention")),
         (("--weights", "none", "--activations", "none"), ("nothing",)),
     ],

@@ -32,7 +32,7 @@ class Limit:
 
     def bound(self, full: int) -> int:
         """The bound, for a network that costs ``full`` in 32-bit floats."""
-        return int(self.amount * full) if self.share else int(self.amount)
+        return int(self.amount * full) if self.share else round(self.amount)
 
 
 def parse_budget(words: str | Sequence[str]) -> dict[str, Limit]:
@@ -61,4 +61,6 @@ def in_words(cost: str, amount: int) -> str:
     """A cost as `parse_budget` reads it, rounded up, so that what costs as much fits."""
     units = [("GB", 10**9), ("MB", 10**6), ("kB", 10**3)] if cost == SIZE else [("G", 10**9), ("M", 10**6)]
     unit, scale = next(((name, scale) for name, scale in units if amount >= scale), ("", 1))
-    return f"{cost}={-(-amount * 1000 // scale) / 1000:g}{unit}" if scale > 1 else f"{cost}={amount}"
+    thousandths = -(-amount * 1000 // scale)
+    number = f"{thousandths // 1000}.{thousandths % 1000:03d}".rstrip("0").rstrip(".")
+    return f"{cost}={number}{unit}"

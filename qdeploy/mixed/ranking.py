@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qdeploy.formats import NONE
 from qdeploy.mixed.options import ACTIVATIONS, WEIGHTS
 
 TOP = 10
@@ -69,7 +70,14 @@ def _rounded(harm: Harm) -> dict[str, dict[str, float]]:
 
 def score(harm: Harm, weights: str, activations: str) -> float:
     """Harm of a layer with both parts quantized: errors of weight and input are independent, powers add."""
-    return harm[WEIGHTS].get(weights, 0.0) + harm[ACTIVATIONS].get(activations, 0.0)
+    return _of(harm[WEIGHTS], weights) + _of(harm[ACTIVATIONS], activations)
+
+
+def _of(found: Mapping[str, float], name: str) -> float:
+    """Harm of a format; of the only one that was tried, as of a layer of a checkpoint, whatever its name."""
+    if name == NONE or not found:
+        return 0.0
+    return next(iter(found.values())) if len(found) == 1 else found[name]
 
 
 def ranked(layers: Sequence[LayerHarm], weights: str, activations: str, exact: bool) -> list[str]:

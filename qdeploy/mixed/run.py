@@ -29,7 +29,7 @@ from qdeploy.inputs import denoise
 from qdeploy.mixed.exact import Exact
 from qdeploy.mixed.first_order import first_order
 from qdeploy.mixed.options import ACTIVATIONS, WEIGHTS, Subject, quantized_to
-from qdeploy.mixed.ranking import LayerHarm, agreement, ranked
+from qdeploy.mixed.ranking import LayerHarm, agreement, harm_db, ranked, score
 from qdeploy.mixed.rows import Rows, choose_rows
 from qdeploy.mixed.work import Work, work_of
 from qdeploy.paths import default_output
@@ -256,13 +256,21 @@ def _by_format(subject: Subject, noise: Tensor) -> dict[str, dict[str, float]]:
     return harm
 
 
+def _in_short(layer: LayerHarm, formats: dict[str, str]) -> dict[str, Any]:
+    """What a list of layers shows: the harm in the formats of the ranking, in dB; more is worse."""
+    stored = parse_format(formats["weights"])
+    harm = score(layer.best, **formats)
+    bits = None if stored is None else stored.bits
+    return {"name": layer.path, "bits": bits, "harm_db": round(-harm_db(harm), 2)}
+
+
 def _report(work: Work, rows: Rows, probes: int, layers: list[LayerHarm], exact: bool) -> dict[str, Any]:
     formats = {"weights": work.recipe.weights, "activations": work.recipe.activations}
     rankings = {"cheap": ranked(layers, **formats, exact=False)}
     if exact:
         rankings["exact"] = ranked(layers, **formats, exact=True)
     order = rankings.get("exact", rankings["cheap"])
-    by_path = {layer.path: layer.to_json() for layer in layers}
+    by_path = {layer.path: layer.to_json() | _in_short(layer, formats) for layer in layers}
     return {
         "harm_is": "power of the prediction's error by that of the prediction, one layer quantized alone, mean "
         "over timesteps",

@@ -62,7 +62,7 @@ def _lines(file: Path, stream: BinaryIO) -> Iterator[str]:
         except UnicodeDecodeError as error:
             raise InvalidInputError(f"{file} is no UTF-8 text, first in line {number}") from error
         if "\0" in text:
-            raise InvalidInputError(f"{file} is no text: line {number} holds a null character")
+            raise InvalidInputError(f"{file} is no UTF-8 text: line {number} holds a null character")
         if text:
             yield text
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import Result
 from torch import nn
 
 import qdeploy
@@ -137,6 +140,11 @@ def test_more_bits_do_less_harm_and_every_covered_layer_is_ranked(measured: Arti
         for layer in report["layers"]
     ]
     assert totals == sorted(totals, reverse=True)
+    shown = [(layer["name"], layer["bits"], layer["harm_db"]) for layer in report["layers"]]
+    assert [harm for _, _, harm in shown] == pytest.approx(
+        [10 * math.log10(total) for total in totals], abs=0.01
+    )
+    assert {bits for _, bits, _ in shown} == {4}
     assert (
         sorted(report["rankings"]["cheap"])
         == sorted(report["ranking"])
@@ -230,6 +238,26 @@ def test_what_cannot_be_measured_is_refused(
             qdeploy.sensitivity(ddpm, tmp_path / "s", calibration=data, **given)  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match="sensitivity"):
         qdeploy.sensitivity(measured.path, tmp_path / "s", calibration=data)
+
+
+def test_the_commands_print_rankings_and_budgets_as_json(
+    qdeploy: Callable[..., Result], ddpm: Path, data: Artifact, tmp_path: Path
+) -> None:
+    common = ("--calibration", data.path, "--json")
+    harm = qdeploy("sensitivity", ddpm, "-o", tmp_path / "s", "--cheap", "--rows", 8, *common)
+    assert harm.exit_code == 0, harm.output
+    told = json.loads(harm.stdout)
+    assert told["kind"] == "sensitivity"
+    assert told["ranking"] == [layer["path"] for layer in told["layers"]]
+    asked = ("--budget", "size=26%", "--sensitivity", tmp_path / "s", "--effort", "fast", *common)
+    made = qdeploy("calibrate", ddpm, "-o", tmp_path / "c", *asked)
+    assert made.exit_code == 0, made.output
+    budget = json.loads(made.stdout)["budget"]
+    assert budget["chosen"]["size"] <= budget["bounds"]["size"]
+    refused = qdeploy("calibrate", ddpm, "-o", tmp_path / "d", "--budget", "size=1%", *asked[2:])
+    assert refused.exit_code == 2
+    shown = qdeploy("sensitivity", ddpm, "-o", tmp_path / "s", "--cheap", "--rows", 8, *common[:2])
+    assert told["ranking"][0] in shown.stdout
 
 
 def test_agreement_counts_what_both_rankings_have_in_front() -> None:
