@@ -147,6 +147,9 @@ def train_denoiser(output: Path, vae: Any, seed: int, steps: int, device: str) -
             feature_extractor=None,
             requires_safety_checker=False,
         )
+        # What was loaded would tell the path it was loaded from.
+        for part in (vae, model.unet):
+            part.register_to_config(_name_or_path="")
         pipeline.save_pretrained(output)
 
     fit(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,11 @@ from qdeploy.evaluate.features import FeatureNetwork
 from qdeploy.evaluate.metrics.attributes import Tally, attribute_accuracy
 from qdeploy.evaluate.metrics.frechet import fd_local
 from qdeploy.runtime.pipeline import generate
+from qdeploy.zoo import train_scenes
 from qdeploy.zoo.attribute_network import FOLDER, AttributeNetwork
 from qdeploy.zoo.judge_scenes import held_out_prompts, sampled
 from qdeploy.zoo.scene_captions import caption, wanted
-from qdeploy.zoo.scene_text import TOKENS, words, write_tokenizer
+from qdeploy.zoo.scene_text import TOKENS, tokenize, words, write_tokenizer
 from qdeploy.zoo.train_scenes_reader import drawn, worsened
 from qdeploy.zoo.train_scenes_vae import crops, pictures, standardize
 from qdeploy.zoo.training import Draws
@@ -198,3 +201,21 @@ def test_held_out_prompts_are_of_every_kind() -> None:
         True,
         True,
     ] * 4
+
+
+def test_a_finished_model_is_trained_further(
+    pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_scenes, "SCENES", 500)
+    folder = tmp_path / "scenes"
+    shutil.copytree(MODEL.path, folder)
+    (folder / "training.log").unlink()
+    train_scenes.train_denoiser(folder, pipeline.vae, seed=1, steps=2, device="cpu")
+    (record,) = (json.loads(line) for line in (folder / "training.log").read_text().splitlines())
+    assert record["loss"] < 0.5  # an untrained network's is 1
+    assert not [file for file in folder.rglob("*.json") if str(tmp_path) in file.read_text()]
+    further = open_model(folder).pipeline()
+    texts = tokenize(further.tokenizer, held_out_prompts(4))
+    with torch.no_grad():
+        before, after = pipeline.text_encoder(texts)[0], further.text_encoder(texts)[0]
+    assert 0 < (after - before).abs().mean() < 0.2 * before.abs().mean()
