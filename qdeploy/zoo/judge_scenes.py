@@ -65,7 +65,7 @@ def picture(images: Tensor, prompts: Sequence[str], file: Path) -> None:
         words = prompt.replace(" on a ", "\non a ")
         for relation in (" left of ", " right of ", " above ", " below "):
             words = words.replace(relation, f"\n{relation.strip()} ")
-        axes.set_title(words, fontsize=7, y=-0.02, va="top")
+        axes.set_title(words, fontsize=7, y=-0.05, va="top")
     figure.savefig(file)
 
 

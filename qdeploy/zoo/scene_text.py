@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +28,10 @@ def write_tokenizer(folder: Path) -> None:
 
     Any other word falls into pieces, down to the single byte: no text is unknown.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import pre_tokenizers
 
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=2**16,
-        min_frequency=1,
-        initial_alphabet=alphabet,
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    learner.train_from_iterator(words(), trainer)
-    merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
+    merges = _learn_merges()
     pieces = [*alphabet, *(letter + "</w>" for letter in alphabet), *(a + b for a, b in merges), _START, _END]
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
@@ -50,6 +42,32 @@ def write_tokenizer(folder: Path) -> None:
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": TOKENS, **special}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
+
+
+def _learn_merges() -> list[tuple[str, str]]:
+    """Byte-pair encoding (Sennrich et al. 2016, algorithm 1) until every word is one piece.
+
+    Of equally frequent pairs the first in alphabetical order is merged, so that every run learns the same;
+    the trainer of ``tokenizers`` does not promise that.
+    """
+    texts = [[*word[:-1], word[-1] + "</w>"] for word in words()]
+    merges = []
+    while any(len(text) > 1 for text in texts):
+        pairs = Counter(pair for text in texts for pair in pairwise(text))
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        texts = [_merged(text, best) for text in texts]
+    return merges
+
+
+def _merged(text: list[str], pair: tuple[str, str]) -> list[str]:
+    merged: list[str] = []
+    for piece in text:
+        if merged and (merged[-1], piece) == pair:
+            merged[-1] += piece
+        else:
+            merged.append(piece)
+    return merged
 
 
 def new_text_encoder(tokenizer: Any) -> Any:

@@ -3,7 +3,8 @@
     python -m qdeploy.zoo.train_scenes --output scenes
 
 Trains the autoencoder, the attribute network, then the text encoder and the U-Net together. One seed
-decides everything; a run that was stopped continues from its last snapshot.
+decides everything; a run that was stopped continues from its last snapshot, and a finished model is trained
+further.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from qdeploy.zoo.scene_captions import caption
 from qdeploy.zoo.scene_drawing import draw, random_layout
 from qdeploy.zoo.scene_text import WIDTH, new_text_encoder, tokenize, write_tokenizer
 from qdeploy.zoo.scene_world import Scene, random_scene
+from qdeploy.zoo.train_scenes_reader import STEPS as READER_STEPS
+from qdeploy.zoo.train_scenes_reader import train_reader
 from qdeploy.zoo.train_scenes_vae import LATENT_CHANNELS, train_vae
 from qdeploy.zoo.train_scenes_vae import STEPS as VAE_STEPS
 from qdeploy.zoo.training import Draws, fit, forget
@@ -73,7 +76,7 @@ def training_latents(vae: Any, output: Path, seed: int, device: str) -> tuple[li
     """The training scenes, and mean and deviation ``[N, 8, 8, 8]`` of their latents, kept in a file."""
     from safetensors.torch import load_file, save_file
 
-    file = output / "latents.safetensors"
+    file = output / _LATENTS
     scenes: list[Scene] = []
     parts: list[tuple[Tensor, Tensor]] = []
     stored = load_file(file) if file.exists() else None
@@ -100,12 +103,17 @@ def training_latents(vae: Any, output: Path, seed: int, device: str) -> tuple[li
 def train_denoiser(output: Path, vae: Any, seed: int, steps: int, device: str) -> None:
     """Train text encoder and U-Net on velocities with dropped prompts; write the whole pipeline."""
     from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTokenizer
 
     write_tokenizer(output / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(output / "tokenizer")
     torch.manual_seed(seed)
-    model = Conditional(new_text_encoder(tokenizer), UNet2DConditionModel(**UNET)).to(device)
+    if (output / "unet").exists():
+        text_encoder = CLIPTextModel.from_pretrained(output / "text_encoder").train()
+        unet = UNet2DConditionModel.from_pretrained(output / "unet").train()
+    else:
+        text_encoder, unet = new_text_encoder(tokenizer), UNet2DConditionModel(**UNET)
+    model = Conditional(text_encoder, unet).to(device)
     scenes, means, deviations = training_latents(vae, output, seed, device)
     scale = vae.config.scaling_factor
     noising: Any = DDPMScheduler(**{k: v for k, v in SCHEDULER.items() if k in _NOISING})
@@ -139,6 +147,9 @@ def train_denoiser(output: Path, vae: Any, seed: int, steps: int, device: str) -
             feature_extractor=None,
             requires_safety_checker=False,
         )
+        # What was loaded would tell the path it was loaded from.
+        for part in (vae, model.unet):
+            part.register_to_config(_name_or_path="")
         pipeline.save_pretrained(output)
 
     fit(
@@ -155,6 +166,7 @@ def train_denoiser(output: Path, vae: Any, seed: int, steps: int, device: str) -
     write()
 
 
+_LATENTS = "latents.safetensors"
 _NOISING = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
 
 
@@ -162,8 +174,10 @@ def main() -> None:
     """Train all networks into ``--output``."""
     chosen = options("zoo's scenes", STEPS)
     vae = train_vae(chosen.output, chosen.seed, VAE_STEPS, chosen.device)
+    train_reader(chosen.output, chosen.seed, READER_STEPS, chosen.device)
     train_denoiser(chosen.output, vae, chosen.seed, chosen.steps, chosen.device)
     forget(chosen.output)
+    (chosen.output / _LATENTS).unlink()
 
 
 if __name__ == "__main__":
