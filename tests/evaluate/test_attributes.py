@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from scipy.stats import binomtest
 
-from qdeploy.evaluate.metrics.attributes import ATTRIBUTES, Tally, attribute_accuracy, judge, wilson
+from qdeploy.evaluate.intervals import of_share
+from qdeploy.evaluate.metrics.attributes import ATTRIBUTES, AttributesMeter, Tally, attribute_accuracy, judge
+from qdeploy.evaluate.metrics.base import Pair
 from qdeploy.zoo.attribute_network import Found, Reading
 from qdeploy.zoo.scene_captions import wanted
 
@@ -25,12 +26,6 @@ def verdict(prompt: str, shown: Reading) -> dict[str, bool]:
 
 def wrong(prompt: str, shown: Reading) -> set[str]:
     return {name for name, right in verdict(prompt, shown).items() if not right}
-
-
-@pytest.mark.parametrize(("right", "count"), [(0, 5), (5, 5), (1, 1), (93, 100), (480, 512)])
-def test_the_interval_is_that_of_scipy(right: int, count: int) -> None:
-    oracle = binomtest(right, count).proportion_ci(0.95, method="wilson")
-    assert wilson(right, count) == pytest.approx((oracle.low, oracle.high), abs=1e-12)
 
 
 def test_a_right_picture_is_right_in_all() -> None:
@@ -107,17 +102,37 @@ def test_a_tally_counts_each_attribute_over_the_prompts_that_ask_for_it() -> Non
         "count": (1.0, 2),
         "background": (1.0, 1),
     }
-    assert result["colour"]["interval"] == [round(bound, 4) for bound in wilson(1, 2)]
+    assert result["colour"]["interval"] == [round(bound, 4) for bound in of_share(1, 2)]
+
+
+class Eyes:
+    """Sees a green star wherever there is light, and nothing in the dark."""
+
+    def read(self, images: torch.Tensor) -> list[Reading]:
+        star = ("star", "green", "small", 10, 10)
+        return [reading(*[star] if image.max() > 0 else []) for image in images]
 
 
 def test_images_are_read_and_set_beside_their_prompts() -> None:
-    class Eyes:
-        def read(self, images: torch.Tensor) -> list[Reading]:
-            return [reading(("star", "green", "small", 10, 10)) for _ in images]
-
     prompts = ["a green star", "a red star", "a green star"]
-    values = attribute_accuracy(torch.zeros(3, 3, 64, 64), prompts, Eyes())  # type: ignore[arg-type]
+    values = attribute_accuracy(torch.ones(3, 3, 64, 64), prompts, Eyes())  # type: ignore[arg-type]
     assert values["colour"]["accuracy"] == pytest.approx(2 / 3, abs=1e-4)
     assert values["shape"]["accuracy"] == 1.0
     with pytest.raises(ValueError, match="zip"):
-        attribute_accuracy(torch.zeros(2, 3, 64, 64), prompts, Eyes())  # type: ignore[arg-type]
+        attribute_accuracy(torch.ones(2, 3, 64, 64), prompts, Eyes())  # type: ignore[arg-type]
+
+
+def test_a_check_sets_the_subject_beside_the_reference() -> None:
+    meter = AttributesMeter(Eyes())  # type: ignore[arg-type]
+    assert meter.result() is None
+    light, dark = torch.ones(2, 3, 8, 8), torch.zeros(2, 3, 8, 8)
+    meter.add(Pair([], light, dark))  # without prompts nothing can be asked for
+    assert meter.result() is None
+    meter.add(Pair([], light, light, ["a green star", "a red star"]))
+    meter.add(Pair([], light, dark, ["a green star", "a green star"]))
+    result = meter.result()
+    assert result is not None
+    shape, colour = result["shape"], result["colour"]
+    assert (shape["accuracy"], shape["of_the_reference"], shape["count"]) == (0.5, 1.0, 4)
+    assert (colour["accuracy"], colour["of_the_reference"]) == (0.25, 0.75)
+    assert result["reference"] == "the prompts"

@@ -170,6 +170,14 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     assert hits["share"] >= 362
 
 
+@pytest.mark.parametrize(("hits", "count"), [(0, 5), (5, 5), (1, 1), (93, 100), (480, 512)])
+def test_the_interval_of_a_share_is_that_of_scipy(hits: int, count: int) -> None:
+    from scipy.stats import binomtest
+
+    oracle = binomtest(hits, count).proportion_ci(0.95, method="wilson")
+    assert of_share(hits, count) == pytest.approx([oracle.low, oracle.high], abs=1e-12)
+
+
 def test_the_jackknife_of_a_mean_is_the_usual_error_of_a_mean() -> None:
     values = noise(10).double()
     low, high = of_statistic(lambda rows: float(values[rows].mean()), 10) or (0, 0)

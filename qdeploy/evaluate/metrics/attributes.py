@@ -6,37 +6,21 @@ For models that come with an attribute network, which reads things, colours and 
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
-from scipy.stats import norm
 from torch import Tensor
 
-from qdeploy.zoo.attribute_network import AttributeNetwork, Found, Reading
+from qdeploy.denoiser import Model
+from qdeploy.evaluate.intervals import of_share
+from qdeploy.evaluate.metrics.base import Metric, Pair
+from qdeploy.zoo.attribute_network import FOLDER, AttributeNetwork, Found, Reading
 from qdeploy.zoo.scene_captions import Wanted, wanted
 
 ATTRIBUTES = ("shape", "colour", "size", "count", "relation", "background")
-_CONFIDENCE = 0.95
-
-
-def wilson(right: int, count: int, confidence: float = _CONFIDENCE) -> tuple[float, float]:
-    """Wilson's score interval of a share (Wilson 1927, equation 5); it holds for few samples and for shares near 1.
-
-    Args:
-        right: successes.
-        count: trials, at least one.
-        confidence: of the interval.
-    """
-    z = float(norm.ppf((1 + confidence) / 2))
-    share = right / count
-    middle = share + z**2 / (2 * count)
-    half = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    below, above = ((middle + sign * half) / (1 + z**2 / count) for sign in (-1, 1))
-    return max(0.0, below), min(1.0, above)
 
 
 def judge(asked: Wanted, reading: Reading) -> dict[str, bool]:
@@ -111,7 +95,7 @@ class Tally:
                 right = self.right[name]
                 values[name] = {
                     "accuracy": round(right / count, 4),
-                    "interval": [round(bound, 4) for bound in wilson(right, count)],
+                    "interval": [round(bound, 4) for bound in of_share(right, count)],
                     "count": count,
                 }
         return values
@@ -134,3 +118,40 @@ def attribute_accuracy(
     for prompt, reading in zip(prompts, network.read(images), strict=True):
         tally.add(prompt, reading)
     return tally.result()
+
+
+class AttributesMeter:
+    """Attribute accuracy of the subject's images, and of the reference's from the same seeds and prompts.
+
+    Args:
+        network: reads the images.
+    """
+
+    def __init__(self, network: AttributeNetwork) -> None:
+        self._network = network
+        self._subject, self._reference = Tally(), Tally()
+
+    def add(self, pair: Pair) -> None:
+        if pair.prompts is None:
+            return
+        for tally, images in ((self._subject, pair.images), (self._reference, pair.expected_images)):
+            for prompt, reading in zip(pair.prompts, self._network.read(images), strict=True):
+                tally.add(prompt, reading)
+
+    def result(self) -> dict[str, Any] | None:
+        """For each attribute ``accuracy``, ``interval``, ``count`` and ``of_the_reference``."""
+        own, theirs = self._subject.result(), self._reference.result()
+        if not own:
+            return None
+        return {
+            **{name: {**value, "of_the_reference": theirs[name]["accuracy"]} for name, value in own.items()},
+            "reference": "the prompts",
+        }
+
+
+def _start(model: Model) -> AttributesMeter | None:
+    folder = model.path / FOLDER
+    return AttributesMeter(AttributeNetwork.load(folder)) if folder.is_dir() else None
+
+
+METRIC = Metric("attributes", "share of images that show what their prompts ask for, by attribute", _start)
