@@ -28,7 +28,6 @@ from qdeploy.engines.measure import (
     repeat_rows,
     row_by_row,
 )
-from qdeploy.engines.placement.place import Placer
 from qdeploy.engines.registry import PRECISIONS, Backend, backends, find_backend
 from qdeploy.errors import CapabilityError, InvalidInputError, UsageError
 from qdeploy.paths import default_output
@@ -121,6 +120,8 @@ def build_engine(
         graph = source.file(f"{facts['component']}/model.onnx")
         searched: dict[str, Any] = {}
         if optimize_for:
+            from qdeploy.engines.placement.place import Placer
+
             placement = Placer(chosen, source, draft, facts).search(min_sqnr)
             graph, searched = placement.graph, {"placement": placement.to_json()}
             facts["quantizers_left_out"] = list(placement.floats)

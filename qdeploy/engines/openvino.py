@@ -84,9 +84,8 @@ class OpenVINOEngine(Engine):
         weights = artifact.path / self.component / MODEL.replace(".xml", ".bin")
         small = weights.is_file() and weights.stat().st_size <= LARGEST_BYTES
         self._blobs = Blobs(files, f"openvino {openvino.__version__}") if files and small else None
-        self._imported: set[tuple[tuple[int, ...], ...]] = (
-            set()
-        )  # shapes whose model an earlier process compiled
+        # Shapes whose model an earlier process compiled.
+        self._imported: set[tuple[tuple[int, ...], ...]] = set()
         self._requests: OrderedDict[tuple[tuple[int, ...], ...], tuple[Any, tuple[int, ...]]] = OrderedDict()
 
     def _request(self, inputs: dict[str, Tensor]) -> tuple[Any, tuple[int, ...]]:
@@ -143,30 +142,31 @@ class OpenVINOEngine(Engine):
 
     def _kernels(self, inputs: dict[str, Tensor], calls: int) -> list[Kernel]:
         compiled = self._request(inputs)[0].get_compiled_model()
-        if tuple(tuple(inputs[name].shape) for name in self.ports) in self._imported:
+        if calls:
+            compiled = self._compile(inputs, PERF_COUNT="YES")
+        elif tuple(tuple(inputs[name].shape) for name in self.ports) in self._imported:
             # A compiled model that was kept has lost the names of layers that were fused.
             compiled = self._compile(inputs)
         executed = compiled.get_runtime_model()
         kernels = [kernel for op in executed.get_ordered_ops() if (kernel := kernel_of(op)) is not None]
-        if not calls:
-            return kernels
-        times = self._kernel_times(inputs, calls)
+        times = _kernel_times(compiled, inputs, calls) if calls else {}
         return [replace(kernel, ms=times.get(kernel.name)) for kernel in kernels]
-
-    def _kernel_times(self, inputs: dict[str, Tensor], calls: int) -> dict[str, float]:
-        """Median times in ms by kernel, from a second compiled model that keeps counters."""
-        request = self._compile(inputs, PERF_COUNT="YES").create_infer_request()
-        for name, x in inputs.items():
-            request.set_tensor(name, _shared(x))
-        times: dict[str, list[float]] = {}
-        for call in range(calls + 1):
-            request.infer()
-            for told in request.get_profiling_info() if call else ():  # the first call is slower
-                times.setdefault(told.node_name, []).append(told.real_time.total_seconds() * 1e3)
-        return {name: round(median(values), 6) for name, values in times.items()}
 
     def close(self) -> None:
         self._requests.clear()
+
+
+def _kernel_times(compiled: Any, inputs: dict[str, Tensor], calls: int) -> dict[str, float]:
+    """Median times in ms by kernel, of a compiled model that keeps counters."""
+    request = compiled.create_infer_request()
+    for name, x in inputs.items():
+        request.set_tensor(name, _shared(x))
+    times: dict[str, list[float]] = {}
+    for call in range(calls + 1):
+        request.infer()
+        for told in request.get_profiling_info() if call else ():  # the first call is slower
+            times.setdefault(told.node_name, []).append(told.real_time.total_seconds() * 1e3)
+    return {name: round(median(values), 6) for name, values in times.items()}
 
 
 def _shared(x: Tensor) -> Any:

@@ -35,7 +35,7 @@ _SECONDS = 120.0
 _LEAST_ROWS = 2
 # Kernels are timed over so many calls, so many times in turns: the least of the medians is what a kernel takes
 # when nothing else disturbs it.
-_CALLS, _LOOKS = 4, 5
+_CALLS, _LOOKS = 5, 3
 _SAME = 0.02  # engines whose times differ by less are equally fast: the most exact of them is taken
 _TRIES = 6  # engines that are built to meet a least SQNR
 _ROUNDS, _RACE_SECONDS, _FAMILY_SECONDS = 15, 20.0, 4.0
