@@ -12,8 +12,6 @@ factor of its own, which engines fuse, instead of being folded into what comes b
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +20,9 @@ from qdeploy.calibrate.fakequant import QuantizedLayer
 from qdeploy.calibrate.methods import RESULTS, Method, Stage
 from qdeploy.calibrate.ranges import WEIGHT_FINDERS, check_finder
 from qdeploy.calibrate.session import Session
-from qdeploy.calibrate.smoothing import smooth, smoothing_groups
+from qdeploy.calibrate.smoothing import look_at_inputs, smooth, smoothing_groups
 from qdeploy.errors import UsageError
-from qdeploy.inputs import denoise
-from qdeploy.progress import say, track
+from qdeploy.progress import say
 
 TOKENS = 1024  # rows of a layer's input that its error is measured on
 
@@ -114,21 +111,14 @@ def _batches(groups: list[list[QuantizedLayer]], memory: int) -> Iterator[list[l
 
 def _inputs(session: Session, groups: list[list[QuantizedLayer]]) -> list[Tensor]:
     """[N, C] of what each group reads in full precision: about `TOKENS` rows, evenly from all calls."""
-    rows, batch = session.rows(), session.effort.batch
-    share = -(-TOKENS // -(-len(rows) // batch))
+    share = -(-TOKENS // -(-len(session.rows()) // session.effort.batch))
     seen: dict[int, list[Tensor]] = {id(group[0]): [] for group in groups}
 
-    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0].detach().flatten(0, -2)
-        seen[id(module)].append(x[:: max(1, len(x) // share)][:share].float())
+    def see(layer: QuantizedLayer, x: Tensor) -> None:
+        tokens = x.flatten(0, -2)
+        seen[id(layer)].append(tokens[:: max(1, len(tokens) // share)][:share].float())
 
-    with ExitStack() as stack:
-        for group in groups:
-            stack.callback(group[0].register_forward_pre_hook(before).remove)
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(session.teacher())
-        for start in track(range(0, len(rows), batch), "salient channels"):
-            denoise(session.denoiser, session.inputs(rows[start : start + batch]))
+    look_at_inputs(session, groups, see, "salient channels")
     return [torch.cat(seen[id(group[0])]) for group in groups]
 
 

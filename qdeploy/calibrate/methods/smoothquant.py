@@ -7,19 +7,15 @@ an activation function; engines fuse it.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qdeploy.calibrate.fakequant import QuantizedLayer
 from qdeploy.calibrate.methods import RESULTS, Method, Stage
 from qdeploy.calibrate.session import Session
-from qdeploy.calibrate.smoothing import smooth, smoothing_groups
+from qdeploy.calibrate.smoothing import look_at_inputs, smooth, smoothing_groups
 from qdeploy.errors import UsageError
-from qdeploy.inputs import denoise
-from qdeploy.progress import say, track
+from qdeploy.progress import say
 
 LAYERS = ("linear", "all")
 
@@ -75,19 +71,11 @@ def _channel_ranges(session: Session, groups: list[list[QuantizedLayer]]) -> lis
     """[C] max |X_j| of what each group reads, over the calibration rows in full precision."""
     highs: dict[int, Tensor] = {}
 
-    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-        assert isinstance(module, QuantizedLayer)
-        high = args[0].detach().abs().movedim(module.feature_axis, 0).flatten(1).amax(1)
-        highs[id(module)] = torch.maximum(highs.get(id(module), high), high)
+    def see(layer: QuantizedLayer, x: Tensor) -> None:
+        high = x.abs().movedim(layer.feature_axis, 0).flatten(1).amax(1)
+        highs[id(layer)] = torch.maximum(highs.get(id(layer), high), high)
 
-    rows, batch = session.rows(), session.effort.batch
-    with ExitStack() as stack:
-        for group in groups:
-            stack.callback(group[0].register_forward_pre_hook(before).remove)
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(session.teacher())
-        for start in track(range(0, len(rows), batch), "channel ranges"):
-            denoise(session.denoiser, session.inputs(rows[start : start + batch]))
+    look_at_inputs(session, groups, see, "channel ranges")
     found = []
     for group in groups:
         high, smoothing = highs[id(group[0])], group[0].smoothing
