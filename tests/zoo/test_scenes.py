@@ -184,7 +184,8 @@ def test_it_follows_prompts_that_training_never_saw(pipeline: Any, network: Attr
     prompts = held_out_prompts(32, seed=5)
     images = sampled(pipeline, prompts, steps=12, guidance=4.0, seed=50).clamp(0, 1)
     accuracy = attribute_accuracy(images, prompts, network)
-    # By chance 1/6, 1/4 and 1/2; shapes are not learned yet, as the model's card says.
+    # By chance 1/5, 1/6, 1/4 and 1/2; relations are not learned yet, as the model's card says.
+    assert accuracy["shape"]["accuracy"] >= 0.4
     assert accuracy["colour"]["accuracy"] >= 0.7
     assert accuracy["background"]["accuracy"] >= 0.9
     assert accuracy["size"]["accuracy"] >= 0.75
