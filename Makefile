@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test test-slow lint format bench clean
 
 setup: $(VENV)/.installed
 
@@ -16,7 +16,10 @@ demo: setup  ## the whole way on the shipped model: engines, a picture, a table
 	$(BIN)/qdeploy demo --output qdeploy-demo
 
 test: setup  ## the test suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-slow: setup  ## what takes minutes: every family of models, engines of every form
+	$(BIN)/python -m pytest -n 2 -m slow
 
 lint: setup  ## style and types
 	$(BIN)/ruff check qdeploy tests benchmarks

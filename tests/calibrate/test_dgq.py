@@ -647,6 +647,7 @@ def test_the_paper_preset_groups_and_takes_logarithms(artifacts: dict[str, Artif
         qdeploy.export(artifacts["paper"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fold", "split"])
 def test_engines_compute_it_in_int8(artifacts: dict[str, Artifact], tmp_path: Path, name: str) -> None:
     """T21, T22: static scales, zero points of zero, one quantizer for q, k and v, and no kernel in float."""
