@@ -227,9 +227,12 @@ def test_the_registry_lists_every_metric() -> None:
 def test_a_metric_without_its_means_is_left_out(ddpm: Path) -> None:
     started = {name for name, metric in metrics().items() if metric.meter(Means(open_model(ddpm)))}
     with_features = {"fd_local", "fid", "inception_score", "kid", "precision_recall", "spatial_frechet"}
-    assert started == metrics().keys() - with_features - {"clip_score", "lpips"}
+    assert started == metrics().keys() - with_features - {"attributes", "clip_score", "lpips"}
     local = {name for name, metric in metrics().items() if metric.meter(Means(open_model("digits")))}
     assert local & with_features == with_features - {"fid"}
+    assert "attributes" in {
+        name for name, metric in metrics().items() if metric.meter(Means(open_model("scenes")))
+    }
 
 
 def test_a_new_metric_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
