@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import logging
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -137,8 +138,10 @@ def modelopt_int8(source: Path, target: Path, bundle: Artifact) -> None:
         def get_first(self) -> dict[str, np.ndarray]:
             return next(rows(bundle))
 
+    own = target.with_suffix(".source.onnx")  # it rewrites the file that it reads
+    shutil.copyfile(source, own)
     quantize(
-        str(source),
+        str(own),
         quantize_mode="int8",
         calibration_data_reader=Reader(),
         calibration_eps=["cpu"],
