@@ -57,8 +57,13 @@ def row_by_row(engine: Engine, inputs: Mapping[str, Tensor]) -> Tensor:
     """The engine's output for every row of a probe, one call each, so that one shape serves them all."""
     import torch
 
+    return torch.cat([engine(row) for row in single_rows(inputs)])
+
+
+def single_rows(inputs: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The rows of a probe as inputs of one call each."""
     rows = len(next(iter(inputs.values())))
-    return torch.cat([engine({name: x[row : row + 1] for name, x in inputs.items()}) for row in range(rows)])
+    return [{name: x[row : row + 1] for name, x in inputs.items()} for row in range(rows)]
 
 
 def latency(

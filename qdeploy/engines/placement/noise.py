@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx_ir as ir
 
 from qdeploy.engines.base import Engine
 from qdeploy.engines.placement.switches import Switch
+from qdeploy.export.writer import Writer
 from qdeploy.progress import track
 
 if TYPE_CHECKING:
@@ -33,28 +35,17 @@ def with_gates(model: ir.Model, switches: Sequence[Switch]) -> ir.Model:
     by_name = {node.name: node for node in model.graph}
     for index, switch in enumerate(switches):
         source = by_name[switch.name].inputs[0]
-        place = _constant(model, f"{GATES}/{index}", index)
-        gate = ir.node("Gather", [gates, place], attributes={"axis": 0}, name=f"{GATES}/gather/{index}")
-        by_name[switch.name].prepend([gate])
-        for number, name in enumerate(switch.nodes[1:]):
-            pair = by_name[name]
-            users = list(pair.outputs[0].uses())
-            chosen = ir.node(
-                "Where", [gate.outputs[0], pair.outputs[0], source], name=f"{GATES}/where/{index}/{number}"
-            )
-            pair.append([chosen])
+        write = Writer(model, by_name[switch.name])
+        place = write.constant(np.int64(index))
+        gate = write.node("Gather", gates, place, shape=[], dtype=ir.DataType.BOOL, axis=0)
+        for name in switch.nodes[1:]:
+            rounded = by_name[name].outputs[0]
+            users = list(rounded.uses())
+            behind = Writer(model, by_name[name], behind=True)
+            chosen = behind.node("Where", gate, rounded, source, shape=rounded.shape)
             for use in users:
-                use.node.replace_input_with(use.idx, chosen.outputs[0])
+                use.node.replace_input_with(use.idx, chosen)
     return model
-
-
-def _constant(model: ir.Model, name: str, value: int) -> ir.Value:
-    import numpy as np
-
-    constant = ir.Value(name=name, const_value=ir.tensor(np.int64(value), name=name))
-    constant.shape, constant.dtype = ir.Shape([]), ir.DataType.INT64
-    model.graph.register_initializer(constant)
-    return constant
 
 
 def noise_of_each(

@@ -9,14 +9,14 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qdeploy.artifact import Artifact
 from qdeploy.decibels import powers, sqnr_by_row
 from qdeploy.draft import Draft
 from qdeploy.engines.base import Engine, Kernel
 from qdeploy.engines.macs import WEIGHTED, graph_macs, graph_shapes
-from qdeploy.engines.measure import read_probe, repeat_rows, row_by_row
+from qdeploy.engines.measure import read_probe, repeat_rows, row_by_row, single_rows
 from qdeploy.engines.placement.assign import Noise, least, quantizing_times, times_by_product
 from qdeploy.engines.placement.decision import ALL, CHOSEN, NONE, Decision, Placement, reason
 from qdeploy.engines.placement.noise import GATES, noise_of_each, with_gates
@@ -26,9 +26,6 @@ from qdeploy.engines.timing import take_turns
 from qdeploy.errors import CheckFailed, UsageError
 from qdeploy.export.graph import save
 from qdeploy.progress import say, track
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # Errors of single quantizers are measured on as many rows as this time allows, all of the probe's at most.
 _SECONDS = 120.0
@@ -128,7 +125,7 @@ class Placer:
         model = read_model(self._graph)
         save(with_gates(model, switches), path)
         oracle = find_backend("onnxruntime")
-        rows = _rows(self._inputs)
+        rows = single_rows(self._inputs)
         with self._load(oracle, path, "gated") as engine:
             import torch
 
@@ -137,7 +134,9 @@ class Placer:
             began = time.perf_counter()
             engine({**rows[0], **none})
             call = time.perf_counter() - began
-            count = int(max(_LEAST_ROWS, min(len(rows), _SECONDS / (call * (len(switches) + 1)))))
+            able = max(_LEAST_ROWS, min(len(rows), _SECONDS / (call * (len(switches) + 1))))
+            # A search that goes on measures the rows that it began with, however fast the machine is by then.
+            count = int(self._step("placement-rows", lambda: able))
             chosen = torch.linspace(0, len(rows) - 1, count).round().long().tolist()
             say(
                 f"errors of {len(switches)} quantizers on {count} rows: about "
@@ -277,9 +276,3 @@ class Placer:
         facts = {**self._source.facts, **self._facts, "engine_precision": precision}
         manifest = {"kind": "engine", "facts": facts, "sha256": ""}
         return backend.load(Artifact(folder.parent, manifest), self._facts["threads"])
-
-
-def _rows(inputs: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """The rows of a probe as inputs of one call each."""
-    count = len(next(iter(inputs.values())))
-    return [{name: x[row : row + 1] for name, x in inputs.items()} for row in range(count)]

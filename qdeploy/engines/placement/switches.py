@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from qdeploy.engines.macs import MOVES, WEIGHTED
 from qdeploy.errors import InvalidInputError
+from qdeploy.export.writer import Writer
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 
@@ -134,12 +135,8 @@ def _fold(model: ir.Model, node: ir.Node, constants: Sequence[ir.TensorProtocol 
     }
     (output,) = ReferenceEvaluator(ir.to_proto(node)).run(None, feeds)
     result = np.asarray(output, np.float32)
-    name = f"{_name(node)}/float"
-    folded = ir.Value(name=name, const_value=ir.tensor(result, name=name))
-    folded.shape, folded.dtype = ir.Shape(result.shape), ir.DataType.FLOAT
-    model.graph.register_initializer(folded)
-    ir.convenience.replace_all_uses_with(node.outputs[0], folded)
-    model.graph.remove(node, safe=True)
+    write = Writer(model, node)
+    write.replace(node.outputs[0], write.constant(result, f"{_name(node)}/float"))
 
 
 def _name(node: ir.Node) -> str:
