@@ -87,6 +87,11 @@ class Tally:
             self.count[attribute] += 1
             self.right[attribute] += right
 
+    def read(self, images: Tensor, prompts: Sequence[str], network: AttributeNetwork) -> None:
+        """Judge pictures ``[N, 3, H, W]`` in [0, 1], a prompt for each."""
+        for prompt, reading in zip(prompts, network.read(images), strict=True):
+            self.add(prompt, reading)
+
     def result(self) -> dict[str, dict[str, Any]]:
         """Accuracy, its 95 % interval after Wilson and the number of pictures, of each attribute asked for."""
         values = {}
@@ -115,8 +120,7 @@ def attribute_accuracy(
         For each attribute that a prompt asks for: ``accuracy``, ``interval`` (95 %, Wilson) and ``count``.
     """
     tally = Tally()
-    for prompt, reading in zip(prompts, network.read(images), strict=True):
-        tally.add(prompt, reading)
+    tally.read(images, prompts, network)
     return tally.result()
 
 
@@ -134,9 +138,8 @@ class AttributesMeter:
     def add(self, pair: Pair) -> None:
         if pair.prompts is None:
             return
-        for tally, images in ((self._subject, pair.images), (self._reference, pair.expected_images)):
-            for prompt, reading in zip(pair.prompts, self._network.read(images), strict=True):
-                tally.add(prompt, reading)
+        self._subject.read(pair.images, pair.prompts, self._network)
+        self._reference.read(pair.expected_images, pair.prompts, self._network)
 
     def result(self) -> dict[str, Any] | None:
         """For each attribute ``accuracy``, ``interval``, ``count`` and ``of_the_reference``."""
