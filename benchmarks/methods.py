@@ -122,13 +122,17 @@ def runs(arguments: argparse.Namespace) -> Iterator[Run]:
 
 
 def timed(file: Path, part: str, place: Path, make: Callable[[], _Made]) -> _Made:
-    """What ``make`` makes at ``place``; how long that took goes into ``file``, unless it was there already."""
+    """What ``make`` makes at ``place``.
+
+    How long that took, and how much of it a processor worked, goes into ``file``, unless it was there already.
+    """
     new = not place.exists()
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     made = make()
     if new:
+        took = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - worked}
         known = read_json(file) if file.exists() else {}
-        write_json(file, {**known, f"{part}_seconds": round(time.perf_counter() - began, 1)})
+        write_json(file, {**known, **{f"{part}_{kind}": round(value, 1) for kind, value in took.items()}})
     return made
 
 
@@ -152,7 +156,11 @@ def calibrated(run: Run, arguments: argparse.Namespace, conditioning: Conditioni
         if status:
             raise SystemExit(f"{' '.join(command)} failed")
         seconds = open_artifact(place).manifest["measured"]["seconds"]
-        write_json(cost, {"minutes": seconds / 60, "memory_mb": used.ru_maxrss / 1024})
+        worked = round(used.ru_utime + used.ru_stime, 1)
+        write_json(
+            cost,
+            {"minutes": seconds / 60, "memory_mb": used.ru_maxrss / 1024, "calibrate_cpu_seconds": worked},
+        )
     return open_artifact(place)
 
 

@@ -22,8 +22,6 @@ from qdeploy.calibrate.checkpoint import PROBE, load_checkpoint
 from qdeploy.calibrate.fakequant import QuantizedLayer, full_precision, quantized_layers
 from qdeploy.calibrate.groups import (
     CHANNELS,
-    PIXELS,
-    ROWS,
     TOKENS,
     Watch,
     cluster,
@@ -34,6 +32,7 @@ from qdeploy.calibrate.groups import (
 from qdeploy.calibrate.log_attention import LogQuantizer, log_quantize, split_start
 from qdeploy.calibrate.methods import check_stages, dgq, minmax
 from qdeploy.calibrate.operators import fake_quantize
+from qdeploy.calibrate.patches import PIXELS, ROWS
 from qdeploy.calibrate.ranges import to_scale
 from qdeploy.calibrate.rounding_noise import rounding_noise
 from qdeploy.calibrate.run import _run_stages
