@@ -3,6 +3,10 @@
     python -m benchmarks.methods --output runs/methods
     python -m benchmarks.methods --output runs/scenes --model scenes --precisions w4a8 --seeds 1
     python -m benchmarks.methods --output runs/methods --precisions w4a8 --recipes w4a8-tuned my-recipe.yaml
+    python -m benchmarks.methods --output runs/scenes --model scenes --methods --recipes benchmarks/claims/qncd-*.yaml \\
+        --corrections table online --seeds 1
+
+`claims/` holds recipes that differ in one thing that a paper claims: with and without it.
 
 What OpenVINO takes is measured as an engine, the rest (W4A6 and W4A4, recipes that say "simulated") in torch.
 `scenes` is calibrated with prompts of one side of its split and judged with those of the other, with the
