@@ -3,8 +3,8 @@
     python -m benchmarks.methods --output runs/methods
     python -m benchmarks.methods --output runs/scenes --model scenes --precisions w4a8 --seeds 1
     python -m benchmarks.methods --output runs/methods --precisions w4a8 --recipes w4a8-tuned my-recipe.yaml
-    python -m benchmarks.methods --output runs/scenes --model scenes --methods --recipes benchmarks/claims/qncd-*.yaml \\
-        --corrections table online --seeds 1
+    python -m benchmarks.methods --output runs/scenes --model scenes --methods --seeds 1 \\
+        --recipes benchmarks/claims/qncd-*.yaml --corrections table online
 
 `claims/` holds recipes that differ in one thing that a paper claims: with and without it.
 
