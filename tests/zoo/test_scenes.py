@@ -18,7 +18,7 @@ from qdeploy.evaluate.metrics.frechet import fd_local
 from qdeploy.runtime.pipeline import generate
 from qdeploy.zoo import train_scenes
 from qdeploy.zoo.attribute_network import FOLDER, AttributeNetwork
-from qdeploy.zoo.judge_scenes import held_out_prompts, sampled
+from qdeploy.zoo.judge_scenes import held_out_prompts, sampled, seen_prompts
 from qdeploy.zoo.scene_captions import caption, wanted
 from qdeploy.zoo.scene_text import TOKENS, tokenize, words, write_tokenizer
 from qdeploy.zoo.train_scenes_reader import drawn, worsened
@@ -202,6 +202,15 @@ def test_held_out_prompts_are_of_every_kind() -> None:
         True,
         True,
     ] * 4
+
+
+def test_calibration_prompts_describe_no_held_out_scene() -> None:
+    seen, held_out = (
+        {wanted(prompt) for prompt in prompts(count)}
+        for prompts, count in ((seen_prompts, 256), (held_out_prompts, 256))
+    )
+    assert None not in seen
+    assert not seen & held_out
 
 
 def test_a_finished_model_is_trained_further(
