@@ -28,6 +28,7 @@ from qdeploy.calibrate.run import calibrate
 from qdeploy.calibrate.trajectory import collect
 from qdeploy.evaluate.report import markdown_table, text_table
 from qdeploy.export.lint.run import Report, lint
+from qdeploy.export.lower import adapt
 from qdeploy.export.run import export
 from qdeploy.files import write_json, write_text
 from qdeploy.progress import say
@@ -142,7 +143,9 @@ def modelopt_int8(source: Path, target: Path, bundle: Artifact) -> None:
     # It drops the types that the graph tells and has ONNX infer them again, which ends at a GroupNormalization of
     # opset 21. The tensors behind it are then not calibrated, though Concats among them are looked up: KeyError.
     own = target.with_suffix(".source.onnx")
-    ir.save(SpelledOutNorms()(ir.load(source)).model, own)
+    spelled_out = ir.load(source)
+    adapt(spelled_out, (SpelledOutNorms,))
+    ir.save(spelled_out, own)
     quantize(
         str(own),
         quantize_mode="int8",
