@@ -29,6 +29,7 @@ from torch import Tensor
 from benchmarks.parity_values import Graph, forced, listening
 from qdeploy.artifact import Artifact, open_artifact
 from qdeploy.calibrate.checkpoint import load_checkpoint
+from qdeploy.calibrate.quantizers import ActivationQuantizer
 from qdeploy.decibels import decibels, powers, sqnr_db
 from qdeploy.engines.measure import read_probe, single_rows
 from qdeploy.evaluate.report import text_table
@@ -59,7 +60,7 @@ class Counts:
         for pair in graph.pairs:
             with torch.no_grad():
                 ours = pair.quantizer(values[pair.source])
-            self.steps = max(self.steps, _steps(ours, values[pair.result], pair.quantizer.scale))
+            self.steps = max(self.steps, _apart(ours, values[pair.result], pair.quantizer))
         for weighted in graph.weighted:
             expected = weighted.expected(values[weighted.node.input[0]])
             apart = (expected - values[weighted.node.output[0]]).abs().max() / expected.abs().max()
@@ -78,15 +79,14 @@ class Counts:
         self.rows["given_its_roundings_db"].append(sqnr_db(values[output], given))
         for pair in graph.pairs:
             x, rounded = kept[id(pair.quantizer)]
-            steps = (rounded - values[pair.result]).abs() / pair.quantizer.scale
-            chance = ((x - values[pair.source]).abs() / pair.quantizer.scale).clamp(max=1)
+            chance = ((x - values[pair.source]).abs() / steps_at(x, pair.quantizer)).clamp(max=1)
             signal, noise = powers(values[pair.source], x)
             sums = self.growth[pair.name]
             for key, value in (("signal", signal), ("noise", noise), ("count", float(x.numel()))):
                 sums[key] += value
-            sums["differ"] += float((steps > 0.5).sum())
+            sums["differ"] += float((rounded != values[pair.result]).sum())
             sums["chance"] += float(chance.double().sum())
-            sums["steps"] = max(sums["steps"], _steps(rounded, values[pair.result], pair.quantizer.scale))
+            sums["steps"] = max(sums["steps"], _apart(rounded, values[pair.result], pair.quantizer))
 
     def to_json(self) -> dict[str, Any]:
         growth = [
@@ -109,8 +109,20 @@ class Counts:
         }
 
 
-def _steps(one: Tensor, other: Tensor, scale: Tensor) -> int:
-    return int(torch.round((one - other).abs().max() / scale))
+def steps_at(x: Tensor, quantizer: ActivationQuantizer) -> Tensor:
+    """The distance between neighbours of the grid, at each element of a tensor."""
+    if not quantizer.format.floating:
+        return quantizer.scale
+    exponents = (
+        torch.frexp(x / quantizer.scale).exponent - 1
+    )  # E4M3: three bits behind the point, down to 2^-9
+    return quantizer.scale * torch.exp2((exponents - 3).clamp(min=-9).float())
+
+
+def _apart(one: Tensor, other: Tensor, quantizer: ActivationQuantizer) -> int:
+    """The largest distance of two rounded tensors, in steps."""
+    larger = torch.where(one.abs() > other.abs(), one, other)
+    return int(torch.round(((one - other).abs() / steps_at(larger, quantizer)).max()))
 
 
 def growth_table(growth: list[dict[str, Any]]) -> str:
