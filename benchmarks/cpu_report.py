@@ -89,9 +89,10 @@ def _limit(found: dict[str, Any]) -> float:
 
 def _note(found: dict[str, Any]) -> str:
     limits = found["limits"]
+    halves = f"{limits['bf16_gops']:.0f} in bf16, " if "bf16_gops" in limits else ""
     return (
         f"{found['shape']}, batch {found['batch']}, {found['threads']} threads. Measured in this run: "
-        f"{limits['int8_gops']:.0f} GOP/s in int8, {limits['bf16_gops']:.0f} in bf16, "
+        f"{limits['int8_gops']:.0f} GOP/s in int8, {halves}"
         f"{limits['f32_gops']:.0f} in f32, {limits['copy_gb_per_s']:.1f} GB/s of copying."
     )
 

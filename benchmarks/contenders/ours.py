@@ -44,6 +44,7 @@ CONTENDERS = {
         partial(_load, weights=weights, precision=precision),
         partial(_prepare, weights=weights, precision=precision),
         (f"{_name(weights, precision)}/",),
+        precision=precision,
     )
     for weights in ("int8", "int4")
     for precision in PRECISIONS
