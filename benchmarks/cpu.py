@@ -213,6 +213,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=4, help="images of the calibration set")
     parser.add_argument("--steps", type=int, default=20, help="denoiser calls of each image that are kept")
     parser.add_argument("--held-out", type=int, default=5, help="denoiser calls to measure the error on")
+    parser.add_argument("--ranges", choices=("lp", "minmax"), default="lp", help="qdeploy's finder of ranges")
     parser.add_argument("--one-at-a-time", action="store_true", help="load each for its turn alone")
     parser.add_argument("--output", type=Path, default=Path("runs/cpu"))
     parser.add_argument("--modelopt", help="a Python that has ModelOpt")
@@ -231,7 +232,7 @@ def main() -> None:
     options = sampling(shape, held_out, True)
     collect(model, folder / "held-out", samples=1, steps=held_out, seed=HELD_OUT_SEED, **options)
     export(model, folder / "fp32-onnx", components=False)
-    case = Case(arguments.shape, folder, model, arguments.threads, arguments.modelopt)
+    case = Case(arguments.shape, folder, model, arguments.threads, arguments.modelopt, arguments.ranges)
     names = [
         name for name in contenders() if not arguments.only or any(only in name for only in arguments.only)
     ]

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -132,7 +133,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=("cifar", "sd15", "pixart", "sdxl"), default="sd15")
     parser.add_argument("--images", type=int, default=1, help="images of the calibration set")
     parser.add_argument("--steps", type=int, default=8, help="denoiser calls of each image, all kept")
-    parser.add_argument("--recipe", nargs="*", default=[], help="words for `qdeploy calibrate`")
+    parser.add_argument("--recipe", default="--method minmax", help="options of `qdeploy calibrate`")
     parser.add_argument("--stages", nargs="*", choices=STAGES, default=STAGES[:-1])
     parser.add_argument("--output", type=Path, default=Path("runs/scale"))
     arguments = parser.parse_args()
@@ -141,7 +142,7 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     file = folder / f"{arguments.shape}-scale.json"
     rows: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    recipe = arguments.recipe or ["--method", "minmax"]
+    recipe = shlex.split(arguments.recipe)
     todo = commands(arguments.shape, folder, arguments.images, arguments.steps, recipe)
     for stage in arguments.stages:
         if rows.get(stage, {}).get("code") == 0:

@@ -32,6 +32,8 @@ class Case:
         model: the diffusers folder.
         threads: threads of each runtime.
         modelopt: a Python that has ModelOpt; None if there is none.
+        ranges: qdeploy's finder of ranges: ``lp``, of least error; or ``minmax``, which takes a hundredth of the
+            time.
     """
 
     shape: str
@@ -39,6 +41,7 @@ class Case:
     model: Path
     threads: int
     modelopt: str | None = None
+    ranges: str = "lp"
 
     @property
     def onnx(self) -> Path:

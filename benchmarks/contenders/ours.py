@@ -16,14 +16,17 @@ def _prepare(case: Case, weights: str, precision: str) -> None:
     from qdeploy.engines.build import build_engine
     from qdeploy.export.run import export
 
+    ranges: dict[str, str] = {"recipe": "w8a8-minmax-cpu"}
+    if case.ranges == "minmax":
+        ranges = {"method": "minmax", "activations": "uint8", "target": "openvino"}
     stem = case.folder / f"ours-w{weights[3:]}a8"
     checkpoint = calibrate(
         case.model,
         stem,
-        recipe="w8a8-minmax-cpu",
         weights=weights,
         calibration=case.folder / "set",
         effort="fast",
+        **ranges,  # type: ignore[arg-type]
     )
     bundle = export(checkpoint, f"{stem}-onnx", time_table="fp32", components=False)
     place = case.folder / _name(weights, precision)

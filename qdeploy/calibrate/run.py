@@ -32,6 +32,7 @@ from qdeploy.recipe import Recipe, resolve_recipe
 from qdeploy.structure import find_structure
 
 PROBE_ROWS = 16
+LONG_CALL = 2.0  # seconds
 
 
 def calibrate(
@@ -256,7 +257,8 @@ def any_attention(session: Session) -> bool:
 def estimate_cost(session: Session) -> Estimate:
     """Time and memory that the stages will take, from one timed batch.
 
-    A stage says how often it runs the network over all rows and how many training steps it makes per
+    The first call is slow, because memory and kernels are being prepared; where it takes seconds, that is little
+    of them, and it is not repeated. A stage says how often it runs the network over all rows and how many training steps it makes per
     unit; all units together cost about three forward passes per step.
     """
     rows = session.rows()
@@ -266,6 +268,8 @@ def estimate_cost(session: Session) -> Estimate:
             began = time.perf_counter()
             denoise(session.denoiser, batch)
             forward = time.perf_counter() - began
+            if forward > LONG_CALL:
+                break
     known = stages()
     passes, steps = 0.0, 0.0
     for name, _ in session.recipe.stages:
