@@ -258,8 +258,8 @@ def estimate_cost(session: Session) -> Estimate:
     """Time and memory that the stages will take, from one timed batch.
 
     The first call is slow, because memory and kernels are being prepared; where it takes seconds, that is little
-    of them, and it is not repeated. A stage says how often it runs the network over all rows and how many training steps it makes per
-    unit; all units together cost about three forward passes per step.
+    of them, and it is not repeated. A stage says how often it runs the network over all rows and how many
+    training steps it makes per unit; all units together cost about three forward passes per step.
     """
     rows = session.rows()
     batch = session.inputs(rows[: session.effort.batch])
