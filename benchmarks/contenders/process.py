@@ -6,7 +6,6 @@ import multiprocessing
 import time
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.contenders import Case, contenders
 from benchmarks.contenders.profile import int8_share, kernel_times
+from qdeploy.memory import peak_memory
 
 # Seconds of a call beyond which the caches that other contenders have emptied do not matter.
 LONG = 1.0
@@ -51,7 +51,8 @@ def serve(pipe: Connection, name: str, case: Case, batch: int) -> None:
                 took += [_timed(loaded.call, inputs, batch) for _ in range(given - len(took))]
                 pipe.send(took)
             elif question == "memory":
-                pipe.send(_peak_megabytes())
+                peak = peak_memory()
+                pipe.send(None if peak is None else peak / 2**20)
             elif question == "kernels":
                 told = None
                 if loaded.ir is not None:
@@ -69,15 +70,6 @@ def _timed(call: Any, inputs: dict[str, Tensor], batch: int) -> float:
     x, began = rows_as_batch(inputs, 0, batch), time.perf_counter()
     call(x)
     return (time.perf_counter() - began) * 1e3
-
-
-def _peak_megabytes() -> float | None:
-    """The most memory that this process has held; unlike getrusage's, without what its parent held before."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), None)
 
 
 class Process:
