@@ -155,9 +155,9 @@ class Race:
     def results(self) -> dict[str, Any]:
         """All rows with their quantiles, and what the machine can do at best."""
         for row in self.rows.values():
-            times = [t for turn in row["turns"] for t in turn]
+            times, used = zip(*(call for turn in row["turns"] for call in turn), strict=True)
             spread = quantiles(times, n=10)
-            row |= {"ms": median(times), "ms_p10": spread[0], "ms_p90": spread[-1]}
+            row |= {"ms": median(times), "ms_p10": spread[0], "ms_p90": spread[-1], "cpu_ms": median(used)}
         return {"rows": self.rows, "skipped": self.skipped, "limits": limits(self.case.threads)}
 
 

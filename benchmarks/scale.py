@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from resource import RUSAGE_CHILDREN, getrusage
 from typing import Any
 
 from qdeploy.evaluate.report import MISSING, markdown_table, number, text_table
@@ -31,6 +32,7 @@ UNITS = {"s": 1, "min": 60, "h": 3600, "kB": 2**10, "MB": 2**20, "GB": 2**30}
 COLUMNS = (
     "stage",
     "seconds",
+    "CPU s",
     "said before, s",
     "peak GB",
     "said before, GB",
@@ -79,8 +81,8 @@ def commands(shape: str, folder: Path, images: int, steps: int, recipe: list[str
 
 
 def watched(command: list[str], log: Path) -> dict[str, Any]:
-    """Run a command: its exit code, seconds, and the most memory that it held, in bytes."""
-    began, peak, own = time.perf_counter(), 0, 0
+    """Run a command: its exit code, seconds, the processor's seconds, and the most memory that it held, in bytes."""
+    began, used, peak, own = time.perf_counter(), _used(), 0, 0
     with log.open("w") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
         while process.poll() is None:
@@ -88,7 +90,20 @@ def watched(command: list[str], log: Path) -> dict[str, Any]:
             peak, own = max(peak, told.get("VmHWM", 0)), max(own, told.get("RssAnon", 0))
             time.sleep(INTERVAL)
     took = time.perf_counter() - began
-    return {"code": process.returncode, "seconds": took, "peak": peak, "own": own, "said": log.read_text()}
+    return {
+        "code": process.returncode,
+        "seconds": took,
+        "cpu": _used() - used,
+        "peak": peak,
+        "own": own,
+        "said": log.read_text(),
+    }
+
+
+def _used() -> float:
+    """Seconds of the processor that finished commands took."""
+    used = getrusage(RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _status(process: int) -> dict[str, int]:
@@ -116,6 +131,7 @@ def cells(stage: str, row: dict[str, Any], weights: int) -> list[str]:
     return [
         stage,
         number(row["seconds"], 0),
+        number(row.get("cpu"), 0),
         number(before.get("seconds"), 0),
         f"{row['peak'] / 1e9:.2f}",
         f"{before['peak'] / 1e9:.2f}" if "peak" in before else MISSING,

@@ -46,7 +46,7 @@ def serve(pipe: Connection, name: str, case: Case, batch: int) -> None:
                 pipe.send(torch.cat(rows).numpy())
             elif question == "turn":
                 took = [_timed(loaded.call, inputs, batch)]
-                if took[0] < LONG * 1e3:
+                if took[0][0] < LONG * 1e3:
                     took.clear()
                 took += [_timed(loaded.call, inputs, batch) for _ in range(given - len(took))]
                 pipe.send(took)
@@ -65,11 +65,12 @@ def serve(pipe: Connection, name: str, case: Case, batch: int) -> None:
             pipe.send(error)
 
 
-def _timed(call: Any, inputs: dict[str, Tensor], batch: int) -> float:
-    """Milliseconds of a call."""
-    x, began = rows_as_batch(inputs, 0, batch), time.perf_counter()
+def _timed(call: Any, inputs: dict[str, Tensor], batch: int) -> tuple[float, float]:
+    """Milliseconds of a call: by the clock, and of the processor for all threads of this process."""
+    x = rows_as_batch(inputs, 0, batch)
+    began, used = time.perf_counter(), time.process_time()
     call(x)
-    return (time.perf_counter() - began) * 1e3
+    return (time.perf_counter() - began) * 1e3, (time.process_time() - used) * 1e3
 
 
 class Process:
