@@ -98,14 +98,15 @@ class Race:
         case: what all are given.
         batch: samples per call.
         calls: timed calls of a turn.
+        kernels: whether to ask in the end which kernels ran, and how long.
 
     Attributes:
         rows: what was measured, by name.
         skipped: why a contender is left out, by name.
     """
 
-    def __init__(self, case: Case, batch: int, calls: int) -> None:
-        self.case, self.batch, self.calls = case, batch, calls
+    def __init__(self, case: Case, batch: int, calls: int, kernels: bool) -> None:
+        self.case, self.batch, self.calls, self.kernels = case, batch, calls, kernels
         self.rows: dict[str, dict[str, Any]] = {}
         self.skipped: dict[str, str] = {}
         self._inputs, self._reference = measured_rows(case)
@@ -144,11 +145,11 @@ class Race:
     def leave(self, name: str, worker: Process) -> None:
         """The last questions to a contender."""
         row = self.rows[name]
-        row["peak_mb"] = worker.ask("memory")
+        row["peak_mb"], row["kernels"] = worker.ask("memory"), None
         try:
-            row["kernels"] = worker.ask("kernels", RUNS if self.calls > 1 else 1)
+            if self.kernels:
+                row["kernels"] = worker.ask("kernels", RUNS if self.calls > 1 else 1)
         except Exception as error:
-            row["kernels"] = None
             say(f"the kernels of {name} are unknown: {error}")
         worker.end()
 
@@ -161,17 +162,13 @@ class Race:
         return {"rows": self.rows, "skipped": self.skipped, "limits": limits(self.case.threads)}
 
 
-def measure(
-    case: Case, names: list[str], batch: int, seconds: float, calls: int, together: bool
-) -> dict[str, Any]:
+def measure(race: Race, names: list[str], seconds: float, together: bool) -> dict[str, Any]:
     """Let them compete: in turns of some calls, for about so many seconds, but three turns at least.
 
     With ``together`` all stay loaded. Without it each is loaded for its turn; there are three turns.
     """
-    skipped = prepare(case, names)
-    race = Race(case, batch, calls)
-    race.skipped |= skipped
-    order = [name for name in names if name not in skipped]
+    race.skipped |= prepare(race.case, names)
+    order = [name for name in names if name not in race.skipped]
     if not together:
         for number in range(LEAST_TURNS):
             for name in [name for name in order if name not in race.skipped]:
@@ -215,6 +212,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=5, help="denoiser calls to measure the error on")
     parser.add_argument("--ranges", choices=("lp", "minmax"), default="lp", help="qdeploy's finder of ranges")
     parser.add_argument("--one-at-a-time", action="store_true", help="load each for its turn alone")
+    parser.add_argument("--no-kernels", action="store_true", help="do not compile again to ask for kernels")
     parser.add_argument("--output", type=Path, default=Path("runs/cpu"))
     parser.add_argument("--modelopt", help="a Python that has ModelOpt")
     parser.add_argument("--prepare", action="store_true", help="quantize and write files, and stop")
@@ -240,7 +238,8 @@ def main() -> None:
         prepare(case, names)
         return
     together = not arguments.one_at_a_time
-    found = measure(case, names, arguments.batch, arguments.seconds, arguments.calls, together)
+    race = Race(case, arguments.batch, arguments.calls, not arguments.no_kernels)
+    found = measure(race, names, arguments.seconds, together)
     found |= {
         "shape": arguments.shape,
         "batch": arguments.batch,

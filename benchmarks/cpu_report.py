@@ -27,9 +27,11 @@ def write_report(found: dict[str, Any], place: Path) -> None:
     note = _note(found)
     left_out = "".join(f"- {name} is left out: {reason}\n" for name, reason in found["skipped"].items())
     write_text(place / "table.md", f"{markdown_table(COLUMNS, table)}\n{note}\n\n{left_out}")
-    write_text(place / "kernels.md", markdown_table(*kernels))
+    if kernels[1]:
+        write_text(place / "kernels.md", markdown_table(*kernels))
     print(text_table(COLUMNS, table))
-    print(text_table(*kernels))
+    if kernels[1]:
+        print(text_table(*kernels))
     print(note)
     _picture(found, place / "speed.png")
 
