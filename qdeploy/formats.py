@@ -84,11 +84,13 @@ def blocked(bits: int, block: int) -> Format:
 
 BLOCKS = (64, 128)  # sizes that TensorRT has kernels for
 
-int8, int6, int5, int4, int3 = (integer(bits) for bits in (8, 6, 5, 4, 3))
+int8, int7, int6, int5, int4, int3 = (integer(bits) for bits in (8, 7, 6, 5, 4, 3))
 uint8, uint6, uint4 = unsigned(8), unsigned(6), unsigned(4)
 int4b64, int4b128 = (blocked(4, block) for block in BLOCKS)
 fp8 = Format("fp8", 8, symmetric=True, largest=448)  # E4M3 without infinities: float8_e4m3fn
-FORMATS = {f.name: f for f in (int8, uint8, int6, uint6, int5, int4, uint4, int3, int4b64, int4b128, fp8)}
+FORMATS = {
+    f.name: f for f in (int8, uint8, int7, int6, uint6, int5, int4, uint4, int3, int4b64, int4b128, fp8)
+}
 NONE = "none"
 
 

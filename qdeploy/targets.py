@@ -35,7 +35,7 @@ class Target:
     thin: bool = True
 
 
-_WEIGHTS = frozenset({"int8", "int6", "int5", "int4", "uint4", "int3", "none"})
+_WEIGHTS = frozenset({"int8", "int7", "int6", "int5", "int4", "uint4", "int3", "none"})
 
 TARGETS = {
     target.name: target

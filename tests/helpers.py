@@ -38,6 +38,16 @@ def relative(reference: Tensor, other: Tensor) -> float:
     return float((reference - other).norm() / reference.norm())
 
 
+def plain_options() -> Any:
+    """ONNX Runtime's options for computing a graph as it is written, on one thread."""
+    import onnxruntime
+
+    chosen = onnxruntime.SessionOptions()
+    chosen.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    chosen.intra_op_num_threads = 1
+    return chosen
+
+
 # -- networks and rows -------------------------------------------------------------------------------------
 
 

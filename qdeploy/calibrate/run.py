@@ -23,6 +23,7 @@ from qdeploy.card import base_model, write_card
 from qdeploy.correction_table import CORRECTION, correction_facts, prediction_type
 from qdeploy.denoiser import Model, open_model
 from qdeploy.draft import Draft
+from qdeploy.engines.machine import int8_sums_saturate
 from qdeploy.errors import CapabilityError, UsageError
 from qdeploy.inputs import denoise
 from qdeploy.memory import peak_memory
@@ -31,6 +32,7 @@ from qdeploy.paths import cache_folder, default_output
 from qdeploy.progress import say
 from qdeploy.recipe import Recipe, resolve_recipe
 from qdeploy.structure import find_structure
+from qdeploy.targets import find_target
 
 PROBE_ROWS = 16
 LONG_CALL = 2.0  # seconds
@@ -136,6 +138,11 @@ def calibrate(
         say(f"in float: {len(paths)} layers, {reason}")
     for reason in resolved.simulated():
         say(f"simulated: {reason}; no engine will run this checkpoint")
+    wide = resolved.weights == "int8" and resolved.activations != "none"
+    if wide and "openvino" in find_target(resolved.target).backends and int8_sums_saturate():
+        say(
+            "this processor has no VNNI, so engines compute 8-bit weights in floats here; int7 weights run in int8"
+        )
     if dry_run:
         return estimate
     with draft:

@@ -14,10 +14,13 @@ from qdeploy.draft import Draft
 from qdeploy.engines.base import UNKNOWN, Engine
 from qdeploy.engines.machine import (
     BF16_INSTRUCTIONS,
+    NARROW,
+    WIDE,
     cpu_features,
     cpu_model,
     has_bf16,
     has_int8,
+    int8_sums_saturate,
     machine,
 )
 from qdeploy.engines.macs import graph_macs, int8_layers, int8_mac_share, meant_int8
@@ -96,12 +99,15 @@ def build_engine(
     check_precision(chosen, precision)
     wishes = {name: value for name, value in wishes.items() if value is not None and value is not False}
     _check_wishes(chosen, wishes)
+    quantized = source.facts.get("activations", "none") != "none"
+    narrow = quantized and chosen.narrow_sums and int8_sums_saturate()
     options = {
         "backend": chosen.name,
         "backend_version": chosen.version(),
         "engine_precision": precision,
         "batch": batch,
         "threads": threads,
+        **({"int8_sums": NARROW} if narrow else {}),
         **({"optimize_for": optimize_for, "min_sqnr": min_sqnr} if optimize_for else {}),
         **{name: value for name, value in wishes.items() if not isinstance(value, Path)},
     }
@@ -113,8 +119,8 @@ def build_engine(
     facts = {key: source.facts[key] for key in _CARRIED if key in source.facts} | options
     if chosen.device == "cpu":
         say(f"this processor: {cpu_model()}, with {', '.join(cpu_features()) or 'features unknown'}")
-    if chosen.device == "cpu" and facts.get("activations", "none") != "none" and not has_int8():
-        say("this processor has neither VNNI nor AMX: int8 will hardly be faster than float32 here")
+    if chosen.device == "cpu" and quantized and not has_int8():
+        say("this processor has neither VNNI nor AMX: int8 gains less here than on one that has")
     with draft:
         say(f"building a {chosen.name} engine of {source.path.name}")
         graph = source.file(f"{facts['component']}/model.onnx")
@@ -125,6 +131,8 @@ def build_engine(
             placement = Placer(chosen, source, draft, facts).search(min_sqnr)
             graph, searched = placement.graph, {"placement": placement.to_json()}
             facts["quantizers_left_out"] = list(placement.floats)
+        if quantized and chosen.narrow_sums:
+            facts["int8_sums"] = _sums(graph)
         _convert(chosen, source, graph, draft, facts, wishes)
         if "base_model" in facts:  # bundles of earlier versions do not know it
             write_card(draft, facts)
@@ -187,6 +195,28 @@ def _check_wishes(backend: Backend, wishes: dict[str, Any]) -> None:
             raise TypeError(f"build_engine takes no {name!r}")
         able = " and ".join(other.name for other in backends().values() if name in other.wishes)
         raise UsageError(f"--{name.replace('_', '-')} is an option of {able}, not of {backend.name}")
+
+
+def _sums(graph: Path) -> int:
+    """How many bits the sums of int8 products need in the engine of a graph; says what stays in floats here."""
+    import onnx_ir as ir
+
+    from qdeploy.export.passes.narrow_sums import overflowing
+
+    try:
+        layers = [layer.name for _, layer in overflowing(ir.load(graph))]
+    except Exception:  # the backend will say what is wrong with the file
+        return NARROW
+    if not layers:
+        return NARROW
+    if not int8_sums_saturate():
+        return WIDE
+    say(
+        f"warning: {len(layers)} layers with 8-bit weights are computed in floats: without VNNI, this processor adds "
+        "int8 products in 16 bits, which they could overflow; weights of 7 bits run in int8 here: calibrate with "
+        "--weights int7"
+    )
+    return NARROW
 
 
 def _convert(

@@ -133,7 +133,8 @@ def _advice(gpu: dict[str, Any]) -> list[str]:
     advice = []
     if cpu_features() and not has_int8():
         advice.append(
-            f"this processor has none of {', '.join(INT8_INSTRUCTIONS)}: int8 is hardly faster on it"
+            f"this processor has none of {', '.join(INT8_INSTRUCTIONS)}: int8 gains less on it, and on x86 only "
+            "layers with weights of 7 bits and fewer run in int8 (--weights int7)"
         )
     if cpu_features() and not has_bf16():
         advice.append(f"this processor has none of {', '.join(BF16_INSTRUCTIONS)}: engines compute in f32")

@@ -9,8 +9,12 @@ from typing import Any
 
 CPUINFO = Path("/proc/cpuinfo")
 
-# Without one of these, int8 products are widened to 16 bits first and are hardly faster than float32.
+# Without one of these, int8 products take several instructions, and gain less over float32.
 INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm", "asimddp")
+# With one of these, x86 processors add int8 products in 32 bits.
+_WIDE_SUMS = ("avx512_vnni", "avx_vnni", "amx_int8")
+# Bits of the sums that an engine's int8 products need, as its facts tell.
+NARROW, WIDE = 16, 32
 # Those that OpenVINO has bf16 kernels for.
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
 # Told in reports, to tell one machine from another.
@@ -50,6 +54,16 @@ def has_int8() -> bool:
     """Whether int8 products are faster than float32 ones here; True where the system does not tell."""
     features = cpu_features()
     return not features or any(name in features for name in INT8_INSTRUCTIONS)
+
+
+def int8_sums_saturate() -> bool:
+    """Whether int8 kernels here add two products of unsigned by signed bytes in 16 bits, and saturate.
+
+    x86 without VNNI does (``vpmaddubsw``): 255 x 127 twice is twice what fits. False where the system does not
+    tell its instructions.
+    """
+    flags = set(_cpuinfo("flags").split())
+    return bool(flags) and flags.isdisjoint(_WIDE_SUMS)
 
 
 def has_bf16() -> bool:

@@ -17,7 +17,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from qdeploy.engines.base import Engine, Kernel, Port, why
-from qdeploy.engines.machine import has_int8
+from qdeploy.engines.machine import int8_sums_saturate
 from qdeploy.engines.registry import Backend
 from qdeploy.errors import InvalidInputError
 
@@ -82,9 +82,8 @@ class ONNXRuntimeEngine(Engine):
         options.add_session_config_entry("session.qdqisint8allowed", "1")
         # Products with int4 weights stay products of floats; the default rounds their inputs to int8.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-        if self.facts.get("target") == "onnxruntime" and not has_int8():
-            # Without VNNI, sums of two products of unsigned by signed bytes saturate at 16 bits; this makes the
-            # weights unsigned too.
+        if self.facts.get("target") == "onnxruntime" and int8_sums_saturate():
+            # This makes the signed weights behind unsigned activations unsigned too, which is slower and right.
             options.add_session_config_entry("session.x64quantprecision", "1")
         if self.facts.get("weights") == "fp8":
             # Else Q/DQ around a product becomes an integer kernel, which takes no fp8 (1.31).

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from qdeploy.engines.base import Engine, Kernel, Port, why
 from qdeploy.engines.blobs import LARGEST_BYTES, Blobs
-from qdeploy.engines.machine import has_bf16
+from qdeploy.engines.machine import WIDE, has_bf16, int8_sums_saturate
 from qdeploy.engines.registry import Backend
 from qdeploy.errors import CapabilityError, InvalidInputError
 from qdeploy.progress import say
@@ -48,7 +48,8 @@ class OpenVINOEngine(Engine):
         threads: number of threads; OpenVINO's own choice if None.
 
     Raises:
-        CapabilityError: the engine is a bf16 one and this processor has no bf16.
+        CapabilityError: the engine is a bf16 one and this processor has no bf16; or its int8 sums would
+            overflow here.
         InvalidInputError: OpenVINO cannot read the model.
     """
 
@@ -60,6 +61,11 @@ class OpenVINOEngine(Engine):
         super().__init__(artifact)
         if self.precision == "bf16" and not has_bf16():
             raise CapabilityError(f"{self.path} needs bf16, which this processor lacks: build it with f32")
+        if self.facts.get("int8_sums") == WIDE and int8_sums_saturate():
+            raise CapabilityError(
+                f"{self.path} has 8-bit weights whose sums overflow on this processor, which has no VNNI: "
+                "build it again here, or calibrate with int7 weights"
+            )
         self._core = openvino.Core()
         self._options: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
@@ -234,12 +240,13 @@ def _adapted(onnx_path: Path, scratch: Path) -> Path:
     import onnx_ir as ir
 
     from qdeploy.export.lower import CHANNELS_LAST, adapt
+    from qdeploy.export.passes.narrow_sums import NarrowSums
 
     try:
         graph = ir.load(onnx_path)
     except Exception:  # OpenVINO will say what is wrong with the file
         return onnx_path
-    if not adapt(graph, CHANNELS_LAST):
+    if not adapt(graph, (*CHANNELS_LAST, NarrowSums) if int8_sums_saturate() else CHANNELS_LAST):
         return onnx_path
     stored = (value.const_value for value in graph.graph.initializers.values())
     for location in {str(tensor.location) for tensor in stored if isinstance(tensor, ir.ExternalTensor)}:
@@ -369,11 +376,12 @@ def _name_deterministically(model: Any) -> None:
 
 BACKEND = Backend(
     name="openvino",
-    description="OpenVINO on CPUs: int8 on VNNI and AMX, everything else in f32 or bf16",
+    description="OpenVINO on CPUs: int8 (weights of 7 bits at most without VNNI), everything else in f32 or bf16",
     package="openvino",
     install="openvino",
     build=build,
     load=OpenVINOEngine,
     rank=10,
     lacks=frozenset({"int4b64", "int4b128", "fp8"}),
+    narrow_sums=True,
 )

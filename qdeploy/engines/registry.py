@@ -42,6 +42,8 @@ class Backend:
             keywords where there are any.
         check: raises `CapabilityError` where the machine lacks what the backend needs beside its package.
         lacks: number formats (`qdeploy.formats`) that it has no kernels for.
+        narrow_sums: whether its int8 products may overflow where `machine.int8_sums_saturate`, so that its
+            builds leave some layers in floats there.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Backend:
     wishes: tuple[str, ...] = ()
     check: Callable[[], None] | None = None
     lacks: frozenset[str] = frozenset()
+    narrow_sums: bool = False
 
     def available(self) -> bool:
         """Whether the runtime is installed and the machine has what it needs."""

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from qdeploy.artifact import Artifact
 from qdeploy.denoiser import Model, open_model
-from qdeploy.engines.machine import machine
+from qdeploy.engines.machine import int8_sums_saturate, machine
 from qdeploy.engines.registry import find_backend
 from qdeploy.evaluate.baselines import FULL, HALF, baseline_engine, baseline_precisions
 from qdeploy.evaluate.quality import Plan, Trajectories
@@ -32,11 +32,28 @@ STEPS = 50  # of DDIM, for calibration, images and checks alike
 IMAGES, FIRST_IMAGE = 32, 1000  # of the picture; the calibration set holds seeds 0 to 63
 BATCH = 16  # that speed is told for, as in sampling
 THREADS = 1  # the model is too small to gain from more, and a busy second core would blur the times
-# Title, recipe, effort.
-VARIANTS = {
-    "w8a8": ("8-bit (W8A8)", "w8a8-minmax", "fast"),
-    "w4a8": ("4-bit (W4A8)", "w4a8-qdiffusion", "fast"),
-}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A quantized model of the demo.
+
+    Attributes:
+        title: for the table.
+        recipe: the preset.
+        weights: their format, where it is not the preset's.
+    """
+
+    title: str
+    recipe: str
+    weights: str | None = None
+
+
+def variants() -> dict[str, Variant]:
+    """What the demo makes, by the folder's name; eight bits are seven where int8 kernels can add no more."""
+    narrow = int8_sums_saturate()
+    eight = Variant(f"8-bit (W{7 if narrow else 8}A8)", "w8a8-minmax", "int7" if narrow else None)
+    return {"w8a8": eight, "w4a8": Variant("4-bit (W4A8)", "w4a8-qdiffusion")}
 
 
 def demo(
@@ -74,7 +91,7 @@ def demo(
         checks = work.check(engines)
     speed = work.benchmark(engines)
     titles = {FULL: "full precision", HALF: "16-bit"}
-    titles |= {name: title for name, (title, _, _) in VARIANTS.items()}
+    titles |= {name: variant.title for name, variant in work.variants.items()}
     page = work.report(checks, speed)
     columns, rows = summary_rows(engines, titles, checks, speed, BATCH)
     notes = [
@@ -97,6 +114,7 @@ class _Work:
     backend: str
     samples: int
     rounds: int
+    variants: dict[str, Variant] = field(default_factory=variants)
     stages: dict[str, float] = field(default_factory=dict)
 
     def build(self) -> dict[str, Artifact]:
@@ -117,10 +135,16 @@ class _Work:
             name: self._make(
                 f"calibrate {name}",
                 partial(
-                    calibrate, source, self.output / name, recipe=recipe, effort=effort, calibration=data
+                    calibrate,
+                    source,
+                    self.output / name,
+                    recipe=variant.recipe,
+                    weights=variant.weights,
+                    effort="fast",
+                    calibration=data,
                 ),
             )
-            for name, (_, recipe, effort) in VARIANTS.items()
+            for name, variant in self.variants.items()
         }
         bundles = {
             name: self._make(f"export {name}", partial(export, made, self.output / f"{name}-onnx"))
@@ -146,7 +170,7 @@ class _Work:
         from qdeploy.runtime.sample import sample
 
         sources: dict[str, tuple[str, Path | Artifact]] = {"full": ("full precision", self.model.path)}
-        sources |= {name: (title, engines[name]) for name, (title, _, _) in VARIANTS.items()}
+        sources |= {name: (variant.title, engines[name]) for name, variant in self.variants.items()}
         options: dict[str, Any] = {"count": IMAGES, "steps": STEPS, "scheduler": "ddim", "seed": FIRST_IMAGE}
         groups = {}
         for name, (title, source) in sources.items():
@@ -166,7 +190,7 @@ class _Work:
             if name == FULL:
                 continue
             pairs: dict[str, Any] = {}
-            if name in VARIANTS:
+            if name in self.variants:
                 pairs = {"onnx": self.output / f"{name}-onnx", "checkpoint": self.output / name}
 
             def measure(engine: Artifact = engine, pairs: dict[str, Any] = pairs) -> dict[str, Any]:
@@ -182,7 +206,7 @@ class _Work:
         from qdeploy.evaluate.benchmark import benchmark
 
         def measure() -> dict[str, Any]:
-            named = [engines[name] for name in VARIANTS]
+            named = [engines[name] for name in self.variants]
             options: dict[str, Any] = {"batch": (1, BATCH), "rounds": self.rounds, "threads": THREADS}
             return benchmark(named, reference=self.model, **options).to_json()
 
@@ -196,7 +220,7 @@ class _Work:
 
         paths = [
             self.output / f"{name}{part}"
-            for name in VARIANTS
+            for name in self.variants
             for part in ("", "-onnx", "-engine", "-samples")
         ]
         run = partial(
@@ -204,7 +228,7 @@ class _Work:
             [*paths, self.output / "full-samples"],
             self.output / "report.html",
             reference=self.model,
-            checks=[checks[name] for name in VARIANTS],
+            checks=[checks[name] for name in self.variants],
             benchmark=speed,
             folder=self.output / "measured",
         )

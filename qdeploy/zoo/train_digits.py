@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.evaluate.features import FeatureNetwork
+from qdeploy.zoo.training import bf16_where_fast
 
 SIZE = 16
 UNET = {
@@ -129,7 +130,7 @@ def train_denoiser(output: Path, seed: int, steps: int, batch: int, device: str,
         noise = torch.randn(clean.shape).to(device)
         t = torch.randint(0, 1000, (len(clean),)).to(device)
         noisy = scheduler.add_noise(clean, noise, t)
-        with torch.autocast(device, torch.bfloat16):
+        with bf16_where_fast(device):
             predicted = unet(noisy, t).sample
         loss = nn.functional.mse_loss(predicted.float(), noise)
         optimizer.zero_grad()

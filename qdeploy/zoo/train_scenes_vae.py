@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qdeploy.zoo.scene_drawing import PIXELS, draw, random_layout
 from qdeploy.zoo.scene_world import random_scene
-from qdeploy.zoo.training import Draws, fit, write_log
+from qdeploy.zoo.training import Draws, bf16_where_fast, fit, write_log
 from qdeploy.zoo.training_options import options
 
 LATENT_CHANNELS = 8
@@ -103,7 +103,7 @@ def train_vae(output: Path, seed: int, steps: int, device: str) -> Any:
     def loss_of(draws: Draws) -> Tensor:
         whole = draws.step > steps * (1 - WHOLE_SHARE)
         images = (pictures(WHOLE, draws) if whole else crops(CROPS, draws)).to(device)
-        with torch.autocast(device, torch.bfloat16):
+        with bf16_where_fast(device):
             posterior = vae.encode(images).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=draws.torch).to(device)
             decoded = vae.decode(posterior.mean + posterior.std * noise).sample.float()

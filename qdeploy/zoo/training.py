@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from qdeploy.engines.machine import has_bf16
 
 _WARM_UP, _COOL_DOWN = 0.02, 0.25
 _LOG_EVERY, _SAVE_EVERY = 100, 500
@@ -30,6 +33,11 @@ class Draws:
         """The randomness of a step."""
         states = np.random.SeedSequence((seed, step)).generate_state(2, np.uint64)
         return cls(step, np.random.default_rng(states[0]), torch.Generator().manual_seed(int(states[1] >> 1)))
+
+
+def bf16_where_fast(device: str) -> AbstractContextManager[Any]:
+    """Autocast to bf16, but on processors without bf16 products, where that is many times slower than f32."""
+    return torch.autocast(device, torch.bfloat16, enabled=device != "cpu" or has_bf16())
 
 
 def rate_at(step: int, steps: int) -> float:

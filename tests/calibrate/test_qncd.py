@@ -31,7 +31,7 @@ from qdeploy.export.run import export
 from qdeploy.formats import int8
 from qdeploy.inputs import denoise
 from qdeploy.modulation import ADDITIVE, SCALE_SHIFT, Modulation, find_modulations
-from tests.helpers import MemoryRows, calibrating, relative, sqnr_db, tiny_unet
+from tests.helpers import MemoryRows, calibrating, plain_options, relative, sqnr_db, tiny_unet
 from tests.models import ddpm_folder
 
 DATA = MemoryRows.noisy()
@@ -405,7 +405,7 @@ def test_the_graph_computes_what_was_smoothed(checkpoint: Artifact, tmp_path: Pa
     attentions = len([path for path in layers if path.endswith(".to_k")])
     assert len(factors) == readers - 2 * attentions  # q, k and v share one
     probe = load_file(bundle.file(PROBE))
-    session = onnxruntime.InferenceSession(bundle.file("unet/model.onnx"))
+    session = onnxruntime.InferenceSession(bundle.file("unet/model.onnx"), plain_options())
     rows = []
     for row, simulated in enumerate(probe["simulated"]):
         feeds = {

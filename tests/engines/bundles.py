@@ -69,11 +69,14 @@ class GraphBuilder:
             f"{name}/dq",
         )
 
-    def integer_weight(self, weight: str, axis: int) -> str:
-        """An initializer as int8 codes per channel behind DequantizeLinear."""
+    def integer_weight(self, weight: str, axis: int, limit: int = 63) -> str:
+        """An initializer as int8 codes per channel behind DequantizeLinear.
+
+        Up to 63, codes run as int8 on every processor.
+        """
         value = self.initializers.pop(weight)
         others = tuple(i for i in range(value.ndim) if i != axis)
-        scale = (np.abs(value).max(others) / 127).astype(np.float32)
+        scale = (np.abs(value).max(others) / limit).astype(np.float32)
         shape = [-1 if i == axis else 1 for i in range(value.ndim)]
         codes = np.rint(value / scale.reshape(shape)).astype(np.int8)
         names = [
@@ -95,13 +98,16 @@ class GraphBuilder:
         return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
-def denoiser_graph(quantized: bool, concat: bool = False, unknown: bool = False) -> onnx.ModelProto:
+def denoiser_graph(
+    quantized: bool, concat: bool = False, unknown: bool = False, limit: int = 63
+) -> onnx.ModelProto:
     """conv_in, a convolution and a linear layer that may be quantized, the timestep added, conv_out.
 
     Args:
         quantized: Q/DQ around the two layers in the middle.
         concat: let the first of them read a Concat that nothing else reads.
         unknown: put an operation in that no runtime knows.
+        limit: the largest code of weights.
     """
     g = GraphBuilder()
     x = g.add("Conv", ["sample", g.normal("w_in", WIDTH, CHANNELS, 3, 3)], "conv_in", pads=[1, 1, 1, 1])
@@ -112,14 +118,14 @@ def denoiser_graph(quantized: bool, concat: bool = False, unknown: bool = False)
     weight = g.normal("w_conv", WIDTH, WIDTH * (2 if concat else 1), 3, 3)
     bias = g.normal("b_conv", WIDTH)
     if quantized:
-        x, weight = g.quantize(x, "act_conv"), g.integer_weight(weight, 0)
+        x, weight = g.quantize(x, "act_conv"), g.integer_weight(weight, 0, limit)
     x = g.add("Conv", [x, weight, bias], "body.conv", pads=[1, 1, 1, 1])
     rate = g.constant("rate", np.float32(0.001))
     x = g.add("Add", [x, g.add("Mul", ["timestep", rate], "embedding")], "timed")
     x = g.add("Transpose", [x], "to_last", perm=[0, 2, 3, 1])
     weight = g.normal("w_linear", WIDTH, WIDTH)
     if quantized:
-        x, weight = g.quantize(x, "act_linear"), g.integer_weight(weight, 1)
+        x, weight = g.quantize(x, "act_linear"), g.integer_weight(weight, 1, limit)
     x = g.add("Add", [g.add("MatMul", [x, weight], "body.linear"), g.normal("b_linear", WIDTH)], "biased")
     x = g.add("Transpose", [x], "to_first", perm=[0, 3, 1, 2])
     x = g.add("Conv", [x, g.normal("w_out", CHANNELS, WIDTH, 3, 3)], "conv_out", pads=[1, 1, 1, 1])
@@ -154,6 +160,7 @@ def write_bundle(
     unknown: bool = False,
     facts: Mapping[str, Any] | None = None,
     simulated: torch.Tensor | None = None,
+    limit: int = 63,
     passes: Sequence[type[InPlacePass]] = (),
 ) -> Artifact:
     """An ``onnx`` artifact around `denoiser_graph`.
@@ -164,15 +171,16 @@ def write_bundle(
         concat: passed on.
         unknown: passed on; the probe is then that of the graph without it.
         facts: added to the manifest's facts.
+        limit: passed on.
         passes: rewrites of the graph, which may not change what it computes.
         simulated: what the probe claims the fake-quantized model to give; the truth by default.
     """
-    graph = denoiser_graph(quantized, concat, unknown)
+    graph = denoiser_graph(quantized, concat, unknown, limit)
     inputs = example_inputs()
     probe = {f"input.{name}": x for name, x in inputs.items()}
     probe["reference"] = expected(denoiser_graph(False, concat), inputs)
     if quantized:
-        truth = expected(denoiser_graph(True, concat), inputs)
+        truth = expected(denoiser_graph(True, concat, limit=limit), inputs)
         probe["simulated"] = truth if simulated is None else simulated
     described = {
         "component": "unet",

@@ -224,6 +224,44 @@ def test_a_processor_without_int8_instructions_is_told(
     assert "neither VNNI nor AMX" in capsys.readouterr().err
 
 
+def test_weights_of_eight_bits_are_right_without_vnni(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On this processor and as on one without VNNI; seven bits run in int8 on both."""
+    wide, narrow = (write_bundle(tmp_path / f"onnx{limit}", limit=limit) for limit in (127, 63))
+    here = build_engine(wide, tmp_path / "here", threads=1)
+    assert here.facts["int8_sums"] == (machine.NARROW if machine.int8_sums_saturate() else machine.WIDE)
+    assert here.manifest["measured"]["parity"]["sqnr_db"] > 100
+    without(monkeypatch, tmp_path, "avx2 avx512f")
+    capsys.readouterr()
+    floats = build_engine(wide, tmp_path / "floats", threads=1)
+    assert "2 layers with 8-bit weights are computed in floats" in capsys.readouterr().err
+    assert floats.facts["int8_sums"] == machine.NARROW
+    assert floats.manifest["measured"]["int8_mac_share"] == 0
+    assert floats.manifest["measured"]["parity"]["sqnr_db"] > 100
+    seven = build_engine(narrow, tmp_path / "seven", threads=1)
+    assert "in floats" not in capsys.readouterr().err
+    assert seven.manifest["measured"]["int8_mac_share_of_meant"] == 1
+    assert seven.manifest["measured"]["parity"]["sqnr_db"] > 100
+
+
+def test_an_engine_with_wide_sums_is_refused_where_they_saturate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without(monkeypatch, tmp_path, "avx2 avx512_vnni")
+    engines = [
+        build_engine(write_bundle(tmp_path / f"onnx{n}", limit=n), tmp_path / f"e{n}", threads=1)
+        for n in (127, 63)
+    ]
+    without(monkeypatch, tmp_path, "avx2")
+    with pytest.raises(CapabilityError, match=r"no VNNI.*int7") as error:
+        load_engine(engines[0])
+    assert exit_code(error) == 4
+    load_engine(engines[1]).close()
+    with pytest.raises(UsageError, match="--overwrite"):  # what lies there was made for another processor
+        build_engine(tmp_path / "onnx127", tmp_path / "e127", threads=1)
+
+
 def test_an_engine_that_computes_something_else_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

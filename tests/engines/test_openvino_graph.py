@@ -49,8 +49,8 @@ def block(path: Path, offset: float) -> onnx.ModelProto:
     model = onnx.parser.parse_model(HEAD + BLOCK)
     codes = (CHANNELS, CHANNELS, 3, 3)
     arrays = {
-        "codes0": RANDOM.integers(-127, 128, codes).astype(np.int8),
-        "codes1": RANDOM.integers(-127, 128, codes).astype(np.int8),
+        "codes0": RANDOM.integers(-63, 64, codes).astype(np.int8),
+        "codes1": RANDOM.integers(-63, 64, codes).astype(np.int8),
         "steps": np.full(CHANNELS, 1e-3, np.float32),
         "bias": np.full(CHANNELS, offset, np.float32),
         "gamma": RANDOM.normal(size=CHANNELS).astype(np.float32),

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from qdeploy.denoiser import open_model
-from qdeploy.evaluate.demo import VARIANTS, _Work
+from qdeploy.engines import machine
+from qdeploy.evaluate.demo import _Work, variants
 from qdeploy.evaluate.remembered import remembered
 from qdeploy.evaluate.report import MISSING
 from qdeploy.evaluate.summary import DemoResult, summary_notes, summary_rows
@@ -23,7 +24,17 @@ def work(tmp_path: Path) -> _Work:
 
 
 def test_every_variant_is_a_preset() -> None:
-    assert {recipe for _, recipe, _ in VARIANTS.values()} <= presets().keys()
+    assert {variant.recipe for variant in variants().values()} <= presets().keys()
+
+
+@pytest.mark.parametrize(("flags", "weights"), [("avx2", "int7"), ("avx2 avx512_vnni", None)])
+def test_weights_are_those_that_run_in_int8_on_this_processor(
+    flags: str, weights: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"flags\t\t: fpu {flags}\n")
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    assert [variant.weights for variant in variants().values()] == [weights, None]
+    assert ("W7A8" in variants()["w8a8"].title) == (weights == "int7")
 
 
 def test_a_result_is_remembered_until_what_it_was_made_from_changes(tmp_path: Path) -> None:

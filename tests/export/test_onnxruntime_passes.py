@@ -34,7 +34,8 @@ ROUNDING = 2e-6  # sums of floats in another order
 
 
 def codes(*shape: int) -> np.ndarray:
-    return RANDOM.integers(-127, 128, shape).astype(np.int8)
+    """Weights of seven bits, whose products ONNX Runtime adds exactly on processors without VNNI too."""
+    return RANDOM.integers(-63, 64, shape).astype(np.int8)
 
 
 def scales(count: int) -> np.ndarray:
@@ -307,7 +308,7 @@ def test_other_operators_see_what_they_saw() -> None:
 # -- all of them -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["int8", "int4"])
+@pytest.fixture(scope="module", params=["int7", "int4"])
 def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """A small U-Net with attention and shortcuts, traced, in both dialects; and what torch simulates."""
     folder = tmp_path_factory.mktemp(request.param)

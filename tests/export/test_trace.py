@@ -25,7 +25,7 @@ from qdeploy.export.lower import CHANNELS_LAST, PASSES, adapt, lower
 from qdeploy.export.trace import OUTPUT, trace
 from qdeploy.formats import int4, int8
 from qdeploy.inputs import denoise
-from tests.helpers import MemoryRows, calibrating, minmax_layer, sqnr_db, tiny_unet
+from tests.helpers import MemoryRows, calibrating, minmax_layer, plain_options, sqnr_db, tiny_unet
 
 DATA = MemoryRows.noisy()
 
@@ -41,7 +41,7 @@ class Exported:
         self.model = lower(trace(denoiser, DATA.inputs([0, 1])), "portable")
         save(self.model, path)
         self.nodes = {node.name: node for node in self.model.graph}
-        self.engine = onnxruntime.InferenceSession(path, options(), providers=["CPUExecutionProvider"])
+        self.engine = onnxruntime.InferenceSession(path, plain_options(), providers=["CPUExecutionProvider"])
 
     def run(self, rows: list[int], timestep: float) -> Tensor:
         inputs = DATA.inputs(rows)
@@ -51,14 +51,6 @@ class Exported:
     def simulate(self, rows: list[int], timestep: float) -> Tensor:
         with torch.no_grad():
             return denoise(self.denoiser, DATA.inputs(rows) | {"timestep": torch.tensor(timestep)})
-
-
-def options() -> onnxruntime.SessionOptions:
-    """Plain execution: the graph as it is written, on one thread."""
-    chosen = onnxruntime.SessionOptions()
-    chosen.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    chosen.intra_op_num_threads = 1
-    return chosen
 
 
 @pytest.fixture(scope="module")
@@ -330,7 +322,7 @@ def test_layers_with_equal_weights_keep_their_own_names(tmp_path: Path, quantize
     layers = sorted(node.name or "" for node in model.graph if node.op_type in WEIGHTED_OPS)
     join = ["join/0", "join/1"] if quantized else ["join"]
     assert layers == sorted(["left", "right", "zero", "other", *join])
-    engine = onnxruntime.InferenceSession(tmp_path / "model.onnx", options())
+    engine = onnxruntime.InferenceSession(tmp_path / "model.onnx", plain_options())
     feeds = {"sample": inputs["sample"].numpy(), "timestep": np.array(3, np.float32)}
     with torch.no_grad():
         assert sqnr_db(denoise(network, inputs), torch.from_numpy(engine.run(None, feeds)[0])) >= 45

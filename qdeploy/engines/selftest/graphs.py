@@ -29,6 +29,7 @@ class Format:
         activations: type of activations; None for float.
         limit: the largest code.
         patterns: the patterns that exist in it; None for all.
+        weights_limit: the largest code of weights, where it is another; 0 for the same.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Format:
     activations: str | None = None
     limit: int = 1
     patterns: tuple[str, ...] | None = None
+    weights_limit: int = 0
 
 
 FORMATS = {
@@ -43,6 +45,8 @@ FORMATS = {
     for found in (
         Format("fp32"),
         Format("int8", "INT8", "INT8", 127),
+        # What int8 kernels of processors without VNNI can add (`qdeploy.export.passes.narrow_sums`).
+        Format("int7", "INT8", "INT8", 127, weights_limit=63),
         # Weights alone, in blocks, for GEMMs: what TensorRT's int4 is for.
         Format("int4", "INT4", None, 7, ("gemm",)),
         Format("fp8", "FLOAT8E4M3FN", "FLOAT8E4M3FN", 448, ("gemm", "conv")),
@@ -99,17 +103,17 @@ class Builder:
         import numpy as np
 
         value = self.random.standard_normal(shape) / np.sqrt(np.prod(shape) / shape[axis])
-        kind = self.kind.weights
+        kind, limit = self.kind.weights, self.kind.weights_limit or self.kind.limit
         if kind is None:
             return self.constant(name, value)
         if kind == "INT4":
             blocks = value.reshape(shape[0] // BLOCK, BLOCK, shape[1])
-            step = np.abs(blocks).max(1) / self.kind.limit
+            step = np.abs(blocks).max(1) / limit
             codes = np.rint(blocks / step[:, None]).reshape(shape)
             where: dict[str, int] = {"axis": 0, "block_size": BLOCK}
         else:
             others = tuple(other for other in range(len(shape)) if other != axis)
-            step = np.abs(value).max(others) / self.kind.limit
+            step = np.abs(value).max(others) / limit
             along = [-1 if other == axis else 1 for other in range(len(shape))]
             codes = value / step.reshape(along)
             codes, where = (np.rint(codes) if kind == "INT8" else codes), {"axis": axis}

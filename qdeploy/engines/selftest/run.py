@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 COMPONENT = "unet"
 BATCHES = (1, 2)
 # dB of signal by error. Two roundings to 8 bits may differ in the last digit here and there; fp8 has 3 bits.
-LEAST = {"fp32": 60.0, "int8": 40.0, "int4": 40.0, "fp8": 30.0}
+LEAST = {"fp32": 60.0, "int8": 40.0, "int7": 40.0, "int4": 40.0, "fp8": 30.0}
 _CONFIG = '{"_class_name": "UNet2DModel"}'
 
 
@@ -135,7 +135,7 @@ def selftest(backend: str = "auto", precision: str = "f32", formats: Sequence[st
 def _formats_of(backend: Backend) -> list[str]:
     """Those that a machine has kernels for; elsewhere a refusal would be no news."""
     if backend.device != "cuda":
-        return ["fp32", "int8"]
+        return ["fp32", "int8", "int7"]
     from qdeploy.engines.tensorrt.preflight import find_gpu
 
     return ["fp32", "int8", "int4", *(["fp8"] if find_gpu().sm >= 89 else [])]

@@ -38,7 +38,11 @@ def test_every_graph_is_sound_and_is_computed_alike_by_onnx_itself(
     assert bool(meant_int8(tmp_path / "model.onnx")) == (kind.activations == "INT8")
     inputs = example(1)
     found = oracle(tmp_path / "model.onnx", inputs)
-    if kind.name in ("fp32", "int8"):  # onnx's own evaluator needs minutes for fp8 and has no blocks of int4
+    if kind.name in (
+        "fp32",
+        "int8",
+        "int7",
+    ):  # onnx's own evaluator needs minutes for fp8 and has no blocks of int4
         expected = ReferenceEvaluator(graph).run(None, {name: x.numpy() for name, x in inputs.items()})[0]
         # an activation that lies on the edge between two codes may fall either way
         assert sqnr_db(found, torch.from_numpy(expected)) > (100 if kind.name == "fp32" else 50)
@@ -59,11 +63,11 @@ def test_the_backends_of_this_machine_pass(qdeploy: QDeploy, backend: str) -> No
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
     assert report["passed"]
-    assert {case["format"] for case in report["cases"]} == {"fp32", "int8"}
-    assert len(report["cases"]) == 2 * len(PATTERNS)
+    assert {case["format"] for case in report["cases"]} == {"fp32", "int8", "int7"}
+    assert len(report["cases"]) == 3 * len(PATTERNS)
     assert report["doctor"]["backends"][backend]["usable"]
     if backend == "openvino":
-        assert all(case["int8"] == 1 for case in report["cases"] if case["format"] == "int8")
+        assert all(case["int8"] == 1 for case in report["cases"] if case["format"] == "int7")
 
 
 def test_the_report_can_be_kept_in_a_file(qdeploy: QDeploy, tmp_path: Path) -> None:
