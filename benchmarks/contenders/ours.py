@@ -1,10 +1,14 @@
-"""qdeploy: W8A8 and W4A8 on OpenVINO, the rest in f32 and bf16, the time path as a table."""
+"""qdeploy: W8A8 (W7A8 without VNNI) and W4A8 on OpenVINO, the rest in f32 and bf16, the time path as a table."""
 
 from __future__ import annotations
 
 from functools import partial
 
 from benchmarks.contenders import PRECISIONS, Case, Contender, Loaded
+from qdeploy.engines.machine import int8_sums_saturate
+
+# Without VNNI layers with weights of 8 bits would be computed in floats.
+WEIGHTS = ("int7" if int8_sums_saturate() else "int8", "int4")
 
 
 def _name(weights: str, precision: str) -> str:
@@ -49,6 +53,6 @@ CONTENDERS = {
         (f"{_name(weights, precision)}/",),
         precision=precision,
     )
-    for weights in ("int8", "int4")
+    for weights in WEIGHTS
     for precision in PRECISIONS
 }
