@@ -1,4 +1,8 @@
-"""U-Nets of well-known shapes with random weights: for questions of size and speed, which weights do not decide."""
+"""Networks of well-known shapes with random weights: for questions of size and speed, which weights do not decide.
+
+And the models of the zoo, which are trained. What a conditional network needs around it to be sampled, a text
+encoder and an autoencoder, is as small as its class allows (`benchmarks/model_parts.py`).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.model_parts import autoencoder, clip_text, t5_text
 from qdeploy.zoo import find_zoo_model
 
 # google/ddpm-cifar10-32's unet/config.json
@@ -24,20 +29,102 @@ CIFAR: dict[str, Any] = {
 }
 # stable-diffusion-v1-5's unet/config.json; what it leaves out are the class's defaults
 SD15: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
-SHAPES = ("digits", "cifar", "sd15")
+# stable-diffusion-xl-base-1.0's unet/config.json, likewise
+SDXL: dict[str, Any] = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+# PixArt-alpha/PixArt-XL-2-256x256's transformer/config.json, with 8 of its 28 blocks
+PIXART: dict[str, Any] = {
+    "sample_size": 32,
+    "num_layers": 8,
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "out_channels": 8,
+    "patch_size": 2,
+    "cross_attention_dim": 1152,
+    "caption_channels": 4096,
+    "attention_bias": True,
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-6,
+    "use_additional_conditions": False,
+}
+ZOO = ("digits", "scenes", "digits-dit")
+UNETS = ("digits", "cifar", "sd15")  # the shapes of benchmarks that are not about conditions
+SHAPES = (*UNETS, "scenes", "digits-dit", "pixart", "sdxl")
+PROMPTS = ("a large red circle", "a small blue square above a green ring")
 
 
 def model_folder(shape: str, folder: Path) -> Path:
-    """A diffusers folder of that shape; made if it is not there yet."""
-    if shape == "digits":
-        found = find_zoo_model("digits")
+    """A diffusers folder of that shape; made if it is not there yet.
+
+    ``sdxl`` is a denoiser alone, the others are pipelines.
+    """
+    if shape in ZOO:
+        found = find_zoo_model(shape)
         assert found is not None
         return found
     path = folder / shape
-    if not (path / "model_index.json").is_file():
-        from diffusers import DDPMPipeline, DDPMScheduler, UNet2DConditionModel, UNet2DModel
-
+    if not any((path / name).is_file() for name in ("model_index.json", "config.json")):
         torch.manual_seed(0)
-        unet = UNet2DModel(**CIFAR) if shape == "cifar" else UNet2DConditionModel(**SD15)
-        DDPMPipeline(unet, DDPMScheduler()).save_pretrained(path)
+        _make(shape).save_pretrained(path)
     return path
+
+
+def _make(shape: str) -> Any:
+    import diffusers
+
+    if shape == "cifar":
+        return diffusers.DDPMPipeline(diffusers.UNet2DModel(**CIFAR), diffusers.DDPMScheduler())
+    if shape == "sdxl":
+        return diffusers.UNet2DConditionModel(**SDXL)
+    if shape == "pixart":
+        encoder, tokenizer = t5_text(PIXART["caption_channels"])
+        return diffusers.PixArtAlphaPipeline(
+            tokenizer=tokenizer,
+            text_encoder=encoder,
+            vae=autoencoder(),
+            transformer=diffusers.PixArtTransformer2DModel(**PIXART),
+            scheduler=diffusers.DDIMScheduler(),
+        )
+    encoder, tokenizer = clip_text(SD15["cross_attention_dim"])
+    return diffusers.StableDiffusionPipeline(
+        vae=autoencoder(),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        unet=diffusers.UNet2DConditionModel(**SD15),
+        scheduler=diffusers.DDIMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sampling(shape: str, steps: int, held_out: bool) -> dict[str, Any]:
+    """How a shape is sampled for ``steps`` calls that are kept, as options of `qdeploy.collect`.
+
+    Trained models are sampled as they are meant to be, with guidance where they have it, which gives two rows a
+    call. Those of random weights are sampled without guidance, the large ones with no more steps than are kept.
+    """
+    if shape == "digits":
+        return {}
+    if shape == "digits-dit":  # class numbers come with the seeds
+        return {"scheduler": "ddim", "inference_steps": 20}
+    if shape == "scenes":
+        from qdeploy.zoo.judge_scenes import held_out_prompts
+
+        prompts = held_out_prompts(8, seed=int(held_out))
+        return {"scheduler": "ddim", "inference_steps": 20, "prompts": prompts}
+    if shape == "cifar":
+        return {"scheduler": "ddim", "inference_steps": 20}
+    return {"scheduler": "ddim", "inference_steps": steps, "prompts": PROMPTS, "guidance": 1.0}

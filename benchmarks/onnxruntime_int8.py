@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.models import SHAPES, model_folder
+from benchmarks.models import UNETS, model_folder
 from qdeploy.artifact import Artifact
 from qdeploy.calibrate.dataset import CalibrationSet
 from qdeploy.calibrate.run import calibrate
@@ -179,7 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", choices=SHAPES[:2], default="cifar")
+    parser.add_argument("--shape", choices=UNETS[:2], default="cifar")
     parser.add_argument("--output", type=Path, default=Path("runs/onnxruntime-int8"))
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=30.0, help="about how long the rounds take")

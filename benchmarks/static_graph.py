@@ -18,7 +18,7 @@ import onnx
 import torch
 from torch import Tensor
 
-from benchmarks.models import SHAPES, model_folder
+from benchmarks.models import UNETS, model_folder
 from qdeploy.artifact import Artifact
 from qdeploy.calibrate.run import calibrate
 from qdeploy.calibrate.trajectory import collect
@@ -129,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", choices=SHAPES, default="cifar")
+    parser.add_argument("--shape", choices=UNETS, default="cifar")
     parser.add_argument("--output", type=Path, default=Path("runs/static-graph"))
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=20)

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.models import SHAPES, model_folder
+from benchmarks.models import UNETS, model_folder
 from qdeploy.artifact import Artifact, open_artifact
 from qdeploy.calibrate.importers import import_qdiffusion
 from qdeploy.calibrate.run import calibrate
@@ -191,7 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", choices=SHAPES, action="append")
+    parser.add_argument("--shape", choices=UNETS, action="append")
     parser.add_argument("--format", choices=FORMATS, action="append")
     parser.add_argument("--kind", choices=KINDS, action="append")
     parser.add_argument("--output", type=Path, default=Path("runs/tensorrt-exports"))
@@ -199,7 +199,7 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     file = arguments.output / "exports.json"
     rows = json.loads(file.read_text()) if file.exists() else {}
-    for shape in arguments.shape or SHAPES:
+    for shape in arguments.shape or UNETS:
         for name in arguments.format or FORMATS:
             for kind in arguments.kind or KINDS:
                 key = f"{shape} {name} {kind}"

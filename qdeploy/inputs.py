@@ -16,6 +16,8 @@ from qdeploy.errors import InvalidInputError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+NUMBERS_AT_ONCE = 2**16  # of samples: four latents of 64 by 64 pixels
+
 
 def flatten_inputs(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The tensors of one ``forward`` call by parameter name; those in dictionaries as ``name.key``."""
@@ -49,6 +51,27 @@ def denoise(denoiser: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """The network's prediction for inputs named as in `flatten_inputs`."""
     output: Tensor = denoiser(**nest_inputs(inputs), return_dict=False)[0]
     return output
+
+
+def rows_at_once(sample: Tensor) -> int:
+    """How many rows a network is given at once where nothing but memory decides.
+
+    What a network computes on its way is hundreds of times as large as its sample; at the size of large models more
+    rows at once take gigabytes, and no less time.
+
+    Args:
+        sample: the noisy sample, ``[rows, ...]``.
+    """
+    return max(1, NUMBERS_AT_ONCE // max(1, sample[:1].numel()))
+
+
+def denoise_rows(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """`denoise` for any number of rows, a few at a time; every input has rows."""
+    import torch
+
+    rows = rows_at_once(inputs[sample_name(denoiser)])
+    parts = zip(*(value.split(rows) for value in inputs.values()), strict=True)
+    return torch.cat([denoise(denoiser, dict(zip(inputs, part, strict=True))) for part in parts])
 
 
 def example_inputs(model: Model, rows: int, seed: int = 0) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ confirms which layers depend on the timestep alone: their outputs are bit-identi
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from qdeploy.inputs import denoise
 from qdeploy.timepart import Tape, TimePart
@@ -99,17 +101,17 @@ def find_structure(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> Structu
     other = _run(denoiser, _same_timestep(one_row))
     time_only = {
         path
-        for path in trace.outputs
-        if path in trace.from_time and torch.equal(trace.outputs[path], other.outputs[path])
+        for path in trace.from_time
+        if path in other.outputs and torch.equal(trace.outputs[path], other.outputs[path])
     }
     units = _units(denoiser, {layer.path for layer in trace.layers})
     firsts: dict[tuple[str, int], str] = {}
     layers: list[Layer] = []
-    for layer, tensor in zip(trace.layers, trace.inputs, strict=True):
+    for layer, source in zip(trace.layers, trace.inputs, strict=True):
         unit = next(path for path in units if layer.path == path or layer.path.startswith(f"{path}."))
-        reads = firsts.setdefault((unit, id(tensor)), layer.path)
+        reads = firsts.setdefault((unit, source), layer.path)
         temporal = layer.path in time_only
-        beside = not temporal and unit != layer.path and trace.given.get(unit) is tensor
+        beside = not temporal and unit != layer.path and trace.given.get(unit) == source
         attends = not temporal and _attends(denoiser, layer.path, unit, trace.attentions)
         layers.append(
             replace(layer, unit=unit, reads=reads, temporal=temporal, shortcut=beside, attention=attends)
@@ -151,7 +153,11 @@ def is_layer(module: nn.Module) -> bool:
 
 
 class _Trace(TorchFunctionMode):
-    """Records layers, concatenations, attention and the time part while a network runs."""
+    """Records layers, concatenations, attention and the time part while a network runs.
+
+    Of the tensors that pass, numbers are kept and no values, so that a run takes no more memory than without
+    it; only what comes from the timestep alone, which is small, is kept to be compared.
+    """
 
     def __init__(self, tape: Tape) -> None:
         super().__init__()
@@ -159,13 +165,16 @@ class _Trace(TorchFunctionMode):
         self.result: Any = None
         self.from_time: set[str] = set()
         self.layers: list[Layer] = []
-        self.inputs: list[Tensor] = []  # held, so that identities stay unique during the run
-        self.outputs: dict[str, Tensor] = {}
+        self.inputs: list[int] = []  # numbers of the tensors that layers read
+        self.outputs: dict[str, Tensor] = {}  # of layers that are in `from_time`, or were
         self.attentions: Counter[str] = Counter()
         self.stack: list[str] = []
-        self.given: dict[str, Any] = {}
+        self.given: dict[str, int | None] = {}  # numbers of the tensors that modules are given first
         self._inside = 0  # layers are one operation of the tape, whatever they do inside
-        self._parts: dict[int, tuple[Tensor, tuple[int, ...], int]] = {}
+        self._parts: Any = WeakIdKeyDictionary()
+        self._numbers: Any = WeakIdKeyDictionary()
+        self._counter = itertools.count()
+        self._called: set[str] = set()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -174,7 +183,7 @@ class _Trace(TorchFunctionMode):
         if func in (torch.cat, torch.concat, torch.concatenate) and isinstance(result, Tensor):
             given: dict[str, Any] = {**dict(zip(("tensors", "dim"), args, strict=False)), **(kwargs or {})}
             dim = int(given.get("dim", given.get("axis", 0)) or 0) % result.ndim
-            self._parts[id(result)] = (result, tuple(part.shape[dim] for part in given["tensors"]), dim)
+            self._parts[result] = (tuple(part.shape[dim] for part in given["tensors"]), dim)
         if func is nn.functional.scaled_dot_product_attention and self.stack:
             self.attentions[self.stack[-1]] += _product_macs(*_operands(args, kwargs or {}))
         if not self._inside:
@@ -183,7 +192,8 @@ class _Trace(TorchFunctionMode):
 
     def enter(self, path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.stack.append(path)
-        self.given.setdefault(path, args[0] if args else None)
+        first = args[0] if args else None
+        self.given.setdefault(path, self._number(first) if isinstance(first, Tensor) else None)
         self._inside += is_layer(module)
 
     def leave(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -195,14 +205,15 @@ class _Trace(TorchFunctionMode):
             return
         source = args[0]
         self.tape.listen(path, args, {}, output)
-        if path in self.outputs:
-            if not torch.equal(self.outputs[path], output):
+        if path in self._called:
+            if path in self.outputs and not torch.equal(self.outputs[path], output):
                 self.from_time.discard(path)  # one table cannot stand for both calls
             return
+        self._called.add(path)
         if self.tape.holds(output):
             self.from_time.add(path)
-        self.inputs.append(source)
-        self.outputs[path] = output
+            self.outputs[path] = output
+        self.inputs.append(self._number(source))
         weight = cast(Tensor, module.weight)
         macs = output[0].numel() * (weight[0].numel() if weight is not None else 0)
         spatial = source.ndim == output.ndim == 4
@@ -221,10 +232,15 @@ class _Trace(TorchFunctionMode):
             )
         )
 
+    def _number(self, tensor: Tensor) -> int:
+        """The same for the same tensor, and for no other of this run."""
+        number: int = self._numbers.setdefault(tensor, next(self._counter))
+        return number
+
     def _split(self, source: Tensor, module: nn.Module) -> tuple[int, ...]:
         inner = getattr(module, "inner", module)
         features = source.ndim - 1 if isinstance(inner, nn.Linear) else 1
-        _, sizes, dim = self._parts.get(id(source), (None, (), -1))
+        sizes, dim = self._parts.get(source, ((), -1))
         grouped = getattr(inner, "groups", 1) > 1
         return sizes if dim == features and len(sizes) == 2 and not grouped else ()
 

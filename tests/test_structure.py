@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -357,6 +358,27 @@ def test_tracing_leaves_nothing_behind(case: Case) -> None:
     find_structure(network, inputs)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+
+
+def test_tracing_holds_no_values_of_layers_that_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a network of a billion parameters computes on its way does not fit into memory at once."""
+    network, inputs = unet()
+    alive: list[Any] = []
+    convolve, most = nn.functional.conv2d, 0
+
+    def watched(*args: Any, **kwargs: Any) -> Tensor:
+        nonlocal most
+        output = convolve(*args, **kwargs)
+        alive[:] = [seen for seen in alive if seen() is not None] + [weakref.ref(output)]
+        most = max(most, len(alive))
+        return output
+
+    monkeypatch.setattr(nn.functional, "conv2d", watched)
+    with torch.no_grad():
+        denoise(network, inputs)
+    alone, most = most, 0
+    find_structure(network, inputs)
+    assert most <= alone + 1
 
 
 def test_a_network_that_fails_is_left_without_hooks() -> None:

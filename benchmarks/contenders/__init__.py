@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qdeploy.engines.machine import BF16_INSTRUCTIONS, has_bf16
+
 FAMILIES = ("torch_eager", "openvino_float", "nncf_int8", "onnxruntime_int8", "modelopt_int8", "ours")
 PRECISIONS = ("f32", "bf16")
 
@@ -30,6 +32,8 @@ class Case:
         model: the diffusers folder.
         threads: threads of each runtime.
         modelopt: a Python that has ModelOpt; None if there is none.
+        ranges: qdeploy's finder of ranges: ``lp``, of least error; or ``minmax``, which takes a hundredth of the
+            time.
     """
 
     shape: str
@@ -37,6 +41,7 @@ class Case:
     model: Path
     threads: int
     modelopt: str | None = None
+    ranges: str = "lp"
 
     @property
     def onnx(self) -> Path:
@@ -88,6 +93,7 @@ class Contender:
         prepare: quantizes and writes files, unless they are there; returns why not, if it cannot.
         files: what its engine consists of, relative to the case's folder.
         floating: whether nothing is quantized.
+        precision: what floats are computed in: ``f32`` or ``bf16``.
     """
 
     name: str
@@ -95,6 +101,14 @@ class Contender:
     prepare: Callable[[Case], str | None] | None = None
     files: tuple[str, ...] = ()
     floating: bool = False
+    precision: str = "f32"
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why this machine cannot run it, if it cannot: software bf16 is no contender."""
+        if self.precision == "bf16" and not has_bf16():
+            return f"this processor has no bf16 instructions ({' or '.join(BF16_INSTRUCTIONS)})"
+        return None
 
 
 def contenders() -> dict[str, Contender]:

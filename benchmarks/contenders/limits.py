@@ -6,13 +6,19 @@ import time
 
 import numpy as np
 
+from qdeploy.engines.machine import has_bf16
+
 CHANNELS, SIZE, ROWS = 256, 32, 4
 COPIED = 2**28  # bytes, beyond any cache
 
 
 def limits(threads: int) -> dict[str, float]:
-    """Operations per second (two per MAC) of a 3x3 convolution, in 1e9, and bytes per second of a copy, in 1e9."""
-    found = {f"{precision}_gops": _convolution(precision, threads) for precision in ("f32", "bf16", "int8")}
+    """Operations per second (two per MAC) of a 3x3 convolution, in 1e9, and bytes per second of a copy, in 1e9.
+
+    Of bf16 only where the processor has it.
+    """
+    precisions = ("f32", *(("bf16",) if has_bf16() else ()), "int8")
+    found = {f"{precision}_gops": _convolution(precision, threads) for precision in precisions}
     source, target = np.ones(COPIED, np.uint8), np.zeros(COPIED, np.uint8)
     took = min(_timed(lambda: np.copyto(target, source)) for _ in range(5))
     return found | {"copy_gb_per_s": 2 * COPIED / took / 1e9}

@@ -35,6 +35,7 @@ CONTENDERS = {
         partial(load_ir, name=f"nncf-{mode}.xml", precision=precision),
         partial(_prepare, mode=mode),
         (f"nncf-{mode}.xml", f"nncf-{mode}.bin"),
+        precision=precision,
     )
     for mode in MODES
     for precision in PRECISIONS

@@ -67,6 +67,7 @@ CONTENDERS = {
         _prepare,
         (IR, "fp32.bin"),
         floating=True,
+        precision=precision,
     )
     for name, precision in zip(("fp32", "bf16"), PRECISIONS, strict=True)
 }

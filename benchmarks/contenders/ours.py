@@ -1,10 +1,14 @@
-"""qdeploy: W8A8 and W4A8 on OpenVINO, the rest in f32 and bf16, the time path as a table."""
+"""qdeploy: W8A8 (W7A8 without VNNI) and W4A8 on OpenVINO, the rest in f32 and bf16, the time path as a table."""
 
 from __future__ import annotations
 
 from functools import partial
 
 from benchmarks.contenders import PRECISIONS, Case, Contender, Loaded
+from qdeploy.engines.machine import int8_sums_saturate
+
+# Without VNNI layers with weights of 8 bits would be computed in floats.
+WEIGHTS = ("int7" if int8_sums_saturate() else "int8", "int4")
 
 
 def _name(weights: str, precision: str) -> str:
@@ -16,14 +20,17 @@ def _prepare(case: Case, weights: str, precision: str) -> None:
     from qdeploy.engines.build import build_engine
     from qdeploy.export.run import export
 
+    ranges: dict[str, str] = {"recipe": "w8a8-minmax-cpu"}
+    if case.ranges == "minmax":
+        ranges = {"method": "minmax", "activations": "uint8", "target": "openvino"}
     stem = case.folder / f"ours-w{weights[3:]}a8"
     checkpoint = calibrate(
         case.model,
         stem,
-        recipe="w8a8-minmax-cpu",
         weights=weights,
         calibration=case.folder / "set",
         effort="fast",
+        **ranges,  # type: ignore[arg-type]
     )
     bundle = export(checkpoint, f"{stem}-onnx", time_table="fp32", components=False)
     place = case.folder / _name(weights, precision)
@@ -44,7 +51,8 @@ CONTENDERS = {
         partial(_load, weights=weights, precision=precision),
         partial(_prepare, weights=weights, precision=precision),
         (f"{_name(weights, precision)}/",),
+        precision=precision,
     )
-    for weights in ("int8", "int4")
+    for weights in WEIGHTS
     for precision in PRECISIONS
 }

@@ -31,14 +31,16 @@ GROUPS = {
 }
 
 
-def kernel_times(loaded: Loaded, inputs: Mapping[str, Tensor], threads: int) -> dict[str, Any]:
+def kernel_times(
+    loaded: Loaded, inputs: Mapping[str, Tensor], threads: int, runs: int = RUNS
+) -> dict[str, Any]:
     """Milliseconds of a call by group of kernels, products in int8 and in floats apart; least of several runs."""
     assert loaded.ir is not None
     compiled = compile_ir(loaded.ir, inputs, loaded.precision, threads, True)
     request = compiled.create_infer_request()
     feed = {name: x.contiguous().numpy() for name, x in inputs.items()}
     least: dict[str, float] = {}
-    for _ in range(RUNS):
+    for _ in range(runs):
         request.infer(feed)
         for kernel in request.get_profiling_info():
             took = kernel.real_time.total_seconds() * 1e3

@@ -29,7 +29,12 @@ def _load(case: Case, dtype: torch.dtype, compiled: bool) -> Loaded:
 
 
 CONTENDERS = {
-    name: Contender(name, partial(_load, dtype=dtype, compiled=compiled), floating=True)
+    name: Contender(
+        name,
+        partial(_load, dtype=dtype, compiled=compiled),
+        floating=True,
+        precision="f32" if dtype == torch.float32 else "bf16",
+    )
     for name, dtype, compiled in (
         ("torch fp32", torch.float32, False),
         ("torch bf16", torch.bfloat16, False),

@@ -32,7 +32,7 @@ from qdeploy.denoiser import Model
 from qdeploy.draft import Draft
 from qdeploy.errors import InvalidInputError
 from qdeploy.formats import parse_format, uint8
-from qdeploy.inputs import denoise
+from qdeploy.inputs import denoise_rows
 from qdeploy.recipe import Recipe
 from qdeploy.structure import Layer, Structure
 from qdeploy.timesteps import check_timestep
@@ -89,9 +89,9 @@ def write_probe(draft: Draft, denoiser: nn.Module, inputs: Mapping[str, Tensor])
         probe = {f"input.{name}": tensor.cpu() for name, tensor in inputs.items()}
         with torch.no_grad():
             if quantized_layers(denoiser):
-                probe["simulated"] = denoise(denoiser, inputs).cpu()
+                probe["simulated"] = denoise_rows(denoiser, inputs).cpu()
             with full_precision(denoiser):
-                probe["reference"] = denoise(denoiser, inputs).cpu()
+                probe["reference"] = denoise_rows(denoiser, inputs).cpu()
         return probe
 
     return draft.tensors(PROBE, compute)

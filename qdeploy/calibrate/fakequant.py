@@ -190,7 +190,7 @@ class QuantizedLayer(nn.Module):
         if not self.weight_quantizers:
             return self.weight_parts()
         quantizers = cast("list[WeightQuantizer]", list(self.weight_quantizers))
-        decided = (quantizer.codes is not None or quantizer.rounding is not None for quantizer in quantizers)
+        decided = (quantizer.decided for quantizer in quantizers)
         if self.inner.weight is None or all(decided):
             return [quantizer(None) for quantizer in self.weight_quantizers]
         parts = zip(self.weight_quantizers, self.weight_parts(), strict=True)

@@ -141,7 +141,7 @@ def watch(session: Session, layers: Mapping[str, QuantizedLayer], mode: Any, wha
     rows = session.rows()
     timesteps = session.data.timesteps[rows].float().unique()
     found = {path: Watch(layer.inner, timesteps) for path, layer in layers.items()}
-    batch = session.effort.batch
+    batch = session.batch
     now = torch.zeros(0)
 
     def look(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

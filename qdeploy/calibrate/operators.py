@@ -81,9 +81,11 @@ def to_grid(x: Tensor, scale: Tensor, zero_point: Tensor, number_format: Format)
 
 
 def code_type(number_format: Format) -> torch.dtype:
-    """The type that codes of up to 8 bits are stored in."""
+    """The type that codes are held and stored in; wider ones than 8 bits exist in tests alone."""
     if number_format.floating:
         return FLOAT8
+    if number_format.bits > 8:
+        return torch.int16
     return torch.int8 if number_format.symmetric else torch.uint8
 
 

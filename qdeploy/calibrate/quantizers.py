@@ -187,13 +187,18 @@ class WeightQuantizer(nn.Module):
         self.zero_point.copy_(zero_point)
         self.codes = None
 
+    @property
+    def decided(self) -> bool:
+        """Whether it gives the weight without being given one."""
+        return any(part is not None for part in (self.codes, self.frozen, self.rounding))
+
     def nearest(self, weight: Tensor) -> Tensor:
-        """Codes of ``weight`` [C, ...] rounded to nearest; integers in int16, so that every format fits."""
+        """Codes of ``weight`` [C, ...] rounded to nearest, in the type that they are stored in."""
         steps, low, high = weight / over_weight(self.scale, weight.shape), self.format.qmin, self.format.qmax
         if self.format.floating:
             return steps.clamp(low, high).to(code_type(self.format))
         codes = torch.round(steps) + over_weight(self.zero_point, weight.shape)
-        return codes.clamp(low, high).to(torch.int16)
+        return codes.clamp(low, high).to(code_type(self.format))
 
     def forward(self, weight: Tensor | None) -> Tensor:
         if self.rounding is not None:
@@ -214,10 +219,12 @@ class WeightQuantizer(nn.Module):
     def freeze(self) -> None:
         """Compute with the exported operator from now on.
 
-        Integers become ``codes - zero_point`` in int8: the same weights for an int8 kernel, bit for bit.
+        Integers become ``codes - zero_point`` in int8: the same weights for an int8 kernel, bit for bit. The
+        codes themselves are let go.
         """
         assert self.codes is not None
         if self.format.floating:
             self.frozen = self.codes.clone()
         else:
             self.frozen = (self.codes - over_weight(self.zero_point, self.codes.shape)).to(torch.int8)
+        self.codes = None

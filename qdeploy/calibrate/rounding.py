@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.calibrate.fakequant import QuantizedLayer
-from qdeploy.calibrate.operators import over_weight
+from qdeploy.calibrate.operators import code_type, over_weight
 from qdeploy.calibrate.quantizers import WeightQuantizer
 from qdeploy.calibrate.reconstruct import Problem, optimize
 from qdeploy.formats import Format
@@ -82,10 +82,10 @@ class AdaRound(nn.Module):
         return self._dequantize(self.h())
 
     def codes(self) -> Tensor:
-        """The decided codes, int16: up where ``h >= 0.5``."""
+        """The decided codes: up where ``h >= 0.5``."""
         up = (self.v >= 0).to(self.floor.dtype)
         codes = (self.floor + up + self.zero_point).clamp(self.format.qmin, self.format.qmax)
-        return codes.to(torch.int16)
+        return codes.to(code_type(self.format))
 
 
 def default_rate(steps: int) -> float:

@@ -26,6 +26,7 @@ from qdeploy.draft import Draft
 from qdeploy.engines.machine import int8_sums_saturate
 from qdeploy.errors import CapabilityError, UsageError
 from qdeploy.inputs import denoise
+from qdeploy.memory import peak_memory
 from qdeploy.mixed.budget import parse_budget
 from qdeploy.paths import cache_folder, default_output
 from qdeploy.progress import say
@@ -34,6 +35,7 @@ from qdeploy.structure import find_structure
 from qdeploy.targets import find_target
 
 PROBE_ROWS = 16
+LONG_CALL = 2.0  # seconds
 
 
 def calibrate(
@@ -263,27 +265,32 @@ def any_attention(session: Session) -> bool:
 def estimate_cost(session: Session) -> Estimate:
     """Time and memory that the stages will take, from one timed batch.
 
-    A stage says how often it runs the network over all rows and how many training steps it makes per
-    unit; all units together cost about three forward passes per step.
+    The first call is slow, because memory and kernels are being prepared; where it takes seconds, that is little
+    of them, and it is not repeated. A stage says how often it runs the network over all rows and how many
+    training steps it makes per unit; all units together cost about three forward passes per step.
     """
     rows = session.rows()
-    batch = session.inputs(rows[: session.effort.batch])
+    batch = session.inputs(rows[: session.batch])
     with torch.no_grad():
         for _ in range(2):
             began = time.perf_counter()
             denoise(session.denoiser, batch)
             forward = time.perf_counter() - began
+            if forward > LONG_CALL:
+                break
     known = stages()
     passes, steps = 0.0, 0.0
     for name, _ in session.recipe.stages:
         stage_passes, stage_steps = known[name].cost(len(session.units), session.effort)
         passes, steps = passes + stage_passes, steps + stage_steps
-    batches = len(rows) / min(session.effort.batch, len(rows))
+    batches = len(rows) / min(session.batch, len(rows))
     seconds = forward * (passes * batches + 3 * steps)
-    weights = sum(parameter.numel() * 4 for parameter in session.denoiser.parameters())
+    weights = sum(parameter.numel() for parameter in session.denoiser.parameters())
     row = sum(tensor[0].numel() * tensor.element_size() for tensor in batch.values() if tensor.ndim)
-    recorded = min(session.max_memory, 64 * row * len(rows))
-    return Estimate(seconds, 3 * weights + 2 * recorded)
+    recorded = min(session.max_memory, 64 * row * len(rows)) if steps else 0
+    # What the batch took; then codes of a byte for each weight, and their packed copy on its way to the file.
+    reached = peak_memory() or 5 * weights
+    return Estimate(seconds, reached + 2 * weights + 2 * recorded)
 
 
 def check_device(device: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from qdeploy.clock import attach_clock, clock_of
 from qdeploy.draft import Draft
 from qdeploy.errors import UsageError
 from qdeploy.formats import BLOCKS, Format, parse_format, uint8
+from qdeploy.inputs import rows_at_once, sample_name
 from qdeploy.overrides import check_overrides
 from qdeploy.recipe import Recipe
 from qdeploy.structure import Layer, Structure
@@ -187,6 +189,11 @@ class Session:
         """How much work to do."""
         return find_effort(self.recipe.effort)
 
+    @cached_property
+    def batch(self) -> int:
+        """Rows of one pass through the whole network: those of the effort, or fewer where they are large."""
+        return min(self.effort.batch, rows_at_once(self.inputs([0])[sample_name(self.denoiser)]))
+
     def generator(self, *names: str) -> torch.Generator:
         """Randomness for one purpose, the same however the work was interrupted."""
         digest = sha256(f"{self.recipe.seed}/{'/'.join(names)}".encode()).digest()
@@ -260,7 +267,7 @@ class Session:
             self.denoiser,
             self.inputs,
             rows,
-            self.effort.batch,
+            self.batch,
             self.draft.work / "scratch",
             self.max_memory,
         )

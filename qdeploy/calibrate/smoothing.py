@@ -61,7 +61,7 @@ def look_at_inputs(
         assert isinstance(module, QuantizedLayer)
         see(module, args[0].detach())
 
-    rows, batch = session.rows(), session.effort.batch
+    rows, batch = session.rows(), session.batch
     with ExitStack() as stack:
         for group in groups:
             stack.callback(group[0].register_forward_pre_hook(before).remove)

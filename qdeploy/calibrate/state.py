@@ -202,16 +202,16 @@ def pack(codes: Tensor, number_format: Format) -> Tensor:
 
 
 def unpack(stored: Tensor, number_format: Format, shape: tuple[int, ...]) -> Tensor:
-    """Undo `pack`: codes of the given shape, integers in int16."""
+    """Undo `pack`: codes of the given shape, in the type of their format."""
     if number_format.floating:
         return stored.view(shape)
     if number_format.bits >= 8:
-        return stored.to(torch.int16).view(shape)
+        return stored.to(code_type(number_format)).view(shape)
     count = torch.Size(shape).numel()
     stream = ((stored[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()
     bits = stream[: count * number_format.bits].view(count, number_format.bits).to(torch.int16)
     codes = (bits << torch.arange(number_format.bits, dtype=torch.int16)).sum(1, dtype=torch.int16)
-    return (codes + number_format.qmin).view(shape)
+    return (codes + number_format.qmin).to(code_type(number_format)).view(shape)
 
 
 def packed_bytes(count: int, number_format: Format) -> int:

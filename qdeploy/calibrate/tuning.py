@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from qdeploy.calibrate.attention import intercepted
 from qdeploy.calibrate.fakequant import QuantizedLayer
-from qdeploy.calibrate.operators import per_channel, round_through
+from qdeploy.calibrate.operators import code_type, per_channel, round_through
 from qdeploy.calibrate.quantizers import ActivationQuantizer, WeightQuantizer
 from qdeploy.calibrate.session import Session
 from qdeploy.clock import clock_of
@@ -66,8 +66,8 @@ class StraightThrough(nn.Module):
         return self._steps() * self.scale
 
     def codes(self) -> Tensor:
-        """The rounded weight's codes, int16."""
-        return (self._steps() + self.zero_point).detach().to(torch.int16)
+        """The rounded weight's codes."""
+        return (self._steps() + self.zero_point).detach().to(code_type(self.format))
 
 
 class Tuning:

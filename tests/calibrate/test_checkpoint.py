@@ -20,6 +20,7 @@ from qdeploy.calibrate import checkpoint
 from qdeploy.calibrate.checkpoint import PROBE, load_checkpoint, write_checkpoint, write_probe
 from qdeploy.calibrate.fakequant import full_precision, quantized_layers
 from qdeploy.calibrate.methods import minmax
+from qdeploy.calibrate.operators import code_type
 from qdeploy.calibrate.run import any_attention
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.state import (
@@ -189,7 +190,7 @@ def test_packing_is_undone_exactly(number_format: Format, shape: list[int], data
     size = torch.Size(shape).numel()
     code = st.integers(number_format.qmin, number_format.qmax)
     drawn = data.draw(st.lists(code, min_size=size, max_size=size))
-    codes = torch.tensor(drawn, dtype=torch.int16).view(shape)
+    codes = torch.tensor(drawn, dtype=torch.int16).to(code_type(number_format)).view(shape)
     if number_format.floating:
         codes = codes.float().to(torch.float8_e4m3fn)
     packed = pack(codes, number_format)

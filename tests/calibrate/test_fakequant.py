@@ -178,8 +178,10 @@ def test_a_frozen_layer_computes_the_same_bits(
     layer = minmax_layer(inner, x, weights, activations)
     round_to_nearest(layer)
     before = layer(x)
+    assert all(quantizer.codes.element_size() == 1 for quantizer in layer.weight_quantizers)
     freeze(layer)
     assert torch.equal(layer(x), before)
+    assert all(quantizer.codes is None for quantizer in layer.weight_quantizers), "weights are held twice"
 
 
 @pytest.mark.parametrize(

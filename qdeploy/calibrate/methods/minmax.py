@@ -101,7 +101,7 @@ def observe(
     handles = [
         quantizer.register_forward_pre_hook(_hook(name, summary, met)) for name, quantizer, summary in found
     ]
-    batch = session.effort.batch
+    batch = session.batch
     try:
         with torch.no_grad(), session.weights_only():
             for start in track(range(0, len(rows), batch), "activation ranges"):

@@ -147,7 +147,7 @@ def _seen_outputs(session: Session, paths: set[str]) -> dict[str, Tensor]:
 
         return after
 
-    rows, batch = session.rows(), session.effort.batch
+    rows, batch = session.rows(), session.batch
     with ExitStack() as stack:
         for path in paths:
             handle = session.denoiser.get_submodule(path).register_forward_hook(keep(path))
@@ -168,7 +168,7 @@ def measure_errors(session: Session, *, guard: float = 2.0) -> None:
 
 
 def _measured(session: Session, guard: float) -> CorrectionTable:
-    rows, batch = session.rows(), session.effort.batch
+    rows, batch = session.rows(), session.batch
     errors = []
     with torch.no_grad():
         for start in track(range(0, len(rows), batch), "mean errors"):

@@ -1,0 +1,184 @@
+"""What each stage costs at size: peak memory, seconds, and the estimate that was printed before, of a large model.
+
+    python -m benchmarks.scale --shape sd15 --output runs/scale
+    python -m benchmarks.scale --shape sdxl --stages model export-fp32
+
+Every stage is the command line in a process of its own. Peak memory is the process's high-water mark as the
+system tells it (VmHWM), which counts pages of files that are mapped; "own" is without those, sampled ten times a
+second. What is there already is not made again. Writes ``SHAPE/scale.json`` and ``scale.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from resource import RUSAGE_CHILDREN, getrusage
+from typing import Any
+
+from qdeploy.evaluate.report import MISSING, markdown_table, number, text_table
+from qdeploy.files import write_json, write_text
+
+STAGES = (*("model", "collect", "calibrate", "export", "build-engine", "check", "benchmark", "export-fp32"),)
+# Where a verb says beforehand what it will take: "about 3 min, 10.3 GB".
+ESTIMATE = re.compile(r"about ([\d.]+) (s|min|h), ([\d.]+) (kB|MB|GB)( on disk)?")
+UNITS = {"s": 1, "min": 60, "h": 3600, "kB": 2**10, "MB": 2**20, "GB": 2**30}
+COLUMNS = (
+    "stage",
+    "seconds",
+    "CPU s",
+    "said before, s",
+    "peak GB",
+    "said before, GB",
+    "of the weights",
+    "own GB",
+    "note",
+)
+INTERVAL = 0.1
+
+
+def commands(shape: str, folder: Path, images: int, steps: int, recipe: list[str]) -> dict[str, list[str]]:
+    """The command line of every stage; paths are those in ``folder``."""
+    from benchmarks.models import PROMPTS
+
+    prompts = folder / "prompts.txt"
+    write_text(prompts, "\n".join(PROMPTS) + "\n")
+    model, places = str(folder / shape), {stage: str(folder / f"{shape}-{stage}") for stage in STAGES}
+    qdeploy = [sys.executable, "-m", "qdeploy.cli"]
+    sampled = ["--scheduler", "ddim", "--inference-steps", str(steps), "--guidance", "1"]
+    make = f"model_folder({shape!r}, Path({str(folder)!r}))"
+    return {
+        "model": [
+            *(sys.executable, "-c"),
+            f"from pathlib import Path; from benchmarks.models import model_folder; {make}",
+        ],
+        "collect": [
+            *(*qdeploy, "collect", model, "-o", places["collect"], "--samples", str(images)),
+            *("--steps", str(steps), "--batch", "1", "--prompts", str(prompts), *sampled),
+        ],
+        "calibrate": [
+            *(*qdeploy, "calibrate", model, "-o", places["calibrate"], "--effort", "fast"),
+            *("--calibration", places["collect"], *recipe),
+        ],
+        "export": [
+            *(*qdeploy, "export", places["calibrate"], "-o", places["export"], "--no-components"),
+            *("--time-table", "fp32"),
+        ],
+        "build-engine": [
+            *(*qdeploy, "build-engine", places["export"], "-o", places["build-engine"]),
+            *("--backend", "openvino", "--precision", "f32", "--threads", "1"),
+        ],
+        "check": [*qdeploy, "check", places["build-engine"]],
+        "benchmark": [*qdeploy, "benchmark", places["build-engine"], "--rounds", "1"],
+        "export-fp32": [*qdeploy, "export", model, "-o", places["export-fp32"], "--no-components"],
+    }
+
+
+def watched(command: list[str], log: Path) -> dict[str, Any]:
+    """Run a command: its exit code, seconds, the processor's seconds, and the most memory that it held, in bytes."""
+    began, used, peak, own = time.perf_counter(), _used(), 0, 0
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            told = _status(process.pid)
+            peak, own = max(peak, told.get("VmHWM", 0)), max(own, told.get("RssAnon", 0))
+            time.sleep(INTERVAL)
+    took = time.perf_counter() - began
+    return {
+        "code": process.returncode,
+        "seconds": took,
+        "cpu": _used() - used,
+        "peak": peak,
+        "own": own,
+        "said": log.read_text(),
+    }
+
+
+def _used() -> float:
+    """Seconds of the processor that finished commands took."""
+    used = getrusage(RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _status(process: int) -> dict[str, int]:
+    """Memory of a process in bytes, by the system's names; empty when it has ended."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return {}
+    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
+
+
+def said_before(text: str) -> dict[str, float]:
+    """Seconds and bytes that a verb named before it began; of bytes on disk there is nothing to compare."""
+    found = ESTIMATE.search(text)
+    if found is None:
+        return {}
+    seconds, unit, size, size_unit, disk = found.groups()
+    told = {"seconds": float(seconds) * UNITS[unit]}
+    return told if disk else told | {"peak": float(size) * UNITS[size_unit]}
+
+
+def cells(stage: str, row: dict[str, Any], weights: int) -> list[str]:
+    """A row as text."""
+    before = row["before"]
+    return [
+        stage,
+        number(row["seconds"], 0),
+        number(row.get("cpu"), 0),
+        number(before.get("seconds"), 0),
+        f"{row['peak'] / 1e9:.2f}",
+        f"{before['peak'] / 1e9:.2f}" if "peak" in before else MISSING,
+        f"{row['peak'] / weights:.2f}x",
+        f"{row['own'] / 1e9:.2f}",
+        "" if row["code"] == 0 else f"exit code {row['code']}: {row['last']}",
+    ]
+
+
+def main() -> None:
+    """Run the stages that are not done, and write the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=("cifar", "sd15", "pixart", "sdxl"), default="sd15")
+    parser.add_argument("--images", type=int, default=1, help="images of the calibration set")
+    parser.add_argument("--steps", type=int, default=8, help="denoiser calls of each image, all kept")
+    parser.add_argument("--recipe", default="--method minmax", help="options of `qdeploy calibrate`")
+    parser.add_argument("--stages", nargs="*", choices=STAGES, default=STAGES[:-1])
+    parser.add_argument("--output", type=Path, default=Path("runs/scale"))
+    arguments = parser.parse_args()
+    folder = arguments.output
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    file = folder / f"{arguments.shape}-scale.json"
+    rows: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    recipe = shlex.split(arguments.recipe)
+    todo = commands(arguments.shape, folder, arguments.images, arguments.steps, recipe)
+    for stage in arguments.stages:
+        if rows.get(stage, {}).get("code") == 0:
+            continue
+        print(f"{arguments.shape}: {stage}", file=sys.stderr, flush=True)
+        row = watched(todo[stage], folder / "logs" / f"{arguments.shape}-{stage}.txt")
+        text = row.pop("said").strip()
+        rows[stage] = row | {"before": said_before(text), "last": (text.splitlines() or [""])[-1][:200]}
+        write_json(file, rows)
+        if row["code"] not in (0, 3):  # 3: a threshold was missed, which stops nothing
+            break
+    weights = sum(
+        path.stat().st_size for path in (folder / arguments.shape).rglob("diffusion_pytorch_model*")
+    )
+    weights -= sum(path.stat().st_size for path in (folder / arguments.shape / "vae").glob("diffusion*"))
+    table = [cells(stage, rows[stage], weights) for stage in STAGES if stage in rows]
+    write_text(folder / f"{arguments.shape}-scale.md", markdown_table(COLUMNS, table))
+    print(text_table(COLUMNS, table))
+    print(f"weights: {weights / 1e9:.2f} GB in float32")
+
+
+if __name__ == "__main__":
+    main()
