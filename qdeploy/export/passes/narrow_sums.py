@@ -88,4 +88,4 @@ def _axis(node: ir.Node) -> int | None:
         return None
     attribute = node.attributes.get("axis")
     axis = 1 if attribute is None else int(attribute.as_int())
-    return axis % constant(node.inputs[0]).ndim
+    return axis % len(constant(node.inputs[0]).shape)
