@@ -229,3 +229,13 @@ def test_a_finished_model_is_trained_further(
     with torch.no_grad():
         before, after = pipeline.text_encoder(texts)[0], further.text_encoder(texts)[0]
     assert 0 < (after - before).abs().mean() < 0.2 * before.abs().mean()
+
+
+def test_timesteps_of_training_are_all_drawn_and_those_in_the_middle_more_often() -> None:
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.cat([train_scenes.timesteps_of(generator) for _ in range(400)])
+    assert drawn.min() >= 0
+    assert drawn.max() <= 999
+    counts = torch.bincount(drawn // 100, minlength=10) / len(drawn)
+    assert counts.min() > 0.4 * (1 - train_scenes.MIDDLE) / 10
+    assert counts[3:6].mean() > 1.2 / 10
