@@ -1,10 +1,17 @@
-"""All methods on the zoo's ``digits``, on one table: quality, cost, size, and whether an engine exists.
+"""All methods on a zoo model, on one table: quality, cost, size, and whether an engine exists.
 
-    python benchmarks/methods.py --output runs/methods
-    python benchmarks/methods.py --output runs/methods --precisions w4a8 --recipes w4a8-tuned my-recipe.yaml
+    python -m benchmarks.methods --output runs/methods
+    python -m benchmarks.methods --output runs/scenes --model scenes --precisions w4a8 --seeds 1
+    python -m benchmarks.methods --output runs/methods --precisions w4a8 --recipes w4a8-tuned my-recipe.yaml
+    python -m benchmarks.methods --output runs/scenes --model scenes --methods --seeds 1 \\
+        --recipes benchmarks/claims/qncd-*.yaml --corrections table online
 
-W8A8 and W4A8 are measured as engines on OpenVINO; W4A6 and W4A4, which no engine runs, as the simulation in
-torch. Each calibration is a process of its own, whose largest memory is told. A run that was stopped continues.
+`claims/` holds recipes that differ in one thing that a paper claims: with and without it.
+
+What OpenVINO takes is measured as an engine, the rest (W4A6 and W4A4, recipes that say "simulated") in torch.
+`scenes` is calibrated with prompts of one side of its split and judged with those of the other, with the
+share of pictures that show what their prompts ask for. Each calibration is a process of its own, whose largest
+memory is told; what needs no data is done once, whatever the number of seeds. A run that was stopped continues.
 """
 
 from __future__ import annotations
@@ -13,138 +20,139 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from benchmarks.conditioning import Conditioning
+from benchmarks.methods_report import table_of, write_results
 from qdeploy.artifact import Artifact, open_artifact
 from qdeploy.calibrate.methods import methods
 from qdeploy.calibrate.trajectory import collect
+from qdeploy.correction_table import CORRECTION
 from qdeploy.denoiser import open_model, read_json
 from qdeploy.engines.build import build_engine
-from qdeploy.engines.machine import machine
 from qdeploy.evaluate.check import check
 from qdeploy.evaluate.effective_bits import effective_bits
-from qdeploy.evaluate.quality import Plan, Trajectories
+from qdeploy.evaluate.quality import Trajectories
 from qdeploy.evaluate.remembered import remembered
-from qdeploy.evaluate.report import MISSING, markdown_table, text_table
-from qdeploy.evaluate.thresholds import look_up
+from qdeploy.evaluate.report import text_table
 from qdeploy.export.run import export
-from qdeploy.files import write_json, write_text
+from qdeploy.files import write_json
 from qdeploy.progress import say
-from qdeploy.recipe import resolve_recipe
+from qdeploy.recipe import Recipe, resolve_recipe
+from qdeploy.runtime.correction import CORRECTIONS
+from qdeploy.targets import find_target
 
-STEPS = 50
-# Formats of weights and activations, and whether an engine runs them.
+BACKEND = "openvino"
+# Formats of weights and activations, and what it must run on.
 PRECISIONS = {
-    "w8a8": ("int8", "int8", True),
-    "w4a8": ("int4", "int8", True),
-    "w4a6": ("int4", "int6", False),
-    "w4a4": ("int4", "int4", False),
+    "w8a8": ("int8", "int8", "portable"),
+    "w4a8": ("int4", "int8", "portable"),
+    "w4a6": ("int4", "int6", "simulated"),
+    "w4a4": ("int4", "int4", "simulated"),
+    "w4a32": ("int4", "none", "portable"),
 }
-COLUMNS = {
-    "SQNR dB, median": (("quality", "sqnr_db", "median"), 1),
-    "worst": (("quality", "sqnr_db", "worst"), 1),
-    "PSNR dB": (("quality", "psnr_db"), 1),
-    "FD-local": (("quality", "fd_local", "subject"), 2),
-    "FD to full precision": (("quality", "fd_local", "between"), 2),
-    "parity dB": (("parity", "sqnr_db"), 1),
-    "bits of weights": (("bits", "weights"), 2),
-    "of activations": (("bits", "activations"), 2),
-    "minutes": (("minutes",), 1),
-    "memory MB": (("memory_mb",), 0),
-    "engine MB": (("engine_mb",), 1),
-}
+DEFAULT_PRECISIONS = ("w8a8", "w4a8", "w4a6", "w4a4")
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One calibration."""
+    """One calibration.
 
-    precision: str
-    method: str
-    groups: int
+    Attributes:
+        name: its folder's name.
+        row: its row in the table, which it shares with other seeds.
+        options: what `qdeploy calibrate` is told of it.
+        recipe: what that resolves to.
+        seed: of the calibration set and of the calibration.
+    """
+
+    name: str
+    row: str
+    options: tuple[str, ...]
+    recipe: Recipe
     seed: int
 
     @property
-    def name(self) -> str:
-        """Its folder's name."""
-        return f"{self.precision}-{self.method}-{self.groups}-{self.seed}"
-
-    @property
-    def row(self) -> str:
-        """Its row in the table, which it shares with other seeds."""
-        return f"{self.precision.upper()} {self.method}" + (
-            f", {self.groups} groups" if self.groups > 1 else ""
-        )
-
-    @property
     def runs_on_engines(self) -> bool:
-        """Whether an engine runs the result."""
-        return PRECISIONS[self.precision][2]
+        """Whether the backend runs the result."""
+        return not self.recipe.simulated() and BACKEND in find_target(self.recipe.target).backends
 
     @property
-    def options(self) -> list[str]:
-        """What `qdeploy calibrate` is told of it."""
-        weights, activations, engine = PRECISIONS[self.precision]
-        return [
-            "--method", self.method, "--weights", weights, "--activations", activations,
-            "--timestep-groups", str(self.groups), "--target", "portable" if engine else "simulated",
-        ]  # fmt: skip
+    def needs_data(self) -> bool:
+        """Whether seeds matter: plain scales of weights come from the weights alone."""
+        named = {name for name, _ in self.recipe.stages}
+        return self.recipe.activations != "none" or bool(named - {"weight-ranges", "activation-ranges"})
 
 
-@dataclass(frozen=True)
-class RecipeRun:
-    """One calibration by a preset, or by a recipe's file."""
-
-    recipe: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Its folder's name."""
-        return f"{self.row}-recipe-{self.seed}"
-
-    @property
-    def row(self) -> str:
-        """Its row in the table, which it shares with other seeds."""
-        return Path(self.recipe).stem
-
-    @property
-    def runs_on_engines(self) -> bool:
-        """Whether an engine runs the result."""
-        return not resolve_recipe(self.recipe).simulated()
-
-    @property
-    def options(self) -> list[str]:
-        """What `qdeploy calibrate` is told of it."""
-        return ["--recipe", self.recipe]
+def of_method(precision: str, method: str, groups: int, seed: int) -> Run:
+    """A calibration by a method with its own stages."""
+    weights, activations, target = PRECISIONS[precision]
+    given: dict[str, Any] = {
+        "method": method, "weights": weights, "activations": activations, "timestep_groups": groups,
+        "target": target,
+    }  # fmt: skip
+    row = f"{precision.upper()} {method}" + (f", {groups} groups" if groups > 1 else "")
+    options = [word for key, value in given.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    name = f"{precision}-{method}-{groups}-{seed}"
+    return Run(name, row, tuple(options), resolve_recipe(**given), seed)
 
 
-def runs(arguments: argparse.Namespace) -> Iterator[Run | RecipeRun]:
+def of_recipe(recipe: str, seed: int) -> Run:
+    """A calibration by a preset, or by a recipe's file."""
+    row = Path(recipe).stem
+    return Run(f"{row}-recipe-{seed}", row, ("--recipe", recipe), resolve_recipe(recipe), seed)
+
+
+def runs(arguments: argparse.Namespace) -> Iterator[Run]:
     """All calibrations, one seed after the other."""
     for seed in range(arguments.seeds):
-        for precision in arguments.precisions:
-            for method in arguments.methods:
-                for count in arguments.groups:
-                    yield Run(precision, method, count, seed)
-        for recipe in arguments.recipes:
-            yield RecipeRun(recipe, seed)
+        every = [
+            of_method(precision, method, groups, seed)
+            for precision in arguments.precisions
+            for method in arguments.methods
+            for groups in arguments.groups
+            if groups == 1 or PRECISIONS[precision][1] != "none"
+        ]
+        every += [of_recipe(recipe, seed) for recipe in arguments.recipes]
+        yield from (run for run in every if seed == 0 or run.needs_data)
 
 
-def calibrated(run: Run | RecipeRun, output: Path, effort: str) -> tuple[Artifact, dict[str, float]]:
-    """The checkpoint, and what it cost."""
-    data = output / f"set-{run.seed}"
-    collect("digits", data, inference_steps=STEPS, scheduler="ddim", seed=1000 * run.seed, batch=32)
-    place, cost = output / run.name, output / "cost" / f"{run.name}.json"
+def timed(file: Path, part: str, place: Path, make: Callable[[], _Made]) -> _Made:
+    """What ``make`` makes at ``place``.
+
+    How long that took, and how much of it a processor worked, goes into ``file``, unless it was there already.
+    """
+    new = not place.exists()
+    began, worked = time.perf_counter(), time.process_time()
+    made = make()
+    if new:
+        took = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - worked}
+        known = read_json(file) if file.exists() else {}
+        write_json(file, {**known, **{f"{part}_{kind}": round(value, 1) for kind, value in took.items()}})
+    return made
+
+
+def calibrated(run: Run, arguments: argparse.Namespace, conditioning: Conditioning) -> Artifact:
+    """The checkpoint; what it cost goes into ``cost/``."""
+    output = arguments.output
+    data, place, cost = output / f"set-{run.seed}", output / run.name, output / "cost" / f"{run.name}.json"
+    timed(
+        output / "cost" / f"set-{run.seed}.json",
+        "collect",
+        data,
+        lambda: collect(arguments.model, data, **conditioning.collection(run.seed)),
+    )
     command = [
-        sys.executable, "-m", "qdeploy.cli", "calibrate", "digits", "-o", str(place), *run.options,
-        "--effort", effort, "--seed", str(run.seed), "--calibration", str(data),
+        sys.executable, "-m", "qdeploy.cli", "calibrate", arguments.model, "-o", str(place), *run.options,
+        "--effort", arguments.effort, "--seed", str(run.seed), "--calibration", str(data),
     ]  # fmt: skip
     if not (place.exists() and cost.exists()):
         process = subprocess.Popen(command)
@@ -152,89 +160,72 @@ def calibrated(run: Run | RecipeRun, output: Path, effort: str) -> tuple[Artifac
         if status:
             raise SystemExit(f"{' '.join(command)} failed")
         seconds = open_artifact(place).manifest["measured"]["seconds"]
-        write_json(cost, {"minutes": seconds / 60, "memory_mb": used.ru_maxrss / 1024})
-    return open_artifact(place), read_json(cost)
+        worked = round(used.ru_utime + used.ru_stime, 1)
+        write_json(
+            cost,
+            {"minutes": seconds / 60, "memory_mb": used.ru_maxrss / 1024, "calibrate_cpu_seconds": worked},
+        )
+    return open_artifact(place)
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """One record for each calibration."""
-    model = open_model("digits")
-    plan = Plan(samples=arguments.samples, inference_steps=STEPS, batch=32)
-    trajectories = cache(lambda: Trajectories(model, plan))
+    """One record for each calibration, and for each correction that is asked for and can be had."""
+    model = open_model(arguments.model)
+    conditioning = Conditioning.of(model)
+    plan = conditioning.plan(arguments.samples)
+    note = (
+        f"{model.path.name}, {arguments.samples} images, {conditioning}, effort {arguments.effort}; mean ± "
+        "deviation over the number of calibrations in brackets"
+    )
+
+    @cache
+    def trajectories() -> Trajectories:
+        found = Trajectories(model, plan)
+        began = time.perf_counter()
+        for _ in found.reference():
+            pass
+        say(f"full precision: {time.perf_counter() - began:.0f} s")
+        return found
+
     records = []
     for run in runs(arguments):
-        checkpoint, cost = calibrated(run, arguments.output, arguments.effort)
+        checkpoint = calibrated(run, arguments, conditioning)
+        cost = arguments.output / "cost" / f"{run.name}.json"
         subject, size = checkpoint, None
         if run.runs_on_engines:
-            bundle = export(checkpoint, Path(f"{checkpoint.path}-onnx"))
-            subject = build_engine(bundle, Path(f"{checkpoint.path}-engine"), backend="openvino", threads=1)
+            place = Path(f"{checkpoint.path}-onnx")
+            bundle = timed(cost, "export", place, partial(export, checkpoint, place, components=False))
+            place = Path(f"{checkpoint.path}-engine")
+            build = partial(build_engine, bundle, place, backend=BACKEND, threads=1)
+            subject = timed(cost, "build", place, build)
             files = subject.file(str(subject.facts["component"])).iterdir()
             size = sum(file.stat().st_size for file in files) / 1e6
 
-        def judge(subject: Artifact) -> dict[str, Any]:
-            return check(subject, trajectories=trajectories()).to_json()
+        def judge(subject: Artifact, correction: str) -> dict[str, Any]:
+            return check(subject, trajectories=trajectories(), correction=correction).to_json()
 
-        file = arguments.output / "measured" / f"{run.name}.json"
-        result = remembered(file, [subject.sha256, model.sha256, repr(plan)], partial(judge, subject))
-        bits = effective_bits(checkpoint)
-        records.append({"run": run.row, "seed": run.seed, **cost, "engine_mb": size, "bits": bits, **result})
-        say(f"{run.name}: {result['quality']['sqnr_db']['median']} dB")
-        write_results(arguments, records)
+        corrections = ["none"]
+        if (checkpoint.path / str(checkpoint.facts["component"]) / CORRECTION).is_file():
+            corrections += [name for name in arguments.corrections if name != "none"]
+        for correction in corrections:
+            suffix = "" if correction == "none" else f", correction {correction}"
+            file = arguments.output / "measured" / f"{run.name}{suffix.replace(', correction ', '-')}.json"
+            if not file.exists():
+                trajectories()
+            key = [subject.sha256, model.sha256, repr(plan), *([correction] if suffix else [])]
+            result = timed(
+                cost,
+                f"check{suffix and '_' + correction}",
+                file,
+                partial(remembered, file, key, partial(judge, subject, correction)),
+            )
+            records.append(
+                {"run": run.row + suffix, "seed": run.seed, **read_json(cost), "engine_mb": size}
+                | {"bits": effective_bits(checkpoint), **result}
+            )
+            say(f"{run.name}{suffix}: {result['quality']['sqnr_db']['median']} dB")
+        write_results(arguments.output, records, note)
     return records
-
-
-def rows_of(records: list[dict[str, Any]]) -> list[list[str]]:
-    """Rows of the table, the full-precision model first."""
-    full = records[0]["quality"]["fd_local"]["reference"]
-    rows = [
-        ["full precision", *[f"{full:.2f}" if name == "FD-local" else MISSING for name in COLUMNS], MISSING]
-    ]
-    for name in dict.fromkeys(record["run"] for record in records):
-        members = [record for record in records if record["run"] == name]
-        cells = []
-        for keys, digits in COLUMNS.values():
-            values = [value for record in members if (value := look_up(record, keys)) is not None]
-            spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{mean(values):.{digits}f}{spread}" if values else MISSING)
-        engine = "yes" if members[0]["engine_mb"] is not None else "no: simulated"
-        rows.append([f"{name} ({len(members)})", *cells, engine])
-    return rows
-
-
-def write_results(arguments: argparse.Namespace, records: list[dict[str, Any]]) -> None:
-    """``results.json``, ``table.md`` and a picture of what there is so far."""
-    note = (
-        f"{arguments.samples} images, DDIM {STEPS} steps, effort {arguments.effort}; mean ± deviation over the "
-        "number of calibrations in brackets"
-    )
-    write_json(arguments.output / "results.json", {"note": note, "machine": machine(), "records": records})
-    table = markdown_table(["model", *COLUMNS, "engine"], rows_of(records))
-    write_text(arguments.output / "table.md", f"{table}\n{note}\n")
-    draw(records, arguments.output / "methods.png")
-
-
-def draw(records: list[dict[str, Any]], file: Path) -> None:
-    """Median SQNR of every calibration, by row."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    names = list(dict.fromkeys(record["run"] for record in records))
-    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.3 * len(names)), layout="constrained")
-    for place, name in enumerate(names):
-        values = [r["quality"]["sqnr_db"] for r in records if r["run"] == name]
-        axes.plot([v["median"] for v in values], [place] * len(values), "o", color="C0")
-        axes.plot([v["worst"] for v in values], [place] * len(values), "x", color="C3")
-    axes.plot([], [], "o", color="C0", label="median over timesteps")
-    axes.plot([], [], "x", color="C3", label="worst timestep")
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set_xlabel("SQNR of the prediction, dB")
-    axes.grid(axis="x", alpha=0.3)
-    axes.legend()
-    figure.savefig(file, dpi=120)
-    pyplot.close(figure)
 
 
 def main() -> None:
@@ -243,10 +234,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("runs/methods"))
+    parser.add_argument("--model", default="digits", help="a zoo model, or a folder in the form of one")
     parser.add_argument("--methods", nargs="*", choices=sorted(methods()), default=sorted(methods()))
     parser.add_argument("--recipes", nargs="+", default=[], help="presets, or recipes' files, beside methods")
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=DEFAULT_PRECISIONS)
     parser.add_argument("--groups", nargs="+", type=int, default=[1, 4], help="groups of timesteps")
+    parser.add_argument(
+        "--corrections", nargs="+", choices=CORRECTIONS, default=[], help="rows more for what holds a table"
+    )
     parser.add_argument("--effort", default="fast", choices=("fast", "balanced", "best"))
     parser.add_argument("--seeds", type=int, default=3, help="calibrations of each kind")
     parser.add_argument("--samples", type=int, default=256, help="images that quality is measured on")
@@ -255,8 +250,7 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     (arguments.output / "cost").mkdir(parents=True, exist_ok=True)
-    records = measure(arguments)
-    print(text_table(["model", *COLUMNS, "engine"], rows_of(records)))
+    print(text_table(*table_of(measure(arguments))))
 
 
 if __name__ == "__main__":

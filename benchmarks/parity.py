@@ -1,31 +1,41 @@
-"""Layer by layer: does ONNX Runtime compute what the fake-quantized torch layers compute?
+"""Layer by layer: does ONNX Runtime compute what the fake-quantized torch layers compute, and where do they part?
 
-    python benchmarks/parity.py CHECKPOINT ONNX
+    python -m benchmarks.parity CHECKPOINT ONNX [--rows 4]
 
-Three counts. Scales: every scale in the graph beside the checkpoint's, bit for bit. Codes: every quantized tensor
-of ONNX Runtime beside torch's quantizer on the same float input, in steps. Outputs: every convolution and linear
-layer of ONNX Runtime beside torch's layer on the same input, relative to the output's largest value.
+*Given the layer's own input*: every scale in the graph beside the checkpoint's, bit for bit; every quantized tensor
+of ONNX Runtime beside torch's quantizer on the same floats, in steps; every convolution and product of ONNX Runtime
+beside torch's on the same input, relative to the output's largest value.
+
+*End to end*: both networks on the same rows. "Given its roundings" is torch with each quantizer's output replaced by
+what ONNX Runtime rounded to: if these agree to the last bits, nothing but roundings that fell to other sides parts
+the two. Quantizer by quantizer, in the order of the graph: how far apart the floats are that it reads, what part of
+the codes differ, and what part of them would by chance, which is the mean distance of the floats in steps.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections import defaultdict
 from pathlib import Path
+from statistics import median
+from typing import Any
 
-import numpy as np
 import onnx
-import onnxruntime
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
+from benchmarks.parity_values import Graph, forced, listening
 from qdeploy.artifact import Artifact, open_artifact
 from qdeploy.calibrate.checkpoint import load_checkpoint
-from qdeploy.calibrate.fakequant import quantized_layers
 from qdeploy.calibrate.quantizers import ActivationQuantizer
-from qdeploy.calibrate.state import quantizers
+from qdeploy.decibels import decibels, powers, sqnr_db
+from qdeploy.engines.measure import read_probe, single_rows
+from qdeploy.evaluate.report import text_table
+from qdeploy.inputs import denoise
 
-WEIGHTED = ("Conv", "Gemm", "MatMul")
+HEADER = ("quantizer", "of", "floats apart, dB", "codes that differ", "by chance", "steps")
 
 
 def equal_scales(checkpoint: Artifact, graph: onnx.ModelProto) -> tuple[int, int]:
@@ -38,79 +48,127 @@ def equal_scales(checkpoint: Artifact, graph: onnx.ModelProto) -> tuple[int, int
     return equal, len(used)
 
 
-def run_with_everything(
-    path: Path, feed: dict[str, np.ndarray]
-) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
-    """The graph and the value of every input and output of quantizers and weighted nodes."""
-    graph = onnx.load(path)
-    wanted = {
-        name: kind
-        for node in graph.graph.node
-        if node.op_type in ("QuantizeLinear", *WEIGHTED)
-        for name, kind in (
-            (node.input[0], onnx.TensorProto.FLOAT),
-            (
-                node.output[0],
-                onnx.TensorProto.INT8 if node.op_type == "QuantizeLinear" else onnx.TensorProto.FLOAT,
-            ),
-        )
-    }
-    known = {value.name for value in (*graph.graph.input, *graph.graph.output)}
-    for name, kind in wanted.items():
-        if name not in known:
-            graph.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(
-        graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    names = [output.name for output in session.get_outputs()]
-    return graph, dict(zip(names, session.run(names, feed), strict=True))
+class Counts:
+    """Sums over rows."""
+
+    def __init__(self) -> None:
+        self.steps, self.errors = 0, dict[str, float]()
+        self.growth: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        self.rows: dict[str, list[float]] = defaultdict(list)
+
+    def given_own_input(self, graph: Graph, values: dict[str, Tensor]) -> None:
+        for pair in graph.pairs:
+            with torch.no_grad():
+                ours = pair.quantizer(values[pair.source])
+            self.steps = max(self.steps, _apart(ours, values[pair.result], pair.quantizer))
+        for weighted in graph.weighted:
+            expected = weighted.expected(values[weighted.node.input[0]])
+            apart = (expected - values[weighted.node.output[0]]).abs().max() / expected.abs().max()
+            name = weighted.node.name
+            self.errors[name] = max(self.errors.get(name, 0.0), float(apart))
+
+    def end_to_end(self, graph: Graph, denoiser: Any, row: dict[str, Tensor], output: str) -> None:
+        values = graph.run(row)
+        self.given_own_input(graph, values)
+        with torch.no_grad(), listening(denoiser) as kept:
+            simulated = denoise(denoiser, row)
+        roundings = {id(pair.quantizer): values[pair.result] for pair in graph.pairs}
+        with torch.no_grad(), forced(denoiser, roundings):
+            given = denoise(denoiser, row)
+        self.rows["end_to_end_db"].append(sqnr_db(values[output], simulated))
+        self.rows["given_its_roundings_db"].append(sqnr_db(values[output], given))
+        for pair in graph.pairs:
+            x, rounded = kept[id(pair.quantizer)]
+            chance = ((x - values[pair.source]).abs() / steps_at(x, pair.quantizer)).clamp(max=1)
+            signal, noise = powers(values[pair.source], x)
+            sums = self.growth[pair.name]
+            for key, value in (("signal", signal), ("noise", noise), ("count", float(x.numel()))):
+                sums[key] += value
+            sums["differ"] += float((rounded != values[pair.result]).sum())
+            sums["chance"] += float(chance.double().sum())
+            sums["steps"] = max(sums["steps"], _apart(rounded, values[pair.result], pair.quantizer))
+
+    def to_json(self) -> dict[str, Any]:
+        growth = [
+            {
+                "quantizer": name,
+                "floats_db": round(decibels(sums["signal"], sums["noise"]), 1),
+                "codes_differ": sums["differ"] / sums["count"],
+                "by_chance": sums["chance"] / sums["count"],
+                "steps": int(sums["steps"]),
+            }
+            for name, sums in self.growth.items()
+        ]
+        both = {key: {"median": median(rows), "worst": min(rows)} for key, rows in self.rows.items()}
+        return {
+            "largest_difference_in_steps": self.steps,
+            "largest_relative_difference_of_outputs": max(self.errors.values()),
+            "relative_difference_by_layer": self.errors,
+            **both,
+            "growth": growth,
+        }
+
+
+def steps_at(x: Tensor, quantizer: ActivationQuantizer) -> Tensor:
+    """The distance between neighbours of the grid, at each element of a tensor."""
+    if not quantizer.format.floating:
+        return quantizer.scale
+    exponents = (
+        torch.frexp(x / quantizer.scale).exponent - 1
+    )  # E4M3: three bits behind the point, down to 2^-9
+    return quantizer.scale * torch.exp2((exponents - 3).clamp(min=-9).float())
+
+
+def _apart(one: Tensor, other: Tensor, quantizer: ActivationQuantizer) -> int:
+    """The largest distance of two rounded tensors, in steps."""
+    larger = torch.where(one.abs() > other.abs(), one, other)
+    return int(torch.round(((one - other).abs() / steps_at(larger, quantizer)).max()))
+
+
+def growth_table(growth: list[dict[str, Any]]) -> str:
+    """The quantizers at doubling depths, and the last."""
+    chosen = sorted({min(2**k, len(growth)) - 1 for k in range(len(growth).bit_length() + 1)})
+    rows = [
+        [growth[i]["quantizer"], f"{i + 1}/{len(growth)}", f"{growth[i]['floats_db']:.1f}"]
+        + [f"{growth[i][key]:.2%}" for key in ("codes_differ", "by_chance")]
+        + [str(growth[i]["steps"])]
+        for i in chosen
+    ]
+    return text_table(HEADER, rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("onnx", type=Path)
+    parser.add_argument("--rows", type=int, help="how many rows of the probe; all by default")
+    parser.add_argument("--json", type=Path, help="where to write everything, layer by layer")
     arguments = parser.parse_args()
-    checkpoint, bundle = (
-        open_artifact(arguments.checkpoint, "checkpoint"),
-        open_artifact(arguments.onnx, "onnx"),
-    )
-    path = bundle.file(f"{bundle.facts['component']}/model.onnx")
-    denoiser = load_checkpoint(checkpoint)
-    probe = load_file(bundle.file("probe.safetensors"))
-    layers = quantized_layers(denoiser)
-    found = {name: q for name, q in quantizers(denoiser) if isinstance(q, ActivationQuantizer)}
-    steps, outputs, rows = 0, 0.0, len(probe["input.timestep"])
-    for row in range(rows):
-        feed = {n[6:]: x[row : row + 1].numpy() for n, x in probe.items() if n.startswith("input.")}
-        feed["timestep"] = feed["timestep"].reshape(()).astype(np.float32)
-        graph, values = run_with_everything(path, feed)
-        for node in graph.graph.node:
-            if node.op_type == "QuantizeLinear":
-                quantizer = found[node.input[1].removesuffix(".scale")]
-                x = torch.from_numpy(values[node.input[0]])
-                codes = torch.round(quantizer(x) / quantizer.scale).numpy()
-                steps = max(steps, int(np.abs(codes - values[node.output[0]]).max()))
-            elif node.op_type == "Conv" and node.name in layers and not layers[node.name].split:
-                codes = torch.from_numpy(values[node.input[0]])
-                layer = layers[node.name]
-                layer.input_quantizers.requires_grad_(False)
-                with torch.no_grad():
-                    expected = layer(codes)
-                actual = torch.from_numpy(values[node.output[0]])
-                outputs = max(outputs, float((expected - actual).abs().max() / expected.abs().max()))
-    equal, used = equal_scales(checkpoint, onnx.load(path))
+    checkpoint = open_artifact(arguments.checkpoint, "checkpoint")
+    bundle = open_artifact(arguments.onnx, "onnx")
+    denoiser = load_checkpoint(checkpoint).requires_grad_(False)
+    graph = Graph(bundle.file(f"{bundle.facts['component']}/model.onnx"), denoiser)
+    output = graph.proto.graph.output[0].name
+    counts, rows = Counts(), single_rows(read_probe(bundle.path)[0])[: arguments.rows]
+    for row in rows:
+        counts.end_to_end(graph, denoiser, row, output)
+    equal, used = equal_scales(checkpoint, graph.proto)
     result = {
         "scales": used,
         "scales_bit_equal": equal,
-        "rows": rows,
-        "quantized_tensors": len(found),
-        "largest_difference_in_steps": steps,
-        "largest_relative_difference_of_outputs": outputs,
+        "rows": len(rows),
+        "quantized_tensors": len(graph.pairs),
     }
-    print(json.dumps(result, indent=2))
+    result |= counts.to_json()
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2))
+    print(growth_table(result["growth"]))
+    brief = {
+        key: value for key, value in result.items() if key not in ("growth", "relative_difference_by_layer")
+    }
+    print(json.dumps(brief, indent=2))
 
 
 if __name__ == "__main__":

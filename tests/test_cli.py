@@ -274,6 +274,71 @@ def test_impossible_combinations_are_refused_with_the_reason(
     refused(qdeploy("calibrate", ddpm, "-o", tmp_path / "out", *options), 2, *words)
 
 
+@pytest.mark.parametrize(
+    ("stages", "words"),
+    [
+        (["activation-ranges", "weight-ranges"], ("'activation-ranges' needs weight scales",)),
+        (["weight-ranges", "group-channels"], ("'group-channels' changes what weight scales", "before")),
+        (["weight-ranges", "align-attention"], ("'align-attention' needs",)),
+        (["weight-ranges", "group-patches"], ("'group-patches' needs activation scales",)),
+        (["weight-ranges", "activation-ranges", "measure-errors", "learn-scales"], ("'measure-errors'",)),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_stages_in_an_impossible_order_are_refused(
+    qdeploy: Run, ddpm: Path, artifacts: Path, tmp_path: Path, stages: list[str], words: tuple[str, ...]
+) -> None:
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text(json.dumps({"method": "minmax", "stages": stages}))
+    command = ("calibrate", ddpm, "-o", tmp_path / "out", "--recipe", recipe, "--calibration")
+    refused(qdeploy(*command, artifacts / "set"), 2, *words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "groups", "words"),
+    [
+        ("group-channels", 4096, ("4096 groups are more than the", "input channels of", "fewer groups")),
+        ("group-channels", 0, ("positive number, not 0",)),
+        ("group-channels", 2.5, ("positive number, not 2.5",)),
+        ("group-tokens", -1, ("positive number, not -1",)),
+        ("group-patches", "many", ("positive number, not 'many'",)),
+    ],
+)
+def test_a_group_count_that_cannot_be_is_refused(
+    qdeploy: Run,
+    ddpm: Path,
+    artifacts: Path,
+    tmp_path: Path,
+    stage: str,
+    groups: object,
+    words: tuple[str, ...],
+) -> None:
+    """Groups are index sets of any size, so a count need not divide; it can only be too large, or none."""
+    ranges = ["weight-ranges", "activation-ranges"]
+    grouping = {stage: {"groups": groups}}
+    stages = [grouping, *ranges] if stage == "group-channels" else [*ranges, grouping]
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text(json.dumps({"method": "dgq", "target": "simulated", "stages": stages}))
+    command = ("calibrate", ddpm, "-o", tmp_path / "out", "--recipe", recipe, "--calibration")
+    refused(qdeploy(*command, artifacts / "set"), 2, *words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["quest", "qdiffusion"])
+def test_tuning_without_calibration_data_is_refused(
+    qdeploy: Run, ddpm: Path, tmp_path: Path, method: str
+) -> None:
+    """A default set cannot be made for what takes prompts, nor for a denoiser without its pipeline."""
+    out = tmp_path / "out"
+    options = ("-o", out, "--method", method, "--weights", "int4")
+    prompted = stable_diffusion_folder(tmp_path / "sd")
+    refused(qdeploy("calibrate", prompted, *options), 2, "takes prompts", "qdeploy collect --prompts")
+    refused(qdeploy("calibrate", ddpm / "unet", *options), 5, "denoiser alone", "collecting needs")
+    refused(qdeploy("calibrate", ddpm, *options, "--calibration", tmp_path / "nothing"), 5)
+    assert not out.exists()
+
+
 def test_zero_samples_are_refused(qdeploy: Run, ddpm: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     refused(qdeploy("collect", ddpm, "-o", out, "--samples", 0), 2)

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
+from click.testing import Result
 
+from qdeploy.calibrate import methods as registry
 from qdeploy.calibrate.methods import check_stages
 from qdeploy.cli import main
+from qdeploy.errors import UsageError
+from qdeploy.recipe import resolve_recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -55,9 +62,37 @@ def test_python_shown_uses_names_that_exist() -> None:
     assert all(callable(getattr(qdeploy, name)) for name in shown)
 
 
-def test_the_worked_method_in_contributing_is_one() -> None:
-    (block,) = blocks(ROOT / "CONTRIBUTING.md", "python")
-    namespace: dict[str, object] = {}
-    exec(block, namespace)
-    method = namespace["METHOD"]
-    assert check_stages(method.stages)  # type: ignore[attr-defined]
+@pytest.fixture
+def worked_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The test of CONTRIBUTING's method, whose one file lies beside the others while the test runs."""
+    method, test = blocks(ROOT / "CONTRIBUTING.md", "python")
+    folder = tmp_path / "methods"
+    folder.mkdir()
+    (folder / "percentile.py").write_text(method)
+    monkeypatch.setattr(registry, "__path__", [*registry.__path__, str(folder)])
+    registry._modules.cache_clear()
+    yield test
+    registry._modules.cache_clear()
+    sys.modules.pop(f"{registry.__name__}.percentile", None)
+
+
+def test_the_worked_method_in_contributing_is_found_and_passes_its_test(
+    worked_method: str, tmp_path: Path, qdeploy: Callable[..., Result]
+) -> None:
+    """One file and one test: nothing else is written, and every part of the program knows the method."""
+    assert check_stages(registry.find_method("percentile").stages)
+    assert resolve_recipe(method="percentile").stages[1][1]["finder"] == "percentile"
+    shown = qdeploy("methods")
+    assert shown.exit_code == 0
+    assert "percentile" in shown.stdout
+    namespace: dict[str, Any] = {}
+    exec(worked_method, namespace)
+    tests = [value for name, value in namespace.items() if name.startswith("test_")]
+    assert len(tests) == 1
+    tests[0](tmp_path)
+
+
+def test_without_its_file_the_worked_method_is_unknown() -> None:
+    """So the test above shows that the file alone makes it known."""
+    with pytest.raises(UsageError, match="unknown method 'percentile'"):
+        registry.find_method("percentile")

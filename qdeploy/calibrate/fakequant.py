@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.calibrate.feature_table import FeatureTable
+from qdeploy.calibrate.patches import PatchQuantizer, convolve
 from qdeploy.calibrate.quantizers import ActivationQuantizer, WeightQuantizer
 from qdeploy.clock import clock_of
 from qdeploy.errors import CapabilityError
@@ -87,6 +88,21 @@ class QuantizedLayer(nn.Module):
         self.weight_quantizers.to(self.device)
         self.input_quantizers.to(self.device)
 
+    def quantize_patches(self, part: int = 0) -> PatchQuantizer:
+        """Quantize the im2col matrix of a part in place of it, for all layers that share the quantizer.
+
+        Returns:
+            The quantizer; it has the scale of the one whose place it takes.
+        """
+        before = self.activation_quantizers[part]
+        if isinstance(before, PatchQuantizer):
+            return before
+        quantizer = PatchQuantizer(before.format).to(self.device)
+        quantizer.set(before.scale, before.zero_point, before.edges if before.banked else None)
+        quantizer.clock = before.clock
+        self.input_quantizers[part] = quantizer
+        return quantizer
+
     def _weight_quantizer(self, number_format: Format, features: int) -> WeightQuantizer:
         fitting = number_format.fitting(features)
         if fitting is None:
@@ -157,8 +173,8 @@ class QuantizedLayer(nn.Module):
         if not any(quantizer.hoisted for quantizer in quantizers):
             outputs = []
             for number, (part, weight) in enumerate(parts):
-                seen = quantizers[number](part) if quantizers else part
-                outputs.append(self._operate(seen, weight, None if number else self.bias))
+                quantizer = quantizers[number] if quantizers else None
+                outputs.append(self._product(quantizer, part, weight, None if number else self.bias))
         else:
             # The factor of the timestep stands between the product and the bias.
             bias, outputs = self.bias, []
@@ -179,6 +195,13 @@ class QuantizedLayer(nn.Module):
             return [quantizer(None) for quantizer in self.weight_quantizers]
         parts = zip(self.weight_quantizers, self.weight_parts(), strict=True)
         return [quantizer(weight) for quantizer, weight in parts]
+
+    def _product(
+        self, quantizer: ActivationQuantizer | None, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        if isinstance(quantizer, PatchQuantizer) and quantizer.enabled:
+            return convolve(cast(nn.Conv2d, self.inner), x, weight, bias, quantizer)
+        return self._operate(x if quantizer is None else quantizer(x), weight, bias)
 
     def _operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if isinstance(self.inner, nn.Linear):

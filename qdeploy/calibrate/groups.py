@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.calibrate.fakequant import QuantizedLayer
+from qdeploy.calibrate.patches import PIXELS, ROWS, shifted
 from qdeploy.calibrate.session import Session
 from qdeploy.inputs import denoise
 from qdeploy.progress import track
 
-CHANNELS, TOKENS, ROWS, PIXELS = "channels", "tokens", "rows", "pixels"
+CHANNELS, TOKENS = "channels", "tokens"
 _STARTS, _ROUNDS = 8, 100
 _SMALLEST = 1e-4  # of the tensor's range; what is below has hardly been seen at all
 
@@ -83,17 +84,10 @@ def extremes(inner: nn.Module, x: Tensor) -> _Extremes:
 
 
 def _im2col_extremes(inner: nn.Conv2d, x: Tensor) -> _Extremes:
-    padded = nn.functional.pad(x, inner._reversed_padding_repeated_twice)
-    (kh, kw), (sh, sw), (dh, dw) = inner.kernel_size, inner.stride, inner.dilation
-    height = (padded.shape[2] - dh * (kh - 1) - 1) // sh + 1
-    width = (padded.shape[3] - dw * (kw - 1) - 1) // sw + 1
     rows, pixels = [], []
-    for i in range(kh):
-        for j in range(kw):
-            top, left = i * dh, j * dw
-            seen = padded[:, :, top : top + sh * height : sh, left : left + sw * width : sw]
-            rows.append(torch.stack([seen.amin((2, 3)), seen.amax((2, 3))]))
-            pixels.append(torch.stack([seen.amin(1).flatten(1), seen.amax(1).flatten(1)]))
+    for _, _, seen in shifted(inner, x):
+        rows.append(torch.stack([seen.amin((2, 3)), seen.amax((2, 3))]))
+        pixels.append(torch.stack([seen.amin(1).flatten(1), seen.amax(1).flatten(1)]))
     low, high = torch.cat(rows, 2)
     every = torch.stack(pixels)
     return {ROWS: (low, high), PIXELS: (every[:, 0].amin(0), every[:, 1].amax(0))}

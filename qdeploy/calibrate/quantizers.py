@@ -77,6 +77,11 @@ class ActivationQuantizer(nn.Module):
         return not self.banked and self.axis is None
 
     @property
+    def along(self) -> str:
+        """What there are scales of along the axis, in a word for people."""
+        return "tokens" if self.axis == -2 else "channels"
+
+    @property
     def hoisted(self) -> bool:
         """Whether scales are taken out of the quantization; a zero point that moves forbids it."""
         return not self.simple and self.format.symmetric and self.axis in (None, -2)
@@ -127,8 +132,7 @@ class ActivationQuantizer(nn.Module):
         if self.axis is not None:
             if x.shape[self.axis] != values.shape[-1]:
                 raise InvalidInputError(
-                    f"scales were calibrated for {values.shape[-1]} "
-                    f"{'tokens' if self.axis == -2 else 'channels'}, not {x.shape[self.axis]}"
+                    f"scales were calibrated for {values.shape[-1]} {self.along}, not {x.shape[self.axis]}"
                 )
             shape[self.axis] = values.shape[-1]
         if not self.banked:

@@ -6,8 +6,9 @@ Names: ``PATH.weight.PART.{scale,zero_point,codes}`` and ``PATH.input.PART.{scal
 layer's, ``PATH.split`` and ``PATH.order`` where a stage has cut its channels, ``PATH.tuned`` and
 ``PATH.tuned_bias`` while a tuned weight is not yet baked. PART counts the parts of a split layer from 0.
 Codes of less than 8 bits are packed without gaps. A quantizer with a scale for each group of timesteps has
-``edges`` too, and one with scales along an axis ``axis``; softmax outputs on a logarithmic scale have
-``PATH.attention.probabilities.log2``: bits, and whether a start token bypasses them.
+``edges`` too, and one with scales along an axis ``axis``; one of an im2col matrix has ``patches``; softmax
+outputs on a logarithmic scale have ``PATH.attention.probabilities.log2``: bits, and whether a start token
+bypasses them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from qdeploy.calibrate.fakequant import QuantizedLayer
 from qdeploy.calibrate.feature_table import FeatureTable
 from qdeploy.calibrate.log_attention import LogQuantizer
 from qdeploy.calibrate.operators import code_type
+from qdeploy.calibrate.patches import PatchQuantizer
 from qdeploy.calibrate.quantizers import ActivationQuantizer, WeightQuantizer
 from qdeploy.clock import Clock, clock_of
 from qdeploy.errors import InvalidInputError
@@ -63,6 +65,8 @@ def read_state(denoiser: nn.Module, prefix: str = "") -> dict[str, Tensor]:
             state[f"{name}.edges"] = quantizer.edges.cpu().clone()
         if isinstance(quantizer, ActivationQuantizer) and quantizer.axis is not None:
             state[f"{name}.axis"] = torch.tensor(quantizer.axis)
+        if isinstance(quantizer, PatchQuantizer):
+            state[f"{name}.patches"] = torch.tensor(True)
         if isinstance(quantizer, WeightQuantizer) and quantizer.codes is not None:
             state[f"{name}.codes"] = pack(quantizer.codes.cpu(), quantizer.format)
     for path, attention in _attentions(denoiser, prefix):
@@ -107,6 +111,9 @@ def write_state(
         for name in OF_LAYERS:
             value = state.get(f"{path}.{name}")
             setattr(layer, name, None if value is None else value.to(layer.device))
+        for part in range(len(layer.input_quantizers)):
+            if f"{path}.input.{part}.patches" in state:
+                layer.quantize_patches(part)
     for path, attention in _attentions(denoiser, prefix):
         if (settings := state.get(f"{path}.probabilities.log2")) is not None:
             bits, start = settings.tolist()

@@ -25,10 +25,19 @@ _SHOWN, _COLUMNS = 16, 4
 
 def held_out_prompts(count: int, seed: int = 0) -> list[str]:
     """Full captions of random held-out scenes: in turns one thing, equal things, and twice different ones."""
+    return _prompts(count, seed, held_out=True)
+
+
+def seen_prompts(count: int, seed: int = 0) -> list[str]:
+    """The same of scenes that training may have seen: to calibrate with, so that held-out ones judge."""
+    return _prompts(count, seed, held_out=False)
+
+
+def _prompts(count: int, seed: int, held_out: bool) -> list[str]:
     generator = np.random.default_rng(seed)
     prompts: list[str] = []
     while len(prompts) < count:
-        scene = random_scene(generator, held_out=True)
+        scene = random_scene(generator, held_out)
         if _turn(scene) == (0, 1, 2, 2)[len(prompts) % 4]:
             prompts.append(caption(scene, turned=bool(generator.random() < 0.5)))
     return prompts

@@ -13,6 +13,7 @@ from qdeploy.calibrate.attention import AttentionQuantizers, quantize_attention
 from qdeploy.calibrate.fakequant import full_precision
 from qdeploy.calibrate.methods import minmax
 from qdeploy.calibrate.operators import fake_quantize
+from qdeploy.calibrate.quantizers import ActivationQuantizer
 from qdeploy.calibrate.ranges import to_scale
 from qdeploy.calibrate.state import quantizers
 from qdeploy.formats import int8, integer, uint8, unsigned
@@ -67,6 +68,22 @@ def test_q_k_v_and_the_softmax_output_are_quantized_and_the_scale_comes_after_th
     p_hat = (p * 255).round().clamp(0, 255) / 255
     assert torch.allclose(quantizers.attend(q, k, v), p_hat @ v_hat, atol=1e-5)
     assert not torch.allclose(p, p_hat, atol=1e-5)
+
+
+def test_probabilities_of_zero_and_one_are_codes_of_an_unsigned_grid(tmp_path: Path) -> None:
+    """T3. Trap 5: a sign bit that comes with the activations' format is lost on probabilities."""
+    with calibrating(
+        tiny_unet(), MemoryRows.noisy(), tmp_path / "out", coverage="qdiffusion-paper", activations="int8"
+    ) as session:
+        found = [module for module in session.denoiser.modules() if isinstance(module, AttentionQuantizers)]
+    assert found
+    for each in found:
+        probabilities = each.probabilities
+        assert isinstance(probabilities, ActivationQuantizer)
+        assert (each.query.format.name, probabilities.format.name) == ("int8", "uint8")
+        probabilities.set(*to_scale(torch.tensor(0.0), torch.tensor(1.0), probabilities.format))
+        assert probabilities(torch.tensor([0.0, 1.0])).tolist() == [0.0, 1.0]
+        assert len(probabilities(torch.linspace(0, 1, 2000)).unique()) == 256
 
 
 class Attention(nn.Module):

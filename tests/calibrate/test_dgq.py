@@ -22,8 +22,6 @@ from qdeploy.calibrate.checkpoint import PROBE, load_checkpoint
 from qdeploy.calibrate.fakequant import QuantizedLayer, full_precision, quantized_layers
 from qdeploy.calibrate.groups import (
     CHANNELS,
-    PIXELS,
-    ROWS,
     TOKENS,
     Watch,
     cluster,
@@ -34,6 +32,7 @@ from qdeploy.calibrate.groups import (
 from qdeploy.calibrate.log_attention import LogQuantizer, log_quantize, split_start
 from qdeploy.calibrate.methods import check_stages, dgq, minmax
 from qdeploy.calibrate.operators import fake_quantize
+from qdeploy.calibrate.patches import PIXELS, ROWS
 from qdeploy.calibrate.ranges import to_scale
 from qdeploy.calibrate.rounding_noise import rounding_noise
 from qdeploy.calibrate.run import _run_stages
@@ -326,15 +325,16 @@ def test_layers_that_read_one_tensor_share_factors_and_quantizers(tmp_path: Path
             assert counts["grouped"] == len(session.layers) - sum(counts["left"].values())
 
 
-def test_ranges_are_those_of_the_float_network(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["teacher", "weights_only"])
+def test_ranges_are_those_of_float_activations(tmp_path: Path, mode: str) -> None:
     """Trap 22: the code records them behind layers whose own scales are still a first guess."""
     with calibrating(tiny_unet(), DATA, tmp_path / "out", method="dgq") as session:
         layers = {layer.path: quantized_layers(session.denoiser)[layer.path] for layer in session.layers}
-        fine = watch(session, layers, session.teacher(), "")
+        fine = watch(session, layers, getattr(session, mode)(), "")
         for layer in layers.values():
             for quantizer in layer.activation_quantizers:
                 quantizer.set(torch.tensor(50.0), torch.tensor(0))
-        crude = watch(session, layers, session.teacher(), "")
+        crude = watch(session, layers, getattr(session, mode)(), "")
     assert all(torch.equal(fine[name], crude[name]) for name in fine)
     assert f"{session.layers[0].path}:{CHANNELS}.low" in fine
 

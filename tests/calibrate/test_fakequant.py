@@ -137,6 +137,17 @@ def test_decided_codes_compute_what_nearest_computed(number_format: Format) -> N
     assert not torch.any(quantizer(None)[3])
 
 
+def test_scales_are_kept_in_full_whatever_they_come_in() -> None:
+    """Trap 24: in half precision zero points beyond 2048 and small scales are not exact."""
+    quantizer = ActivationQuantizer(uint8)
+    scale, zero = torch.tensor(1e-7, dtype=torch.float64), torch.tensor(201.0, dtype=torch.float16)
+    quantizer.set(scale, zero)
+    assert quantizer.scale.dtype == torch.float32
+    assert quantizer.zero_point.dtype == torch.int32
+    assert float(quantizer.scale) == pytest.approx(1e-7, rel=1e-6)
+    assert int(quantizer.half().zero_point) == 201
+
+
 def test_another_grid_drops_codes() -> None:
     weight, quantizer = random_weight(int8)
     quantizer.codes = quantizer.nearest(weight)

@@ -52,6 +52,23 @@ def drifting_rows(rows: int = 160) -> Tensor:
 # -- one range ---------------------------------------------------------------------------------------------
 
 
+@all_formats
+@all_finders
+def test_codes_lie_on_the_grid_of_their_bits(finder: Finder, number_format: Format) -> None:
+    """T1. Traps 3, 4, 8: 8 bits that forget the sign have 514 levels; a search that does loses half the range."""
+    for offset in (0.0, 5.0, -5.0):  # ranges that lie on both sides of zero, and on one
+        rows = torch.randn(64, 400, generator=torch.Generator().manual_seed(1)) + offset
+        scale, zero = finder(summary_of(rows), number_format)
+        wide = torch.linspace(-100, 100, 20_001)
+        codes = (quantized(wide, scale, zero, number_format) / scale).round() + zero
+        assert len(codes.unique()) <= 2**number_format.bits
+        assert codes.amin() >= number_format.qmin
+        assert codes.amax() <= number_format.qmax
+        assert zero == 0 or not number_format.symmetric
+        error = (quantized(rows, scale, zero, number_format) - rows).square().mean() / rows.square().mean()
+        assert error < 16.0 * 4.0**-number_format.bits + 2e-3  # rounding, and what a finder clips
+
+
 @given(
     st.floats(-(2.0**99), 2.0**99, width=32),
     st.floats(0, 2.0**99, width=32),

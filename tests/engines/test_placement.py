@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qdeploy.artifact import Artifact
@@ -101,6 +101,7 @@ def test_gates_compute_every_placement(gates: tuple[bool, bool]) -> None:
 
 
 @settings(max_examples=60, deadline=None)
+@example(items=[(1, 0), (1, 1)], hundredths=-1)  # what costs nothing is kept where nothing is left to spend
 @given(
     st.lists(st.tuples(st.integers(-100, 100), st.integers(0, 100)), min_size=1, max_size=7),
     st.integers(-50, 400),

@@ -14,7 +14,7 @@ agraph (float[1,4,6,6] x) => (float[1,2,6,6] y)
 <float s = {0.05}, int8 z = {0}, int8[2,4,1,1] w = {CODES}, SCALES> {
     q = QuantizeLinear (x, s, z)
     d = DequantizeLinear (q, s, z)
-    f = DequantizeLinear <axis = 0> (w, t)
+    f = DequantizeLinear <axis = 0, block_size = 0> (w, t)
     y = Conv (INPUT, f)
 }
 """

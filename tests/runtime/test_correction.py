@@ -459,6 +459,15 @@ def test_another_type_of_prediction_is_refused(checkpoint: Artifact) -> None:
     assert read_correction(checkpoint).prediction == "epsilon"
 
 
+def test_a_table_for_another_type_of_scheduler_is_refused(
+    checkpoint: Artifact, command: Callable[..., Result], tmp_path: Path
+) -> None:
+    flow = "FlowMatchEulerDiscreteScheduler"
+    result = command(checkpoint.path, "--correction", "table", "--scheduler", flow)
+    refused(result, 5, "predictions of type epsilon", f"{flow} takes them for flow", "--correction none")
+    assert not (tmp_path / "samples").exists()
+
+
 def test_a_check_without_images_takes_no_correction(checkpoint: Artifact) -> None:
     result = CliRunner().invoke(main, ["check", str(checkpoint.path), "--correction", "table"])
     refused(result, 2, "--reference")

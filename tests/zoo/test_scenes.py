@@ -18,7 +18,7 @@ from qdeploy.evaluate.metrics.frechet import fd_local
 from qdeploy.runtime.pipeline import generate
 from qdeploy.zoo import train_scenes
 from qdeploy.zoo.attribute_network import FOLDER, AttributeNetwork
-from qdeploy.zoo.judge_scenes import held_out_prompts, sampled
+from qdeploy.zoo.judge_scenes import held_out_prompts, sampled, seen_prompts
 from qdeploy.zoo.scene_captions import caption, wanted
 from qdeploy.zoo.scene_text import TOKENS, tokenize, words, write_tokenizer
 from qdeploy.zoo.train_scenes_reader import drawn, worsened
@@ -204,6 +204,15 @@ def test_held_out_prompts_are_of_every_kind() -> None:
     ] * 4
 
 
+def test_calibration_prompts_describe_no_held_out_scene() -> None:
+    seen, held_out = (
+        {wanted(prompt) for prompt in prompts(count)}
+        for prompts, count in ((seen_prompts, 256), (held_out_prompts, 256))
+    )
+    assert None not in seen
+    assert not seen & held_out
+
+
 def test_a_finished_model_is_trained_further(
     pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,3 +229,13 @@ def test_a_finished_model_is_trained_further(
     with torch.no_grad():
         before, after = pipeline.text_encoder(texts)[0], further.text_encoder(texts)[0]
     assert 0 < (after - before).abs().mean() < 0.2 * before.abs().mean()
+
+
+def test_timesteps_of_training_are_all_drawn_and_those_in_the_middle_more_often() -> None:
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.cat([train_scenes.timesteps_of(generator) for _ in range(400)])
+    assert drawn.min() >= 0
+    assert drawn.max() <= 999
+    counts = torch.bincount(drawn // 100, minlength=10) / len(drawn)
+    assert counts.min() > 0.4 * (1 - train_scenes.MIDDLE) / 10
+    assert counts[3:6].mean() > 1.2 / 10

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qdeploy.engines import machine
 from qdeploy.zoo import training
-from qdeploy.zoo.training import Draws, fit, forget, rate_at
+from qdeploy.zoo.training import Draws, bf16_where_fast, fit, forget, rate_at
 
 
 class Killed(Exception):
@@ -82,3 +83,13 @@ def test_the_learning_rate_rises_stays_and_falls() -> None:
     assert rates[2:74] == [1.0] * 72
     assert all(a > b for a, b in pairwise(rates[75:]))
     assert rates[-1] == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize(("flags", "kind"), [("avx2", torch.float32), ("avx512_bf16", torch.bfloat16)])
+def test_bf16_is_used_where_the_processor_has_it(
+    flags: str, kind: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"flags\t\t: fpu {flags}\n")
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    with bf16_where_fast("cpu"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == kind

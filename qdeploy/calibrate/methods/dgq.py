@@ -9,7 +9,7 @@ outside of the sum and is multiplied back behind it. Departures from the paper a
 a reason:
 
 - groups of a convolution are of input channels; the code groups rows and columns of the im2col matrix, which
-  no convolution kernel forms (how often it would is counted in the report);
+  no convolution kernel forms (how often it would is counted in the report; `group-patches` simulates it);
 - dimension, groups and ratios of scales come from all timesteps together and stay; the code decides anew at
   every timestep. One factor for each group of timesteps varies (``timestep_groups``), by the timestep's value;
 - ranges are those of the float network, and include zero; no group is empty;
@@ -29,8 +29,6 @@ from qdeploy.calibrate.attention import AttentionQuantizers
 from qdeploy.calibrate.fakequant import QuantizedLayer
 from qdeploy.calibrate.groups import (
     CHANNELS,
-    PIXELS,
-    ROWS,
     TOKENS,
     chosen_dimension,
     cluster,
@@ -40,6 +38,8 @@ from qdeploy.calibrate.groups import (
 )
 from qdeploy.calibrate.log_attention import LogQuantizer
 from qdeploy.calibrate.methods import ACTIVATION_SCALES, WEIGHT_SCALES, Method, Stage
+from qdeploy.calibrate.patches import PIXELS, ROWS
+from qdeploy.calibrate.quantizers import ActivationQuantizer
 from qdeploy.calibrate.rounding_noise import LEAST_GAIN, rounding_noise
 from qdeploy.calibrate.session import Session
 from qdeploy.errors import UsageError
@@ -50,7 +50,7 @@ from qdeploy.targets import find_target
 
 FORMS = ("auto", "fold", "split")
 
-_Family = tuple[list[Layer], list[QuantizedLayer]]
+Family = tuple[list[Layer], list[QuantizedLayer]]
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,13 @@ def group_channels(
     Raises:
         UsageError: an unknown form, an impossible number of groups, or no activations to group.
     """
-    number_format = _activation_format(session, "group-channels")
+    number_format = activation_format(session, "group-channels")
     form = _form(form, session)
-    families = _families(session)
-    whole = [(layers[0].path, modules[0]) for layers, modules in families if not _grouped(modules[0])]
-    _check_groups(groups, {path: module.weight.shape[1] for path, module in whole})
+    families = layer_families(session)
+    whole = [
+        (layers[0].path, modules[0]) for layers, modules in families if not reads_some_channels(modules[0])
+    ]
+    check_groups(groups, {path: module.weight.shape[1] for path, module in whole})
     firsts = {layers[0].path: modules[0] for layers, modules in families}
     measured = session.draft.step(
         f"{session.stage}-measured", lambda: watch(session, firsts, session.teacher(), "channel ranges")
@@ -155,14 +157,14 @@ def _unfit(module: QuantizedLayer, found: Mapping[str, Tensor], choose: bool) ->
     """Why a layer cannot have groups of channels; empty if it can."""
     if module.split:
         return "quantizes the halves of a concatenation"
-    if _grouped(module):
+    if reads_some_channels(module):
         return "convolves groups of channels"
     if choose and (wins := reference_dimension(found)) in (TOKENS, PIXELS):
         return f"its {wins} differ more"
     return ""
 
 
-def _grouped(module: QuantizedLayer) -> bool:
+def reads_some_channels(module: QuantizedLayer) -> bool:
     """Whether a layer is a convolution whose outputs read some of the input channels only."""
     return int(getattr(module.inner, "groups", 1)) > 1
 
@@ -187,7 +189,7 @@ def _split(modules: list[QuantizedLayer], plan: Plan) -> None:
 
 
 def _channel_report(
-    families: list[_Family],
+    families: list[Family],
     plans: Mapping[str, Plan],
     measured: Mapping[str, Tensor],
     number_format: Format,
@@ -242,16 +244,16 @@ def group_tokens(session: Session, *, groups: int = 8, channels: bool = False) -
         UsageError: an impossible number of groups, no activations to group, or a format with a zero point
             that an engine would have to move.
     """
-    number_format = _activation_format(session, "group-tokens")
+    number_format = activation_format(session, "group-tokens")
     if not number_format.symmetric and find_target(session.recipe.target).backends:
         raise UsageError(
             f"groups of tokens need a symmetric activation format, and {number_format.name} has a zero point: "
             "choose --activations int8, or --target simulated for research"
         )
-    _check_groups(groups, {})
+    check_groups(groups, {})
     free = {
         layers[0].path: modules[0]
-        for layers, modules in _families(session)
+        for layers, modules in layer_families(session)
         if not modules[0].split
         and modules[0].smoothing is None
         and modules[0].activation_quantizers[0].axis is None
@@ -277,7 +279,7 @@ def _axis_of(layer: QuantizedLayer, dimension: str | None, channels: bool) -> tu
     """Name and axis of the dimension to group along, if there is one."""
     if dimension == TOKENS:
         return TOKENS, -2
-    wins = channels and dimension in (CHANNELS, ROWS) and not _grouped(layer)
+    wins = channels and dimension in (CHANNELS, ROWS) and not reads_some_channels(layer)
     return (CHANNELS, layer.feature_axis) if wins else None
 
 
@@ -290,8 +292,29 @@ def _scale_along(
     groups: int,
 ) -> None:
     (quantizer,) = layer.activation_quantizers
+    labels = labels_along(session, found, dimension, groups)
+    give_shares(quantizer, found, dimension, labels, axis)
+
+
+def labels_along(session: Session, found: Mapping[str, Tensor], dimension: str, groups: int) -> Tensor:
+    """[A] the group of each index of a dimension whose extremes `watch` found; at most so many groups."""
     low, high = found[f"{dimension}.low"], found[f"{dimension}.high"]
-    labels = cluster(low, high, groups, session.generator("groups", session.stage, str(len(low))))
+    return cluster(low, high, groups, session.generator("groups", session.stage, str(len(low))))
+
+
+def give_shares(
+    quantizer: ActivationQuantizer, found: Mapping[str, Tensor], dimension: str, labels: Tensor, axis: int
+) -> None:
+    """Turn the scale of a tensor into scales along a dimension, each as large as its group's share of the range.
+
+    Args:
+        quantizer: has one scale, or one for each group of timesteps.
+        found: extremes along the dimension, as of `watch`.
+        dimension: a name of them.
+        labels: [A] the group of each index.
+        axis: of what the quantizer is given.
+    """
+    low, high = found[f"{dimension}.low"], found[f"{dimension}.high"]
     shares = relative_spans(low, high, labels, quantizer.format.symmetric).to(quantizer.scale.device)
     scale = quantizer.scale[..., None] * shares
     zero_point = quantizer.zero_point[..., None].expand_as(scale)
@@ -311,7 +334,7 @@ def log_attention(session: Session, *, start_token: bool = True) -> None:
     Raises:
         UsageError: the coverage quantizes no attention.
     """
-    number_format = _activation_format(session, "log-attention")
+    number_format = activation_format(session, "log-attention")
     found = {
         path: module
         for path in session.structure.attentions
@@ -339,10 +362,10 @@ def crosses(layers: tuple[Layer, ...], attention: str) -> bool:
 # -- what all of them ask ------------------------------------------------------------------------------------
 
 
-def _families(session: Session) -> list[_Family]:
+def layer_families(session: Session) -> list[Family]:
     """The layers with quantized inputs, those that share a quantizer together, in execution order."""
     modules = session.quantized(session.layers)
-    families: dict[int, _Family] = {}
+    families: dict[int, Family] = {}
     for layer, module in zip(session.layers, modules, strict=True):
         if module.input_quantizers:
             family = families.setdefault(id(module.input_quantizers), ([], []))
@@ -351,7 +374,12 @@ def _families(session: Session) -> list[_Family]:
     return list(families.values())
 
 
-def _activation_format(session: Session, stage: str) -> Format:
+def activation_format(session: Session, stage: str) -> Format:
+    """The format that a stage makes groups for.
+
+    Raises:
+        UsageError: there is none.
+    """
     number_format = parse_format(session.recipe.activations)
     if number_format is None:
         raise UsageError(f"stage {stage!r} works on activations, and activations are 'none'")
@@ -365,7 +393,16 @@ def _form(form: str, session: Session) -> str:
     return ("fold" if weights and weights.bits >= 8 else "split") if form == "auto" else form
 
 
-def _check_groups(groups: Any, channels: Mapping[str, int]) -> None:
+def check_groups(groups: Any, channels: Mapping[str, int]) -> None:
+    """Refuse an impossible number of groups.
+
+    Args:
+        groups: what was asked for.
+        channels: how many there are to put into groups, by layer.
+
+    Raises:
+        UsageError: it is no positive number, or a layer has fewer channels.
+    """
     if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
         raise UsageError(f"groups must be a positive number, not {groups!r}")
     narrow = next(((path, count) for path, count in channels.items() if count < groups), None)

@@ -52,7 +52,8 @@ def keep_within(gains: Sequence[float], noises: Sequence[float], allowance: floa
     Args:
         gains: what each saves, in ms; those that save nothing are never kept.
         noises: the error that each causes, in any unit that adds up.
-        allowance: how much error they may cause together; None for any amount.
+        allowance: how much error they may cause together; None for any amount. Below 0, only those that cause
+            none are kept.
     """
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
@@ -65,10 +66,8 @@ def keep_within(gains: Sequence[float], noises: Sequence[float], allowance: floa
         -np.asarray(gains) / max(gains),
         integrality=np.ones(len(gains)),
         bounds=Bounds(0, np.asarray(worth, float)),
-        constraints=LinearConstraint(np.asarray(noises)[None] / scale, ub=allowance / scale),
+        constraints=LinearConstraint(np.asarray(noises)[None] / scale, ub=max(allowance, 0.0) / scale),
     )
-    if solution.x is None:  # an allowance below zero
-        return [False] * len(gains)
     return [bool(x > 0.5) for x in solution.x]
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import prod
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from qdeploy.engines.macs import MOVES
-from qdeploy.export.graph import WEIGHTED_OPS, constant, producer
+from qdeploy.export.graph import WEIGHTED_OPS, block_size, constant, producer
 from qdeploy.export.writer import Writer
 
 # Such a processor adds two products of an unsigned and a signed byte in 16 bits: 255 x 128 fits, 255 x 129 does not.
@@ -67,7 +66,7 @@ def _dequantized(value: ir.Value | None) -> ir.Node | None:
 def _could_overflow(node: ir.Node) -> bool:
     codes = constant(node.inputs[0])
     # Blocks and floats have no int8 kernels.
-    if codes is None or codes.dtype != np.int8 or prod(codes.shape) < 2 or "block_size" in node.attributes:
+    if codes is None or codes.dtype != np.int8 or codes.size < 2 or block_size(node):
         return False
     zero = constant(node.inputs[2]) if len(node.inputs) > 2 else None
     if zero is not None and zero.any():
@@ -89,4 +88,4 @@ def _axis(node: ir.Node) -> int | None:
         return None
     attribute = node.attributes.get("axis")
     axis = 1 if attribute is None else int(attribute.as_int())
-    return axis % constant(node.inputs[0]).ndim
+    return axis % len(constant(node.inputs[0]).shape)
