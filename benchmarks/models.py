@@ -61,7 +61,7 @@ PIXART: dict[str, Any] = {
 }
 ZOO = ("digits", "scenes", "digits-dit")
 UNETS = ("digits", "cifar", "sd15")  # the shapes of benchmarks that are not about conditions
-SHAPES = (*UNETS, "scenes", "digits-dit", "pixart", "sdxl")
+SHAPES = (*UNETS, "scenes", "digits-dit", "pixart")  # pipelines; `sdxl` is a denoiser alone
 PROMPTS = ("a large red circle", "a small blue square above a green ring")
 
 

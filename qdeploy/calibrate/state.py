@@ -196,9 +196,19 @@ def pack(codes: Tensor, number_format: Format) -> Tensor:
     if number_format.bits >= 8:
         return codes.to(code_type(number_format))
     flat = (codes.flatten() - number_format.qmin).to(torch.uint8)
+    if (shifts := _whole(number_format)) is not None:
+        places = torch.nn.functional.pad(flat, (0, -flat.numel() % len(shifts))).view(-1, len(shifts))
+        return (places << shifts).sum(1, dtype=torch.uint8)
     bits = (flat[:, None] >> torch.arange(number_format.bits, dtype=torch.uint8)) & 1
     stream = torch.nn.functional.pad(bits.flatten(), (0, -bits.numel() % 8)).view(-1, 8)
     return (stream << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def _whole(number_format: Format) -> Tensor | None:
+    """Where in a byte its codes begin; None where codes cross bytes. The common case, and a fraction of the work."""
+    if 8 % number_format.bits:
+        return None
+    return torch.arange(0, 8, number_format.bits, dtype=torch.uint8)
 
 
 def unpack(stored: Tensor, number_format: Format, shape: tuple[int, ...]) -> Tensor:
@@ -208,6 +218,9 @@ def unpack(stored: Tensor, number_format: Format, shape: tuple[int, ...]) -> Ten
     if number_format.bits >= 8:
         return stored.to(code_type(number_format)).view(shape)
     count = torch.Size(shape).numel()
+    if (shifts := _whole(number_format)) is not None:
+        flat = ((stored[:, None] >> shifts) & (2**number_format.bits - 1)).flatten()[:count]
+        return (flat.to(code_type(number_format)) + number_format.qmin).view(shape)
     stream = ((stored[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()
     bits = stream[: count * number_format.bits].view(count, number_format.bits).to(torch.int16)
     codes = (bits << torch.arange(number_format.bits, dtype=torch.int16)).sum(1, dtype=torch.int16)
