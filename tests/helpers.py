@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qdeploy.artifact import Artifact
 from qdeploy.calibrate import effort as efforts
 from qdeploy.calibrate.effort import Effort
-from qdeploy.calibrate.fakequant import QuantizedLayer
+from qdeploy.calibrate.fakequant import QuantizedLayer, quantized_layers
 from qdeploy.calibrate.ranges import minmax_weights, to_scale
 from qdeploy.calibrate.reconstruct import Rows, UnitProblem
 from qdeploy.calibrate.session import Session, quantize_structure
@@ -36,6 +36,16 @@ def sqnr_db(reference: Tensor, other: Tensor) -> float:
 def relative(reference: Tensor, other: Tensor) -> float:
     """Norm of the difference, relative to the reference's."""
     return float((reference - other).norm() / reference.norm())
+
+
+def codes_of(denoiser: nn.Module) -> dict[tuple[str, int], Tensor]:
+    """Codes of all weights by layer and part; `freeze` lets go of them."""
+    return {
+        (path, part): quantizer.codes
+        for path, layer in quantized_layers(denoiser).items()
+        for part, quantizer in enumerate(layer.weight_quantizers)
+        if quantizer.codes is not None
+    }
 
 
 def plain_options() -> Any:

@@ -15,7 +15,7 @@ from click.testing import Result
 from qdeploy.artifact import Artifact
 from qdeploy.engines import timing
 from qdeploy.engines.build import build_engine
-from qdeploy.engines.machine import has_bf16
+from qdeploy.engines.machine import has_bf16, int8_sums_saturate
 from qdeploy.engines.timing import quantile, take_turns
 from qdeploy.errors import InvalidInputError, UsageError
 from qdeploy.evaluate.baselines import baseline_precisions, enter, is_baseline, source_model
@@ -54,7 +54,8 @@ def test_the_json_object_has_the_promised_keys(way: Way) -> None:
 def test_the_precisions_and_integer_shares_are_the_engines_own(way: Way) -> None:
     results = {r["precision"]: r for r in benchmark([way.engine], **QUICK).results}
     assert results.keys() == {"W8A8", *baseline_precisions("openvino")}
-    assert results["W8A8"]["int8_mac_share"] > 0.5
+    # Without VNNI, 8-bit weights are computed in floats.
+    assert (results["W8A8"]["int8_mac_share"] > 0.5) != int8_sums_saturate()
     assert results["f32"]["int8_mac_share"] == 0
     weights = way.engine.file("unet/openvino_model.bin").stat().st_size
     assert results["W8A8"]["size_mb"] > weights / 1e6

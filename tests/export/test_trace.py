@@ -25,7 +25,7 @@ from qdeploy.export.lower import CHANNELS_LAST, PASSES, adapt, lower
 from qdeploy.export.trace import OUTPUT, trace
 from qdeploy.formats import int4, int8
 from qdeploy.inputs import denoise
-from tests.helpers import MemoryRows, calibrating, minmax_layer, plain_options, sqnr_db, tiny_unet
+from tests.helpers import MemoryRows, calibrating, codes_of, minmax_layer, plain_options, sqnr_db, tiny_unet
 
 DATA = MemoryRows.noisy()
 
@@ -36,7 +36,7 @@ class Exported:
     def __init__(self, denoiser: nn.Module, session: Session, path: Path) -> None:
         self.denoiser, self.session, self.path = denoiser, session, path
         self.layers = quantized_layers(denoiser)
-        self.state = read_state(denoiser)
+        self.state, self.codes = read_state(denoiser), codes_of(denoiser)
         freeze(denoiser)
         self.model = lower(trace(denoiser, DATA.inputs([0, 1])), "portable")
         save(self.model, path)
@@ -126,7 +126,7 @@ def test_every_scale_and_every_code_is_that_of_the_checkpoint(exported: Exported
         assert (
             constant(dequantize.inputs[1]).tobytes() == state[f"{path}.weight.{part}.scale"].numpy().tobytes()
         )
-        codes = layer.weight_quantizers[part].codes.numpy()  # type: ignore[operator, union-attr]
+        codes = exported.codes[path, part].numpy()
         stored = constant(dequantize.inputs[0])
         assert stored.dtype == np.int8
         assert np.array_equal(stored if dequantize.attributes["axis"].as_int() == 0 else stored.T, codes)
