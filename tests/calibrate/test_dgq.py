@@ -39,6 +39,7 @@ from qdeploy.calibrate.run import _run_stages
 from qdeploy.calibrate.state import read_state
 from qdeploy.clock import Clock, midpoints
 from qdeploy.denoiser import open_model
+from qdeploy.engines.machine import int8_sums_saturate
 from qdeploy.errors import CapabilityError, InvalidInputError, UsageError
 from qdeploy.export.graph import constant
 from qdeploy.formats import Format, int4, int8, uint8
@@ -668,5 +669,6 @@ def test_engines_compute_it_in_int8(artifacts: dict[str, Artifact], tmp_path: Pa
         assert any(layer.order is not None for layer in layers.values())
     engine = qdeploy.build_engine(bundle, tmp_path / "engine", backend="openvino", threads=1)
     measured = engine.manifest["measured"]
-    assert measured["int8_mac_share_of_meant"] == 1.0
+    if name == "split" or not int8_sums_saturate():  # without VNNI, 8-bit weights are computed in floats
+        assert measured["int8_mac_share_of_meant"] == 1.0
     assert measured["parity"]["sqnr_db"] >= 45
