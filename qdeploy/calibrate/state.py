@@ -219,7 +219,7 @@ def unpack(stored: Tensor, number_format: Format, shape: tuple[int, ...]) -> Ten
         return stored.to(code_type(number_format)).view(shape)
     count = torch.Size(shape).numel()
     if (shifts := _whole(number_format)) is not None:
-        flat = ((stored[:, None] >> shifts) & (2**number_format.bits - 1)).flatten()[:count]
+        flat: Tensor = ((stored[:, None] >> shifts) & (2**number_format.bits - 1)).flatten()[:count]
         return (flat.to(code_type(number_format)) + number_format.qmin).view(shape)
     stream = ((stored[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()
     bits = stream[: count * number_format.bits].view(count, number_format.bits).to(torch.int16)
