@@ -32,7 +32,7 @@ from qdeploy.export.lower import lower
 from qdeploy.export.run import export
 from qdeploy.export.trace import OUTPUT, trace
 from qdeploy.inputs import denoise
-from tests.helpers import MemoryRows, calibrating, codes_of, sqnr_db, tiny_unet
+from tests.helpers import MemoryRows, calibrating, codes_of, plain_options, sqnr_db, tiny_unet
 from tests.models import ddpm_folder
 
 CASES = {"int4b64": "none", "int4b128": "none", "fp8": "fp8"}
@@ -100,10 +100,7 @@ class Case:
         return {**self.data.inputs(self.rows), "timestep": torch.full((len(self.rows),), 500.0)}
 
     def run(self) -> Tensor:
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.intra_op_num_threads = 1
-        engine = onnxruntime.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
+        engine = onnxruntime.InferenceSession(self.path, plain_options(), providers=["CPUExecutionProvider"])
         feeds = {name: x.numpy() for name, x in self.inputs().items()} | {
             "timestep": np.array(500, np.float32)
         }
