@@ -280,8 +280,8 @@ def estimate_cost(session: Session) -> Estimate:
                 break
     known = stages()
     passes, steps = 0.0, 0.0
-    for name, _ in session.recipe.stages:
-        stage_passes, stage_steps = known[name].cost(len(session.units), session.effort)
+    for name, options in session.recipe.stages:
+        stage_passes, stage_steps = known[name].cost(options, len(session.units), session.effort)
         passes, steps = passes + stage_passes, steps + stage_steps
     batches = len(rows) / min(session.batch, len(rows))
     seconds = forward * (passes * batches + 3 * steps)

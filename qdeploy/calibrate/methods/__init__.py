@@ -32,8 +32,8 @@ class Stage:
         name: the word that recipes use.
         run: does it; keyword arguments are its options.
         description: one line for people.
-        cost: for a number of units and an effort, how often it runs the denoiser over all rows, and how
-            many training steps it makes per unit. The estimate of a calibration comes from this.
+        cost: for its options, a number of units and an effort, how often it runs the denoiser over all rows,
+            and how many training steps it makes per unit. The estimate of a calibration comes from this.
         paper: where it comes from, if not from the method's own paper.
         needs: what earlier stages must have given: some of `RESULTS`.
         gives: what it gives.
@@ -46,7 +46,7 @@ class Stage:
     name: str
     run: Callable[..., None]
     description: str
-    cost: Callable[[int, Effort], tuple[float, float]]
+    cost: Callable[[Mapping[str, Any], int, Effort], tuple[float, float]]
     paper: str = ""
     needs: tuple[str, ...] = ()
     gives: tuple[str, ...] = ()

@@ -127,7 +127,7 @@ STAGES = (
         "scale-salient",
         scale_salient,
         "scaling of linear layers' input channels by what their inputs hold",
-        lambda units, effort: (1.5, 0),
+        lambda options, units, effort: (1.5, 0),
         paper="AWQ, Lin et al., MLSys 2024, arXiv 2306.00978",
         spoils=RESULTS,
     ),

@@ -132,7 +132,7 @@ STAGES = (
         "group-patches",
         group_patches,
         "scales for groups of rows or pixels of convolutions' im2col matrices, as DGQ's code; simulated",
-        lambda units, effort: (1, 0),
+        lambda options, units, effort: (1, 0),
         paper="DGQ, arXiv 2501.04304",
         needs=(ACTIVATION_SCALES,),
         gives=(ACTIVATION_SCALES,),

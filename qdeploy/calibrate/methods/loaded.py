@@ -87,7 +87,7 @@ STAGES = (
         "load-weights",
         load_weights,
         "scales and roundings of weights from another checkpoint",
-        lambda units, effort: (0, 0),
+        lambda options, units, effort: (0, 0),
         gives=(WEIGHT_SCALES, ROUNDINGS),
     ),
 )

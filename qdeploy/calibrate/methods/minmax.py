@@ -136,14 +136,15 @@ STAGES = (
         "weight-ranges",
         weight_ranges,
         "scales of weights, per output channel",
-        lambda units, effort: (0.5, 0),
+        # a search takes about half a pass over the rows; extremes take seconds
+        lambda options, units, effort: (0 if options["finder"] == "minmax" else 0.5, 0),
         gives=(WEIGHT_SCALES,),
     ),
     Stage(
         "activation-ranges",
         activation_ranges,
         "scales of layer inputs, per tensor",
-        lambda units, effort: (1, 0),
+        lambda options, units, effort: (1, 0),
         needs=(WEIGHT_SCALES,),
         gives=(ACTIVATION_SCALES,),
         simulated=lambda options: (

@@ -28,6 +28,7 @@ Departures from the released code, each for a reason:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -203,7 +204,7 @@ def _time_scales(session: Session) -> dict[str, ActivationQuantizer]:
     return {name: quantizer for name, quantizer in _scales(session).items() if id(quantizer) in theirs}
 
 
-def _cost(units: int, effort: Effort) -> tuple[float, float]:
+def _cost(options: Mapping[str, Any], units: int, effort: Effort) -> tuple[float, float]:
     """The steps run teacher, student, gradient and recomputation; held-out rows are judged twice."""
     return 4 / HELD_OUT, effort.tuning * 5 / 3
 

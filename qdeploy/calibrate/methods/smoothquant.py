@@ -88,7 +88,7 @@ STAGES = (
         "migrate-outliers",
         migrate_outliers,
         "smoothing of layers by the ranges of their input channels",
-        lambda units, effort: (1, 0),
+        lambda options, units, effort: (1, 0),
         paper="SmoothQuant, Xiao et al., ICML 2023, arXiv 2211.10438",
         spoils=RESULTS,
     ),
