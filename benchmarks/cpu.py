@@ -29,10 +29,10 @@ from benchmarks.models import SHAPES, model_folder, sampling
 from qdeploy.calibrate.dataset import CalibrationSet
 from qdeploy.calibrate.trajectory import collect
 from qdeploy.denoiser import open_model
-from qdeploy.engines.machine import machine
 from qdeploy.export.run import export
 from qdeploy.files import write_json, write_tensors
 from qdeploy.inputs import denoise
+from qdeploy.machine import machine
 from qdeploy.progress import say
 
 LEAST_TURNS = 3

@@ -22,13 +22,13 @@ from qdeploy.calibrate.run import calibrate
 from qdeploy.calibrate.trajectory import collect
 from qdeploy.denoiser import open_model
 from qdeploy.engines.build import build_engine
-from qdeploy.engines.machine import machine
 from qdeploy.evaluate.check import check
 from qdeploy.evaluate.quality import Plan, Trajectories
 from qdeploy.evaluate.remembered import remembered
 from qdeploy.evaluate.report import MISSING, markdown_table, text_table
 from qdeploy.export.run import export
 from qdeploy.files import write_json, write_text
+from qdeploy.machine import machine
 from qdeploy.progress import say
 
 METHODS = ("minmax", "qdiffusion")

@@ -32,13 +32,13 @@ from qdeploy.calibrate.run import calibrate
 from qdeploy.calibrate.trajectory import collect
 from qdeploy.decibels import distance
 from qdeploy.engines.base import Kernel
-from qdeploy.engines.machine import machine
 from qdeploy.engines.macs import graph_macs, int8_mac_share, multiplies
 from qdeploy.engines.measure import read_probe
 from qdeploy.engines.onnxruntime import _kernel
 from qdeploy.evaluate.report import markdown_table, text_table
 from qdeploy.export.run import export
 from qdeploy.files import write_json, write_text
+from qdeploy.machine import machine
 from qdeploy.progress import say
 
 OURS, RIVAL = "qdeploy W8A8", "static, all operators"

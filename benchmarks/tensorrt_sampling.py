@@ -116,9 +116,9 @@ def run(model: Path, onnx: Path, output: Path, options: dict[str, Any]) -> dict[
     backend = find_backend("tensorrt")  # before anything that takes time
     from qdeploy.denoiser import open_model
     from qdeploy.engines.build import load_engine
-    from qdeploy.engines.machine import machine
     from qdeploy.evaluate.baselines import baseline_bundle
     from qdeploy.files import write_json
+    from qdeploy.machine import machine
     from qdeploy.runtime.prompts import read_prompts
 
     batches = options["batch"]

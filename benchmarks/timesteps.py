@@ -25,7 +25,6 @@ from qdeploy.calibrate.run import calibrate
 from qdeploy.calibrate.trajectory import collect
 from qdeploy.denoiser import open_model
 from qdeploy.engines.build import build_engine
-from qdeploy.engines.machine import machine
 from qdeploy.evaluate.check import check
 from qdeploy.evaluate.quality import Plan, Trajectories
 from qdeploy.evaluate.remembered import remembered
@@ -33,6 +32,7 @@ from qdeploy.evaluate.report import MISSING, markdown_table, text_table
 from qdeploy.evaluate.thresholds import look_up
 from qdeploy.export.run import export
 from qdeploy.files import write_json, write_text
+from qdeploy.machine import machine
 from qdeploy.progress import say
 
 STEPS, GROUPS = 50, 4

@@ -8,9 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from qdeploy import machine
 from qdeploy.artifact import Artifact
 from qdeploy.calibrate import effort as efforts
 from qdeploy.calibrate.effort import Effort
@@ -46,6 +48,15 @@ def codes_of(denoiser: nn.Module) -> dict[tuple[str, int], Tensor]:
         for part, quantizer in enumerate(layer.weight_quantizers)
         if quantizer.codes is not None
     }
+
+
+def pretend_processor(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, flags: str, name: str = "Testor"
+) -> None:
+    """Let this machine say that its processor has that name and these instruction sets only."""
+    file = folder / "cpuinfo"
+    file.write_text(f"model name\t: {name}\nflags\t\t: fpu {flags}\n")
+    monkeypatch.setattr(machine, "CPUINFO", file)
 
 
 def plain_options() -> Any:

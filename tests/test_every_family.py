@@ -17,12 +17,12 @@ from qdeploy.calibrate.run import calibrate
 from qdeploy.calibrate.trajectory import collect
 from qdeploy.denoiser import open_model
 from qdeploy.engines.build import build_engine, load_engine
-from qdeploy.engines.machine import int8_sums_saturate
 from qdeploy.engines.measure import latency
 from qdeploy.errors import UsageError
 from qdeploy.evaluate.check import check
 from qdeploy.export.run import export
 from qdeploy.export.trace import export_program
+from qdeploy.machine import int8_sums_saturate
 from qdeploy.runtime.sample import sample
 from qdeploy.schedulers import make_scheduler
 from tests.models import dit_folder

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdeploy.engines.machine import BF16_INSTRUCTIONS, has_bf16
+from qdeploy.machine import BF16_INSTRUCTIONS, has_bf16
 
 FAMILIES = ("torch_eager", "openvino_float", "nncf_int8", "onnxruntime_int8", "modelopt_int8", "ours")
 PRECISIONS = ("f32", "bf16")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from benchmarks.contenders import PRECISIONS, Case, Contender, Loaded
-from qdeploy.engines.machine import int8_sums_saturate
+from qdeploy.machine import int8_sums_saturate
 
 # Without VNNI layers with weights of 8 bits would be computed in floats.
 WEIGHTS = ("int7" if int8_sums_saturate() else "int8", "int4")

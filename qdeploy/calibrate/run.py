@@ -23,9 +23,9 @@ from qdeploy.card import base_model, write_card
 from qdeploy.correction_table import CORRECTION, correction_facts, prediction_type
 from qdeploy.denoiser import Model, open_model
 from qdeploy.draft import Draft
-from qdeploy.engines.machine import int8_sums_saturate
 from qdeploy.errors import CapabilityError, UsageError
 from qdeploy.inputs import denoise
+from qdeploy.machine import int8_sums_saturate
 from qdeploy.memory import peak_memory
 from qdeploy.mixed.budget import parse_budget
 from qdeploy.paths import cache_folder, default_output

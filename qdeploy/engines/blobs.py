@@ -8,8 +8,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from qdeploy.engines.machine import cpu_identity, cpu_model
 from qdeploy.files import write_atomically
+from qdeploy.machine import cpu_identity, cpu_model
 from qdeploy.paths import cache_folder
 from qdeploy.progress import say
 

@@ -12,17 +12,6 @@ from qdeploy.card import write_card
 from qdeploy.decibels import distance, powers
 from qdeploy.draft import Draft
 from qdeploy.engines.base import UNKNOWN, Engine
-from qdeploy.engines.machine import (
-    BF16_INSTRUCTIONS,
-    NARROW,
-    WIDE,
-    cpu_features,
-    cpu_model,
-    has_bf16,
-    has_int8,
-    int8_sums_saturate,
-    machine,
-)
 from qdeploy.engines.macs import graph_macs, int8_layers, int8_mac_share, meant_int8
 from qdeploy.engines.measure import (
     latency,
@@ -33,6 +22,17 @@ from qdeploy.engines.measure import (
 )
 from qdeploy.engines.registry import PRECISIONS, Backend, backends, find_backend
 from qdeploy.errors import CapabilityError, InvalidInputError, UsageError
+from qdeploy.machine import (
+    BF16_INSTRUCTIONS,
+    NARROW,
+    WIDE,
+    cpu_features,
+    cpu_model,
+    has_bf16,
+    has_int8,
+    int8_sums_saturate,
+    machine,
+)
 from qdeploy.paths import default_output
 from qdeploy.progress import say
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from qdeploy.engines.machine import (
+from qdeploy.engines.registry import Backend, backends
+from qdeploy.errors import CapabilityError, UsageError
+from qdeploy.machine import (
     BF16_INSTRUCTIONS,
     INT8_INSTRUCTIONS,
     cpu_features,
@@ -16,8 +18,6 @@ from qdeploy.engines.machine import (
     has_int8,
     machine,
 )
-from qdeploy.engines.registry import Backend, backends
-from qdeploy.errors import CapabilityError, UsageError
 from qdeploy.version import __version__
 
 # Packages whose versions decide what works, by the names that pip knows.

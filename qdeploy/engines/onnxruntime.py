@@ -17,9 +17,9 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from qdeploy.engines.base import Engine, Kernel, Port, why
-from qdeploy.engines.machine import int8_sums_saturate
 from qdeploy.engines.registry import Backend
 from qdeploy.errors import InvalidInputError
+from qdeploy.machine import int8_sums_saturate
 
 if TYPE_CHECKING:
     from torch import Tensor

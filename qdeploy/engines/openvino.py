@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from qdeploy.engines.base import Engine, Kernel, Port, why
 from qdeploy.engines.blobs import LARGEST_BYTES, Blobs
-from qdeploy.engines.machine import WIDE, has_bf16, int8_sums_saturate
 from qdeploy.engines.registry import Backend
 from qdeploy.errors import CapabilityError, InvalidInputError
+from qdeploy.machine import WIDE, has_bf16, int8_sums_saturate
 from qdeploy.progress import say
 
 if TYPE_CHECKING:

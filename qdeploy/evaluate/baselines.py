@@ -11,10 +11,10 @@ from typing import Any
 from qdeploy.artifact import Artifact, sha256_of
 from qdeploy.denoiser import Model, open_model
 from qdeploy.engines.build import build_engine
-from qdeploy.engines.machine import has_bf16
 from qdeploy.engines.registry import find_backend
 from qdeploy.errors import InvalidInputError
 from qdeploy.export.run import export
+from qdeploy.machine import has_bf16
 from qdeploy.paths import cache_folder
 from qdeploy.progress import say
 from qdeploy.version import __version__

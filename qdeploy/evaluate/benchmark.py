@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 from qdeploy.artifact import Artifact, open_artifact
 from qdeploy.denoiser import Model
 from qdeploy.engines.base import Engine
-from qdeploy.engines.machine import machine
 from qdeploy.engines.measure import int8_shares, read_probe, repeat_rows
 from qdeploy.engines.registry import find_backend
 from qdeploy.engines.timing import quantile, take_turns
 from qdeploy.errors import UsageError
 from qdeploy.evaluate.baselines import FULL, HALF, HALVES, Entrant, enter, is_baseline
 from qdeploy.evaluate.report import MISSING, markdown_table, number, text_table
+from qdeploy.machine import machine
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qdeploy.engines.machine import has_bf16
+from qdeploy.machine import has_bf16
 
 _WARM_UP, _COOL_DOWN = 0.02, 0.25
 _LOG_EVERY, _SAVE_EVERY = 100, 500

@@ -39,11 +39,11 @@ from qdeploy.calibrate.run import _run_stages
 from qdeploy.calibrate.state import read_state
 from qdeploy.clock import Clock, midpoints
 from qdeploy.denoiser import open_model
-from qdeploy.engines.machine import int8_sums_saturate
 from qdeploy.errors import CapabilityError, InvalidInputError, UsageError
 from qdeploy.export.graph import constant
 from qdeploy.formats import Format, int4, int8, uint8
 from qdeploy.inputs import denoise, example_inputs
+from qdeploy.machine import int8_sums_saturate
 from qdeploy.recipe import resolve_recipe
 from qdeploy.structure import find_structure
 from tests.helpers import TINY, MemoryRows, calibrating, relative, tiny_unet

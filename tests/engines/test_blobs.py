@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from qdeploy.artifact import Artifact
-from qdeploy.engines import blobs, machine
+from qdeploy.engines import blobs
 from qdeploy.engines.build import build_engine, load_engine
 from qdeploy.engines.openvino import OpenVINOEngine
 from tests.engines.bundles import example_inputs
+from tests.helpers import pretend_processor
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +46,6 @@ def forbid_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("compiled although a blob was kept")
 
     monkeypatch.setattr(OpenVINOEngine, "_compile", compile_nothing)
-
-
-def be_another_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, flags: str) -> None:
-    (tmp_path / "cpuinfo").write_text(f"model name\t: {name}\nflags\t\t: fpu {flags}\n")
-    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
 
 
 def test_what_was_compiled_is_found_again_and_computes_the_same(
@@ -109,17 +105,17 @@ def test_another_processor_compiles_for_itself_and_says_so(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    be_another_processor(tmp_path, monkeypatch, "Testor 1", "avx2 avx512_vnni")
+    pretend_processor(monkeypatch, tmp_path, "avx2 avx512_vnni", "Testor 1")
     called(artifact)
-    be_another_processor(tmp_path, monkeypatch, "Testor 2", "avx2 avx512_vnni")
+    pretend_processor(monkeypatch, tmp_path, "avx2 avx512_vnni", "Testor 2")
     capsys.readouterr()
     called(artifact)
     told = capsys.readouterr().err
     assert "compiled for another processor (Testor 1): compiling it again for Testor 2" in told
-    be_another_processor(tmp_path, monkeypatch, "Testor 2", "avx2")  # the name alone does not tell
+    pretend_processor(monkeypatch, tmp_path, "avx2", "Testor 2")  # the name alone does not tell
     called(artifact)
     assert len(list(cache.iterdir())) == 3
-    be_another_processor(tmp_path, monkeypatch, "Testor 1", "avx2 avx512_vnni")
+    pretend_processor(monkeypatch, tmp_path, "avx2 avx512_vnni", "Testor 1")
     forbid_compiling(monkeypatch)
     called(artifact)
 

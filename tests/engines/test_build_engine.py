@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from qdeploy import machine
 from qdeploy.artifact import Artifact, open_artifact
 from qdeploy.decibels import distance
-from qdeploy.engines import machine
 from qdeploy.engines.build import build_engine, load_engine
 from qdeploy.engines.measure import int8_shares, read_probe, row_by_row
 from qdeploy.errors import CapabilityError, InvalidInputError, QDeployError, UsageError
 from qdeploy.export.lower import PASSES
 from tests.engines.bundles import example_inputs, write_bundle
+from tests.helpers import pretend_processor
 
 
 def test_quantized_layers_run_on_int8_kernels_of_openvino(quantized_bundle: Artifact, tmp_path: Path) -> None:
@@ -129,12 +130,6 @@ def exit_code(error: pytest.ExceptionInfo[QDeployError]) -> int:
     return error.value.exit_code
 
 
-def without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: str) -> None:
-    """Pretend to be on a processor with these flags only."""
-    (tmp_path / "cpuinfo").write_text(f"model name\t: Old\nflags\t\t: fpu {flags}\n")
-    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
-
-
 def test_a_simulation_is_refused_with_the_reason(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "onnx", facts={"simulated": ["activations of 6 bits"]})
     with pytest.raises(CapabilityError, match="activations of 6 bits") as error:
@@ -193,7 +188,7 @@ def test_bf16_needs_a_processor_and_a_backend_that_have_it(
 ) -> None:
     with pytest.raises(CapabilityError, match="onnxruntime computes in f32 only"):
         build_engine(quantized_bundle, tmp_path / "engine", backend="onnxruntime", precision="bf16")
-    without(monkeypatch, tmp_path, "avx2 avx512_vnni")
+    pretend_processor(monkeypatch, tmp_path, "avx2 avx512_vnni")
     with pytest.raises(CapabilityError, match="avx512_bf16") as error:
         build_engine(quantized_bundle, tmp_path / "engine", precision="bf16")
     assert exit_code(error) == 4
@@ -205,7 +200,7 @@ def test_a_bf16_engine_is_refused_where_it_cannot_run(
     if not machine.has_bf16():
         pytest.skip("the processor has no bf16 instructions")
     artifact = build_engine(quantized_bundle, tmp_path / "engine", precision="bf16", threads=1)
-    without(monkeypatch, tmp_path, "avx2")
+    pretend_processor(monkeypatch, tmp_path, "avx2")
     with pytest.raises(CapabilityError, match="bf16"):
         load_engine(artifact)
 
@@ -219,7 +214,7 @@ def test_a_processor_without_int8_instructions_is_told(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    without(monkeypatch, tmp_path, "avx2 avx512f")
+    pretend_processor(monkeypatch, tmp_path, "avx2 avx512f")
     build_engine(quantized_bundle, tmp_path / "engine", threads=1)
     assert "neither VNNI nor AMX" in capsys.readouterr().err
 
@@ -232,7 +227,7 @@ def test_weights_of_eight_bits_are_right_without_vnni(
     here = build_engine(wide, tmp_path / "here", threads=1)
     assert here.facts["int8_sums"] == (machine.NARROW if machine.int8_sums_saturate() else machine.WIDE)
     assert here.manifest["measured"]["parity"]["sqnr_db"] > 100
-    without(monkeypatch, tmp_path, "avx2 avx512f")
+    pretend_processor(monkeypatch, tmp_path, "avx2 avx512f")
     capsys.readouterr()
     floats = build_engine(wide, tmp_path / "floats", threads=1)
     assert "2 layers with 8-bit weights are computed in floats" in capsys.readouterr().err
@@ -248,12 +243,12 @@ def test_weights_of_eight_bits_are_right_without_vnni(
 def test_an_engine_with_wide_sums_is_refused_where_they_saturate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    without(monkeypatch, tmp_path, "avx2 avx512_vnni")
+    pretend_processor(monkeypatch, tmp_path, "avx2 avx512_vnni")
     engines = [
         build_engine(write_bundle(tmp_path / f"onnx{n}", limit=n), tmp_path / f"e{n}", threads=1)
         for n in (127, 63)
     ]
-    without(monkeypatch, tmp_path, "avx2")
+    pretend_processor(monkeypatch, tmp_path, "avx2")
     with pytest.raises(CapabilityError, match=r"no VNNI.*int7") as error:
         load_engine(engines[0])
     assert exit_code(error) == 4
@@ -284,7 +279,7 @@ def test_products_stay_exact_on_processors_whose_byte_products_saturate(
     plain = build_engine(bundle, tmp_path / "engine", backend="onnxruntime", threads=1)
     assert plain.manifest["measured"]["int8_mac_share_of_meant"] == 1.0
     assert plain.manifest["measured"]["parity"]["sqnr_db"] > 100
-    without(monkeypatch, tmp_path, "avx2")
+    pretend_processor(monkeypatch, tmp_path, "avx2")
     with load_engine(plain) as engine:
         kinds = {kernel.kind for kernel in engine.kernels(example_inputs(1))}
         inputs, _, simulated = read_probe(plain.path)

@@ -24,6 +24,7 @@ from qdeploy.engines.placement.noise import GATES, with_gates
 from qdeploy.engines.placement.switches import find_switches, take_out
 from qdeploy.errors import CheckFailed, QDeployError, UsageError
 from tests.engines.bundles import denoiser_graph, example_inputs, expected, write_bundle
+from tests.helpers import plain_options
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -36,9 +37,7 @@ def run(graph: ir.Model, gates: list[bool] | None = None) -> torch.Tensor:
     """What a graph computes for the example rows, by ONNX Runtime, unoptimized."""
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(ir.to_proto(graph).SerializeToString(), options)
+    session = onnxruntime.InferenceSession(ir.to_proto(graph).SerializeToString(), plain_options())
     inputs, rows = example_inputs(), []
     for x, t in zip(inputs["sample"], inputs["timestep"], strict=True):
         feeds = {"sample": x[None].numpy(), "timestep": t.numpy()}

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from qdeploy.denoiser import open_model
-from qdeploy.engines import machine
 from qdeploy.evaluate.demo import _Work, variants
 from qdeploy.evaluate.remembered import remembered
 from qdeploy.evaluate.report import MISSING
 from qdeploy.evaluate.summary import DemoResult, summary_notes, summary_rows
 from qdeploy.progress import verbosity
 from qdeploy.recipe import presets
+from tests.helpers import pretend_processor
 
 
 @pytest.fixture
@@ -31,8 +31,7 @@ def test_every_variant_is_a_preset() -> None:
 def test_weights_are_those_that_run_in_int8_on_this_processor(
     flags: str, weights: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "cpuinfo").write_text(f"flags\t\t: fpu {flags}\n")
-    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    pretend_processor(monkeypatch, tmp_path, flags)
     assert [variant.weights for variant in variants().values()] == [weights, None]
     assert ("W7A8" in variants()["w8a8"].title) == (weights == "int7")
 

@@ -17,6 +17,7 @@ from qdeploy.export.passes.shared_computations import SharedComputations
 from qdeploy.export.passes.shared_quantizers import SharedQuantizers
 from qdeploy.export.passes.split_shortcut import SplitShortcut
 from qdeploy.export.passes.transposed_weights import TransposedWeights
+from tests.helpers import plain_options
 
 Arrays = dict[str, np.ndarray]
 HEAD = '<ir_version: 10, opset_import: ["" : 21]>'
@@ -40,10 +41,8 @@ def graph(
 
 
 def run(model: ir.Model, inputs: Arrays) -> list[np.ndarray]:
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     data = ir.to_proto(model).SerializeToString()
-    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(data, plain_options(), providers=["CPUExecutionProvider"])
     outputs: list[np.ndarray] = session.run(None, inputs)
     return outputs
 

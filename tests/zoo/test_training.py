@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdeploy.engines import machine
 from qdeploy.zoo import training
 from qdeploy.zoo.training import Draws, bf16_where_fast, fit, forget, rate_at
+from tests.helpers import pretend_processor
 
 
 class Killed(Exception):
@@ -89,7 +89,6 @@ def test_the_learning_rate_rises_stays_and_falls() -> None:
 def test_bf16_is_used_where_the_processor_has_it(
     flags: str, kind: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "cpuinfo").write_text(f"flags\t\t: fpu {flags}\n")
-    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    pretend_processor(monkeypatch, tmp_path, flags)
     with bf16_where_fast("cpu"):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == kind

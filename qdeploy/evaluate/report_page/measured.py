@@ -11,13 +11,13 @@ from typing import Any
 
 from qdeploy.artifact import Artifact, open_artifact
 from qdeploy.denoiser import Model, read_json
-from qdeploy.engines.machine import machine
 from qdeploy.errors import InvalidInputError, QDeployError
 from qdeploy.evaluate.quality import Plan, Trajectories
 from qdeploy.evaluate.remembered import remembered
 from qdeploy.evaluate.report_page.kernel_times import kernel_times
 from qdeploy.evaluate.report_page.layer_errors import layer_errors
 from qdeploy.evaluate.report_page.subjects import Given, Subject, can_run
+from qdeploy.machine import machine
 from qdeploy.progress import say
 
 FIRST_IMAGE = 1000  # seeds of pictures; calibration sets usually hold seeds 0 to 63

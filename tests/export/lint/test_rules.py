@@ -13,12 +13,12 @@ from qdeploy.export.lint.fixes import fixes
 from qdeploy.export.lint.rule import rules
 from qdeploy.export.lint.run import Report, lint
 from tests.export.lint.fixtures import CASES, Case
+from tests.helpers import plain_options
 
 
 def run(path: Path) -> list[np.ndarray]:
     """What ONNX Runtime computes, unoptimized, on inputs that depend on nothing but their shapes."""
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options = plain_options()
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     generator = np.random.default_rng(5)
