@@ -1,4 +1,4 @@
-"""DGQ: groups that isolate outliers, rewrites that are exact, attention on a logarithmic scale.
+"""DGQ: groups that isolate outliers, and rewrites that are exact.
 
 Traps are those of the released code; each test fails when its trap is put back.
 """
@@ -20,6 +20,7 @@ from qdeploy.calibrate import effort as efforts
 from qdeploy.calibrate.attention import AttentionQuantizers
 from qdeploy.calibrate.checkpoint import PROBE, load_checkpoint
 from qdeploy.calibrate.fakequant import QuantizedLayer, full_precision, quantized_layers
+from qdeploy.calibrate.families import reference_dimension
 from qdeploy.calibrate.groups import (
     CHANNELS,
     TOKENS,
@@ -29,8 +30,8 @@ from qdeploy.calibrate.groups import (
     relative_spans,
     watch,
 )
-from qdeploy.calibrate.log_attention import LogQuantizer, log_quantize, split_start
-from qdeploy.calibrate.methods import check_stages, dgq, minmax
+from qdeploy.calibrate.log_attention import LogQuantizer
+from qdeploy.calibrate.methods import check_stages, dgq, dgq_attention, dgq_tokens, minmax
 from qdeploy.calibrate.operators import fake_quantize
 from qdeploy.calibrate.patches import PIXELS, ROWS
 from qdeploy.calibrate.ranges import to_scale
@@ -38,16 +39,13 @@ from qdeploy.calibrate.rounding_noise import rounding_noise
 from qdeploy.calibrate.run import _run_stages
 from qdeploy.calibrate.state import read_state
 from qdeploy.clock import Clock, midpoints
-from qdeploy.denoiser import open_model
 from qdeploy.errors import CapabilityError, InvalidInputError, UsageError
 from qdeploy.export.graph import constant
 from qdeploy.formats import Format, int4, int8, uint8
-from qdeploy.inputs import denoise, example_inputs
+from qdeploy.inputs import denoise
 from qdeploy.machine import int8_sums_saturate
 from qdeploy.recipe import resolve_recipe
-from qdeploy.structure import find_structure
 from tests.helpers import TINY, MemoryRows, calibrating, relative, tiny_unet
-from tests.models import stable_diffusion_folder
 
 DATA = MemoryRows.noisy()
 WIDTH = 12
@@ -158,7 +156,7 @@ def test_a_dead_channel_keeps_a_factor_of_use() -> None:
 def dimension(inner: nn.Module, x: Tensor) -> str | None:
     seen = Watch(inner, torch.tensor([3.0]))
     seen.observe(x, torch.tensor([3.0]))
-    return dgq.reference_dimension(seen.tensors())
+    return reference_dimension(seen.tensors())
 
 
 def test_planted_outliers_decide_the_dimension() -> None:
@@ -206,7 +204,7 @@ def test_a_number_of_tokens_that_changes_is_no_dimension() -> None:
     for tokens in (5, 6):
         seen.observe(torch.randn(2, tokens, 4, generator=seeded()), torch.tensor([1.0]))
     assert f"{TOKENS}.low" not in seen.tensors()
-    assert dgq.reference_dimension(seen.tensors()) is None
+    assert reference_dimension(seen.tensors()) is None
 
 
 # -- the rewrites ------------------------------------------------------------------------------------------
@@ -424,7 +422,7 @@ def token_layer(number_format: Format, groups: int) -> tuple[QuantizedLayer, Ten
     calibrated(layer, x)
     found = {f"{TOKENS}.low": x.amin((0, 2)), f"{TOKENS}.high": x.amax((0, 2))}
     session: Any = type("Bare", (), {"generator": staticmethod(lambda *names: seeded()), "stage": "s"})
-    dgq._scale_along(session, layer, found, TOKENS, -2, groups)
+    dgq_tokens._scale_along(session, layer, found, TOKENS, -2, groups)
     return layer, x, cluster(*found.values(), groups, seeded())
 
 
@@ -448,76 +446,6 @@ def test_a_zero_point_that_moves_with_the_token_is_no_engines() -> None:
     layer, _, _ = token_layer(uint8, 2)
     with pytest.raises(CapabilityError, match="zero point that moves"):
         layer.activation_quantizers[0].freeze()
-
-
-# -- attention ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bits", [4, 6, 8])
-def test_logarithmic_codes_are_within_half_a_step(bits: int) -> None:
-    """T14, trap 21: dequantization is 2^-q."""
-    largest = torch.tensor(0.7)
-    a = torch.cat(
-        [largest * torch.exp2(-torch.linspace(0, 2**bits - 1.51, 2000, dtype=torch.float64)).float()]
-    )[None]
-    a = a[a > 1e-36][None]
-    ratio = log_quantize(a, bits) / a
-    assert ((ratio >= 2**-0.501) & (ratio <= 2**0.501)).all()
-    powers = torch.exp2(-torch.arange(0.0, min(2**bits - 1, 100)))[None]
-    assert torch.equal(log_quantize(powers, bits), powers)
-
-
-def test_what_is_too_small_for_a_code_is_zero() -> None:
-    """Trap 20, T3: at four bits the code's smallest step gives thousands of keys 2^-15 of the largest."""
-    a = torch.full((1, 1, 1, 4096), 1e-9)
-    a[..., 0] = 1.0
-    quantized = log_quantize(a, 4)
-    assert quantized[..., 0] == 1.0
-    assert quantized.sum() == 1.0
-    assert torch.equal(log_quantize(torch.zeros(2, 1, 3, 3), 4), torch.zeros(2, 1, 3, 3))
-
-
-def test_the_largest_probability_is_the_samples_own() -> None:
-    """Trap 19, T14: the code takes that of the batch, so images depend on each other."""
-    a = torch.rand(3, 2, 4, 5, generator=seeded())
-    a[1] *= 0.1
-    alone = log_quantize(a[1:2], 8)
-    assert torch.equal(log_quantize(a, 8)[1:2], alone)
-    assert float(alone.max()) == float(a[1].max())
-
-
-def test_the_start_token_on_its_own_is_the_same_product() -> None:
-    """T15."""
-    a = torch.randn(2, 3, 7, 9, generator=seeded()).softmax(-1)
-    v = torch.randn(2, 3, 9, 4, generator=seeded())
-    assert torch.allclose(split_start(a, v), a @ v, atol=1e-6)
-
-
-def test_the_start_token_bypasses_quantization() -> None:
-    q, k, v = (torch.randn(2, 2, 5, 4, generator=seeded()) for _ in range(3))
-    k[..., 0, :] *= 30
-    quantizers = AttentionQuantizers(int8, uint8)
-    quantizers.probabilities = LogQuantizer(8, start=True)
-    for quantizer, x in ((quantizers.query, q), (quantizers.key, k[..., 1:, :]), (quantizers.value, v)):
-        quantizer.set(*to_scale(x.min(), x.max(), int8))
-    seen: list[Tensor] = []
-    quantizers.key.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    quantizers.attend(q, k, v)
-    assert torch.equal(seen[0], k[..., 1:, :])
-    a = (q @ k.transpose(-2, -1) / 2).softmax(-1)
-    assert torch.equal(quantizers.probabilities(a)[..., 0], a[..., 0])
-    assert torch.equal(quantizers.probabilities(a)[..., 1:], log_quantize(a[..., 1:], 8))
-    quantizers.probabilities.enabled = False
-    assert torch.equal(quantizers.probabilities(a), a)
-
-
-def test_cross_attention_is_told_by_what_it_reads(tmp_path: Path) -> None:
-    model = open_model(stable_diffusion_folder(tmp_path / "model"))
-    structure = find_structure(model.load(), example_inputs(model, rows=1))
-    assert structure.attentions
-    for path in structure.attentions:
-        assert dgq.crosses(structure.layers, path) == path.endswith("attn2")
-    assert all(structure.products[path] > 0 for path in structure.attentions)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------
@@ -545,20 +473,20 @@ def test_groups_that_make_no_sense_are_refused(tmp_path: Path, options: dict[str
 
 def test_stages_without_anything_to_work_on_are_refused(tmp_path: Path) -> None:
     with calibrating(tiny_unet(), DATA, tmp_path / "float", method="minmax", activations="none") as session:
-        for stage in (dgq.group_channels, dgq.group_tokens, dgq.log_attention):
+        for stage in (dgq.group_channels, dgq_tokens.group_tokens, dgq_attention.log_attention):
             with pytest.raises(UsageError, match="activations are 'none'"):
                 stage(session)  # type: ignore[operator]
     with (
         calibrating(tiny_unet(), DATA, tmp_path / "plain") as session,
         pytest.raises(UsageError, match="dgq-paper"),
     ):
-        dgq.log_attention(session)
+        dgq_attention.log_attention(session)
     unsigned = {"activations": "uint8", "target": "openvino"}
     with (
         calibrating(tiny_unet(), DATA, tmp_path / "unsigned", **unsigned) as session,
         pytest.raises(UsageError, match="symmetric"),
     ):
-        dgq.group_tokens(session)
+        dgq_tokens.group_tokens(session)
 
 
 def test_stages_in_an_impossible_order_are_refused() -> None:

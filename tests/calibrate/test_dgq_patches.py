@@ -17,9 +17,9 @@ from qdeploy.calibrate import effort as efforts
 from qdeploy.calibrate import run as run_module
 from qdeploy.calibrate.checkpoint import PROBE, load_checkpoint
 from qdeploy.calibrate.fakequant import QuantizedLayer, full_precision, quantized_layers, weights_only
+from qdeploy.calibrate.families import give_shares
 from qdeploy.calibrate.groups import cluster, extremes, relative_spans
 from qdeploy.calibrate.methods import check_stages, dgq_patches
-from qdeploy.calibrate.methods.dgq import give_shares
 from qdeploy.calibrate.operators import fake_quantize
 from qdeploy.calibrate.patches import AXES, PIXELS, ROWS, PatchQuantizer, shifted
 from qdeploy.calibrate.ranges import to_scale

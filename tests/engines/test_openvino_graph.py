@@ -11,7 +11,7 @@ import openvino
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from qdeploy.engines import openvino as backend
+from qdeploy.engines import openvino_graph as converter
 from qdeploy.machine import has_bf16
 
 RANDOM = np.random.default_rng(3)
@@ -83,8 +83,8 @@ def kernels(compiled_model: Any) -> list[str]:
 
 def test_between_two_convolutions_nothing_is_reordered(tmp_path: Path) -> None:
     block(tmp_path / "model.onnx", 0.0)
-    backend.build(tmp_path / "model.onnx", tmp_path / "ir")
-    made = compiled(tmp_path / "ir" / backend.MODEL, 2, "f32")
+    converter.build(tmp_path / "model.onnx", tmp_path / "ir")
+    made = compiled(tmp_path / "ir" / converter.MODEL, 2, "f32")
     order = kernels(made)
     first, second = (index for index, kind in enumerate(order) if kind == "Convolution")
     assert set(order[first:second]).isdisjoint({"Transpose", "MVN"})
@@ -95,10 +95,10 @@ def test_between_two_convolutions_nothing_is_reordered(tmp_path: Path) -> None:
 
 def test_the_block_computes_what_the_graph_says(tmp_path: Path) -> None:
     model = block(tmp_path / "model.onnx", 1.0)
-    backend.build(tmp_path / "model.onnx", tmp_path / "ir")
+    converter.build(tmp_path / "model.onnx", tmp_path / "ir")
     x = RANDOM.normal(size=(2, CHANNELS, SIZE, SIZE)).astype(np.float32)
     (expected,) = ReferenceEvaluator(model).run(None, {"x": x})
-    found = compiled(tmp_path / "ir" / backend.MODEL, 2, "f32")([x])[0]
+    found = compiled(tmp_path / "ir" / converter.MODEL, 2, "f32")([x])[0]
     # a rounding that falls to the other side shifts a few outputs by a step
     assert np.square(found - expected).mean() < 1e-5 * np.square(expected).mean()
 
@@ -107,10 +107,10 @@ def test_the_block_computes_what_the_graph_says(tmp_path: Path) -> None:
 def test_statistics_stay_in_f32_where_the_rest_is_bf16(tmp_path: Path) -> None:
     """A mean far from 0: bf16 statistics would lose the variance."""
     model = block(tmp_path / "model.onnx", 4.0)
-    backend.build(tmp_path / "model.onnx", tmp_path / "ir")
+    converter.build(tmp_path / "model.onnx", tmp_path / "ir")
     x = RANDOM.normal(size=(2, CHANNELS, SIZE, SIZE)).astype(np.float32)
     (expected,) = ReferenceEvaluator(model).run(None, {"x": x})
-    ir = tmp_path / "ir" / backend.MODEL
+    ir = tmp_path / "ir" / converter.MODEL
     marked = compiled(ir, 2, "bf16")([x])[0]
     ir.write_text(ir.read_text().replace('<attribute name="precise" version="0" />', ""))
     plain = compiled(ir, 2, "bf16")([x])[0]
@@ -122,12 +122,12 @@ def test_statistics_stay_in_f32_where_the_rest_is_bf16(tmp_path: Path) -> None:
 def test_keys_are_read_as_they_are(tmp_path: Path) -> None:
     model = onnx.shape_inference.infer_shapes(onnx.parser.parse_model(HEAD + ATTENTION))
     onnx.save(model, tmp_path / "model.onnx")
-    backend.build(tmp_path / "model.onnx", tmp_path / "ir")
-    read = openvino.Core().read_model(tmp_path / "ir" / backend.MODEL)
+    converter.build(tmp_path / "model.onnx", tmp_path / "ir")
+    read = openvino.Core().read_model(tmp_path / "ir" / converter.MODEL)
     kinds = [op.get_type_name() for op in read.get_ops()]
     assert "Transpose" not in kinds
     assert kinds.count("Multiply") == 1
     q, k = RANDOM.normal(size=(2, 2, 4, 8, 16)).astype(np.float32)
     (expected,) = ReferenceEvaluator(model).run(None, {"q": q, "k": k})
-    found = compiled(tmp_path / "ir" / backend.MODEL, 2, "f32")({"q": q, "k": k})[0]
+    found = compiled(tmp_path / "ir" / converter.MODEL, 2, "f32")({"q": q, "k": k})[0]
     assert np.abs(found - expected).max() < 1e-6

@@ -15,15 +15,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from qdeploy.calibrate.fakequant import QuantizedLayer
-from qdeploy.calibrate.groups import chosen_dimension, of_layer, watch
-from qdeploy.calibrate.methods import ACTIVATION_SCALES, Stage
-from qdeploy.calibrate.methods.dgq import (
+from qdeploy.calibrate.families import (
     activation_format,
     check_groups,
     give_shares,
     labels_along,
     layer_families,
 )
+from qdeploy.calibrate.groups import chosen_dimension, of_layer, watch
+from qdeploy.calibrate.methods import ACTIVATION_SCALES, Stage
 from qdeploy.calibrate.patches import AXES, PIXELS, ROWS, SIMULATED
 from qdeploy.calibrate.session import Session
 from qdeploy.denoiser import read_json
