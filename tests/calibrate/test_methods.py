@@ -111,6 +111,23 @@ def test_unknown_methods_are_refused_with_the_known_ones() -> None:
         find_method("magic")
 
 
+def test_what_a_stage_says_it_costs_is_what_it_runs(tmp_path: Path) -> None:
+    """Passes over the rows, of the stages that run nothing else; a search for ranges counts as half a one."""
+    known, rows = stages(), Counter[str]()
+    with calibrating(tiny_unet(), DATA, tmp_path / "out", method="minmax") as session:
+        session.denoiser.register_forward_pre_hook(
+            lambda module, args, kwargs: rows.update({session.stage: len(kwargs["sample"])}),
+            with_kwargs=True,
+        )
+        _run_stages(session)
+        total = session.effort.rows
+    for name, options in session.recipe.stages:
+        passes, steps = known[name].cost(options, len(session.units), session.effort)
+        assert (rows[name] / total, 0) == (passes, steps)
+    searched = known["weight-ranges"]
+    assert searched.cost(searched.options | {"finder": "lp"}, 1, SHORT) == (0.5, 0)
+
+
 # -- all or nothing ----------------------------------------------------------------------------------------
 
 
