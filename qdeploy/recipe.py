@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qdeploy.calibrate.coverage import find_coverage
 from qdeploy.calibrate.effort import find_effort
 from qdeploy.errors import InvalidInputError, UsageError
-from qdeploy.formats import Format, parse_format
+from qdeploy.formats import Format, integer, parse_format
 from qdeploy.overrides import Overrides, combinations, formats_of, parse_overrides, span
 from qdeploy.recipe_formats import check_formats
 from qdeploy.targets import TARGETS, find_target
@@ -91,6 +91,14 @@ class Recipe:
         return parse_format(weights), parse_format(activations)
 
     @property
+    def attention(self) -> Format | None:
+        """The format of q, k and v, if the coverage quantizes them: symmetric on engines."""
+        operands = parse_format(self.activations)
+        if operands is None or not find_coverage(self.coverage).attention:
+            return None
+        return integer(operands.bits) if find_target(self.target).backends else operands
+
+    @property
     def combinations(self) -> list[tuple[str, str]]:
         """The pairs of formats of weights and activations that layers have, those of most layers first."""
         return combinations(self.weights, self.activations, self.layers)
@@ -107,10 +115,9 @@ class Recipe:
 
     def simulated(self) -> list[str]:
         """Why no engine can run the result; empty if one can."""
-        coverage = find_coverage(self.coverage)
         targets = [target for target in TARGETS.values() if target.backends]
         reasons = []
-        if coverage.attention and self.activations != "none":
+        if self.attention is not None and not find_target(self.target).backends:
             reasons.append(f"coverage {self.coverage} quantizes q, k, v and the softmax output")
         for weights in dict.fromkeys(pair[0] for pair in self.combinations):
             if not any(weights in target.weights for target in targets):
@@ -156,9 +163,7 @@ def resolve_recipe(preset: str | Path | None = None, **given: Any) -> Recipe:
     values["layers"] = parse_overrides(values.get("layers", ()))
     if "coverage" not in values:
         values["coverage"] = _find_method(values["method"]).coverage
-    if "target" not in values:
-        attention = find_coverage(values.get("coverage", "portable")).attention
-        values["target"] = "simulated" if attention else "portable"
+    values.setdefault("target", find_coverage(values["coverage"]).target)
     return _checked(values)
 
 
@@ -223,7 +228,7 @@ def _checked(values: dict[str, Any]) -> Recipe:
     if coverage.attention and not target.attention:
         raise UsageError(
             f"target {target.name} cannot run coverage {coverage.name}, which quantizes the attention "
-            "products: choose --target simulated, or --coverage portable"
+            "products: choose --target openvino, or --coverage portable"
         )
     seen = [parse_format(pair[1]) for pair in recipe.combinations]
     if recipe.timestep_groups != 1 and not any(seen):

@@ -59,10 +59,10 @@ TARGETS = {
         ),
         Target(
             "openvino",
-            "OpenVINO on CPUs: also asymmetric uint8 activations",
+            "OpenVINO on CPUs: also asymmetric uint8 activations, and int8 attention",
             _WEIGHTS,
             frozenset({"int8", "uint8", "none"}),
-            attention=False,
+            attention=True,
             backends=("openvino", "onnxruntime"),
         ),
         Target(

@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks.contenders import Case, Contender, Loaded
 
 STATIC = "onnxruntime-static.onnx"
+PROTOBUF_LIMIT = 2**31  # bytes; larger graphs keep their weights in a file beside
 
 
 def load_onnx(case: Case, name: str | None) -> Loaded:
@@ -44,7 +45,10 @@ def _prepare(case: Case) -> None:
             return next(self.feeds, None)
 
     ready = case.folder / "onnxruntime-preprocessed.onnx"
-    quantization.quant_pre_process(str(case.onnx), str(ready), skip_symbolic_shape=True)
+    large = sum(file.stat().st_size for file in case.onnx.parent.iterdir()) >= PROTOBUF_LIMIT
+    quantization.quant_pre_process(
+        str(case.onnx), str(ready), skip_symbolic_shape=True, save_as_external_data=large
+    )
     quantization.quantize_static(
         str(ready),
         str(case.folder / STATIC),
@@ -53,6 +57,7 @@ def _prepare(case: Case) -> None:
         activation_type=quantization.QuantType.QUInt8,
         weight_type=quantization.QuantType.QInt8,
         per_channel=True,
+        use_external_data_format=large,
     )
 
 

@@ -1,4 +1,7 @@
-"""qdeploy: W8A8 (W7A8 without VNNI) and W4A8 on OpenVINO, the rest in f32 and bf16, the time path as a table."""
+"""qdeploy: W8A8 (W7A8 without VNNI) and W4A8 on OpenVINO, the rest in f32 and bf16, the time path as a table.
+
+Each also with attention in int8.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,14 @@ from qdeploy.machine import int8_sums_saturate
 WEIGHTS = ("int7" if int8_sums_saturate() else "int8", "int4")
 
 
-def _name(weights: str, precision: str) -> str:
-    return f"ours-w{weights[3:]}a8-{precision}"
+COVERAGES = {"": "portable", " and attention": "portable-attention"}
 
 
-def _prepare(case: Case, weights: str, precision: str) -> None:
+def _stem(weights: str, coverage: str) -> str:
+    return f"ours-w{weights[3:]}a8" + coverage.removeprefix("portable")
+
+
+def _prepare(case: Case, weights: str, coverage: str, precision: str) -> None:
     from qdeploy.calibrate.run import calibrate
     from qdeploy.engines.build import build_engine
     from qdeploy.export.run import export
@@ -23,36 +29,38 @@ def _prepare(case: Case, weights: str, precision: str) -> None:
     ranges: dict[str, str] = {"recipe": "w8a8-minmax-cpu"}
     if case.ranges == "minmax":
         ranges = {"method": "minmax", "activations": "uint8", "target": "openvino"}
-    stem = case.folder / f"ours-w{weights[3:]}a8"
+    stem = case.folder / _stem(weights, coverage)
     checkpoint = calibrate(
         case.model,
         stem,
         weights=weights,
         calibration=case.folder / "set",
         effort="fast",
+        coverage=coverage,
         **ranges,  # type: ignore[arg-type]
     )
     bundle = export(checkpoint, f"{stem}-onnx", time_table="fp32", components=False)
-    place = case.folder / _name(weights, precision)
+    place = f"{stem}-{precision}"
     build_engine(bundle, place, backend="openvino", precision=precision, threads=case.threads)
 
 
-def _load(case: Case, weights: str, precision: str) -> Loaded:
+def _load(case: Case, weights: str, coverage: str, precision: str) -> Loaded:
     from qdeploy.engines.build import load_engine
 
-    place = case.folder / _name(weights, precision)
+    place = case.folder / f"{_stem(weights, coverage)}-{precision}"
     engine = load_engine(place, threads=case.threads)
     return Loaded(engine, next(place.glob("*/openvino_model.xml")), precision)
 
 
 CONTENDERS = {
-    (name := f"qdeploy W{weights[3:]}A8, {precision}"): Contender(
+    (name := f"qdeploy W{weights[3:]}A8{beside}, {precision}"): Contender(
         name,
-        partial(_load, weights=weights, precision=precision),
-        partial(_prepare, weights=weights, precision=precision),
-        (f"{_name(weights, precision)}/",),
+        partial(_load, weights=weights, coverage=coverage, precision=precision),
+        partial(_prepare, weights=weights, coverage=coverage, precision=precision),
+        (f"{_stem(weights, coverage)}-{precision}/",),
         precision=precision,
     )
     for weights in WEIGHTS
+    for beside, coverage in COVERAGES.items()
     for precision in PRECISIONS
 }

@@ -1,7 +1,7 @@
-"""Quantized attention, simulated: q, k, v and the softmax output, as Q-Diffusion quantizes them.
+"""Quantized attention: q, k, v and the softmax output, as Q-Diffusion quantizes them.
 
-No engine runs these products in integers as the papers define them, so they appear only in coverage
-profiles that are labelled as simulated.
+Kernels of attention multiply integers without zero points, so q, k and v are symmetric where an engine is to run it
+(`qdeploy.recipe.Recipe.attention`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 from qdeploy.calibrate.log_attention import LogQuantizer, split_start
 from qdeploy.calibrate.quantizers import ActivationQuantizer
 from qdeploy.formats import Format
+
+MOST_SCORES = 2**26  # of an attention that are held at a time: 256 MiB in float32, and some copies
 
 
 class AttentionQuantizers(nn.Module):
@@ -66,18 +68,44 @@ class AttentionQuantizers(nn.Module):
             )
         )
         key = torch.cat([kept, key], -2)
-        logits = query @ key.transpose(-2, -1) * (scale or 1 / math.sqrt(query.shape[-1]))
-        if attn_mask is not None:
-            boolean = attn_mask.dtype == torch.bool
-            logits = logits.masked_fill(~attn_mask, -torch.inf) if boolean else logits + attn_mask
+        scale = scale or 1 / math.sqrt(query.shape[-1])
+        if not _many(query, key):
+            return self._products(query, key, value, attn_mask, is_causal, scale)
+        heads = [
+            self._products(
+                *(x[:, head : head + 1] for x in (query, key, value)),
+                attn_mask
+                if attn_mask is None or attn_mask.ndim < 4 or attn_mask.shape[1] == 1
+                else attn_mask[:, head : head + 1],
+                is_causal,
+                scale,
+            )
+            for head in range(query.shape[1])
+        ]
+        return torch.cat(heads, 1)
+
+    def _products(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+    ) -> Tensor:
+        """What is left to do with quantized operands."""
+        logits = query @ key.transpose(-2, -1) * scale
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
         if is_causal:
-            mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
-            logits = logits.masked_fill(~mask, -torch.inf)
+            past = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+            logits = logits.masked_fill(~past, -torch.inf)
         probabilities = self.probabilities.restore(self.probabilities(logits.softmax(-1)))
         if self.start:
             return split_start(probabilities, value)
         output: Tensor = probabilities @ value
         return output
+
+
+def _many(query: Tensor, key: Tensor) -> bool:
+    """Whether the scores of all heads are too many to hold at once; never where gradients or a graph are made."""
+    if torch.compiler.is_exporting() or torch.is_grad_enabled() or query.ndim != 4:
+        return False
+    return query.shape[1] == key.shape[1] and query.shape[:-1].numel() * key.shape[-2] > MOST_SCORES
 
 
 class _Intercept(TorchFunctionMode):

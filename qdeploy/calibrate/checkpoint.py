@@ -31,7 +31,7 @@ from qdeploy.clock import attach_clock
 from qdeploy.denoiser import Model
 from qdeploy.draft import Draft
 from qdeploy.errors import InvalidInputError
-from qdeploy.formats import parse_format, uint8
+from qdeploy.formats import uint8
 from qdeploy.inputs import denoise_rows
 from qdeploy.recipe import Recipe
 from qdeploy.structure import Layer, Structure
@@ -134,7 +134,6 @@ def checkpoint_model(artifact: Artifact) -> Model:
 
 
 def _quantize_as_described(denoiser: nn.Module, described: Mapping[str, Any], recipe: Recipe) -> None:
-    activations = parse_format(recipe.activations)
     for layer in described["layers"]:
         inner = denoiser.get_submodule(layer["path"])
         weights, own = recipe.formats(layer["path"])
@@ -143,8 +142,8 @@ def _quantize_as_described(denoiser: nn.Module, described: Mapping[str, Any], re
         inner.weight = None  # type: ignore[assignment]
     share_inputs(denoiser, {layer["path"]: layer["reads"] for layer in described["layers"]})
     for path in described["attentions"]:
-        assert activations is not None
-        quantize_attention(denoiser.get_submodule(path), AttentionQuantizers(activations, uint8))
+        assert recipe.attention is not None
+        quantize_attention(denoiser.get_submodule(path), AttentionQuantizers(recipe.attention, uint8))
     set_clock(denoiser)
 
 

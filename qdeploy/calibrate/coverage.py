@@ -26,6 +26,7 @@ class Coverage:
         split: quantize the two halves of a concatenation on their own.
         shortcuts: the shortcuts of blocks, and layers that lower the resolution.
         second: the inputs of the layers that read what the first float ones give.
+        target: the one that is meant where none is named.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Coverage:
     split: bool
     shortcuts: bool = True
     second: bool = True
+    target: str = "portable"
 
 
 COVERAGES = {
@@ -66,6 +68,15 @@ COVERAGES = {
             split=True,
         ),
         Coverage(
+            "portable-attention",
+            "as portable, and attention's products: faster where tokens are many, at some error",
+            ends=False,
+            temporal=False,
+            attention=True,
+            split=True,
+            target="openvino",
+        ),
+        Coverage(
             "tfmq-paper",
             "what TFMQ-DM's code covers: the time path but its first layer, no shortcuts, no downsampling",
             ends=False,
@@ -82,6 +93,7 @@ COVERAGES = {
             temporal=True,
             attention=True,
             split=False,
+            target="simulated",
         ),
         Coverage(
             "qdiffusion-paper",
@@ -90,6 +102,7 @@ COVERAGES = {
             temporal=True,
             attention=True,
             split=True,
+            target="simulated",
         ),
     )
 }

@@ -29,7 +29,7 @@ from qdeploy.calibrate.timestep_groups import RANGES
 from qdeploy.clock import attach_clock, clock_of
 from qdeploy.draft import Draft
 from qdeploy.errors import UsageError
-from qdeploy.formats import BLOCKS, Format, parse_format, uint8
+from qdeploy.formats import BLOCKS, Format, uint8
 from qdeploy.inputs import rows_at_once, sample_name
 from qdeploy.overrides import check_overrides
 from qdeploy.recipe import Recipe
@@ -55,7 +55,6 @@ def quantize_structure(denoiser: nn.Module, structure: Structure, recipe: Recipe
         UsageError: no layer is left to quantize.
     """
     coverage = find_coverage(recipe.coverage)
-    activations = parse_format(recipe.activations)
     wanted = covered(structure, coverage, recipe.exclude)
     check_overrides(recipe.layers, (layer.path for layer in wanted), recipe.coverage)
     left = left_in_float(denoiser, structure, recipe)
@@ -70,9 +69,9 @@ def quantize_structure(denoiser: nn.Module, structure: Structure, recipe: Recipe
         seen = None if layer.path in bare else own
         replace_module(denoiser, layer.path, QuantizedLayer(inner, weights, seen, split))
     share_inputs(denoiser, {layer.path: layer.reads for layer in layers})
-    if coverage.attention and activations is not None:
+    if recipe.attention is not None:
         for path in structure.attentions:
-            quantize_attention(denoiser.get_submodule(path), AttentionQuantizers(activations, uint8))
+            quantize_attention(denoiser.get_submodule(path), AttentionQuantizers(recipe.attention, uint8))
     set_clock(denoiser)
     return layers
 

@@ -28,6 +28,8 @@ KEPT_SHAPES = 4
 _DTYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32", "boolean": "bool"}
 # Endings that OpenVINO's importer and its transformations put behind the name of an ONNX node.
 _ENDINGS = re.compile(r"(/WithoutBiases|/DequantizationMultiply|/fused_weights|_original)+$")
+# A product in the middle of what OpenVINO fuses to one kernel: attention's.
+_PRODUCT = re.compile(r"/MatMul/\d+$")
 
 
 class OpenVINOEngine(Engine):
@@ -187,6 +189,10 @@ def kernel_of(op: Any) -> Kernel | None:
     # runtimePrecision is that of the first input; the implementation's name tells the arithmetic.
     precision = implementation.rpartition("_")[2].lower() or tell("runtimePrecision").lower()
     names = [_ENDINGS.sub("", name) for name in tell("originalLayersNames").split(",") if name]
+    if kind == "Subgraph" and (fused := [name for name in names if _PRODUCT.search(name)]):
+        # In integers the first product of an attention goes by the name of the scaling behind it.
+        names += [_PRODUCT.sub("/MatMul/0", name) for name in fused]
+        kind = "Attention"
     return Kernel(
         name=str(op.get_friendly_name()),
         layers=tuple(dict.fromkeys(names)),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from math import inf, prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -63,9 +65,17 @@ def _adapted(onnx_path: Path, scratch: Path) -> Path:
         return onnx_path
     stored = (value.const_value for value in graph.graph.initializers.values())
     for location in {str(tensor.location) for tensor in stored if isinstance(tensor, ir.ExternalTensor)}:
-        (scratch / location).symlink_to((onnx_path.parent / location).absolute())
+        _put(onnx_path.parent / location, scratch / location)
     ir.save(graph, scratch / onnx_path.name)
     return scratch / onnx_path.name
+
+
+def _put(file: Path, place: Path) -> None:
+    """The same file at another place. OpenVINO reads no weights through a symbolic link that leads elsewhere."""
+    try:
+        os.link(file, place)
+    except OSError:  # another file system, or somebody else's file
+        shutil.copyfile(file, place)
 
 
 def _where(onnx_path: Path, message: str) -> str:

@@ -1,4 +1,4 @@
-"""Simulated attention: the products of a stock attention with quantized operands, and nothing else changed."""
+"""Quantized attention: the products of a stock attention with quantized operands, and nothing else changed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qdeploy.calibrate import attention
 from qdeploy.calibrate.attention import AttentionQuantizers, quantize_attention
 from qdeploy.calibrate.fakequant import full_precision
 from qdeploy.calibrate.methods import minmax
@@ -57,6 +58,25 @@ def test_with_switched_off_quantizers_it_is_stock_attention() -> None:
     for quantizer in quantizers.children():
         quantizer.enabled = False  # type: ignore[assignment]
     assert torch.allclose(quantizers.attend(q, k, v), attend(q, k, v), atol=1e-6)
+
+
+@pytest.mark.parametrize("mask", [None, (6, 6), (2, 1, 6, 6), (2, 3, 6, 6)], ids=str)
+def test_heads_one_by_one_are_all_heads_at_once(
+    mask: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = operands()
+    quantizers, calls = ready(q, k, v), []
+    quantizers.probabilities.register_forward_hook(lambda module, args, output: calls.append(len(args)))
+    options = (
+        {} if mask is None else {"attn_mask": torch.randn(mask, generator=torch.Generator().manual_seed(1))}
+    )
+    with torch.no_grad():
+        together = quantizers.attend(q, k, v, **options)
+        monkeypatch.setattr(attention, "MOST_SCORES", 6 * 6)
+        assert torch.allclose(quantizers.attend(q, k, v, **options), together, atol=1e-6)
+    assert len(calls) == 1 + q.shape[1]
+    quantizers.attend(q, k, v, **options)  # gradients may be wanted
+    assert len(calls) == 2 + q.shape[1]
 
 
 def test_q_k_v_and_the_softmax_output_are_quantized_and_the_scale_comes_after_the_product() -> None:

@@ -103,6 +103,22 @@ def test_the_block_computes_what_the_graph_says(tmp_path: Path) -> None:
     assert np.square(found - expected).mean() < 1e-5 * np.square(expected).mean()
 
 
+@pytest.mark.parametrize("linked", [True, False])
+def test_weights_in_a_file_beside_the_graph_are_found(
+    tmp_path: Path, linked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the rewritten graph lies on another file system."""
+    if not linked:
+        monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(OSError("another file system")))
+    plain, beside = tmp_path / "plain", tmp_path / "beside"
+    plain.mkdir(), beside.mkdir()
+    model = block(plain / "model.onnx", 1.0)
+    onnx.save(model, beside / "model.onnx", save_as_external_data=True, location="blob", size_threshold=0)
+    for folder in (plain, beside):
+        converter.build(folder / "model.onnx", folder / "ir")
+    assert (plain / "ir/openvino_model.bin").read_bytes() == (beside / "ir/openvino_model.bin").read_bytes()
+
+
 @pytest.mark.skipif(not has_bf16(), reason="this processor has no bf16")
 def test_statistics_stay_in_f32_where_the_rest_is_bf16(tmp_path: Path) -> None:
     """A mean far from 0: bf16 statistics would lose the variance."""
