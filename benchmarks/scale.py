@@ -34,6 +34,7 @@ COLUMNS = (
     "seconds",
     "CPU s",
     "said before, s",
+    "took from then, s",
     "peak GB",
     "said before, GB",
     "of the weights",
@@ -82,17 +83,20 @@ def commands(shape: str, folder: Path, images: int, steps: int, recipe: list[str
 
 def watched(command: list[str], log: Path) -> dict[str, Any]:
     """Run a command: its exit code, seconds, the processor's seconds, and the most memory that it held, in bytes."""
-    began, used, peak, own = time.perf_counter(), _used(), 0, 0
+    began, used, peak, own, said = time.perf_counter(), _used(), 0, 0, None
     with log.open("w") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
         while process.poll() is None:
+            if said is None and ESTIMATE.search(log.read_text()):
+                said = time.perf_counter()
             told = _status(process.pid)
             peak, own = max(peak, told.get("VmHWM", 0)), max(own, told.get("RssAnon", 0))
             time.sleep(INTERVAL)
-    took = time.perf_counter() - began
+    end = time.perf_counter()
     return {
         "code": process.returncode,
-        "seconds": took,
+        "seconds": end - began,
+        "seconds_from_estimate": None if said is None else end - said,
         "cpu": _used() - used,
         "peak": peak,
         "own": own,
@@ -133,6 +137,7 @@ def cells(stage: str, row: dict[str, Any], weights: int) -> list[str]:
         number(row["seconds"], 0),
         number(row.get("cpu"), 0),
         number(before.get("seconds"), 0),
+        number(row.get("seconds_from_estimate"), 0),
         f"{row['peak'] / 1e9:.2f}",
         f"{before['peak'] / 1e9:.2f}" if "peak" in before else MISSING,
         f"{row['peak'] / weights:.2f}x",
