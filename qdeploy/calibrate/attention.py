@@ -67,21 +67,15 @@ class AttentionQuantizers(nn.Module):
                 (self.value, value),
             )
         )
-        key = torch.cat([kept, key], -2)
+        key = torch.cat([kept, key], -2) if self.start else key
         scale = scale or 1 / math.sqrt(query.shape[-1])
         if not _many(query, key):
             return self._products(query, key, value, attn_mask, is_causal, scale)
-        heads = [
-            self._products(
-                *(x[:, head : head + 1] for x in (query, key, value)),
-                attn_mask
-                if attn_mask is None or attn_mask.ndim < 4 or attn_mask.shape[1] == 1
-                else attn_mask[:, head : head + 1],
-                is_causal,
-                scale,
-            )
-            for head in range(query.shape[1])
-        ]
+        heads = []
+        for head in range(query.shape[1]):
+            q, k, v = (_head(x, head) for x in (query, key, value))
+            mask = None if attn_mask is None else _head(attn_mask, head)
+            heads.append(self._products(q, k, v, mask, is_causal, scale))
         return torch.cat(heads, 1)
 
     def _products(
@@ -106,6 +100,11 @@ def _many(query: Tensor, key: Tensor) -> bool:
     if torch.compiler.is_exporting() or torch.is_grad_enabled() or query.ndim != 4:
         return False
     return query.shape[1] == key.shape[1] and query.shape[:-1].numel() * key.shape[-2] > MOST_SCORES
+
+
+def _head(x: Tensor, head: int) -> Tensor:
+    """One head of a tensor, or all of it where heads share it."""
+    return x[:, head : head + 1] if x.ndim == 4 and x.shape[1] > 1 else x
 
 
 class _Intercept(TorchFunctionMode):
