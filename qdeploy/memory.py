@@ -1,11 +1,20 @@
-"""How much memory this process has held, as the system tells it."""
+"""How much memory there is, and how much this process has held, as the system tells it."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 STATUS = Path("/proc/self/status")
+
+
+def physical_memory() -> int | None:
+    """The machine's memory in bytes; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # Windows has no such call
+        return None
 
 
 def peak_memory() -> int | None:

@@ -6,9 +6,10 @@ rounds of the quotient within one round, which is steadier than the quotient of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qdeploy.artifact import Artifact, open_artifact
 from qdeploy.denoiser import Model
 from qdeploy.engines.base import Engine
+from qdeploy.engines.in_turn import EngineInTurn, Seat
 from qdeploy.engines.measure import int8_shares, read_probe, repeat_rows
 from qdeploy.engines.registry import find_backend
 from qdeploy.engines.timing import quantile, take_turns
@@ -23,9 +25,14 @@ from qdeploy.errors import UsageError
 from qdeploy.evaluate.baselines import FULL, HALF, HALVES, Entrant, enter, is_baseline
 from qdeploy.evaluate.report import MISSING, markdown_table, number, text_table
 from qdeploy.machine import machine
+from qdeploy.memory import physical_memory
+from qdeploy.progress import say
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# A loaded engine takes about twice what its files do, and a machine has other things to do.
+TOGETHER = 0.25
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,8 @@ def benchmark(
 ) -> BenchmarkResult:
     """Time engines beside the full-precision and 16-bit engines of the same model, in one run.
 
-    The baselines are built at their first use and kept in the cache.
+    The baselines are built at their first use and kept in the cache. All engines stay loaded, unless their files
+    come to more than a quarter of the machine's memory: then each is loaded for its turn.
 
     Args:
         paths: engines.
@@ -154,9 +162,7 @@ def benchmark(
     ratios: dict[str, float] = {}
     spread: dict[str, list[float]] = {}
     with ExitStack() as stack:
-        engines = {
-            entrant.name: stack.enter_context(_load(entrant.artifact, threads)) for entrant in entrants
-        }
+        engines = {name: stack.enter_context(engine) for name, engine in _engines(entrants, threads).items()}
         probes = {entrant.name: _inputs(entrant, entrants) for entrant in entrants}
         for size in sorted(set(batches)):
             inputs = {name: repeat_rows(probe, size) for name, probe in probes.items()}
@@ -182,6 +188,18 @@ def _inputs(entrant: Entrant, entrants: Sequence[Entrant]) -> dict[str, Tensor]:
     model = entrant.artifact.facts.get("model_sha256")
     same = [other for other in entrants if other.artifact.facts.get("model_sha256") == model]
     return read_probe(next((e for e in same if not is_baseline(e.artifact)), entrant).artifact.path)[0]
+
+
+def _engines(entrants: Sequence[Entrant], threads: int | None) -> Iterator[tuple[str, Engine]]:
+    """The engines by name, ready to be called: all loaded, or each when its turn comes."""
+    memory, size = physical_memory(), sum(_size_mb(entrant.artifact) for entrant in entrants) * 1e6
+    load = partial(_load, threads=threads)
+    if memory is None or size <= TOGETHER * memory:
+        yield from ((entrant.name, load(entrant.artifact)) for entrant in entrants)
+        return
+    say(f"{size / 1e9:.1f} GB of engines: each is loaded for its turn")
+    seat = Seat(load)
+    yield from ((entrant.name, EngineInTurn(entrant.artifact, seat)) for entrant in entrants)
 
 
 def _load(artifact: Artifact, threads: int | None) -> Engine:

@@ -17,6 +17,7 @@ from qdeploy.engines import timing
 from qdeploy.engines.build import build_engine
 from qdeploy.engines.timing import quantile, take_turns
 from qdeploy.errors import InvalidInputError, UsageError
+from qdeploy.evaluate import benchmark as benchmarking
 from qdeploy.evaluate.baselines import baseline_precisions, enter, is_baseline, source_model
 from qdeploy.evaluate.benchmark import benchmark
 from qdeploy.machine import has_bf16, int8_sums_saturate
@@ -141,6 +142,30 @@ def test_slow_engines_get_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     turns = take_turns(engines, {"slow": {}}, 30, 1.0, "test")
     assert len(turns["slow"]) == timing.LEAST_ROUNDS
     assert turns["slow"][0] == [100_000]
+
+
+def test_engines_that_are_too_large_together_are_loaded_one_at_a_time(
+    way: Way, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+    together = benchmark([way.engine], **QUICK)
+    load = benchmarking._load
+
+    def watched(artifact: Artifact, threads: int | None) -> Any:
+        engine = load(artifact, threads)
+        close = engine.close
+        loaded.append(artifact.sha256)
+        monkeypatch.setattr(engine, "close", lambda: (loaded.remove(artifact.sha256), close()))
+        assert len(loaded) == 1
+        return engine
+
+    monkeypatch.setattr(benchmarking, "_load", watched)
+    monkeypatch.setattr(benchmarking, "physical_memory", lambda: 1)
+    found = benchmark([way.engine], **QUICK)
+    assert loaded == []
+    for ours, theirs in zip(found.results, together.results, strict=True):
+        assert (ours["name"], ours["int8_mac_share"]) == (theirs["name"], theirs["int8_mac_share"])
+    assert found.ratios.keys() == together.ratios.keys()
 
 
 def test_quantiles_are_values_that_occurred() -> None:
