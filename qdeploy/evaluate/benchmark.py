@@ -162,7 +162,7 @@ def benchmark(
     ratios: dict[str, float] = {}
     spread: dict[str, list[float]] = {}
     with ExitStack() as stack:
-        engines = {name: stack.enter_context(engine) for name, engine in _engines(entrants, threads).items()}
+        engines = {name: stack.enter_context(engine) for name, engine in _engines(entrants, threads)}
         probes = {entrant.name: _inputs(entrant, entrants) for entrant in entrants}
         for size in sorted(set(batches)):
             inputs = {name: repeat_rows(probe, size) for name, probe in probes.items()}
