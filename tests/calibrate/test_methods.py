@@ -120,10 +120,9 @@ def test_what_a_stage_says_it_costs_is_what_it_runs(tmp_path: Path) -> None:
             with_kwargs=True,
         )
         _run_stages(session)
-        total = session.effort.rows
-    for name, options in session.recipe.stages:
-        passes, steps = known[name].cost(options, len(session.units), session.effort)
-        assert (rows[name] / total, 0) == (passes, steps)
+        for number, (name, options) in enumerate(session.recipe.stages):
+            passes, steps = known[name].cost(options, len(session.units), session.effort)
+            assert (rows[f"{number}-{name}"] / session.effort.rows, 0) == (passes, steps)
     searched = known["weight-ranges"]
     assert searched.cost(searched.options | {"finder": "lp"}, 1, SHORT) == (0.5, 0)
 
