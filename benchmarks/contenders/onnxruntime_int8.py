@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.contenders import Case, Contender, Loaded
+from qdeploy.export.lint.rules.graph import PROTOBUF_LIMIT
 
 STATIC = "onnxruntime-static.onnx"
-PROTOBUF_LIMIT = 2**31  # bytes; larger graphs keep their weights in a file beside
 
 
 def load_onnx(case: Case, name: str | None) -> Loaded:
@@ -45,6 +45,7 @@ def _prepare(case: Case) -> None:
             return next(self.feeds, None)
 
     ready = case.folder / "onnxruntime-preprocessed.onnx"
+    # Larger graphs keep their weights in a file beside.
     large = sum(file.stat().st_size for file in case.onnx.parent.iterdir()) >= PROTOBUF_LIMIT
     quantization.quant_pre_process(
         str(case.onnx), str(ready), skip_symbolic_shape=True, save_as_external_data=large
