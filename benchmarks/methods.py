@@ -113,7 +113,7 @@ def of_recipe(recipe: str, seed: int) -> Run:
 
 def runs(arguments: argparse.Namespace) -> Iterator[Run]:
     """All calibrations, one seed after the other."""
-    for seed in range(arguments.seeds):
+    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         every = [
             of_method(precision, method, groups, seed)
             for precision in arguments.precisions
@@ -122,7 +122,7 @@ def runs(arguments: argparse.Namespace) -> Iterator[Run]:
             if groups == 1 or PRECISIONS[precision][1] != "none"
         ]
         every += [of_recipe(recipe, seed) for recipe in arguments.recipes]
-        yield from (run for run in every if seed == 0 or run.needs_data)
+        yield from (run for run in every if seed == arguments.first_seed or run.needs_data)
 
 
 def timed(file: Path, part: str, place: Path, make: Callable[[], _Made]) -> _Made:
@@ -244,6 +244,7 @@ def main() -> None:
     )
     parser.add_argument("--effort", default="fast", choices=("fast", "balanced", "best"))
     parser.add_argument("--seeds", type=int, default=3, help="calibrations of each kind")
+    parser.add_argument("--first-seed", type=int, default=0, help="of the first calibration of each kind")
     parser.add_argument("--samples", type=int, default=256, help="images that quality is measured on")
     parser.add_argument("--threads", type=int, help="torch's threads")
     arguments = parser.parse_args()
