@@ -20,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
+from statistics import median
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from qdeploy.calibrate.run import calibrate
 from qdeploy.calibrate.trajectory import collect
 from qdeploy.decibels import distance
 from qdeploy.engines.measure import read_probe
-from qdeploy.evaluate.parity import NUDGE, open_subject
+from qdeploy.evaluate.parity import open_subject, rounding_floors
 from qdeploy.evaluate.report import markdown_table, number, text_table
 from qdeploy.export.run import export
 from qdeploy.files import write_json, write_text
@@ -116,8 +117,7 @@ def parity(path: Path) -> dict[str, Any]:
     expected = reference if simulated is None else simulated
     subject = open_subject(path)
     computed = subject.predict(inputs)
-    nudged = subject.predict({**inputs, subject.sample: inputs[subject.sample] * (1 + NUDGE)})
-    return distance(computed, expected) | {"floor_db": distance(nudged, computed)["sqnr_db"]}
+    return distance(computed, expected) | {"floor_db": median(rounding_floors(subject, inputs, computed))}
 
 
 def alone(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float, float]:

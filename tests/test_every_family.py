@@ -26,13 +26,14 @@ from qdeploy.machine import int8_sums_saturate
 from qdeploy.runtime.sample import sample
 from qdeploy.schedulers import make_scheduler
 from tests.models import dit_folder
-from tests.transformer_models import pixart_folder, sd3_folder, sdxl_folder
+from tests.transformer_models import flux_folder, pixart_folder, sd3_folder, sdxl_folder
 
 # Folder, prompts, arguments of the pipeline.
 FAMILIES: dict[str, tuple[Callable[[Path], Path], list[str], dict[str, int]]] = {
     "DiTTransformer2DModel": (dit_folder, ["1", "2"], {}),
     "PixArtTransformer2DModel": (pixart_folder, ["a cat", "two dogs"], {}),
     "SD3Transformer2DModel": (sd3_folder, ["a cat", "two dogs"], {}),
+    "FluxTransformer2DModel": (flux_folder, ["a cat", "two dogs"], {"height": 16, "width": 16}),
     "UNet2DConditionModel": (sdxl_folder, ["a cat", "two dogs"], {}),
 }
 
@@ -57,10 +58,11 @@ def test_from_the_pipeline_to_an_engine_and_back(
     bundle = export(checkpoint, tmp_path / "onnx", components=False)
     engine = build_engine(bundle, tmp_path / "engine", backend="openvino", threads=1)
     told = check(engine, onnx=bundle, checkpoint=checkpoint)
+    assert told.passed, told.failures
     assert told.parity["sqnr_db"] >= 45
     assert told.parity["pairs"]["fake-quant vs onnx"]["sqnr_db"] >= 45
     assert told.quality["sqnr_db"]["median"] >= 20
-    assert engine.manifest["measured"]["int8_mac_share"] > 0.15
+    assert engine.manifest["measured"]["int8_mac_share_of_meant"] == 1
     # In the stock pipeline, with guidance, the engine's images are near the full-precision model's.
     asked = {"count": 2, "steps": 3, "prompts": prompts, "guidance": 3.0, **size}
     own = sample(engine, tmp_path / "own", model=model, **asked)

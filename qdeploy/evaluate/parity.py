@@ -6,7 +6,9 @@ into a whole step wherever a value lies at the edge between two codes, and every
 further down. So a row either agrees to all digits, or differs by as much as the rounding of activations
 itself amounts to: nothing lies between. That amount, the rounding floor, is measured: it is the distance
 between the subject's outputs for an input and for the same input times 1.001, which moves every rounding
-and nothing else. A subject that stays within it computes the function; one that does not is wrong.
+and nothing else. A subject that stays within it computes the function; one that does not is wrong. A row
+whose input is small beside its quantizer's step may keep all its codes at that, which tells nothing: it is
+moved further, until something gives.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 
 from qdeploy.artifact import Artifact, open_artifact
 from qdeploy.calibrate.checkpoint import checkpoint_model, load_checkpoint
-from qdeploy.decibels import distance, sqnr_by_row
+from qdeploy.decibels import EXACT_DB, SAME_DB, distance, sqnr_by_row
 from qdeploy.engines.base import Engine
 from qdeploy.engines.build import load_engine
 from qdeploy.engines.measure import read_probe, row_by_row
@@ -35,7 +37,7 @@ from qdeploy.inputs import denoise
 
 # From the first step to the last of the way. Kinds of artifacts, with the words that reports use.
 STAGES = {"checkpoint": "fake-quant", "onnx": "onnx", "engine": "engine"}
-NUDGE = 1e-3
+NUDGES = (1e-3, 4e-3, 1.6e-2)
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,7 @@ def measure_parity(subject: Subject, others: Sequence[Subject] = ()) -> dict[str
     inputs, reference, simulated = read_probe(subject.artifact.path)
     expected = reference if simulated is None else simulated
     output = _finite(subject, subject.predict(inputs))
-    nudged = {**inputs, subject.sample: inputs[subject.sample] * (1 + NUDGE)}
-    floors = sqnr_by_row(_finite(subject, subject.predict(nudged)), output)
+    floors = rounding_floors(subject, inputs, output)
     measured = distance(output, expected)
     measured |= {
         "expected": "reference" if simulated is None else "simulated",
@@ -133,6 +134,25 @@ def measure_parity(subject: Subject, others: Sequence[Subject] = ()) -> dict[str
         outputs[other.stage] = _finite(other, other.predict(inputs))
     measured["pairs"] = dict(_pairs(outputs))
     return measured
+
+
+def rounding_floors(subject: Subject, inputs: Mapping[str, Tensor], output: Tensor) -> list[float]:
+    """How far roundings alone lead, in dB, for each row of inputs and the subject's own output for them.
+
+    Raises:
+        InvalidInputError: the subject computes NaN or Inf.
+    """
+    floors = [EXACT_DB] * len(output)
+    for nudge in NUDGES:
+        unmoved = [row for row, floor in enumerate(floors) if floor >= SAME_DB]
+        if not unmoved:
+            break
+        rows = {name: value[unmoved] for name, value in inputs.items()}
+        rows[subject.sample] = rows[subject.sample] * (1 + nudge)
+        moved = sqnr_by_row(_finite(subject, subject.predict(rows)), output[unmoved])
+        for row, floor in zip(unmoved, moved, strict=True):
+            floors[row] = floor
+    return floors
 
 
 def _pairs(outputs: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -18,7 +18,7 @@ from qdeploy.draft import Draft
 from qdeploy.engines.build import build_engine
 from qdeploy.errors import InvalidInputError
 from qdeploy.evaluate.check import check
-from qdeploy.evaluate.parity import measure_parity, open_subject
+from qdeploy.evaluate.parity import Subject, measure_parity, open_subject, rounding_floors
 from qdeploy.evaluate.thresholds import parity_floor, rows_out_of_parity
 from tests.evaluate.conftest import Way
 
@@ -88,6 +88,15 @@ def test_the_rounding_floor_bounds_what_two_correct_engines_differ_by(way: Way) 
     """It is as far off as rounding puts it, not as far as the nudge does: that is 60 dB."""
     measured = measure_parity(open_subject(way.engine))
     assert measured["simulated_db"] - 6 < measured["rounding_floor_db"] < 58
+
+
+def test_a_row_that_keeps_all_its_codes_is_moved_further(way: Way) -> None:
+    """A row that is small beside the step has no floor at all where nothing is rounded elsewhere."""
+    rows = torch.tensor([[100.49, 3.0, 7.0], [0.495, 1.0, 0.2], [0.0, 0.0, 0.0]])
+    artifact, idle = way.onnx, torch.nn.Identity()
+    subject = Subject(artifact, idle, lambda inputs: inputs["sample"].round(), "sample", "torch")
+    floors = rounding_floors(subject, {"sample": rows, "timestep": torch.arange(3)}, rows.round())
+    assert floors == pytest.approx([40, 0, 200], abs=0.05)
 
 
 @pytest.mark.parametrize("edit", [flip_a_channel, shift_codes, stretch_scales])
