@@ -113,6 +113,14 @@ class Recipe:
         weights, activations = (span(formats) for formats in sides)
         return f"W{weights}A{activations}"
 
+    def check_formats(self) -> None:
+        """Refuse formats of any layer that the target or one of the stages cannot use.
+
+        Raises:
+            UsageError: a format is unknown, the target has no kernel for it, or two have none together.
+        """
+        check_formats(self.combinations, self.target, [name for name, _ in self.stages])
+
     def simulated(self) -> list[str]:
         """Why no engine can run the result; empty if one can."""
         targets = [target for target in TARGETS.values() if target.backends]
@@ -224,7 +232,7 @@ def _checked(values: dict[str, Any]) -> Recipe:
         raise InvalidInputError(f"the recipe cannot be used: {error}") from error
     coverage, target = find_coverage(recipe.coverage), find_target(recipe.target)
     find_effort(recipe.effort)
-    check_formats(recipe)
+    recipe.check_formats()
     if coverage.attention and not target.attention:
         raise UsageError(
             f"target {target.name} cannot run coverage {coverage.name}, which quantizes the attention "

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
 
 from qdeploy.errors import UsageError
 from qdeploy.formats import parse_format
-from qdeploy.targets import TARGETS, find_target
-
-if TYPE_CHECKING:
-    from qdeploy.recipe import Recipe
+from qdeploy.targets import TARGETS, Target, find_target
 
 
-def check_formats(recipe: Recipe) -> None:
-    """Refuse formats of any layer that the recipe's target or one of its stages cannot use.
+def check_formats(pairs: Iterable[tuple[str, str]], target: str, stages: Sequence[str]) -> None:
+    """Refuse formats that a target or one of a recipe's stages cannot use.
+
+    Args:
+        pairs: formats of weights and activations that layers have.
+        target: name of the target.
+        stages: names of the stages.
 
     Raises:
         UsageError: a format is unknown, the target has no kernel for it, or two have none together.
     """
-    for weights, activations in recipe.combinations:
-        _check_pair(recipe, weights, activations)
+    for weights, activations in pairs:
+        _check_pair(weights, activations, find_target(target), stages)
 
 
-def _check_pair(recipe: Recipe, weights_name: str, activations_name: str) -> None:
-    from qdeploy.calibrate.methods import stages
+def _check_pair(weights_name: str, activations_name: str, target: Target, stages: Sequence[str]) -> None:
+    from qdeploy.calibrate import methods
 
-    target = find_target(recipe.target)
     for part, name in (("weights", weights_name), ("activations", activations_name)):
         allowed = getattr(target, part)
         parse_format(name)
@@ -47,8 +47,8 @@ def _check_pair(recipe: Recipe, weights_name: str, activations_name: str) -> Non
             f"{weights_name} weights and {activations_name} activations have no kernel together: fp8 needs "
             "both in fp8"
         )
-    known = stages()
-    uniform = [name for name, _ in recipe.stages if known[name].uniform]
+    known = methods.stages()
+    uniform = [name for name in stages if known[name].uniform]
     if weights and weights.floating and uniform:
         raise UsageError(
             f"stage {uniform[0]} needs steps that are all alike, and those of {weights.name} grow with the "

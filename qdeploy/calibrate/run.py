@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,28 +12,22 @@ from qdeploy.artifact import Artifact
 from qdeploy.calibrate.checkpoint import write_checkpoint, write_probe
 from qdeploy.calibrate.dataset import CalibrationSet
 from qdeploy.calibrate.estimate import Estimate
-from qdeploy.calibrate.fakequant import quantized_layers
-from qdeploy.calibrate.methods import stages
-from qdeploy.calibrate.methods.minmax import round_to_nearest
-from qdeploy.calibrate.session import Session, left_in_float, quantize_structure
-from qdeploy.calibrate.timestep_groups import check_groups
+from qdeploy.calibrate.opening import calibration_for, check_device, open_session
+from qdeploy.calibrate.session import Session
+from qdeploy.calibrate.staged import estimate_cost, run_stages
 from qdeploy.card import base_model, write_card
-from qdeploy.correction_table import CORRECTION, correction_facts, prediction_type
+from qdeploy.correction_table import CORRECTION, correction_facts
 from qdeploy.denoiser import Model, open_model
 from qdeploy.draft import Draft
-from qdeploy.errors import CapabilityError, UsageError
-from qdeploy.inputs import denoise
+from qdeploy.errors import UsageError
 from qdeploy.machine import int8_sums_saturate
-from qdeploy.memory import peak_memory
 from qdeploy.mixed.budget import parse_budget
-from qdeploy.paths import cache_folder, default_output
+from qdeploy.paths import default_output
 from qdeploy.progress import say
-from qdeploy.recipe import Recipe, resolve_recipe
-from qdeploy.structure import find_structure
+from qdeploy.recipe import resolve_recipe
 from qdeploy.targets import find_target
 
 PROBE_ROWS = 16
-LONG_CALL = 2.0  # seconds
 
 
 def calibrate(
@@ -146,7 +138,7 @@ def calibrate(
     if dry_run:
         return estimate
     with draft:
-        _run_stages(session)
+        run_stages(session)
         _write(session, source, data)
         if planned is not None:
             planned.write(draft, source.name)
@@ -171,58 +163,6 @@ def calibrate(
             measured=session.report,
             notes={"source": str(source.path.absolute())},
         )
-
-
-def open_session(
-    source: Model, data: CalibrationSet, recipe: Recipe, draft: Draft, device: str, max_memory: int
-) -> Session:
-    """A model loaded and quantized as a recipe says, ready for stages.
-
-    Raises:
-        InvalidInputError: the set does not belong to the model.
-        UsageError: nothing would be quantized.
-    """
-    denoiser = source.load(device)
-    data.check_fits(source, denoiser)
-    structure = find_structure(denoiser, data.inputs([0], device=device))
-    left = left_in_float(denoiser, structure, recipe)
-    layers = quantize_structure(denoiser, structure, recipe)
-    denoiser.eval().requires_grad_(False).to(device)
-    session = Session(
-        denoiser,
-        structure,
-        layers,
-        data,
-        recipe,
-        draft,
-        device,
-        max_memory,
-        training_timesteps=source.training_timesteps,
-        component=source.name,
-        prediction_type=prediction_type(source.scheduler_config),
-        left=left,
-    )
-    check_groups(recipe.timestep_groups, data.timesteps[session.rows()])
-    return session
-
-
-def _run_stages(session: Session) -> None:
-    known = stages()
-    took = {}
-    for number, (name, options) in enumerate(session.recipe.stages):
-        began = time.perf_counter()
-        session.stage = f"{number}-{name}"
-        known[name].run(session, **options)
-        took[session.stage] = round(time.perf_counter() - began, 3)
-    session.report["stage_seconds"] = took
-
-    def finish_rounding() -> None:
-        for layer in quantized_layers(session.denoiser).values():
-            round_to_nearest(layer)
-            layer.tuned = None  # its codes say it
-
-    session.stage = "end"
-    session.once("rounded", finish_rounding)
 
 
 def _write(session: Session, source: Model, data: CalibrationSet) -> None:
@@ -260,68 +200,3 @@ def by_reason(left: dict[str, str]) -> dict[str, list[str]]:
 def any_attention(session: Session) -> bool:
     """Whether this calibration quantizes attention products."""
     return any(hasattr(module, "attend") for module in session.denoiser.modules())
-
-
-def estimate_cost(session: Session) -> Estimate:
-    """Time and memory that the stages will take, from one timed batch.
-
-    The first call is slow, because memory and kernels are being prepared; where it takes seconds, that is little
-    of them, and it is not repeated. A stage says how often it runs the network over all rows and how many
-    training steps it makes per unit; all units together cost about three forward passes per step.
-    """
-    rows = session.rows()
-    batch = session.inputs(rows[: session.batch])
-    with torch.no_grad():
-        for _ in range(2):
-            began = time.perf_counter()
-            denoise(session.denoiser, batch)
-            forward = time.perf_counter() - began
-            if forward > LONG_CALL:
-                break
-    known = stages()
-    passes, steps = 0.0, 0.0
-    for name, options in session.recipe.stages:
-        stage_passes, stage_steps = known[name].cost(options, len(session.units), session.effort)
-        passes, steps = passes + stage_passes, steps + stage_steps
-    batches = len(rows) / min(session.batch, len(rows))
-    seconds = forward * (passes * batches + 3 * steps)
-    weights = sum(parameter.numel() for parameter in session.denoiser.parameters())
-    row = sum(tensor[0].numel() * tensor.element_size() for tensor in batch.values() if tensor.ndim)
-    recorded = min(session.max_memory, 64 * row * len(rows)) if steps else 0
-    # What the batch took; then codes of a byte for each weight, and their packed copy on its way to the file.
-    reached = peak_memory() or 5 * weights
-    return Estimate(seconds, reached + 2 * weights + 2 * recorded)
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that torch cannot use.
-
-    Raises:
-        CapabilityError: it cannot.
-    """
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise CapabilityError(
-            f"the device {device!r} cannot be used here: {str(error).splitlines()[0]}"
-        ) from error
-
-
-def calibration_for(source: Model, given: Any, seed: int, device: str) -> Path:
-    """Folder of the calibration set that is given, or of the default one, collected at its first use.
-
-    Raises:
-        UsageError: the model takes prompts, so there is no default.
-    """
-    if given is not None:
-        return given.path if isinstance(given, Artifact) else Path(given)
-    from qdeploy.calibrate.trajectory import collect
-
-    index = source.path / "model_index.json"
-    if index.is_file() and "text_encoder" in json.loads(index.read_text()):
-        raise UsageError(f"{source.path} takes prompts: collect a set with `qdeploy collect --prompts` first")
-    say("no calibration set was given: collecting a default one")
-    name = f"{source.sha256[:16]}-seed{seed}"
-    collected = collect(source.path, cache_folder() / "calibration" / name, seed=seed, device=device)
-    assert isinstance(collected, Artifact)
-    return collected.path

@@ -19,7 +19,7 @@ from qdeploy.progress import say, track
 
 if TYPE_CHECKING:
     from qdeploy.denoiser import Model
-    from qdeploy.evaluate.metrics.base import Pair
+    from qdeploy.evaluate.pair import Pair
 
 FOLDER = "features"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

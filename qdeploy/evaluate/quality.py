@@ -16,7 +16,8 @@ from qdeploy.calibrate.request import pipeline_sha256
 from qdeploy.denoiser import Model
 from qdeploy.errors import InvalidInputError, UsageError
 from qdeploy.evaluate.means import Means
-from qdeploy.evaluate.metrics.base import Call, Meter, Pair, metrics
+from qdeploy.evaluate.metrics.base import Meter, metrics
+from qdeploy.evaluate.pair import Call, Pair
 from qdeploy.evaluate.shared_work import in_parts, journal, processes
 from qdeploy.inputs import denoise, flatten_inputs, sample_name
 from qdeploy.progress import track

@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import Tensor
 
 from qdeploy.errors import CapabilityError
-from qdeploy.evaluate.metrics.base import Call, Pair
+from qdeploy.evaluate.pair import Call, Pair
 from qdeploy.files import write_tensors
 from qdeploy.paths import cache_folder
 

@@ -19,7 +19,7 @@ from qdeploy.calibrate.dataset import CalibrationSet
 from qdeploy.calibrate.estimate import Estimate
 from qdeploy.calibrate.fakequant import quantized_layers
 from qdeploy.calibrate.methods import stages
-from qdeploy.calibrate.run import calibration_for, check_device, open_session
+from qdeploy.calibrate.opening import calibration_for, check_device, open_session
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.state import code_shapes, write_state
 from qdeploy.draft import Draft

@@ -12,7 +12,6 @@ from qdeploy.denoiser import Model, open_model
 from qdeploy.errors import UsageError
 from qdeploy.formats import NONE, parse_format
 from qdeploy.recipe import Recipe, resolve_recipe
-from qdeploy.recipe_formats import check_formats
 from qdeploy.targets import find_target
 
 WIDTHS = ("int8", "int6", "int5", "int4", "int3")
@@ -77,6 +76,6 @@ def work_of(
         if wanted is None or wanted.block or wanted.floating:
             raise UsageError(f"the harm of {name!r} is not measured: choose integer formats such as int4")
         if formats:
-            check_formats(replace(base, weights=name))
+            replace(base, weights=name).check_formats()
     able = tuple(name for name in listed if name in find_target(base.target).weights)
     return Work(model, base, able, None)

@@ -36,7 +36,7 @@ from qdeploy.calibrate.operators import fake_quantize
 from qdeploy.calibrate.patches import PIXELS, ROWS
 from qdeploy.calibrate.ranges import to_scale
 from qdeploy.calibrate.rounding_noise import rounding_noise
-from qdeploy.calibrate.run import _run_stages
+from qdeploy.calibrate.staged import run_stages
 from qdeploy.calibrate.state import read_state
 from qdeploy.clock import Clock, midpoints
 from qdeploy.errors import CapabilityError, InvalidInputError, UsageError
@@ -364,7 +364,7 @@ def test_a_stopped_run_continues_with_the_same_groups(tmp_path: Path, form: str,
 
     def run(output: Path) -> dict[str, Tensor]:
         with calibrating(tiny_unet(), DATA, output, **recipe) as session:
-            _run_stages(session)
+            run_stages(session)
             return read_state(session.denoiser)
 
     expected = run(tmp_path / "whole")

@@ -23,7 +23,7 @@ from qdeploy.calibrate.methods import check_stages, dgq_patches
 from qdeploy.calibrate.operators import fake_quantize
 from qdeploy.calibrate.patches import AXES, PIXELS, ROWS, PatchQuantizer, shifted
 from qdeploy.calibrate.ranges import to_scale
-from qdeploy.calibrate.run import _run_stages
+from qdeploy.calibrate.staged import run_stages
 from qdeploy.calibrate.state import read_state
 from qdeploy.errors import CapabilityError, InvalidInputError, UsageError
 from qdeploy.formats import Format, int4, int8, uint8
@@ -224,7 +224,7 @@ def staged(output: Path, *, timestep_groups: int = 1, weights: str = "int8", **o
     with calibrating(
         tiny_unet(), DATA, output, **RECIPE, stages=stages, weights=weights, timestep_groups=timestep_groups
     ) as session:
-        _run_stages(session)
+        run_stages(session)
     return session
 
 
@@ -246,7 +246,7 @@ def test_one_group_of_patches_is_one_scale_bit_for_bit(tmp_path: Path) -> None:
     """T11, trap 25: one group is per-tensor quantization, says so, and is no simulation."""
     one = staged(tmp_path / "one", groups=1)
     with calibrating(tiny_unet(), DATA, tmp_path / "none", **RECIPE, stages=RANGES) as plain:
-        _run_stages(plain)
+        run_stages(plain)
     assert not patched(one)
     assert torch.equal(output_of(one), output_of(plain))
     assert one.report["patch_groups"]["simulated"] == 0
@@ -291,7 +291,7 @@ def test_a_network_with_planted_outliers_gains(tmp_path: Path, along: str) -> No
                 module.register_forward_hook(plant)
         stages = (*RANGES, ("group-patches", {"groups": groups, "along": along}))
         with calibrating(denoiser, data, tmp_path / str(groups), **RECIPE, stages=stages) as session:
-            _run_stages(session)
+            run_stages(session)
             inputs = data.inputs(session.rows()[:16])
             with torch.no_grad():
                 error = denoise(session.denoiser, inputs)
@@ -328,7 +328,7 @@ def test_a_stopped_run_continues_with_the_same_patches(
 
     def run(output: Path) -> tuple[dict[str, Tensor], Any]:
         with calibrating(tiny_unet(), DATA, output, **RECIPE, stages=stages) as session:
-            _run_stages(session)
+            run_stages(session)
         return read_state(session.denoiser), session.report["patch_groups"]
 
     expected, counts = run(tmp_path / "whole")
@@ -351,7 +351,7 @@ def test_channels_that_have_groups_are_left_as_they_are(tmp_path: Path) -> None:
     channels = ("group-channels", {"form": "fold", "check": False})
     stages = (channels, *RANGES, ("group-patches", {"groups": 2}))
     with calibrating(tiny_unet(), DATA, tmp_path / "out", **RECIPE, stages=stages) as session:
-        _run_stages(session)
+        run_stages(session)
         report = json.loads((session.draft.content / f"{session.component}/groups.json").read_text())
     counts = report["patches"]["counts"]
     assert counts == session.report["patch_groups"]

@@ -19,8 +19,8 @@ from qdeploy.calibrate.fakequant import full_precision, quantized_layers
 from qdeploy.calibrate.methods import check_stages, find_method, methods, minmax, qdiffusion, stages
 from qdeploy.calibrate.quantizers import ActivationQuantizer, WeightQuantizer
 from qdeploy.calibrate.reconstruct import UnitProblem
-from qdeploy.calibrate.run import _run_stages
 from qdeploy.calibrate.session import Session
+from qdeploy.calibrate.staged import run_stages
 from qdeploy.calibrate.state import quantizers, read_state
 from qdeploy.errors import UsageError
 from qdeploy.formats import FORMATS, integer
@@ -36,7 +36,7 @@ def run(output: Path, effort: Effort | None = None, **recipe: Any) -> Session:
     """A finished calibration."""
     given = {} if effort is None else {"effort": effort}
     with calibrating(tiny_unet(), DATA, output, **given, **recipe) as session:
-        _run_stages(session)
+        run_stages(session)
     return session
 
 
@@ -119,7 +119,7 @@ def test_what_a_stage_says_it_costs_is_what_it_runs(tmp_path: Path) -> None:
             lambda module, args, kwargs: rows.update({session.stage: len(kwargs["sample"])}),
             with_kwargs=True,
         )
-        _run_stages(session)
+        run_stages(session)
         for number, (name, options) in enumerate(session.recipe.stages):
             passes, steps = known[name].cost(options, len(session.units), session.effort)
             assert (rows[f"{number}-{name}"] / session.effort.rows, 0) == (passes, steps)

@@ -21,9 +21,10 @@ from qdeploy.calibrate.fakequant import QuantizedLayer, quantized_layers
 from qdeploy.calibrate.methods import check_stages, qdiffusion, qncd
 from qdeploy.calibrate.methods.minmax import activation_ranges, weight_ranges
 from qdeploy.calibrate.methods.qncd import mean_errors, smooth_embeddings, smoothing_factors
-from qdeploy.calibrate.run import _run_stages, calibrate
+from qdeploy.calibrate.run import calibrate
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.smoothing import smooth
+from qdeploy.calibrate.staged import run_stages
 from qdeploy.calibrate.trajectory import collect
 from qdeploy.correction_table import CORRECTION, CorrectionTable, read_correction
 from qdeploy.errors import UsageError
@@ -342,7 +343,7 @@ def test_lookups_are_by_the_nearest_timestep() -> None:
 
 def test_a_planted_error_is_found(tmp_path: Path) -> None:
     with calibrating(tiny_unet(), DATA, tmp_path / "out", method="minmax") as session:
-        _run_stages(session)
+        run_stages(session)
         planted = torch.tensor([0.5, 0.0, -0.25]).view(1, 3, 1, 1)
 
         def shifted(module: nn.Module, args: Any, output: Any) -> Any:

@@ -21,8 +21,9 @@ from qdeploy.calibrate.effort import EFFORTS
 from qdeploy.calibrate.fakequant import freeze, quantized_layers
 from qdeploy.calibrate.methods import check_stages, minmax, quest
 from qdeploy.calibrate.quantizers import ActivationQuantizer, WeightQuantizer
-from qdeploy.calibrate.run import _run_stages, any_attention
+from qdeploy.calibrate.run import any_attention
 from qdeploy.calibrate.session import Session
+from qdeploy.calibrate.staged import run_stages
 from qdeploy.calibrate.state import code_shapes, quantizers, read_state, write_state
 from qdeploy.calibrate.tuning import Losses, Tuning
 from qdeploy.denoiser import open_model
@@ -439,7 +440,7 @@ def predicted(denoiser: nn.Module) -> Tensor:
 
 def test_the_method_runs_from_end_to_end(tmp_path: Path) -> None:
     with calibrating(tiny_unet(), DATA, tmp_path / "out", method="quest", weights="int4") as session:
-        _run_stages(session)
+        run_stages(session)
     assert session.recipe.coverage == "portable-time"
     assert len(session.report["aligned"]) == 2
     layers = quantized_layers(session.denoiser).values()

@@ -31,8 +31,9 @@ from qdeploy.calibrate.methods.tfmq import (
 from qdeploy.calibrate.operators import fake_quantize
 from qdeploy.calibrate.quantizers import ActivationQuantizer
 from qdeploy.calibrate.ranges import to_scale
-from qdeploy.calibrate.run import _run_stages, timestep_facts
+from qdeploy.calibrate.run import timestep_facts
 from qdeploy.calibrate.session import Session
+from qdeploy.calibrate.staged import run_stages
 from qdeploy.calibrate.state import read_state
 from qdeploy.clock import Clock, midpoints
 from qdeploy.denoiser import read_json
@@ -102,7 +103,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Session:
     """The whole method at W4A8, with zero points: as the paper has them."""
     folder = tmp_path_factory.mktemp("finished")
     with opened(folder / "out", **ASYMMETRIC) as session:
-        _run_stages(session)
+        run_stages(session)
         session.report["facts"] = timestep_facts(session)
     return session
 
@@ -456,10 +457,10 @@ def test_a_stopped_run_ends_in_the_same_state(
     monkeypatch.setattr(rounding, "optimize", counting)
     torch.manual_seed(9)
     with pytest.raises(Stopped), opened(tmp_path / "out", **ASYMMETRIC) as session:
-        _run_stages(session)
+        run_stages(session)
     allowed[0] = -1
     with opened(tmp_path / "out", **ASYMMETRIC) as session:
-        _run_stages(session)
+        run_stages(session)
     # the temporal layers that are units of their own were decided with the block: nothing is left to learn
     learned = [u for u, layers in session.units.items() if any(not layer.temporal for layer in layers)]
     assert made[0] == 1 + len(learned)
@@ -476,7 +477,7 @@ def test_where_conditions_enter_only_what_comes_before_them_is_tabled(family: st
     network, inputs = make(family)
     data = Rows(inputs, [1.0, 40.0, 77.0, 119.0] * 3)
     with opened(tmp_path / "out", network, data, effort=BRIEF) as session:
-        _run_stages(session)
+        run_stages(session)
         time = session.structure.time
         block = block_of(session)
         assert set(block) == set(time.layers)
@@ -494,7 +495,7 @@ def test_where_conditions_enter_only_what_comes_before_them_is_tabled(family: st
 
 def test_a_feature_that_a_recipe_excludes_is_left_as_it_is(tmp_path: Path) -> None:
     with opened(tmp_path / "out", effort=BRIEF, exclude=("down_blocks.*", "*linear_1")) as session:
-        _run_stages(session)
+        run_stages(session)
         report = read_json(session.draft.content / session.component / "temporal.json")["features"]
         excluded = {name for name in session.structure.time.features if name.startswith("down_blocks.")}
         assert len(excluded) == 2

@@ -18,8 +18,8 @@ from qdeploy.calibrate.methods import minmax
 from qdeploy.calibrate.operators import fake_quantize
 from qdeploy.calibrate.quantizers import ActivationQuantizer
 from qdeploy.calibrate.ranges import Summary, minmax_weights, to_scale
-from qdeploy.calibrate.run import _run_stages
 from qdeploy.calibrate.session import Session
+from qdeploy.calibrate.staged import run_stages
 from qdeploy.calibrate.state import code_shapes, quantizers, read_state, write_state
 from qdeploy.calibrate.timestep_groups import (
     RANGES,
@@ -350,7 +350,7 @@ def calibrated(folder: Path, groups: int | tuple[float, ...], **recipe: Any) -> 
     with calibrating(
         tiny_unet(), DATA, folder / f"out-{groups}", EVERY, timestep_groups=groups, **recipe
     ) as session:
-        _run_stages(session)
+        run_stages(session)
     return session
 
 
@@ -381,7 +381,7 @@ def test_every_scale_covers_its_group_and_no_other(tmp_path: Path) -> None:
 def test_one_group_is_bit_identical_to_none(tmp_path: Path, recipe: dict[str, Any]) -> None:
     session = calibrated(tmp_path, groups=1, **recipe)
     with calibrating(tiny_unet(), DATA, tmp_path / "plain", EVERY, **recipe) as plain:
-        _run_stages(plain)
+        run_stages(plain)
     one, other = read_state(session.denoiser), read_state(plain.denoiser)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)

@@ -7,7 +7,7 @@ import torch
 
 from qdeploy.evaluate.intervals import of_share
 from qdeploy.evaluate.metrics.attributes import ATTRIBUTES, AttributesMeter, Tally, attribute_accuracy, judge
-from qdeploy.evaluate.metrics.base import Pair
+from qdeploy.evaluate.pair import Pair
 from qdeploy.zoo.attribute_network import Found, Reading
 from qdeploy.zoo.scene_captions import wanted
 

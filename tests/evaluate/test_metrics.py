@@ -17,7 +17,7 @@ from qdeploy.decibels import decibels, sqnr_by_row, sqnr_db
 from qdeploy.denoiser import open_model
 from qdeploy.evaluate import metrics as package
 from qdeploy.evaluate.means import Means
-from qdeploy.evaluate.metrics.base import Call, Meter, Pair, metrics
+from qdeploy.evaluate.metrics.base import Meter, metrics
 from qdeploy.evaluate.metrics.drift import DriftMeter, drift
 from qdeploy.evaluate.metrics.frechet import (
     FrechetMeter,
@@ -30,6 +30,7 @@ from qdeploy.evaluate.metrics.frechet import (
 )
 from qdeploy.evaluate.metrics.psnr import PsnrMeter, psnr_db
 from qdeploy.evaluate.metrics.sqnr import SqnrMeter, summary
+from qdeploy.evaluate.pair import Call, Pair
 
 FEATURES = open_model("digits").path / "features"
 

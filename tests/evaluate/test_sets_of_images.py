@@ -20,13 +20,14 @@ from qdeploy.denoiser import open_model
 from qdeploy.errors import InvalidInputError, QDeployError
 from qdeploy.evaluate.intervals import of_mean, of_share, of_statistic
 from qdeploy.evaluate.means import Means
-from qdeploy.evaluate.metrics.base import Pair, metrics
+from qdeploy.evaluate.metrics.base import metrics
 from qdeploy.evaluate.metrics.frechet_features import frechet
 from qdeploy.evaluate.metrics.inception_score import inception_score
 from qdeploy.evaluate.metrics.kid import kid
 from qdeploy.evaluate.metrics.lpips import BACKBONE, LINEAR, STAGES, Lpips
 from qdeploy.evaluate.metrics.precision_recall import share_within
 from qdeploy.evaluate.metrics.ssim import ssim
+from qdeploy.evaluate.pair import Pair
 
 SETS = ("kid", "spatial_frechet", "precision_recall", "inception_score", "ssim", "psnr")
 

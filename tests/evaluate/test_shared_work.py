@@ -14,7 +14,7 @@ import pytest
 from qdeploy.calibrate.checkpoint import load_checkpoint
 from qdeploy.denoiser import open_model
 from qdeploy.evaluate import shared_work
-from qdeploy.evaluate.metrics.base import Pair
+from qdeploy.evaluate.pair import Pair
 from qdeploy.evaluate.quality import Plan, Trajectories, measure_quality
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from qdeploy.denoiser import Model
 from qdeploy.evaluate.intervals import of_share
-from qdeploy.evaluate.metrics.base import Metric, Pair
+from qdeploy.evaluate.metrics.base import Metric
+from qdeploy.evaluate.pair import Pair
 from qdeploy.zoo.attribute_network import FOLDER, AttributeNetwork, Found, Reading
 from qdeploy.zoo.scene_captions import Wanted, wanted
 

@@ -1,58 +1,20 @@
-"""What a metric is given, and the registry of metrics.
+"""What a metric is, and the registry of metrics.
 
-A metric compares two denoisers that sample from the same seeds: the reference in full precision, and the
-subject. It sees one batch of images after the other, so that nothing but its own sums has to be kept.
+A metric sees one `Pair` after the other, so that nothing but its own sums has to be kept.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
-from torch import Tensor
-
 from qdeploy.denoiser import Model
 from qdeploy.evaluate.means import Means
-
-
-@dataclass(frozen=True)
-class Call:
-    """One denoiser call of the reference's trajectory, with what the subject makes of it.
-
-    Attributes:
-        timestep: the t that the network is given.
-        expected: the reference's prediction, ``[rows, ...]``.
-        predicted: the subject's prediction for the very same inputs.
-        expected_sample: x_t of the reference, ``[rows, ...]``.
-        sample: x_t of the subject, which began with the same noise and went its own way.
-    """
-
-    timestep: float
-    expected: Tensor
-    predicted: Tensor
-    expected_sample: Tensor
-    sample: Tensor
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A batch of images and the trajectories to them.
-
-    Attributes:
-        calls: denoiser calls, in the order of sampling.
-        expected_images: the reference's images, ``[N, C, H, W]`` in [0, 1].
-        images: the subject's, from the same seeds.
-        prompts: of the images, where the model takes prompts.
-    """
-
-    calls: Sequence[Call]
-    expected_images: Tensor
-    images: Tensor
-    prompts: Sequence[str] | None = None
+from qdeploy.evaluate.pair import Pair
 
 
 class Meter(Protocol):

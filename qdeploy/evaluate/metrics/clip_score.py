@@ -14,8 +14,9 @@ from torch import Tensor
 
 from qdeploy.errors import CapabilityError, InvalidInputError
 from qdeploy.evaluate.means import Means
-from qdeploy.evaluate.metrics.base import Metric, Pair
+from qdeploy.evaluate.metrics.base import Metric
 from qdeploy.evaluate.metrics.paired import about_mean
+from qdeploy.evaluate.pair import Pair
 
 
 class ClipMeter:

@@ -11,7 +11,7 @@ from torch import Tensor
 from qdeploy.evaluate.extractors import Features
 from qdeploy.evaluate.intervals import CONFIDENCE, of_statistic, rounded
 from qdeploy.evaluate.means import Means
-from qdeploy.evaluate.metrics.base import Pair
+from qdeploy.evaluate.pair import Pair
 
 Distance = Callable[[Tensor, Tensor], float]
 

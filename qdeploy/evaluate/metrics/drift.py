@@ -9,8 +9,9 @@ from torch import Tensor
 
 from qdeploy.decibels import powers
 from qdeploy.denoiser import Model
-from qdeploy.evaluate.metrics.base import Metric, Pair
+from qdeploy.evaluate.metrics.base import Metric
 from qdeploy.evaluate.metrics.sqnr import timestep_name
+from qdeploy.evaluate.pair import Pair
 
 
 def drift(sample: Tensor, expected: Tensor) -> float:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from qdeploy.denoiser import Model
 from qdeploy.evaluate.features import FeatureNetwork
-from qdeploy.evaluate.metrics.base import Metric, Pair
+from qdeploy.evaluate.metrics.base import Metric
+from qdeploy.evaluate.pair import Pair
 
 STATISTICS = "statistics.safetensors"
 FOLDER = "features"

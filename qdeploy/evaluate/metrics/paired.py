@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qdeploy.evaluate.intervals import CONFIDENCE, of_mean, rounded
 from qdeploy.evaluate.means import PAIRED
-from qdeploy.evaluate.metrics.base import Pair
+from qdeploy.evaluate.pair import Pair
 
 Compare = Callable[[Tensor, Tensor], Sequence[float]]
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from qdeploy.decibels import decibels, powers
 from qdeploy.denoiser import Model
-from qdeploy.evaluate.metrics.base import Metric, Pair
+from qdeploy.evaluate.metrics.base import Metric
+from qdeploy.evaluate.pair import Pair
 
 
 def summary(by_timestep: Mapping[float, float]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from qdeploy.engines.macs import WEIGHTED, macs_of
 from qdeploy.errors import InvalidInputError
 from qdeploy.export.lint.quantizer import Quantizer, read_quantizer, readable
-from qdeploy.export.lint.rule import Scope, Shape
+from qdeploy.export.lint.scope import Scope, Shape
 from qdeploy.export.lint.shapes import count_batch_as_one, derive, skeleton
 
 # What TensorRT moves a Q upstream of, or a DQ downstream of, so that a quantized region grows.

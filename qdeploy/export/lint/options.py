@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from qdeploy.errors import UsageError
-from qdeploy.export.lint.rule import Shape
+from qdeploy.export.lint.scope import Shape
 
 
 def parse_version(text: str, option: str) -> tuple[int, int]:

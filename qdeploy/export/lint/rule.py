@@ -1,4 +1,4 @@
-"""What a rule is, and what graphs are held against.
+"""What a rule is.
 
 A rule is data and one function. The function yields hits; `rules` finds all of them by itself.
 """
@@ -6,14 +6,14 @@ A rule is data and one function. The function yields hits; `rules` finds all of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    from qdeploy.export.lint.network import Network
+from qdeploy.export.lint.network import Network
+from qdeploy.export.lint.scope import Scope
 
 E, W, I = "E", "W", "I"  # noqa: E741 - the letters that people read in the output
 SEVERITIES = {
@@ -21,24 +21,6 @@ SEVERITIES = {
     W: "silently slow or inaccurate",
     I: "advice",
 }
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Scope:
-    """What a graph is meant to run on.
-
-    Attributes:
-        target: a name from `qdeploy.targets`: the rules of its backends apply.
-        tensorrt: TensorRT's version, major and minor.
-        compute_capability: the GPU's, as ``(8, 9)``; without it no rule asks for it.
-        profile: smallest, optimal and largest shape of inputs, by name.
-    """
-
-    target: str = "tensorrt"
-    tensorrt: tuple[int, int] = (11, 4)
-    compute_capability: tuple[int, int] | None = None
-    profile: dict[str, tuple[Shape, Shape, Shape]] = field(default_factory=dict)
 
 
 class Hit(NamedTuple):
@@ -50,7 +32,7 @@ class Hit(NamedTuple):
 
 
 Hits = Iterator[Hit]
-Check = Callable[["Network", Scope], Hits]
+Check = Callable[[Network, Scope], Hits]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from qdeploy.export.lint.fixes import fixes
 from qdeploy.export.lint.forecast import forecast
 from qdeploy.export.lint.network import Network
 from qdeploy.export.lint.options import parse_shapes, parse_version
-from qdeploy.export.lint.rule import SEVERITIES, E, Hit, Rule, Scope, rules
+from qdeploy.export.lint.rule import SEVERITIES, E, Hit, Rule, rules
+from qdeploy.export.lint.scope import Scope
 from qdeploy.export.lint.waivers import WAIVERS
 from qdeploy.files import explained_os_errors
 from qdeploy.targets import find_target

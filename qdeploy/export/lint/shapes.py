@@ -8,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 
 from qdeploy.engines.macs import with_fixed_shapes
-from qdeploy.export.lint.rule import Shape
+from qdeploy.export.lint.scope import Shape
 
 _SMALL = 1024  # bytes up to which a constant may be a shape that others are derived from
 

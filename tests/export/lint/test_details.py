@@ -13,8 +13,8 @@ from qdeploy.errors import InvalidInputError, UsageError
 from qdeploy.export.lint.forecast import forecast
 from qdeploy.export.lint.network import Network
 from qdeploy.export.lint.options import parse_shapes
-from qdeploy.export.lint.rule import Scope
 from qdeploy.export.lint.run import Finding, lint
+from qdeploy.export.lint.scope import Scope
 from tests.export.lint.fixtures import (
     BEHIND,
     BOTH,

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from onnx_ir.passes import InPlacePass
 
-from qdeploy.export.lint.rule import Scope
+from qdeploy.export.lint.scope import Scope
 
 _DEFAULT = Scope()
 

@@ -8,7 +8,8 @@ import onnx_ir as ir
 
 from qdeploy.export.lint.network import FLOATS, Network
 from qdeploy.export.lint.quantizer import DEQUANTIZE, QUANTIZE
-from qdeploy.export.lint.rule import E, Hit, Hits, Scope, W, rule
+from qdeploy.export.lint.rule import E, Hit, Hits, W, rule
+from qdeploy.export.lint.scope import Scope
 
 PROTOBUF_LIMIT = 2**31
 INTEGER_OPS = (

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from qdeploy.export.lint.network import COMMUTES, Network
 from qdeploy.export.lint.quantizer import INT8
-from qdeploy.export.lint.rule import E, Hit, Hits, Scope, rule
+from qdeploy.export.lint.rule import E, Hit, Hits, rule
+from qdeploy.export.lint.scope import Scope
 
 
 @rule(

@@ -6,7 +6,8 @@ import onnx_ir as ir
 
 from qdeploy.export.lint.network import COMMUTES, Network
 from qdeploy.export.lint.quantizer import FP8, INT8, Quantizer
-from qdeploy.export.lint.rule import Hit, Hits, Scope, W, rule
+from qdeploy.export.lint.rule import Hit, Hits, W, rule
+from qdeploy.export.lint.scope import Scope
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 NORMS = (

@@ -15,7 +15,8 @@ from qdeploy.export.lint.quantizer import (
     SIXTEEN_BIT,
     Quantizer,
 )
-from qdeploy.export.lint.rule import E, Hit, Hits, Scope, W, rule
+from qdeploy.export.lint.rule import E, Hit, Hits, W, rule
+from qdeploy.export.lint.scope import Scope
 
 _SMALLEST_NORMAL = {ir.DataType.FLOAT16: 2.0**-14, ir.DataType.BFLOAT16: 2.0**-126}
 

@@ -8,7 +8,8 @@ import onnx_ir as ir
 
 from qdeploy.export.lint.network import FLOATS, Network
 from qdeploy.export.lint.quantizer import FOUR_BIT, FP4, FP8, SIXTEEN_BIT
-from qdeploy.export.lint.rule import E, Hit, Hits, Scope, W, rule
+from qdeploy.export.lint.rule import E, Hit, Hits, W, rule
+from qdeploy.export.lint.scope import Scope
 
 DOUBLE = ir.DataType.DOUBLE
 # From this TensorRT version on: the newest opset and the newest IR version of the parser's ONNX.

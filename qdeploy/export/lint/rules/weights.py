@@ -6,7 +6,8 @@ import onnx_ir as ir
 
 from qdeploy.export.lint.network import COMMUTES, Layer, Network
 from qdeploy.export.lint.quantizer import FOUR_BIT, FP8, INT4, INT8, Quantizer, scale_rank
-from qdeploy.export.lint.rule import E, Hit, Hits, Scope, W, rule
+from qdeploy.export.lint.rule import E, Hit, Hits, W, rule
+from qdeploy.export.lint.scope import Scope
 
 INT4_BLOCKS = (64, 128)  # sizes with known kernels
 

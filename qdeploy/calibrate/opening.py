@@ -1,0 +1,89 @@
+"""What a calibration begins with: a device, a calibration set, and a session on a loaded model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qdeploy.artifact import Artifact
+from qdeploy.calibrate.dataset import CalibrationSet
+from qdeploy.calibrate.session import Session, left_in_float, quantize_structure
+from qdeploy.calibrate.timestep_groups import check_groups
+from qdeploy.correction_table import prediction_type
+from qdeploy.denoiser import Model
+from qdeploy.draft import Draft
+from qdeploy.errors import CapabilityError, UsageError
+from qdeploy.paths import cache_folder
+from qdeploy.progress import say
+from qdeploy.recipe import Recipe
+from qdeploy.structure import find_structure
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that torch cannot use.
+
+    Raises:
+        CapabilityError: it cannot.
+    """
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CapabilityError(
+            f"the device {device!r} cannot be used here: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def calibration_for(source: Model, given: Any, seed: int, device: str) -> Path:
+    """Folder of the calibration set that is given, or of the default one, collected at its first use.
+
+    Raises:
+        UsageError: the model takes prompts, so there is no default.
+    """
+    if given is not None:
+        return given.path if isinstance(given, Artifact) else Path(given)
+    from qdeploy.calibrate.trajectory import collect
+
+    index = source.path / "model_index.json"
+    if index.is_file() and "text_encoder" in json.loads(index.read_text()):
+        raise UsageError(f"{source.path} takes prompts: collect a set with `qdeploy collect --prompts` first")
+    say("no calibration set was given: collecting a default one")
+    name = f"{source.sha256[:16]}-seed{seed}"
+    collected = collect(source.path, cache_folder() / "calibration" / name, seed=seed, device=device)
+    assert isinstance(collected, Artifact)
+    return collected.path
+
+
+def open_session(
+    source: Model, data: CalibrationSet, recipe: Recipe, draft: Draft, device: str, max_memory: int
+) -> Session:
+    """A model loaded and quantized as a recipe says, ready for stages.
+
+    Raises:
+        InvalidInputError: the set does not belong to the model.
+        UsageError: nothing would be quantized.
+    """
+    denoiser = source.load(device)
+    data.check_fits(source, denoiser)
+    structure = find_structure(denoiser, data.inputs([0], device=device))
+    left = left_in_float(denoiser, structure, recipe)
+    layers = quantize_structure(denoiser, structure, recipe)
+    denoiser.eval().requires_grad_(False).to(device)
+    session = Session(
+        denoiser,
+        structure,
+        layers,
+        data,
+        recipe,
+        draft,
+        device,
+        max_memory,
+        training_timesteps=source.training_timesteps,
+        component=source.name,
+        prediction_type=prediction_type(source.scheduler_config),
+        left=left,
+    )
+    check_groups(recipe.timestep_groups, data.timesteps[session.rows()])
+    return session

@@ -1,0 +1,68 @@
+"""The stages of a recipe: what they will cost, and their run one after the other."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from qdeploy.calibrate.estimate import Estimate
+from qdeploy.calibrate.fakequant import quantized_layers
+from qdeploy.calibrate.methods import stages
+from qdeploy.calibrate.methods.minmax import round_to_nearest
+from qdeploy.calibrate.session import Session
+from qdeploy.inputs import denoise
+from qdeploy.memory import peak_memory
+
+LONG_CALL = 2.0  # seconds
+
+
+def estimate_cost(session: Session) -> Estimate:
+    """Time and memory that the stages will take, from one timed batch.
+
+    The first call is slow, because memory and kernels are being prepared; where it takes seconds, that is little
+    of them, and it is not repeated. A stage says how often it runs the network over all rows and how many
+    training steps it makes per unit; all units together cost about three forward passes per step.
+    """
+    rows = session.rows()
+    batch = session.inputs(rows[: session.batch])
+    with torch.no_grad():
+        for _ in range(2):
+            began = time.perf_counter()
+            denoise(session.denoiser, batch)
+            forward = time.perf_counter() - began
+            if forward > LONG_CALL:
+                break
+    known = stages()
+    passes, steps = 0.0, 0.0
+    for name, options in session.recipe.stages:
+        stage_passes, stage_steps = known[name].cost(options, len(session.units), session.effort)
+        passes, steps = passes + stage_passes, steps + stage_steps
+    batches = len(rows) / min(session.batch, len(rows))
+    seconds = forward * (passes * batches + 3 * steps)
+    weights = sum(parameter.numel() for parameter in session.denoiser.parameters())
+    row = sum(tensor[0].numel() * tensor.element_size() for tensor in batch.values() if tensor.ndim)
+    recorded = min(session.max_memory, 64 * row * len(rows)) if steps else 0
+    # What the batch took; then codes of a byte for each weight, and their packed copy on its way to the file.
+    reached = peak_memory() or 5 * weights
+    return Estimate(seconds, reached + 2 * weights + 2 * recorded)
+
+
+def run_stages(session: Session) -> None:
+    """Run all stages of the session's recipe; in the end each weight is a code."""
+    known = stages()
+    took = {}
+    for number, (name, options) in enumerate(session.recipe.stages):
+        began = time.perf_counter()
+        session.stage = f"{number}-{name}"
+        known[name].run(session, **options)
+        took[session.stage] = round(time.perf_counter() - began, 3)
+    session.report["stage_seconds"] = took
+
+    def finish_rounding() -> None:
+        for layer in quantized_layers(session.denoiser).values():
+            round_to_nearest(layer)
+            layer.tuned = None  # its codes say it
+
+    session.stage = "end"
+    session.once("rounded", finish_rounding)

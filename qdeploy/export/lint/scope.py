@@ -1,0 +1,24 @@
+"""What graphs are held against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a graph is meant to run on.
+
+    Attributes:
+        target: a name from `qdeploy.targets`: the rules of its backends apply.
+        tensorrt: TensorRT's version, major and minor.
+        compute_capability: the GPU's, as ``(8, 9)``; without it no rule asks for it.
+        profile: smallest, optimal and largest shape of inputs, by name.
+    """
+
+    target: str = "tensorrt"
+    tensorrt: tuple[int, int] = (11, 4)
+    compute_capability: tuple[int, int] | None = None
+    profile: dict[str, tuple[Shape, Shape, Shape]] = field(default_factory=dict)
