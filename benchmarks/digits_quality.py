@@ -25,11 +25,11 @@ from qdeploy.engines.build import build_engine
 from qdeploy.evaluate.check import check
 from qdeploy.evaluate.quality import Plan, Trajectories
 from qdeploy.evaluate.remembered import remembered
-from qdeploy.evaluate.report import MISSING, markdown_table, text_table
 from qdeploy.export.run import export
 from qdeploy.files import write_json, write_text
 from qdeploy.machine import machine
 from qdeploy.progress import say
+from qdeploy.tables import MISSING, markdown_table, text_table
 
 METHODS = ("minmax", "qdiffusion")
 PRECISIONS = ("w8a8", "w4a8")

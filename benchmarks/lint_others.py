@@ -26,12 +26,12 @@ from benchmarks.spelled_out_norms import SpelledOutNorms
 from qdeploy.artifact import Artifact
 from qdeploy.calibrate.run import calibrate
 from qdeploy.calibrate.trajectory import collect
-from qdeploy.evaluate.report import markdown_table, text_table
 from qdeploy.export.lint.run import Report, lint
 from qdeploy.export.lower import adapt
 from qdeploy.export.run import export
 from qdeploy.files import write_json, write_text
 from qdeploy.progress import say
+from qdeploy.tables import markdown_table, text_table
 
 HEADER = ("quantizer", "rejected (E)", "slow or inaccurate (W)", "int8 MACs", "own kernels", "after --fix")
 

@@ -41,12 +41,12 @@ from qdeploy.evaluate.check import check
 from qdeploy.evaluate.effective_bits import effective_bits
 from qdeploy.evaluate.quality import Trajectories
 from qdeploy.evaluate.remembered import remembered
-from qdeploy.evaluate.report import text_table
 from qdeploy.export.run import export
 from qdeploy.files import write_json
 from qdeploy.progress import say
 from qdeploy.recipe import Recipe, resolve_recipe
 from qdeploy.runtime.correction import CORRECTIONS
+from qdeploy.tables import text_table
 from qdeploy.targets import find_target
 
 BACKEND = "openvino"

@@ -7,10 +7,10 @@ from statistics import mean, stdev
 from typing import Any
 
 from qdeploy.evaluate.metrics.attributes import ATTRIBUTES
-from qdeploy.evaluate.report import MISSING, markdown_table
 from qdeploy.evaluate.thresholds import look_up
 from qdeploy.files import write_json, write_text
 from qdeploy.machine import machine
+from qdeploy.tables import MISSING, markdown_table
 
 FULL_PRECISION = "full precision"
 # Where a value stands in a record, where that of full precision does, and how many digits are shown.

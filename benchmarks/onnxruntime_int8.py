@@ -32,14 +32,15 @@ from qdeploy.calibrate.run import calibrate
 from qdeploy.calibrate.trajectory import collect
 from qdeploy.decibels import distance
 from qdeploy.engines.base import Kernel
-from qdeploy.engines.macs import graph_macs, int8_mac_share, multiplies
+from qdeploy.engines.int8_share import int8_mac_share, multiplies
 from qdeploy.engines.measure import read_probe
 from qdeploy.engines.onnxruntime import _kernel
-from qdeploy.evaluate.report import markdown_table, text_table
+from qdeploy.export.macs import graph_macs
 from qdeploy.export.run import export
 from qdeploy.files import write_json, write_text
 from qdeploy.machine import machine
 from qdeploy.progress import say
+from qdeploy.tables import markdown_table, text_table
 
 OURS, RIVAL = "qdeploy W8A8", "static, all operators"
 COLUMNS = [

@@ -32,8 +32,8 @@ from qdeploy.calibrate.checkpoint import load_checkpoint
 from qdeploy.calibrate.quantizers import ActivationQuantizer
 from qdeploy.decibels import decibels, powers, sqnr_db
 from qdeploy.engines.measure import read_probe, single_rows
-from qdeploy.evaluate.report import text_table
 from qdeploy.inputs import denoise
+from qdeploy.tables import text_table
 
 HEADER = ("quantizer", "of", "floats apart, dB", "codes that differ", "by chance", "steps")
 

@@ -26,13 +26,13 @@ from qdeploy.denoiser import open_model
 from qdeploy.engines.build import build_engine, load_engine
 from qdeploy.engines.measure import read_probe, repeat_rows
 from qdeploy.engines.timing import take_turns
-from qdeploy.evaluate.report import MISSING, markdown_table, text_table
 from qdeploy.export.run import export
 from qdeploy.files import write_json, write_text
 from qdeploy.inputs import example_inputs
 from qdeploy.machine import machine
 from qdeploy.progress import say, track
 from qdeploy.structure import find_structure
+from qdeploy.tables import MISSING, markdown_table, text_table
 
 GROUPS = 4
 COLUMNS = [

@@ -33,11 +33,11 @@ from qdeploy.calibrate.trajectory import collect
 from qdeploy.decibels import distance
 from qdeploy.engines.measure import read_probe
 from qdeploy.evaluate.parity import open_subject, rounding_floors
-from qdeploy.evaluate.report import markdown_table, number, text_table
 from qdeploy.export.run import export
 from qdeploy.files import write_json, write_text
 from qdeploy.inputs import example_inputs
 from qdeploy.progress import say
+from qdeploy.tables import markdown_table, number, text_table
 
 FORMATS = {
     "w8a8": {"weights": "int8", "activations": "int8"},

@@ -152,7 +152,7 @@ def run(model: Path, onnx: Path, output: Path, options: dict[str, Any]) -> dict[
 
 def table(result: dict[str, Any]) -> str:
     """The numbers for a page, in Markdown."""
-    from qdeploy.evaluate.report import markdown_table
+    from qdeploy.tables import markdown_table
 
     by = {(row["engine"], row["batch"]): row for row in result["steps"]}
     speed = {(row["engine"], row["batch"]): row for row in result["pipelines"]}

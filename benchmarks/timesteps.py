@@ -28,12 +28,12 @@ from qdeploy.engines.build import build_engine
 from qdeploy.evaluate.check import check
 from qdeploy.evaluate.quality import Plan, Trajectories
 from qdeploy.evaluate.remembered import remembered
-from qdeploy.evaluate.report import MISSING, markdown_table, text_table
 from qdeploy.evaluate.thresholds import look_up
 from qdeploy.export.run import export
 from qdeploy.files import write_json, write_text
 from qdeploy.machine import machine
 from qdeploy.progress import say
+from qdeploy.tables import MISSING, markdown_table, text_table
 
 STEPS, GROUPS = 50, 4
 WEIGHTS = {"w8a8": "int8", "w4a8": "int4"}

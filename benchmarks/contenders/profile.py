@@ -10,8 +10,9 @@ from torch import Tensor
 
 from benchmarks.contenders import Case, Loaded
 from benchmarks.contenders.openvino_float import compile_ir
-from qdeploy.engines.macs import graph_macs, int8_mac_share
+from qdeploy.engines.int8_share import int8_mac_share
 from qdeploy.engines.openvino import kernel_of
+from qdeploy.export.macs import graph_macs
 
 RUNS = 12
 # What the table calls them, by the runtime's word for the kernel.

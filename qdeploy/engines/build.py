@@ -12,7 +12,7 @@ from qdeploy.card import write_card
 from qdeploy.decibels import distance, powers
 from qdeploy.draft import Draft
 from qdeploy.engines.base import UNKNOWN, Engine
-from qdeploy.engines.macs import graph_macs, int8_layers, int8_mac_share, meant_int8
+from qdeploy.engines.int8_share import int8_layers, int8_mac_share
 from qdeploy.engines.measure import (
     latency,
     read_macs,
@@ -22,6 +22,7 @@ from qdeploy.engines.measure import (
 )
 from qdeploy.engines.registry import PRECISIONS, Backend, backends, find_backend
 from qdeploy.errors import CapabilityError, InvalidInputError, UsageError
+from qdeploy.export.macs import graph_macs, meant_int8
 from qdeploy.machine import (
     BF16_INSTRUCTIONS,
     NARROW,

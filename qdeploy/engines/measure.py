@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from qdeploy.engines.macs import int8_mac_share
+from qdeploy.engines.int8_share import int8_mac_share
 from qdeploy.errors import InvalidInputError
 
 if TYPE_CHECKING:

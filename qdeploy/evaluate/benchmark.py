@@ -23,10 +23,10 @@ from qdeploy.engines.registry import find_backend
 from qdeploy.engines.timing import quantile, take_turns
 from qdeploy.errors import UsageError
 from qdeploy.evaluate.baselines import FULL, HALF, HALVES, Entrant, enter, is_baseline
-from qdeploy.evaluate.report import MISSING, markdown_table, number, text_table
 from qdeploy.machine import machine
 from qdeploy.memory import physical_memory
 from qdeploy.progress import say
+from qdeploy.tables import MISSING, markdown_table, number, text_table
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,9 +20,9 @@ from qdeploy.evaluate.over_time import describe_before, draw, open_before, times
 from qdeploy.evaluate.parity import Subject, measure_parity, open_subject
 from qdeploy.evaluate.pictures import picture_folder
 from qdeploy.evaluate.quality import Plan, Trajectories, measure_quality
-from qdeploy.evaluate.report import number, text_table
 from qdeploy.evaluate.thresholds import THRESHOLDS, look_up, parity_floor, rows_out_of_parity
 from qdeploy.runtime.correction import check_correction, correct
+from qdeploy.tables import number, text_table
 
 
 @dataclass(frozen=True)

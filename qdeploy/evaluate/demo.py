@@ -18,9 +18,9 @@ from qdeploy.artifact import Artifact
 from qdeploy.denoiser import Model, open_model
 from qdeploy.engines.registry import find_backend
 from qdeploy.evaluate.baselines import FULL, HALF, baseline_engine, baseline_precisions
+from qdeploy.evaluate.image_grid import image_grid
 from qdeploy.evaluate.quality import Plan, Trajectories
 from qdeploy.evaluate.remembered import remembered
-from qdeploy.evaluate.report import image_grid
 from qdeploy.evaluate.summary import DemoResult, summary_notes, summary_rows
 from qdeploy.files import explained_os_errors, write_json, write_text
 from qdeploy.machine import int8_sums_saturate, machine

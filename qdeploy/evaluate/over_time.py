@@ -11,9 +11,9 @@ from qdeploy.calibrate.timestep_groups import RANGES, read_ranges, tensor_names
 from qdeploy.errors import InvalidInputError
 from qdeploy.evaluate.parity import Subject, open_subject
 from qdeploy.evaluate.pictures import ERROR_PICTURE, RANGES_PICTURE, error_by_timestep, range_heat_map
-from qdeploy.evaluate.report import number, text_table
 from qdeploy.files import explained_os_errors
 from qdeploy.progress import say
+from qdeploy.tables import number, text_table
 
 
 def open_before(path: str | Path | Artifact, subject: Subject) -> Subject:

@@ -9,7 +9,7 @@ from typing import Any
 
 from qdeploy.artifact import Artifact
 from qdeploy.evaluate.baselines import FULL, HALF
-from qdeploy.evaluate.report import MISSING, markdown_table, number, text_table
+from qdeploy.tables import MISSING, markdown_table, number, text_table
 
 
 @dataclass(frozen=True)

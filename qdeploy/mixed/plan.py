@@ -17,7 +17,6 @@ from qdeploy.calibrate.session import quantize_structure
 from qdeploy.denoiser import Model
 from qdeploy.draft import Draft
 from qdeploy.errors import InvalidInputError, UsageError
-from qdeploy.evaluate.report import number, text_table
 from qdeploy.files import write_text
 from qdeploy.formats import NONE
 from qdeploy.mixed.assignment import Assignment, Problem
@@ -28,6 +27,7 @@ from qdeploy.mixed.run import SENSITIVITY
 from qdeploy.paths import cache_folder
 from qdeploy.recipe import Recipe
 from qdeploy.structure import find_structure
+from qdeploy.tables import number, text_table
 
 POINTS = 9
 RECIPE, BUDGET = "recipe.yaml", "budget.json"

@@ -6,10 +6,10 @@ import json
 from typing import Any
 
 from qdeploy.artifact import Artifact
-from qdeploy.evaluate.report import number, text_table
 from qdeploy.mixed.plan import BUDGET
 from qdeploy.mixed.ranking import TOP, LayerHarm, harm_db, score
 from qdeploy.mixed.run import SENSITIVITY
+from qdeploy.tables import number, text_table
 
 
 def read_sensitivity(artifact: Artifact) -> dict[str, Any]:

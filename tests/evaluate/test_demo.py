@@ -11,10 +11,10 @@ import pytest
 from qdeploy.denoiser import open_model
 from qdeploy.evaluate.demo import _Work, variants
 from qdeploy.evaluate.remembered import remembered
-from qdeploy.evaluate.report import MISSING
 from qdeploy.evaluate.summary import DemoResult, summary_notes, summary_rows
 from qdeploy.progress import verbosity
 from qdeploy.recipe import presets
+from qdeploy.tables import MISSING
 from tests.helpers import pretend_processor
 
 

@@ -23,7 +23,6 @@ from qdeploy.denoiser import open_model
 from qdeploy.engines.base import Kernel
 from qdeploy.engines.measure import read_probe
 from qdeploy.errors import InvalidInputError, UsageError
-from qdeploy.evaluate.report import MISSING
 from qdeploy.evaluate.report_page.images import gallery
 from qdeploy.evaluate.report_page.kernel_times import by_kind
 from qdeploy.evaluate.report_page.layer_errors import layer_errors
@@ -32,6 +31,7 @@ from qdeploy.evaluate.report_page.sensitivity import read_sensitivity
 from qdeploy.evaluate.report_page.subjects import open_given
 from qdeploy.evaluate.report_page.tables import sensitivity_table
 from qdeploy.runtime.sample import sample
+from qdeploy.tables import MISSING
 from tests.evaluate.conftest import Way
 from tests.helpers import sqnr_db
 

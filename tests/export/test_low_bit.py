@@ -24,11 +24,11 @@ from qdeploy.calibrate.state import code_shapes, read_state, write_state
 from qdeploy.calibrate.trajectory import collect
 from qdeploy.decibels import sqnr_by_row
 from qdeploy.engines.build import build_engine, load_engine
-from qdeploy.engines.macs import meant_int8
 from qdeploy.errors import CapabilityError, UsageError
 from qdeploy.export.graph import constant, producer, save
 from qdeploy.export.lint.run import graph_file, lint
 from qdeploy.export.lower import lower
+from qdeploy.export.macs import meant_int8
 from qdeploy.export.run import export
 from qdeploy.export.trace import OUTPUT, trace
 from qdeploy.inputs import denoise

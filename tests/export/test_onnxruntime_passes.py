@@ -17,9 +17,9 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from qdeploy.calibrate.fakequant import freeze, quantized_layers
 from qdeploy.calibrate.methods import minmax
 from qdeploy.decibels import sqnr_by_row
-from qdeploy.engines.macs import graph_macs, meant_int8
 from qdeploy.export.graph import save
 from qdeploy.export.lower import lower
+from qdeploy.export.macs import graph_macs, meant_int8
 from qdeploy.export.passes.gathered_convolutions import GatheredConvolutions
 from qdeploy.export.passes.integer_products import IntegerProducts
 from qdeploy.export.passes.sunk_transpositions import SunkTranspositions

@@ -8,7 +8,7 @@ from statistics import median
 
 from qdeploy.decibels import decibels
 from qdeploy.engines.base import Kernel
-from qdeploy.engines.macs import multiplies
+from qdeploy.engines.int8_share import multiplies
 from qdeploy.engines.placement.switches import Switch
 
 

@@ -15,7 +15,6 @@ from qdeploy.artifact import Artifact
 from qdeploy.decibels import powers, sqnr_by_row
 from qdeploy.draft import Draft
 from qdeploy.engines.base import Engine, Kernel
-from qdeploy.engines.macs import WEIGHTED, graph_macs, graph_shapes
 from qdeploy.engines.measure import read_probe, repeat_rows, row_by_row, single_rows
 from qdeploy.engines.placement.assign import Noise, least, quantizing_times, times_by_product
 from qdeploy.engines.placement.decision import ALL, CHOSEN, NONE, Decision, Placement, reason
@@ -25,6 +24,7 @@ from qdeploy.engines.registry import Backend, find_backend
 from qdeploy.engines.timing import take_turns
 from qdeploy.errors import CheckFailed, UsageError
 from qdeploy.export.graph import save
+from qdeploy.export.macs import WEIGHTED, graph_macs, graph_shapes
 from qdeploy.progress import say, track
 
 # Errors of single quantizers are measured on as many rows as this time allows, all of the probe's at most.

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from qdeploy.engines.macs import MOVES, WEIGHTED
 from qdeploy.errors import InvalidInputError
+from qdeploy.export.macs import MOVES, WEIGHTED
 from qdeploy.export.writer import Writer
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"

@@ -16,8 +16,8 @@ from qdeploy.engines.doctor import doctor
 from qdeploy.engines.registry import Backend, find_backend
 from qdeploy.engines.selftest.graphs import CHANNELS, FORMATS, PATTERNS, SIZE, Format, model
 from qdeploy.errors import QDeployError, UsageError
-from qdeploy.evaluate.report import text_table
 from qdeploy.progress import track
+from qdeploy.tables import text_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -160,7 +160,8 @@ def _play(case: Case, backend: Backend, kind: Format, precision: str, folder: Pa
     import onnx
 
     from qdeploy.decibels import distance
-    from qdeploy.engines.macs import int8_layers, meant_int8, multiplies
+    from qdeploy.engines.int8_share import int8_layers, multiplies
+    from qdeploy.export.macs import meant_int8
 
     path = folder / "model.onnx"
     onnx.save(model(case.pattern, kind), path)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from qdeploy.artifact import sha256_file
-from qdeploy.engines.macs import meant_int8
 from qdeploy.engines.tensorrt.graph import Graph, read_graph
 from qdeploy.engines.tensorrt.half import halve
 from qdeploy.engines.tensorrt.inspector import read_layers, report
@@ -31,6 +30,7 @@ from qdeploy.engines.tensorrt.progress import make_monitor
 from qdeploy.engines.tensorrt.timing_cache import cache_file, load_cache, save_cache
 from qdeploy.engines.tensorrt.versions import creation_flags, first, load_tensorrt, member
 from qdeploy.errors import InvalidInputError
+from qdeploy.export.macs import meant_int8
 from qdeploy.files import write_atomically, write_json
 
 # Wishes that are flags, by the name of the member of ``trt.BuilderFlag``.

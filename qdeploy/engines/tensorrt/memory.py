@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 
-from qdeploy.engines.macs import graph_shapes
 from qdeploy.engines.tensorrt.graph import Graph
 from qdeploy.engines.tensorrt.options import GIB, Options
 from qdeploy.engines.tensorrt.preflight import Gpu
 from qdeploy.engines.tensorrt.profiles import Profile
 from qdeploy.errors import InvalidInputError
+from qdeploy.export.macs import graph_shapes
 from qdeploy.progress import say
 
 # Bytes of an activation, were nothing of it quantized.

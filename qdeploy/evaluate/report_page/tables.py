@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qdeploy.evaluate.report import MISSING, number
 from qdeploy.evaluate.report_page.content import Content, describe
 from qdeploy.evaluate.thresholds import THRESHOLDS, look_up
 from qdeploy.mixed.options import ACTIVATIONS, WEIGHTS
 from qdeploy.mixed.ranking import LayerHarm, harm_db
+from qdeploy.tables import MISSING, number
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qdeploy.engines.macs import with_fixed_shapes
 from qdeploy.export.lint.scope import Shape
+from qdeploy.export.macs import with_fixed_shapes
 
 _SMALL = 1024  # bytes up to which a constant may be a shape that others are derived from
 

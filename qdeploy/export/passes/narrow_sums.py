@@ -8,8 +8,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
-from qdeploy.engines.macs import MOVES
 from qdeploy.export.graph import WEIGHTED_OPS, block_size, constant, producer
+from qdeploy.export.macs import MOVES
 from qdeploy.export.writer import Writer
 
 # Such a processor adds two products of an unsigned and a signed byte in 16 bits: 255 x 128 fits, 255 x 129 does not.

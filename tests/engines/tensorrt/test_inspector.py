@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qdeploy.engines.macs import int8_mac_share
+from qdeploy.engines.int8_share import int8_mac_share
 from qdeploy.engines.tensorrt.inspector import dtype, kernels, parse_layers, report
 from qdeploy.errors import InvalidInputError
 

@@ -15,11 +15,11 @@ from qdeploy.artifact import Artifact
 from qdeploy.calibrate.run import calibrate
 from qdeploy.calibrate.session import _thin
 from qdeploy.calibrate.trajectory import collect
-from qdeploy.engines.macs import graph_macs, meant_int8
 from qdeploy.export.lint.rule import rules
 from qdeploy.export.lint.run import graph_file, lint
 from qdeploy.export.lint.table import in_step
 from qdeploy.export.lint.waivers import WAIVERS
+from qdeploy.export.macs import graph_macs, meant_int8
 from qdeploy.export.run import export
 from qdeploy.structure import Layer
 from qdeploy.thin import CHANNELS

@@ -1,16 +1,13 @@
-"""Multiplications of a graph, and which share of them an engine really computes in int8."""
+"""Multiplications of a graph, and which of them are meant to be int8's."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qdeploy.errors import InvalidInputError
-
-if TYPE_CHECKING:
-    from qdeploy.engines.base import Kernel
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # ONNX Runtime's product of integers with a float result.
@@ -104,42 +101,6 @@ def meant_int8(path: Path) -> set[str]:
     weighted = (node for node in graph.node if node.op_type in WEIGHTED)
     meant = {node.name for node in weighted if all(from_integers(name) for name in node.input[:2])}
     return meant | {node.name for node in graph.node if node.op_type == INTEGER_PRODUCT}
-
-
-def int8_mac_share(
-    kernels: Sequence[Kernel], macs: Mapping[str, int], meant: set[str] | frozenset[str]
-) -> dict[str, float]:
-    """Share of the multiplications that ran in int8, by what the runtime says that it executed.
-
-    Args:
-        kernels: what was executed.
-        macs: MACs by node, as of `graph_macs`.
-        meant: the nodes that were meant to run in int8, as of `meant_int8`.
-
-    Returns:
-        ``int8_mac_share`` of all MACs and ``int8_mac_share_of_meant`` of those meant; the latter is 1
-        where nothing was meant.
-    """
-    ran = int8_layers(kernels)
-    total, wanted = sum(macs.values()), sum(macs[name] for name in meant if name in macs)
-    share = sum(count for name, count in macs.items() if name in ran) / total if total else 0.0
-    kept = sum(count for name, count in macs.items() if name in ran and name in meant)
-    return {
-        "int8_mac_share": round(share, 4),
-        "int8_mac_share_of_meant": round(kept / wanted, 4) if wanted else 1.0,
-    }
-
-
-def int8_layers(kernels: Sequence[Kernel]) -> set[str]:
-    """Names of the graph's nodes that multiplied in int8."""
-    ran = (kernel for kernel in kernels if multiplies(kernel) and kernel.precision == "int8")
-    return {layer for kernel in ran for layer in kernel.layers}
-
-
-def multiplies(kernel: Kernel) -> bool:
-    """Whether a kernel multiplies matrices; others move int8 data without saving a multiplication."""
-    words = ("conv", "matmul", "fullyconnected", "gemm", "attention")
-    return any(word in kernel.kind.lower() for word in words)
 
 
 def _load(path: Path) -> Any:

@@ -6,9 +6,8 @@ import numpy as np
 import onnx
 import pytest
 
-from qdeploy.engines.base import Kernel
-from qdeploy.engines.macs import graph_macs, int8_mac_share, meant_int8
 from qdeploy.errors import InvalidInputError
+from qdeploy.export.macs import graph_macs, meant_int8
 from tests.engines.bundles import CHANNELS, MEANT, SIZE, WIDTH, GraphBuilder, denoiser_graph
 
 
@@ -70,20 +69,6 @@ def test_integers_are_followed_through_a_transpose(tmp_path: Path) -> None:
     x = g.add("MatMul", [g.quantize("sample", "act"), weight], "both")
     g.add("MatMul", [x, g.integer_weight(g.normal("v", 5, 4), 0)], "weight alone")
     assert meant_int8(saved(g.model({"sample": ["batch", 4]}, x), tmp_path)) == {"both"}
-
-
-def test_the_share_counts_what_ran_and_not_what_was_written() -> None:
-    macs = {"a": 60, "b": 30, "c": 10}
-    kernels = [
-        Kernel("1", ("a", "relu"), "Convolution", "int8", "brgconv_avx512_I8"),
-        Kernel("2", ("b",), "Convolution", "f32", "brgconv_avx512_f32"),
-        Kernel("3", ("b", "c"), "Reorder", "int8", "jit_uni_I8"),
-    ]
-    assert int8_mac_share(kernels, macs, {"a", "b"}) == {
-        "int8_mac_share": 0.6,
-        "int8_mac_share_of_meant": 0.6667,
-    }
-    assert int8_mac_share(kernels, macs, set())["int8_mac_share_of_meant"] == 1.0
 
 
 def test_what_is_no_graph_is_said_to_be_none(tmp_path: Path) -> None:
