@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 import torch
 
 from benchmarks.conditioning import Conditioning
-from benchmarks.methods_report import table_of, write_results
+from benchmarks.methods_report import Result, joined, result_of, table_of, write_results
 from qdeploy.artifact import Artifact, open_artifact
 from qdeploy.calibrate.methods import methods
 from qdeploy.calibrate.trajectory import collect
@@ -168,8 +168,8 @@ def calibrated(run: Run, arguments: argparse.Namespace, conditioning: Conditioni
     return open_artifact(place)
 
 
-def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """One record for each calibration, and for each correction that is asked for and can be had."""
+def measure(arguments: argparse.Namespace) -> list[Result]:
+    """A result for each calibration, and for each correction that is asked for and can be had."""
     model = open_model(arguments.model)
     conditioning = Conditioning.of(model)
     plan = conditioning.plan(arguments.samples)
@@ -187,7 +187,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         say(f"full precision: {time.perf_counter() - began:.0f} s")
         return found
 
-    records = []
+    results: list[Result] = []
     for run in runs(arguments):
         checkpoint = calibrated(run, arguments, conditioning)
         cost = arguments.output / "cost" / f"{run.name}.json"
@@ -219,13 +219,11 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 file,
                 partial(remembered, file, key, partial(judge, subject, correction)),
             )
-            records.append(
-                {"run": run.row + suffix, "seed": run.seed, **read_json(cost), "engine_mb": size}
-                | {"bits": effective_bits(checkpoint), **result}
-            )
+            told = {"run": run.row + suffix, "seed": run.seed, **read_json(cost), "engine_mb": size}
+            results.append(result_of(told | {"bits": effective_bits(checkpoint), **result}))
             say(f"{run.name}{suffix}: {result['quality']['sqnr_db']['median']} dB")
-        write_results(arguments.output, records, note)
-    return records
+        write_results(arguments.output, joined(arguments.beside, results), note)
+    return joined(arguments.beside, results)
 
 
 def main() -> None:
@@ -244,6 +242,7 @@ def main() -> None:
     )
     parser.add_argument("--effort", default="fast", choices=("fast", "balanced", "best"))
     parser.add_argument("--seeds", type=int, default=3, help="calibrations of each kind")
+    parser.add_argument("--beside", type=Path, nargs="+", default=[], help="results.json of runs to show too")
     parser.add_argument("--first-seed", type=int, default=0, help="of the first calibration of each kind")
     parser.add_argument("--samples", type=int, default=256, help="images that quality is measured on")
     parser.add_argument("--threads", type=int, help="torch's threads")

@@ -1,17 +1,26 @@
-"""The table and the picture of what `benchmarks/methods.py` measured."""
+"""The table and the picture of what `benchmarks/methods.py` measured.
+
+A result is what one calibration shows in the table: ``run``, the row; ``seed``; ``engine``, whether there is
+one; ``values`` and ``full``, the columns of it and of the full-precision model; ``counts``, how many pictures
+a share is of.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from qdeploy.denoiser import read_json
+from qdeploy.evaluate.intervals import of_share
 from qdeploy.evaluate.metrics.attributes import ATTRIBUTES
 from qdeploy.evaluate.thresholds import look_up
 from qdeploy.files import write_json, write_text
 from qdeploy.machine import machine
 from qdeploy.tables import MISSING, markdown_table
 
+Result = dict[str, Any]
 FULL_PRECISION = "full precision"
 # Where a value stands in a record, where that of full precision does, and how many digits are shown.
 COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...], int]] = {
@@ -37,51 +46,73 @@ COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...], int]] = {
 }
 
 
-def table_of(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows, the full-precision model first; without attributes where no network reads them."""
-    shown = {
-        name: column
-        for name, column in COLUMNS.items()
-        if name not in ATTRIBUTES or look_up(records[0], column[0]) is not None
+def result_of(record: dict[str, Any]) -> Result:
+    """What the table shows of a record of `benchmarks/methods.py`."""
+    values = {name: look_up(record, own) for name, (own, _, _) in COLUMNS.items()}
+    full = {name: look_up(record, theirs) for name, (_, theirs, _) in COLUMNS.items() if theirs}
+    counts = {name: look_up(record, ("quality", "attributes", name, "count")) for name in ATTRIBUTES}
+    return {
+        "run": record["run"],
+        "seed": record["seed"],
+        "engine": record["engine_mb"] is not None,
+        "counts": {name: int(count) for name, count in counts.items() if count},
+        "values": {name: value for name, value in values.items() if value is not None},
+        "full": {name: value for name, value in full.items() if value is not None},
     }
-    full = [_cell([look_up(records[0], own)] if own else [], digits) for _, own, digits in shown.values()]
-    rows = [[FULL_PRECISION, *full, MISSING]]
-    for name in dict.fromkeys(record["run"] for record in records):
-        members = [record for record in records if record["run"] == name]
-        cells = [
-            _cell([look_up(record, keys) for record in members], digits) for keys, _, digits in shown.values()
-        ]
-        engine = "yes" if members[0]["engine_mb"] is not None else "no: simulated"
-        rows.append([f"{name} ({len(members)})", *cells, engine])
+
+
+def joined(files: Iterable[Path], own: Iterable[Result] = ()) -> list[Result]:
+    """The results in files of `write_results` and further ones; of one row and seed the last, rows in order."""
+    every = [result for file in files for result in read_json(file)["results"]] + list(own)
+    last = {(result["run"], result["seed"]): result for result in every}
+    rows = list(dict.fromkeys(result["run"] for result in every))
+    return sorted(last.values(), key=lambda result: (rows.index(result["run"]), result["seed"]))
+
+
+def table_of(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows, the full-precision model first; without columns that no result has."""
+    shown = [name for name in COLUMNS if any(name in result["values"] for result in results)]
+    rows = [[FULL_PRECISION, *(_cell(name, results[:1], "full") for name in shown), MISSING]]
+    for run in dict.fromkeys(result["run"] for result in results):
+        members = [result for result in results if result["run"] == run]
+        engine = "yes" if members[0]["engine"] else "no: simulated"
+        rows.append([f"{run} ({len(members)})", *(_cell(name, members, "values") for name in shown), engine])
     return ["model", *shown, "engine"], rows
 
 
-def _cell(given: list[float | None], digits: int) -> str:
-    values = [value for value in given if value is not None]
-    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{spread}" if values else MISSING
+def _cell(name: str, members: Sequence[Result], side: str) -> str:
+    """Mean and deviation over calibrations; of shares the interval that the number of pictures gives."""
+    digits = COLUMNS[name][2]
+    values = [result[side][name] for result in members if name in result[side]]
+    if not values:
+        return MISSING
+    told = f"{mean(values):.{digits}f}"
+    if count := members[0]["counts"].get(name):
+        low, high = of_share(round(mean(values) * count), count)
+        return f"{told} ({low:.{digits}f} to {high:.{digits}f})"
+    return told + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
-def write_results(output: Path, records: list[dict[str, Any]], note: str) -> None:
+def write_results(output: Path, results: Sequence[Result], note: str) -> None:
     """``results.json``, ``table.md`` and ``methods.png`` of what there is so far."""
-    write_json(output / "results.json", {"note": note, "machine": machine(), "records": records})
-    write_text(output / "table.md", f"{markdown_table(*table_of(records))}\n{note}\n")
-    _draw(records, output / "methods.png")
+    write_json(output / "results.json", {"note": note, "machine": machine(), "results": list(results)})
+    write_text(output / "table.md", f"{markdown_table(*table_of(results))}\n{note}\n")
+    _draw(results, output / "methods.png")
 
 
-def _draw(records: list[dict[str, Any]], file: Path) -> None:
+def _draw(results: Sequence[Result], file: Path) -> None:
     """Median SQNR of every calibration, by row."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = list(dict.fromkeys(record["run"] for record in records))
+    names = list(dict.fromkeys(result["run"] for result in results))
     figure, axes = pyplot.subplots(figsize=(8, 1 + 0.3 * len(names)), layout="constrained")
     for place, name in enumerate(names):
-        values = [r["quality"]["sqnr_db"] for r in records if r["run"] == name]
-        axes.plot([v["median"] for v in values], [place] * len(values), "o", color="C0")
-        axes.plot([v["worst"] for v in values], [place] * len(values), "x", color="C3")
+        values = [result["values"] for result in results if result["run"] == name]
+        for column, mark, color in (("SQNR dB, median", "o", "C0"), ("worst", "x", "C3")):
+            axes.plot([v[column] for v in values], [place] * len(values), mark, color=color)
     axes.plot([], [], "o", color="C0", label="median over timesteps")
     axes.plot([], [], "x", color="C3", label="worst timestep")
     axes.set_yticks(range(len(names)), names)
