@@ -14,18 +14,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdeploy.calibrate import tuning
+from qdeploy.calibrate import learning
 from qdeploy.calibrate.channel_ranges import ChannelSummary
 from qdeploy.calibrate.checkpoint import load_checkpoint, write_checkpoint
 from qdeploy.calibrate.effort import EFFORTS
 from qdeploy.calibrate.fakequant import freeze, quantized_layers
 from qdeploy.calibrate.methods import check_stages, minmax, quest
+from qdeploy.calibrate.prediction_loss import Losses
 from qdeploy.calibrate.quantizers import ActivationQuantizer, WeightQuantizer
 from qdeploy.calibrate.run import any_attention
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.staged import run_stages
 from qdeploy.calibrate.state import code_shapes, quantizers, read_state, write_state
-from qdeploy.calibrate.tuning import Losses, Tuning
+from qdeploy.calibrate.tuning import StraightThrough, Tuning
 from qdeploy.denoiser import open_model
 from qdeploy.errors import CapabilityError, UsageError
 from qdeploy.export.graph import save
@@ -216,7 +217,7 @@ def test_codes_stay_on_their_grid_wherever_a_weight_goes(number_format: Any) -> 
     quantizer = WeightQuantizer(number_format, 3)
     quantizer.set(torch.tensor([0.1, 1.0, 7.0]), torch.full((3,), int(not number_format.symmetric) * 5))
     quantizer.codes = torch.full((3, 4), number_format.qmax, dtype=torch.int16)
-    grid = tuning.StraightThrough(quantizer)
+    grid = StraightThrough(quantizer)
     with torch.no_grad():
         grid.u.copy_(torch.tensor([-1e4, -0.4, 0.6, 1e4]).expand(3, 4))
     codes = grid.codes()
@@ -384,7 +385,7 @@ def test_a_stopped_alignment_goes_on_at_its_step_and_ends_the_same(
 
     whole = run(tmp_path / "whole")
     monkeypatch.setattr(Losses, "__call__", counting)
-    monkeypatch.setattr(tuning, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(learning, "SAVE_SECONDS", 0.0)
     with pytest.raises(Stopped):
         run(tmp_path / "out")
     limit = -1
