@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,90 +13,16 @@ from qdeploy.denoiser import Model, open_model
 from qdeploy.engines.measure import read_probe
 from qdeploy.errors import InvalidInputError, UsageError
 from qdeploy.evaluate.baselines import source_model
+from qdeploy.evaluate.check_result import CheckResult, judge
 from qdeploy.evaluate.means import Means
 from qdeploy.evaluate.metrics.frechet import FOLDER
 from qdeploy.evaluate.metrics.sqnr import summary
-from qdeploy.evaluate.over_time import describe_before, draw, open_before, timestep_table
+from qdeploy.evaluate.over_time import describe_before, draw, open_before
 from qdeploy.evaluate.parity import Subject, measure_parity, open_subject
 from qdeploy.evaluate.pictures import picture_folder
 from qdeploy.evaluate.quality import Plan, Trajectories, measure_quality
-from qdeploy.evaluate.thresholds import THRESHOLDS, look_up, parity_floor, rows_out_of_parity
+from qdeploy.evaluate.thresholds import THRESHOLDS
 from qdeploy.runtime.correction import check_correction, correct
-from qdeploy.tables import number, text_table
-
-
-@dataclass(frozen=True)
-class CheckResult:
-    """What was measured, and what of it missed its threshold.
-
-    Attributes:
-        subject: the artifact that was checked.
-        parity: as of `qdeploy.evaluate.parity.measure_parity`.
-        quality: the metrics' values, and ``source``: ``trajectory`` or ``probe``.
-        thresholds: the bounds by name; None where there is none.
-        failures: a sentence for each bound that is missed.
-        before: what the subject was compared with, and its SQNR by timestep; None if nothing was named.
-        pictures: the files that were drawn.
-    """
-
-    subject: Artifact
-    parity: dict[str, Any]
-    quality: dict[str, Any]
-    thresholds: dict[str, float | None]
-    failures: list[str]
-    before: dict[str, Any] | None = None
-    pictures: list[Path] = field(default_factory=list)
-
-    @property
-    def passed(self) -> bool:
-        """Whether no threshold is missed."""
-        return not self.failures
-
-    def to_json(self) -> dict[str, Any]:
-        """The JSON object of ``qdeploy check --json``."""
-        return {
-            "path": str(self.subject.path),
-            "kind": self.subject.kind,
-            "sha256": self.subject.sha256,
-            "passed": self.passed,
-            "failures": self.failures,
-            "parity": self.parity,
-            "quality": self.quality,
-            "thresholds": self.thresholds,
-            "before": self.before,
-            "pictures": [str(picture) for picture in self.pictures],
-        }
-
-    def table(self) -> str:
-        """The result for people."""
-        parity, quality = self.parity, self.quality
-        rows = [
-            (f"parity with the {parity['expected']} probe, dB, median row", number(parity["sqnr_db"])),
-            ("  rows that agree to all digits", f"{parity['same_rows']:.0%}"),
-            ("  what rounding alone leads to, dB", number(parity["rounding_floor_db"])),
-            *((f"  {pair}, dB", number(value["sqnr_db"])) for pair, value in parity["pairs"].items()),
-            (f"SQNR, dB, median over timesteps ({quality['source']})", number(quality["sqnr_db"]["median"])),
-            ("  worst timestep", number(quality["sqnr_db"]["worst"])),
-        ]
-        if "psnr_db" in quality:
-            rows.append(("PSNR of images on the same seeds, dB", number(quality["psnr_db"])))
-        if "drift" in quality:
-            rows.append(("drift of the trajectory at its end", number(quality["drift"]["final"], 4)))
-        if "fd_local" in quality:
-            fd = quality["fd_local"]
-            rows.append((f"FD-local, {fd['count']} images", number(fd["subject"], 3)))
-            rows.append(("  of the reference", number(fd["reference"], 3)))
-        bounds = {name: value for name, value in self.thresholds.items() if value is not None}
-        rows += [(f"threshold {name.replace('_', '-')}", number(value)) for name, value in bounds.items()]
-        verdict = "passed" if self.passed else "\n".join(f"failed: {failure}" for failure in self.failures)
-        if quality["source"] == "probe":
-            verdict += "\nimages were not compared: name the full-precision model with --reference"
-        parts = [text_table([str(self.subject.path), ""], rows)]
-        if self.before is not None:
-            parts.append(timestep_table(self.before["sqnr_db"], quality["sqnr_db"]))
-        if self.pictures:
-            parts.append(f"pictures: {', '.join(map(str, self.pictures))}")
-        return "\n".join([*parts, verdict])
 
 
 def check(
@@ -206,7 +132,7 @@ def check(
     others = [open_subject(other) for other in (onnx, checkpoint) if other is not None]
     parity = measure_parity(opened, others)
     quality = _quality(opened, trajectories, opened.artifact, correction, means)
-    result = _judge(opened.artifact, parity, quality, given)
+    result = judge(opened.artifact, parity, quality, given)
     if earlier is not None:
         compared = _quality(earlier, trajectories, opened.artifact, means=means)
         result = replace(result, before=describe_before(earlier, compared))
@@ -281,29 +207,3 @@ def _quality_of_probe(subject: Subject, probe: Artifact) -> dict[str, Any]:
         sums[t] = (before[0] + now[0], before[1] + now[1])
     by_timestep = summary({t: decibels(*both) for t, both in sums.items()})
     return {"sqnr_db": by_timestep, "source": "probe", "samples": len(output)}
-
-
-def _judge(
-    artifact: Artifact, parity: dict[str, Any], quality: dict[str, Any], given: Mapping[str, float | None]
-) -> CheckResult:
-    """Hold what was measured against the thresholds."""
-    result = {"parity": parity, "quality": quality}
-    bounds: dict[str, float | None] = {}
-    failures: list[str] = []
-    for threshold in THRESHOLDS:
-        bound = threshold.default if given[threshold.name] is None else given[threshold.name]
-        if bound is None and threshold.name == "min_parity":
-            bound = parity_floor(parity)
-            failures += list(rows_out_of_parity(parity))[:1]
-        bounds[threshold.name] = bound
-        value = look_up(result, threshold.value)
-        if bound is None:
-            continue
-        if value is None:
-            failures.append(f"the {threshold.what} was not measured: it takes {threshold.needs}")
-            continue
-        # The comparison is written so that a NaN fails.
-        if not (value >= bound if threshold.least else value <= bound):
-            side = "below" if threshold.least else "above"
-            failures.append(f"the {threshold.what} is {value:.2f}, {side} {bound:.2f}")
-    return CheckResult(artifact, parity, quality, bounds, failures)
