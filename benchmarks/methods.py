@@ -39,6 +39,7 @@ from qdeploy.denoiser import open_model, read_json
 from qdeploy.engines.build import build_engine
 from qdeploy.evaluate.check import check
 from qdeploy.evaluate.effective_bits import effective_bits
+from qdeploy.evaluate.parity import measure_parity, open_subject
 from qdeploy.evaluate.quality import Trajectories
 from qdeploy.evaluate.remembered import remembered
 from qdeploy.export.run import export
@@ -168,6 +169,11 @@ def calibrated(run: Run, arguments: argparse.Namespace, conditioning: Conditioni
     return open_artifact(place)
 
 
+def graph_parity(bundle: Artifact) -> dict[str, Any]:
+    """Of the graph, as ONNX Runtime computes it, with the fake-quantized network."""
+    return measure_parity(open_subject(bundle))
+
+
 def measure(arguments: argparse.Namespace) -> list[Result]:
     """A result for each calibration, and for each correction that is asked for and can be had."""
     model = open_model(arguments.model)
@@ -191,7 +197,7 @@ def measure(arguments: argparse.Namespace) -> list[Result]:
     for run in runs(arguments):
         checkpoint = calibrated(run, arguments, conditioning)
         cost = arguments.output / "cost" / f"{run.name}.json"
-        subject, size = checkpoint, None
+        subject, size, graph = checkpoint, None, None
         if run.runs_on_engines:
             place = Path(f"{checkpoint.path}-onnx")
             bundle = timed(cost, "export", place, partial(export, checkpoint, place, components=False))
@@ -200,6 +206,8 @@ def measure(arguments: argparse.Namespace) -> list[Result]:
             subject = timed(cost, "build", place, build)
             files = subject.file(str(subject.facts["component"])).iterdir()
             size = sum(file.stat().st_size for file in files) / 1e6
+            file = arguments.output / "measured" / f"{run.name}-graph.json"
+            graph = remembered(file, [bundle.sha256], partial(graph_parity, bundle))
 
         def judge(subject: Artifact, correction: str) -> dict[str, Any]:
             return check(subject, trajectories=trajectories(), correction=correction).to_json()
@@ -219,7 +227,13 @@ def measure(arguments: argparse.Namespace) -> list[Result]:
                 file,
                 partial(remembered, file, key, partial(judge, subject, correction)),
             )
-            told = {"run": run.row + suffix, "seed": run.seed, **read_json(cost), "engine_mb": size}
+            told = {
+                "run": run.row + suffix,
+                "seed": run.seed,
+                **read_json(cost),
+                "engine_mb": size,
+                "graph": graph,
+            }
             results.append(result_of(told | {"bits": effective_bits(checkpoint), **result}))
             say(f"{run.name}{suffix}: {result['quality']['sqnr_db']['median']} dB")
         write_results(arguments.output, joined(arguments.beside, results), note)

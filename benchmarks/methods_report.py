@@ -38,6 +38,7 @@ COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...], int]] = {
         for name in ATTRIBUTES
     },
     "parity dB": (("parity", "sqnr_db"), (), 1),
+    "in ONNX Runtime": (("graph", "sqnr_db"), (), 1),
     "bits of weights": (("bits", "weights"), (), 2),
     "of activations": (("bits", "activations"), (), 2),
     "minutes": (("minutes",), (), 1),
