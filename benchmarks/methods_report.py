@@ -73,7 +73,8 @@ def joined(files: Iterable[Path], own: Iterable[Result] = ()) -> list[Result]:
 def table_of(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     """Head and rows, the full-precision model first; without columns that no result has."""
     shown = [name for name in COLUMNS if any(name in result["values"] for result in results)]
-    rows = [[FULL_PRECISION, *(_cell(name, results[:1], "full") for name in shown), MISSING]]
+    told = {name: [result for result in results if name in result["full"]][:1] for name in shown}
+    rows = [[FULL_PRECISION, *(_cell(name, told[name], "full") for name in shown), MISSING]]
     for run in dict.fromkeys(result["run"] for result in results):
         members = [result for result in results if result["run"] == run]
         engine = "yes" if members[0]["engine"] else "no: simulated"
@@ -88,7 +89,7 @@ def _cell(name: str, members: Sequence[Result], side: str) -> str:
     if not values:
         return MISSING
     told = f"{mean(values):.{digits}f}"
-    if count := members[0]["counts"].get(name):
+    if count := next((result["counts"][name] for result in members if name in result["counts"]), 0):
         low, high = of_share(round(mean(values) * count), count)
         return f"{told} ({low:.{digits}f} to {high:.{digits}f})"
     return told + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")

@@ -42,7 +42,11 @@ from tests.models import ddpm_folder
 from tests.test_structure import conditional_unet, dit
 
 DATA = MemoryRows.noisy()
-STAGES: dict[str, Callable[..., None]] = {"time": quest.align_time, "attention": quest.align_attention}
+STAGES: dict[str, Callable[..., None]] = {
+    "time": quest.align_time,
+    "attention": quest.align_attention,
+    "end": quest.align_end,
+}
 
 
 @contextmanager
@@ -176,15 +180,20 @@ def test_only_weights_of_the_role_move_and_the_teacher_not_at_all(
         assert digest(session) == teacher
     features = set(session.structure.time.features)
     attention = {layer.path for layer in session.layers if layer.attention}
+    end = {layer.path for layer in list(session.units.values())[-1]}
+    assert end
+    assert not end & attention
+    role = {"time": features, "attention": attention, "end": end}[stage]
+    scaled = role if stage != "attention" else {layer.path for layer in session.layers} - features
     for name in changed(before, after):
         path = name.partition(".weight.")[0].partition(".input.")[0]
         path = path.removesuffix(".tuned").removesuffix(".tuned_bias")
         if ".input." in name:
             assert name.endswith(".scale")
-            assert (path in features) == (stage == "time")
+            assert path in scaled
         else:
             assert name.endswith((".codes", ".tuned", ".tuned_bias"))
-            assert path in (features if stage == "time" else attention)
+            assert path in role
     assert any(name.endswith(".codes") for name in changed(before, after))
     assert any(".input." in name for name in changed(before, after))
 
@@ -263,18 +272,35 @@ def test_what_worsens_the_prediction_is_put_back_and_said(
     assert "everything is as it was" in capsys.readouterr().err
 
 
-def test_both_alignments_lower_the_error_on_images_that_nothing_was_learned_from(tmp_path: Path) -> None:
+def test_every_alignment_lowers_the_error_on_images_that_nothing_was_learned_from(tmp_path: Path) -> None:
     with prepared(tmp_path / "out") as session:
         rows = [session.rows()[i] for i in session.split(session.rows())[1].tolist()]
         errors = [prediction_error(session, rows)]
         for number, align in enumerate(STAGES.values()):
             session.stage = f"{number}-align"
-            align(session, steps=12)
+            align(session, steps=50)
             errors.append(prediction_error(session, rows))
-    assert errors[0] > errors[1] > errors[2]
+    assert errors[0] > errors[1] > errors[2] > errors[3]
     told = session.report["aligned"]
-    assert [told[f"{number}-align"]["kept"] for number in range(2)] == [True, True]
+    assert all(told[f"{number}-align"]["kept"] for number in range(3))
     assert 0 < told["0-align"]["share"] < 0.1
+
+
+def test_the_end_is_tuned_against_the_prediction_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A unit's own error says nothing of what reads it."""
+    seen: list[tuple[float, float]] = []
+
+    def see(self: Losses, rows: Sequence[int]) -> Tensor:
+        seen.append((self.local, self.overall))
+        return stock(self, rows)
+
+    stock = Losses.__call__
+    monkeypatch.setattr(Losses, "__call__", see)
+    with prepared(tmp_path / "out") as session:
+        quest.align_end(session, steps=2)
+    assert set(seen) == {(0.0, 1.0)}
 
 
 def prediction_error(session: Session, rows: Sequence[int]) -> float:
@@ -362,11 +388,11 @@ def test_dropout_is_off_while_weights_are_tuned(tmp_path: Path) -> None:
 # -- again -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stop", [2, 5])
+@pytest.mark.parametrize("stop", [2, 5, 7])
 def test_a_stopped_alignment_goes_on_at_its_step_and_ends_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
-    """Two stages of three steps; trap 10: what is done is not done again."""
+    """Stages of three steps; trap 10: what is done is not done again."""
     stock, made, limit = Losses.__call__, 0, stop
 
     def counting(self: Losses, rows: Sequence[int]) -> Tensor:
@@ -390,7 +416,7 @@ def test_a_stopped_alignment_goes_on_at_its_step_and_ends_the_same(
         run(tmp_path / "out")
     limit = -1
     again = run(tmp_path / "out")
-    assert made == 6
+    assert made == 9
     assert same_state(whole, again)
     assert whole.report["aligned"] == again.report["aligned"]
 

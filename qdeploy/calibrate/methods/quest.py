@@ -114,6 +114,36 @@ def align_attention(
     _align(session, layers, scales, reach, reach_scales, local, overall, steps, micro_batch)
 
 
+def align_end(
+    session: Session,
+    *,
+    reach: float = 1.0,
+    reach_scales: float = 0.1,
+    steps: int = -1,
+    micro_batch: int = 8,
+) -> None:
+    """The last unit and its scales against ``L_G`` alone: what reconstruction by units cannot see.
+
+    A unit's own error says nothing of what reads it. Behind the last one only the float end of the network
+    follows, which may amplify the one direction in which the unit errs.
+
+    Args:
+        session: the calibration.
+        reach: as of `align_time`, like all that follow.
+        reach_scales: likewise.
+        steps: likewise.
+        micro_batch: likewise.
+
+    Raises:
+        UsageError: an option makes no sense.
+    """
+    last = list(session.units.values())[-1]
+    layers = _modules(session, [layer.path for layer in last])
+    theirs = {id(q) for layer in layers.values() for q in layer.activation_quantizers}
+    scales = {name: q for name, q in _scales(session).items() if id(q) in theirs}
+    _align(session, layers, scales, reach, reach_scales, 0.0, 1.0, steps, micro_batch)
+
+
 def _align(
     session: Session,
     layers: Mapping[str, QuantizedLayer],
@@ -211,6 +241,11 @@ def _cost(options: Mapping[str, Any], units: int, effort: Effort) -> tuple[float
     return 4 / HELD_OUT, effort.tuning * 5 / 3
 
 
+def _cost_of_the_end(options: Mapping[str, Any], units: int, effort: Effort) -> tuple[float, float]:
+    """Likewise, but the gradient ends where it has hardly begun."""
+    return 4 / HELD_OUT, effort.tuning * 2.5 / 3
+
+
 STAGES = (
     Stage(
         "align-time",
@@ -225,6 +260,14 @@ STAGES = (
         align_attention,
         "tune attention and feed-forward, and all other activation scales (QuEST's CMA)",
         _cost,
+        needs=(WEIGHT_SCALES, ACTIVATION_SCALES),
+        gives=(ROUNDINGS, ACTIVATION_SCALES),
+    ),
+    Stage(
+        "align-end",
+        align_end,
+        "tune the last unit and its activation scales against the prediction (QuEST's global loss alone)",
+        _cost_of_the_end,
         needs=(WEIGHT_SCALES, ACTIVATION_SCALES),
         gives=(ROUNDINGS, ACTIVATION_SCALES),
     ),
