@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 import torch
 
 from benchmarks.conditioning import Conditioning
-from benchmarks.methods_report import Result, joined, result_of, table_of, write_results
+from benchmarks.methods_report import Result, joined, read_results, result_of, table_of, write_results
 from qdeploy.artifact import Artifact, open_artifact
 from qdeploy.calibrate.methods import methods
 from qdeploy.calibrate.trajectory import collect
@@ -193,7 +193,7 @@ def measure(arguments: argparse.Namespace) -> list[Result]:
         say(f"full precision: {time.perf_counter() - began:.0f} s")
         return found
 
-    results: list[Result] = []
+    results = joined(read_results(arguments.beside))
     for run in runs(arguments):
         checkpoint = calibrated(run, arguments, conditioning)
         cost = arguments.output / "cost" / f"{run.name}.json"
@@ -227,17 +227,19 @@ def measure(arguments: argparse.Namespace) -> list[Result]:
                 file,
                 partial(remembered, file, key, partial(judge, subject, correction)),
             )
-            told = {
+            record = {
                 "run": run.row + suffix,
                 "seed": run.seed,
                 **read_json(cost),
                 "engine_mb": size,
                 "graph": graph,
+                "bits": effective_bits(checkpoint),
+                **result,
             }
-            results.append(result_of(told | {"bits": effective_bits(checkpoint), **result}))
+            results = joined([*results, result_of(record)])
             say(f"{run.name}{suffix}: {result['quality']['sqnr_db']['median']} dB")
-        write_results(arguments.output, joined(arguments.beside, results), note)
-    return joined(arguments.beside, results)
+        write_results(arguments.output, results, note)
+    return results
 
 
 def main() -> None:

@@ -62,11 +62,15 @@ def result_of(record: dict[str, Any]) -> Result:
     }
 
 
-def joined(files: Iterable[Path], own: Iterable[Result] = ()) -> list[Result]:
-    """The results in files of `write_results` and further ones; of one row and seed the last, rows in order."""
-    every = [result for file in files for result in read_json(file)["results"]] + list(own)
-    last = {(result["run"], result["seed"]): result for result in every}
-    rows = list(dict.fromkeys(result["run"] for result in every))
+def read_results(files: Iterable[Path]) -> list[Result]:
+    """What `write_results` wrote into some files."""
+    return [result for file in files for result in read_json(file)["results"]]
+
+
+def joined(results: Sequence[Result]) -> list[Result]:
+    """The seeds of each row together, rows in order; of one row and seed the last."""
+    last = {(result["run"], result["seed"]): result for result in results}
+    rows = list(dict.fromkeys(result["run"] for result in results))
     return sorted(last.values(), key=lambda result: (rows.index(result["run"]), result["seed"]))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.methods_report import joined, result_of, table_of, write_results
+from benchmarks.methods_report import joined, read_results, result_of, table_of, write_results
 
 
 def record(run: str, seed: int, median: float, shape: float | None = None) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def test_seeds_of_several_runs_are_one_row(tmp_path: Path) -> None:
     first = [result_of(record("W4A8 a", 0, 20.0)), result_of(record("W4A8 b", 0, 30.0))]
     write_results(tmp_path / "first", first, "a note")
     again = [result_of(record("W4A8 a", 1, 22.0)), result_of(record("W4A8 b", 0, 31.0))]
-    results = joined([tmp_path / "first" / "results.json"], again)
+    results = joined([*read_results([tmp_path / "first" / "results.json"]), *again])
     assert [(r["run"], r["seed"]) for r in results] == [("W4A8 a", 0), ("W4A8 a", 1), ("W4A8 b", 0)]
     head, rows = table_of(results)
     assert head == ["model", "SQNR dB, median", "worst", "minutes", "engine MB", "engine"]

@@ -5,21 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from qdeploy.artifact import sha256_file, sha256_of
+from qdeploy.denoiser import Model
 from qdeploy.errors import InvalidInputError
 from qdeploy.evaluate.extractors import LOCAL, Extractor, Features, find_extractor
+from qdeploy.evaluate.pair import Pair
 from qdeploy.files import write_tensors
 from qdeploy.paths import cache_folder
 from qdeploy.progress import say, track
-
-if TYPE_CHECKING:
-    from qdeploy.denoiser import Model
-    from qdeploy.evaluate.pair import Pair
 
 FOLDER = "features"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

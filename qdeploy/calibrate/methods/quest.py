@@ -27,7 +27,7 @@ Departures from the released code, each for a reason:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -139,8 +139,7 @@ def align_end(
     """
     last = list(session.units.values())[-1]
     layers = _modules(session, [layer.path for layer in last])
-    theirs = {id(q) for layer in layers.values() for q in layer.activation_quantizers}
-    scales = {name: q for name, q in _scales(session).items() if id(q) in theirs}
+    scales = _scales_of(session, layers)
     _align(session, layers, scales, reach, reach_scales, 0.0, 1.0, steps, micro_batch)
 
 
@@ -231,8 +230,12 @@ def _scales(session: Session) -> dict[str, ActivationQuantizer]:
 
 def _time_scales(session: Session) -> dict[str, ActivationQuantizer]:
     """The quantizers of what temporal features are computed from."""
-    features = _modules(session, session.structure.time.features)
-    theirs = {id(q) for layer in features.values() for q in layer.activation_quantizers}
+    return _scales_of(session, _modules(session, session.structure.time.features))
+
+
+def _scales_of(session: Session, layers: Mapping[str, QuantizedLayer]) -> dict[str, ActivationQuantizer]:
+    """The quantizers of what some layers read, by name."""
+    theirs = {id(q) for layer in layers.values() for q in layer.activation_quantizers}
     return {name: quantizer for name, quantizer in _scales(session).items() if id(quantizer) in theirs}
 
 
@@ -246,30 +249,33 @@ def _cost_of_the_end(options: Mapping[str, Any], units: int, effort: Effort) -> 
     return 4 / HELD_OUT, effort.tuning * 2.5 / 3
 
 
+def _alignment(
+    name: str,
+    run: Callable[..., None],
+    description: str,
+    cost: Callable[[Mapping[str, Any], int, Effort], tuple[float, float]] = _cost,
+) -> Stage:
+    """A stage that tunes weights and scales which are there already."""
+    scales, results = (WEIGHT_SCALES, ACTIVATION_SCALES), (ROUNDINGS, ACTIVATION_SCALES)
+    return Stage(name, run, description, cost, needs=scales, gives=results)
+
+
 STAGES = (
-    Stage(
+    _alignment(
         "align-time",
         align_time,
         "tune the projections of the time embedding and their scales (QuEST's TLA)",
-        _cost,
-        needs=(WEIGHT_SCALES, ACTIVATION_SCALES),
-        gives=(ROUNDINGS, ACTIVATION_SCALES),
     ),
-    Stage(
+    _alignment(
         "align-attention",
         align_attention,
         "tune attention and feed-forward, and all other activation scales (QuEST's CMA)",
-        _cost,
-        needs=(WEIGHT_SCALES, ACTIVATION_SCALES),
-        gives=(ROUNDINGS, ACTIVATION_SCALES),
     ),
-    Stage(
+    _alignment(
         "align-end",
         align_end,
         "tune the last unit and its activation scales against the prediction (QuEST's global loss alone)",
         _cost_of_the_end,
-        needs=(WEIGHT_SCALES, ACTIVATION_SCALES),
-        gives=(ROUNDINGS, ACTIVATION_SCALES),
     ),
 )
 
