@@ -21,14 +21,15 @@ test: setup  ## the test suite
 test-slow: setup  ## what takes minutes: every family of models, engines of every form
 	$(BIN)/python -m pytest -n 2 -m slow
 
-lint: setup  ## style and types
-	$(BIN)/ruff check qdeploy tests benchmarks
-	$(BIN)/ruff format --check qdeploy tests benchmarks
+lint: setup  ## style, types, and the direction of imports
+	$(BIN)/ruff check qdeploy tests benchmarks tools
+	$(BIN)/ruff format --check qdeploy tests benchmarks tools
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 format: setup
-	$(BIN)/ruff format qdeploy tests benchmarks
-	$(BIN)/ruff check --fix qdeploy tests benchmarks
+	$(BIN)/ruff format qdeploy tests benchmarks tools
+	$(BIN)/ruff check --fix qdeploy tests benchmarks tools
 
 bench: setup  ## the tables of docs/benchmarks.md
 	$(BIN)/python benchmarks/digits_quality.py --output runs/digits-quality

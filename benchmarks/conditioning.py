@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from qdeploy.denoiser import Model
+from qdeploy.evaluate.attribute_network import FOLDER
 from qdeploy.evaluate.quality import Plan
-from qdeploy.zoo.attribute_network import FOLDER
-from qdeploy.zoo.judge_scenes import GUIDANCE, STEPS, held_out_prompts, seen_prompts
+from qdeploy.model.folder import Model
+from tools.zoo.judge_scenes import GUIDANCE, STEPS, held_out_prompts, seen_prompts
 
 CALIBRATION_IMAGES = 64
 BATCH = 32

@@ -26,14 +26,14 @@ from benchmarks.contenders.process import Process
 from benchmarks.contenders.profile import RUNS
 from benchmarks.cpu_report import write_report
 from benchmarks.models import SHAPES, model_folder, sampling
-from qdeploy.calibrate.dataset import CalibrationSet
-from qdeploy.calibrate.trajectory import collect
-from qdeploy.denoiser import open_model
+from qdeploy.calibration_set.collect import collect
+from qdeploy.calibration_set.dataset import CalibrationSet
 from qdeploy.export.run import export
-from qdeploy.files import write_json, write_tensors
-from qdeploy.inputs import denoise
-from qdeploy.machine import machine
-from qdeploy.progress import say
+from qdeploy.model.folder import open_model
+from qdeploy.model.inputs import denoise
+from qdeploy.store.files import write_json, write_tensors
+from qdeploy.system.machine import machine
+from qdeploy.system.progress import say
 
 LEAST_TURNS = 3
 HELD_OUT_SEED = 2**40

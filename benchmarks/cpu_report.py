@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qdeploy.files import write_atomically, write_text
-from qdeploy.tables import MISSING, markdown_table, number, text_table
+from qdeploy.store.files import write_atomically, write_text
+from qdeploy.system.tables import MISSING, markdown_table, number, text_table
 
 COLUMNS = [
     *("contender", "ms", "p10 to p90", "CPU ms", "vs fp32", "vs bf16", "SQNR dB", "worst", "int8 MACs"),

@@ -17,19 +17,19 @@ from typing import Any
 
 import torch
 
-from qdeploy.artifact import Artifact
-from qdeploy.calibrate.run import calibrate
-from qdeploy.calibrate.trajectory import collect
-from qdeploy.denoiser import open_model
+from qdeploy.calibration_set.collect import collect
 from qdeploy.engines.build import build_engine
+from qdeploy.evaluate.cached_json import remembered
 from qdeploy.evaluate.check import check
 from qdeploy.evaluate.quality import Plan, Trajectories
-from qdeploy.evaluate.remembered import remembered
 from qdeploy.export.run import export
-from qdeploy.files import write_json, write_text
-from qdeploy.machine import machine
-from qdeploy.progress import say
-from qdeploy.tables import MISSING, markdown_table, text_table
+from qdeploy.model.folder import open_model
+from qdeploy.store.artifact import Artifact
+from qdeploy.store.files import write_json, write_text
+from qdeploy.system.machine import machine
+from qdeploy.system.progress import say
+from qdeploy.system.tables import MISSING, markdown_table, text_table
+from qdeploy.workflows.calibrate import calibrate
 
 METHODS = ("minmax", "qdiffusion")
 PRECISIONS = ("w8a8", "w4a8")

@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from qdeploy.artifact import open_artifact
+from qdeploy.store.artifact import open_artifact
 
 SMALL = ["--samples", "32", "--batch", "8", "--steps", "10", "--inference-steps", "20", "--scheduler", "ddim"]
 RECIPE = """

@@ -23,15 +23,15 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.spelled_out_norms import SpelledOutNorms
-from qdeploy.artifact import Artifact
-from qdeploy.calibrate.run import calibrate
-from qdeploy.calibrate.trajectory import collect
+from qdeploy.calibration_set.collect import collect
 from qdeploy.export.lint.run import Report, lint
 from qdeploy.export.lower import adapt
 from qdeploy.export.run import export
-from qdeploy.files import write_json, write_text
-from qdeploy.progress import say
-from qdeploy.tables import markdown_table, text_table
+from qdeploy.store.artifact import Artifact
+from qdeploy.store.files import write_json, write_text
+from qdeploy.system.progress import say
+from qdeploy.system.tables import markdown_table, text_table
+from qdeploy.workflows.calibrate import calibrate
 
 HEADER = ("quantizer", "rejected (E)", "slow or inaccurate (W)", "int8 MACs", "own kernels", "after --fix")
 

@@ -31,24 +31,24 @@ import torch
 
 from benchmarks.conditioning import Conditioning
 from benchmarks.methods_report import Result, joined, read_results, result_of, table_of, write_results
-from qdeploy.artifact import Artifact, open_artifact
-from qdeploy.calibrate.methods import methods
-from qdeploy.calibrate.trajectory import collect
-from qdeploy.correction_table import CORRECTION
-from qdeploy.denoiser import open_model, read_json
+from qdeploy.calibration_set.collect import collect
 from qdeploy.engines.build import build_engine
+from qdeploy.evaluate.cached_json import remembered
 from qdeploy.evaluate.check import check
 from qdeploy.evaluate.effective_bits import effective_bits
 from qdeploy.evaluate.parity import measure_parity, open_subject
 from qdeploy.evaluate.quality import Trajectories
-from qdeploy.evaluate.remembered import remembered
 from qdeploy.export.run import export
-from qdeploy.files import write_json
-from qdeploy.progress import say
-from qdeploy.recipe import Recipe, resolve_recipe
-from qdeploy.runtime.correction import CORRECTIONS
-from qdeploy.tables import text_table
-from qdeploy.targets import find_target
+from qdeploy.model.folder import open_model, read_json
+from qdeploy.recipe.recipe import Recipe, resolve_recipe
+from qdeploy.recipe.stages import methods
+from qdeploy.recipe.targets import find_target
+from qdeploy.sampling.correction import CORRECTIONS
+from qdeploy.store.artifact import Artifact, open_artifact
+from qdeploy.store.correction_table import CORRECTION
+from qdeploy.store.files import write_json
+from qdeploy.system.progress import say
+from qdeploy.system.tables import text_table
 
 BACKEND = "openvino"
 # Formats of weights and activations, and what it must run on.

@@ -12,13 +12,13 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from qdeploy.denoiser import read_json
 from qdeploy.evaluate.intervals import of_share
 from qdeploy.evaluate.metrics.attributes import ATTRIBUTES
 from qdeploy.evaluate.thresholds import look_up
-from qdeploy.files import write_json, write_text
-from qdeploy.machine import machine
-from qdeploy.tables import MISSING, markdown_table
+from qdeploy.model.folder import read_json
+from qdeploy.store.files import write_json, write_text
+from qdeploy.system.machine import machine
+from qdeploy.system.tables import MISSING, markdown_table
 
 Result = dict[str, Any]
 FULL_PRECISION = "full precision"

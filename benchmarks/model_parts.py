@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qdeploy.zoo import find_zoo_model
+from qdeploy.model.zoo import find_zoo_model
 
 CLIP_TOKENS, T5_TOKENS = 77, 120
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.model_parts import autoencoder, clip_text, t5_text
-from qdeploy.zoo import find_zoo_model
+from qdeploy.model.zoo import find_zoo_model
 
 # google/ddpm-cifar10-32's unet/config.json
 CIFAR: dict[str, Any] = {
@@ -121,7 +121,7 @@ def sampling(shape: str, steps: int, held_out: bool) -> dict[str, Any]:
     if shape == "digits-dit":  # class numbers come with the seeds
         return {"scheduler": "ddim", "inference_steps": 20}
     if shape == "scenes":
-        from qdeploy.zoo.judge_scenes import held_out_prompts
+        from tools.zoo.judge_scenes import held_out_prompts
 
         prompts = held_out_prompts(8, seed=int(held_out))
         return {"scheduler": "ddim", "inference_steps": 20, "prompts": prompts}

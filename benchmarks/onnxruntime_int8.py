@@ -26,21 +26,21 @@ import numpy as np
 import torch
 
 from benchmarks.models import UNETS, model_folder
-from qdeploy.artifact import Artifact
-from qdeploy.calibrate.dataset import CalibrationSet
-from qdeploy.calibrate.run import calibrate
-from qdeploy.calibrate.trajectory import collect
-from qdeploy.decibels import distance
+from qdeploy.calibration_set.collect import collect
+from qdeploy.calibration_set.dataset import CalibrationSet
 from qdeploy.engines.base import Kernel
 from qdeploy.engines.int8_share import int8_mac_share, multiplies
-from qdeploy.engines.measure import read_probe
 from qdeploy.engines.onnxruntime import _kernel
 from qdeploy.export.macs import graph_macs
 from qdeploy.export.run import export
-from qdeploy.files import write_json, write_text
-from qdeploy.machine import machine
-from qdeploy.progress import say
-from qdeploy.tables import markdown_table, text_table
+from qdeploy.store.artifact import Artifact
+from qdeploy.store.files import write_json, write_text
+from qdeploy.store.probe import read_probe
+from qdeploy.system.decibels import distance
+from qdeploy.system.machine import machine
+from qdeploy.system.progress import say
+from qdeploy.system.tables import markdown_table, text_table
+from qdeploy.workflows.calibrate import calibrate
 
 OURS, RIVAL = "qdeploy W8A8", "static, all operators"
 COLUMNS = [

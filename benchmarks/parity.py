@@ -27,13 +27,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.parity_values import Graph, forced, listening
-from qdeploy.artifact import Artifact, open_artifact
-from qdeploy.calibrate.checkpoint import load_checkpoint
-from qdeploy.calibrate.quantizers import ActivationQuantizer
-from qdeploy.decibels import decibels, powers, sqnr_db
-from qdeploy.engines.measure import read_probe, single_rows
-from qdeploy.inputs import denoise
-from qdeploy.tables import text_table
+from qdeploy.engines.measure import single_rows
+from qdeploy.model.inputs import denoise
+from qdeploy.quant.checkpoint import load_checkpoint
+from qdeploy.quant.quantizers import ActivationQuantizer
+from qdeploy.store.artifact import Artifact, open_artifact
+from qdeploy.store.probe import read_probe
+from qdeploy.system.decibels import decibels, powers, sqnr_db
+from qdeploy.system.tables import text_table
 
 HEADER = ("quantizer", "of", "floats apart, dB", "codes that differ", "by chance", "steps")
 

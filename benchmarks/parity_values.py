@@ -14,9 +14,9 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from qdeploy.calibrate.fakequant import QuantizedLayer, quantized_layers
-from qdeploy.calibrate.quantizers import ActivationQuantizer
-from qdeploy.calibrate.state import quantizers
+from qdeploy.quant.layer import QuantizedLayer, quantized_layers
+from qdeploy.quant.quantizers import ActivationQuantizer
+from qdeploy.quant.state import quantizers
 
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 

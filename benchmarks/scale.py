@@ -22,8 +22,8 @@ from pathlib import Path
 from resource import RUSAGE_CHILDREN, getrusage
 from typing import Any
 
-from qdeploy.files import write_json, write_text
-from qdeploy.tables import MISSING, markdown_table, number, text_table
+from qdeploy.store.files import write_json, write_text
+from qdeploy.system.tables import MISSING, markdown_table, number, text_table
 
 STAGES = (*("model", "collect", "calibrate", "export", "build-engine", "check", "benchmark", "export-fp32"),)
 # Where a verb says beforehand what it will take: "about 3 min, 10.3 GB".

@@ -19,20 +19,21 @@ import torch
 from torch import Tensor
 
 from benchmarks.models import UNETS, model_folder
-from qdeploy.artifact import Artifact
-from qdeploy.calibrate.run import calibrate
-from qdeploy.calibrate.trajectory import collect
-from qdeploy.denoiser import open_model
+from qdeploy.calibration_set.collect import collect
 from qdeploy.engines.build import build_engine, load_engine
-from qdeploy.engines.measure import read_probe, repeat_rows
+from qdeploy.engines.measure import repeat_rows
 from qdeploy.engines.timing import take_turns
 from qdeploy.export.run import export
-from qdeploy.files import write_json, write_text
-from qdeploy.inputs import example_inputs
-from qdeploy.machine import machine
-from qdeploy.progress import say, track
-from qdeploy.structure import find_structure
-from qdeploy.tables import MISSING, markdown_table, text_table
+from qdeploy.model.folder import open_model
+from qdeploy.model.inputs import example_inputs
+from qdeploy.network.roles import find_structure
+from qdeploy.store.artifact import Artifact
+from qdeploy.store.files import write_json, write_text
+from qdeploy.store.probe import read_probe
+from qdeploy.system.machine import machine
+from qdeploy.system.progress import say, track
+from qdeploy.system.tables import MISSING, markdown_table, text_table
+from qdeploy.workflows.calibrate import calibrate
 
 GROUPS = 4
 COLUMNS = [

@@ -26,18 +26,18 @@ from typing import Any
 import torch
 
 from benchmarks.models import UNETS, model_folder
-from qdeploy.artifact import Artifact, open_artifact
-from qdeploy.calibrate.importers import import_qdiffusion
-from qdeploy.calibrate.run import calibrate
-from qdeploy.calibrate.trajectory import collect
-from qdeploy.decibels import distance
-from qdeploy.engines.measure import read_probe
+from qdeploy.calibration_set.collect import collect
+from qdeploy.calibration_set.importers import import_qdiffusion
 from qdeploy.evaluate.parity import open_subject, rounding_floors
 from qdeploy.export.run import export
-from qdeploy.files import write_json, write_text
-from qdeploy.inputs import example_inputs
-from qdeploy.progress import say
-from qdeploy.tables import markdown_table, number, text_table
+from qdeploy.model.inputs import example_inputs
+from qdeploy.store.artifact import Artifact, open_artifact
+from qdeploy.store.files import write_json, write_text
+from qdeploy.store.probe import read_probe
+from qdeploy.system.decibels import distance
+from qdeploy.system.progress import say
+from qdeploy.system.tables import markdown_table, number, text_table
+from qdeploy.workflows.calibrate import calibrate
 
 FORMATS = {
     "w8a8": {"weights": "int8", "activations": "int8"},
@@ -72,7 +72,7 @@ def calibration_set(shape: str, model: Path, output: Path) -> Artifact:
         made = collect(model, place, samples=8, steps=4, inference_steps=4, scheduler="ddim")
         assert isinstance(made, Artifact)
         return made
-    from qdeploy.denoiser import open_model
+    from qdeploy.model.folder import open_model
 
     images = 4 if shape == "cifar" else 1
     inputs = example_inputs(open_model(model), rows=GROUPS * images)
@@ -162,7 +162,7 @@ def measure(shape: str, name: str, kind: str, output: Path) -> dict[str, Any]:
 
 def model_weights(shape: str, output: Path) -> list[Path]:
     """Files of a model's weights."""
-    from qdeploy.denoiser import open_model
+    from qdeploy.model.folder import open_model
 
     return open_model(model_folder(shape, output)).weights
 

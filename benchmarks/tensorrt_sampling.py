@@ -20,8 +20,8 @@ from typing import Any
 
 import click
 
-from qdeploy.artifact import Artifact, open_artifact
-from qdeploy.errors import QDeployError
+from qdeploy.store.artifact import Artifact, open_artifact
+from qdeploy.system.errors import QDeployError
 
 PRECISION = "f16"
 
@@ -48,9 +48,10 @@ def steps(
     from contextlib import ExitStack
 
     from qdeploy.engines.build import load_engine
-    from qdeploy.engines.measure import int8_shares, read_probe, repeat_rows
+    from qdeploy.engines.measure import int8_shares, repeat_rows
     from qdeploy.engines.tensorrt.smi import gpu_state
     from qdeploy.engines.timing import quantile, take_turns
+    from qdeploy.store.probe import read_probe
 
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
@@ -83,7 +84,7 @@ def whole(
     import torch
 
     from qdeploy.engines.tensorrt.smi import gpu_state
-    from qdeploy.runtime.pipeline import generate
+    from qdeploy.model.pipeline import generate
 
     pipeline = make()
     words = [prompts[seed % len(prompts)] for seed in range(seeds)] if prompts else None
@@ -114,12 +115,12 @@ def run(model: Path, onnx: Path, output: Path, options: dict[str, Any]) -> dict[
     from qdeploy.engines.registry import find_backend
 
     backend = find_backend("tensorrt")  # before anything that takes time
-    from qdeploy.denoiser import open_model
     from qdeploy.engines.build import load_engine
     from qdeploy.evaluate.baselines import baseline_bundle
-    from qdeploy.files import write_json
-    from qdeploy.machine import machine
-    from qdeploy.runtime.prompts import read_prompts
+    from qdeploy.model.folder import open_model
+    from qdeploy.model.prompts import read_prompts
+    from qdeploy.store.files import write_json
+    from qdeploy.system.machine import machine
 
     batches = options["batch"]
     pipeline_of = open_model(model)
@@ -152,7 +153,7 @@ def run(model: Path, onnx: Path, output: Path, options: dict[str, Any]) -> dict[
 
 def table(result: dict[str, Any]) -> str:
     """The numbers for a page, in Markdown."""
-    from qdeploy.tables import markdown_table
+    from qdeploy.system.tables import markdown_table
 
     by = {(row["engine"], row["batch"]): row for row in result["steps"]}
     speed = {(row["engine"], row["batch"]): row for row in result["pipelines"]}

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 import click
 
-from qdeploy.errors import CheckFailed, QDeployError
-from qdeploy.progress import verbosity
+from qdeploy.system.errors import CheckFailed, QDeployError
+from qdeploy.system.progress import verbosity
 from qdeploy.version import __version__
 
 # Read when torch is imported. Threads that spin while they wait slow down each other, by more than ten times
@@ -98,7 +98,7 @@ def _report(
     table: Callable[[Any], str] | None = None,
 ) -> None:
     """Print what a verb that writes an artifact (or only estimates one) came to, and what it holds."""
-    from qdeploy.artifact import Artifact
+    from qdeploy.store.artifact import Artifact
 
     if isinstance(result, Artifact):
         summary = result.summary(time.perf_counter() - began) | (more(result) if more else {})
@@ -192,7 +192,7 @@ def main() -> None:
 @verb
 def demo(as_json: bool, **options: Any) -> None:
     """The whole way on a model that the package ships."""
-    from qdeploy.evaluate.demo import demo
+    from qdeploy.workflows.demo import demo
 
     result = demo(**options)
     click.echo(json.dumps(result.to_json()) if as_json else result.table)
@@ -214,12 +214,12 @@ def collect(model: str, from_qdiffusion: Path | None, as_json: bool, **options: 
     """Record a calibration set: denoiser inputs along the sampling trajectory."""
     began = time.perf_counter()
     if from_qdiffusion:
-        from qdeploy.calibrate.importers import import_qdiffusion
+        from qdeploy.calibration_set.importers import import_qdiffusion
 
         kept = {name: options[name] for name in ("output", "steps", "samples", "seed", "overwrite")}
         _report(import_qdiffusion(model, from_qdiffusion, **kept), began, as_json)
         return
-    from qdeploy.calibrate.trajectory import collect
+    from qdeploy.calibration_set.collect import collect
 
     _report(collect(model, **options), began, as_json)
 
@@ -256,8 +256,8 @@ def collect(model: str, from_qdiffusion: Path | None, as_json: bool, **options: 
 @verb
 def calibrate(model: str, exclude: tuple[str, ...], max_memory: float, as_json: bool, **options: Any) -> None:
     """Quantize a model: integer weights and scales."""
-    from qdeploy.calibrate.run import calibrate
     from qdeploy.mixed.result import budget_summary
+    from qdeploy.workflows.calibrate import calibrate
 
     began = time.perf_counter()
     result = calibrate(model, exclude=exclude or None, max_memory=int(max_memory * 2**30), **options)
@@ -289,7 +289,7 @@ def sensitivity(
 ) -> None:
     """Rank layers by the harm of quantizing each, in each bit width."""
     from qdeploy.mixed.result import summary, table
-    from qdeploy.mixed.run import sensitivity
+    from qdeploy.mixed.sensitivity import sensitivity
 
     began, listed = time.perf_counter(), formats.split(",") if formats else None
     result = sensitivity(source, formats=listed, exclude=exclude or None, **options)
@@ -348,7 +348,7 @@ def build_engine(onnx: Path, as_json: bool, **options: Any) -> None:
 @verb
 def sample(source: str, as_json: bool, **options: Any) -> None:
     """Sample images with an engine, a checkpoint or a model."""
-    from qdeploy.runtime.sample import sample
+    from qdeploy.sampling.sample import sample
 
     began = time.perf_counter()
     _report(sample(source, **options), began, as_json)
@@ -445,8 +445,8 @@ def report(paths: tuple[Path, ...], as_json: bool, **options: Any) -> None:
 @verb
 def lint(source: Path, fix: bool, output: Path | None, as_json: bool, **options: Any) -> None:
     """Say what an engine would reject or run slowly, before a build; exit code 3 if it would reject."""
-    from qdeploy.errors import UsageError
     from qdeploy.export.lint.run import lint
+    from qdeploy.system.errors import UsageError
 
     if fix != (output is not None):
         raise UsageError("--fix and -o belong together: the mended graph is written beside the given one")
@@ -461,12 +461,12 @@ def lint(source: Path, fix: bool, output: Path | None, as_json: bool, **options:
 @verb
 def inspect(path: str, as_json: bool) -> None:
     """Say what an artifact or a model is, and whether it is intact."""
-    from qdeploy.inspect import description, inspect
+    from qdeploy.workflows.inspect import description, inspect
 
     result = inspect(path)
     click.echo(json.dumps(result) if as_json else description(result))
     if not result["valid"]:
-        from qdeploy.errors import InvalidInputError
+        from qdeploy.system.errors import InvalidInputError
 
         raise InvalidInputError(f"{path} is not valid: {result['problem']}")
 
@@ -475,7 +475,7 @@ def inspect(path: str, as_json: bool) -> None:
 @verb
 def methods(as_json: bool) -> None:
     """List methods, stages, presets, formats, coverages, efforts and targets."""
-    from qdeploy.inspect import as_text, vocabulary
+    from qdeploy.workflows.inspect import as_text, vocabulary
 
     words = vocabulary()
     click.echo(json.dumps(words) if as_json else as_text(words))
@@ -506,7 +506,7 @@ def selftest(output: Path | None, as_json: bool, **options: Any) -> None:
 
     result = selftest(**options)
     if output is not None:
-        from qdeploy.files import explained_os_errors, write_json
+        from qdeploy.store.files import explained_os_errors, write_json
 
         with explained_os_errors(output):
             write_json(output, result.to_json())
@@ -518,11 +518,11 @@ def selftest(output: Path | None, as_json: bool, **options: Any) -> None:
 def _prompts(file: Path | None, count: int | None, seed: int | None) -> list[str] | None:
     if file is None:
         if (count, seed) != (None, None):
-            from qdeploy.errors import UsageError
+            from qdeploy.system.errors import UsageError
 
             raise UsageError("--prompt-count and --prompt-seed choose from a file: name it with --prompts")
         return None
-    from qdeploy.runtime.prompts import read_prompts
+    from qdeploy.model.prompts import read_prompts
 
     return read_prompts(file, count, seed)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from qdeploy.progress import verbosity
+from qdeploy.system.progress import verbosity
 from tests.models import ddpm_folder
 
 # One thread per worker: the suite runs in as many workers as there are cores.

@@ -12,19 +12,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdeploy import machine
-from qdeploy.artifact import Artifact
-from qdeploy.calibrate import effort as efforts
-from qdeploy.calibrate.effort import Effort
-from qdeploy.calibrate.fakequant import QuantizedLayer, quantized_layers
-from qdeploy.calibrate.ranges import minmax_weights, to_scale
 from qdeploy.calibrate.reconstruct import Rows, UnitProblem
-from qdeploy.calibrate.session import Session, quantize_structure
-from qdeploy.draft import Draft
-from qdeploy.formats import Format
-from qdeploy.inputs import denoise
-from qdeploy.recipe import resolve_recipe
-from qdeploy.structure import find_structure
+from qdeploy.calibrate.session import Session
+from qdeploy.model.inputs import denoise
+from qdeploy.network.roles import find_structure
+from qdeploy.quant.insert import quantize_structure
+from qdeploy.quant.layer import QuantizedLayer, quantized_layers
+from qdeploy.quant.ranges import minmax_weights, to_scale
+from qdeploy.recipe import effort as efforts
+from qdeploy.recipe.effort import Effort
+from qdeploy.recipe.formats import Format
+from qdeploy.recipe.recipe import resolve_recipe
+from qdeploy.store.artifact import Artifact
+from qdeploy.store.builder import Draft
+from qdeploy.system import machine
 
 TINY = Effort("tiny", rows=26, batch=12, rounding=8, scales=4, tuning=4)
 

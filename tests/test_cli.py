@@ -18,8 +18,9 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qdeploy.artifact import MANIFEST, open_artifact, read_manifest, sha256_of
-from qdeploy.errors import InvalidInputError
+from qdeploy.store.artifact import MANIFEST, open_artifact, read_manifest
+from qdeploy.system.errors import InvalidInputError
+from qdeploy.system.hashing import sha256_of
 from tests.models import stable_diffusion_folder
 
 Run = Callable[..., Result]
@@ -30,10 +31,10 @@ SMALL = ("--samples", 4, "--steps", 2, "--inference-steps", 4, "--scheduler", "d
 @pytest.fixture(scope="session")
 def artifacts(ddpm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One artifact of each kind, made by the command line from the tiny pipeline."""
-    from qdeploy.calibrate.run import calibrate
-    from qdeploy.calibrate.trajectory import collect
+    from qdeploy.calibration_set.collect import collect
     from qdeploy.engines.build import build_engine
     from qdeploy.export.run import export
+    from qdeploy.workflows.calibrate import calibrate
 
     folder = tmp_path_factory.mktemp("artifacts")
     collect(ddpm, folder / "set", samples=4, steps=2, inference_steps=4, scheduler="ddim")
@@ -389,9 +390,9 @@ def test_a_timestep_outside_of_training_is_refused(artifacts: Path, kind: str, t
 
 def predictor(path: Path) -> Callable[[Mapping[str, Tensor]], Tensor]:
     """A checkpoint or an engine as a function of its inputs."""
-    from qdeploy.calibrate.checkpoint import load_checkpoint
     from qdeploy.engines.build import load_engine
-    from qdeploy.inputs import denoise
+    from qdeploy.model.inputs import denoise
+    from qdeploy.quant.checkpoint import load_checkpoint
 
     if path.name == "engine":
         return load_engine(path)

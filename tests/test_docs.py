@@ -13,11 +13,11 @@ import click
 import pytest
 from click.testing import Result
 
-from qdeploy.calibrate import methods as registry
-from qdeploy.calibrate.methods import check_stages
 from qdeploy.cli import main
-from qdeploy.errors import UsageError
-from qdeploy.recipe import resolve_recipe
+from qdeploy.recipe import stages as registry
+from qdeploy.recipe.recipe import resolve_recipe
+from qdeploy.recipe.stages import check_stages
+from qdeploy.system.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -12,19 +12,19 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from qdeploy.artifact import Artifact
-from qdeploy.calibrate.run import calibrate
-from qdeploy.calibrate.trajectory import collect
-from qdeploy.denoiser import open_model
+from qdeploy.calibration_set.collect import collect
 from qdeploy.engines.build import build_engine, load_engine
 from qdeploy.engines.measure import latency
-from qdeploy.errors import UsageError
 from qdeploy.evaluate.check import check
 from qdeploy.export.run import export
 from qdeploy.export.trace import export_program
-from qdeploy.machine import int8_sums_saturate
-from qdeploy.runtime.sample import sample
-from qdeploy.schedulers import make_scheduler
+from qdeploy.model.folder import open_model
+from qdeploy.model.schedulers import make_scheduler
+from qdeploy.sampling.sample import sample
+from qdeploy.store.artifact import Artifact
+from qdeploy.system.errors import UsageError
+from qdeploy.system.machine import int8_sums_saturate
+from qdeploy.workflows.calibrate import calibrate
 from tests.models import dit_folder
 from tests.transformer_models import flux_folder, pixart_folder, sd3_folder, sdxl_folder
 

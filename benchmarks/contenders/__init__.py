@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdeploy.machine import BF16_INSTRUCTIONS, has_bf16
+from qdeploy.system.machine import BF16_INSTRUCTIONS, has_bf16
 
 FAMILIES = ("torch_eager", "openvino_float", "nncf_int8", "onnxruntime_int8", "modelopt_int8", "ours")
 PRECISIONS = ("f32", "bf16")
@@ -50,7 +50,7 @@ class Case:
 
     def rows(self) -> dict[str, Tensor]:
         """The calibration rows, ``[rows, ...]`` each."""
-        from qdeploy.calibrate.dataset import CalibrationSet
+        from qdeploy.calibration_set.dataset import CalibrationSet
 
         data = CalibrationSet.open(self.folder / "set")
         return dict(data.inputs(torch.arange(len(data))))

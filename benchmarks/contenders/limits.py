@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from qdeploy.machine import has_bf16
+from qdeploy.system.machine import has_bf16
 
 CHANNELS, SIZE, ROWS = 256, 32, 4
 COPIED = 2**28  # bytes, beyond any cache

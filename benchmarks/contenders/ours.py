@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import partial
 
 from benchmarks.contenders import PRECISIONS, Case, Contender, Loaded
-from qdeploy.machine import int8_sums_saturate
+from qdeploy.system.machine import int8_sums_saturate
 
 # Without VNNI layers with weights of 8 bits would be computed in floats.
 WEIGHTS = ("int7" if int8_sums_saturate() else "int8", "int4")
@@ -22,9 +22,9 @@ def _stem(weights: str, coverage: str) -> str:
 
 
 def _prepare(case: Case, weights: str, coverage: str, precision: str) -> None:
-    from qdeploy.calibrate.run import calibrate
     from qdeploy.engines.build import build_engine
     from qdeploy.export.run import export
+    from qdeploy.workflows.calibrate import calibrate
 
     ranges: dict[str, str] = {"recipe": "w8a8-minmax-cpu"}
     if case.ranges == "minmax":

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.contenders import Case, contenders
 from benchmarks.contenders.profile import int8_share, kernel_times
-from qdeploy.memory import peak_memory
+from qdeploy.system.memory import peak_memory
 
 # Seconds of a call beyond which the caches that other contenders have emptied do not matter.
 LONG = 1.0

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.contenders import Case, Contender, Loaded
-from qdeploy.denoiser import open_model
-from qdeploy.inputs import denoise
+from qdeploy.model.folder import open_model
+from qdeploy.model.inputs import denoise
 
 
 def _load(case: Case, dtype: torch.dtype, compiled: bool) -> Loaded:

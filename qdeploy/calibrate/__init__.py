@@ -1,8 +1,1 @@
-"""Calibration: from a full-precision denoiser to integer weights and scales.
-
-The package is callable: ``qdeploy.calibrate(...)`` is `qdeploy.calibrate.run.calibrate`.
-"""
-
-from qdeploy.verbs import make_callable
-
-make_callable(__name__, "qdeploy.calibrate.run")
+"""Find scales and roundings: a session on a network, and the stages of methods."""

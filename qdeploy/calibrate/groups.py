@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdeploy.calibrate.fakequant import QuantizedLayer
-from qdeploy.calibrate.patches import PIXELS, ROWS, shifted
 from qdeploy.calibrate.session import Session
-from qdeploy.inputs import denoise
-from qdeploy.progress import track
+from qdeploy.model.inputs import denoise
+from qdeploy.quant.layer import QuantizedLayer
+from qdeploy.quant.patches import PIXELS, ROWS, shifted
+from qdeploy.system.progress import track
 
 CHANNELS, TOKENS = "channels", "tokens"
 _STARTS, _ROUNDS = 8, 100

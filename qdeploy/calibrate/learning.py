@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.tuning import Tuning
-from qdeploy.progress import track
+from qdeploy.system.progress import track
 
 SAVE_SECONDS = 60.0  # a stop loses about this much
 

@@ -8,18 +8,19 @@ from typing import Any
 
 import torch
 
-from qdeploy.artifact import Artifact
-from qdeploy.calibrate.dataset import CalibrationSet
-from qdeploy.calibrate.session import Session, left_in_float, quantize_structure
+from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.timestep_groups import check_groups
-from qdeploy.correction_table import prediction_type
-from qdeploy.denoiser import Model
-from qdeploy.draft import Draft
-from qdeploy.errors import CapabilityError, UsageError
-from qdeploy.paths import cache_folder
-from qdeploy.progress import say
-from qdeploy.recipe import Recipe
-from qdeploy.structure import find_structure
+from qdeploy.calibration_set.dataset import CalibrationSet
+from qdeploy.model.folder import Model
+from qdeploy.network.roles import find_structure
+from qdeploy.quant.insert import left_in_float, quantize_structure
+from qdeploy.recipe.recipe import Recipe
+from qdeploy.store.artifact import Artifact
+from qdeploy.store.builder import Draft
+from qdeploy.store.correction_table import prediction_type
+from qdeploy.store.paths import cache_folder
+from qdeploy.system.errors import CapabilityError, UsageError
+from qdeploy.system.progress import say
 
 
 def check_device(device: str) -> None:
@@ -44,7 +45,7 @@ def calibration_for(source: Model, given: Any, seed: int, device: str) -> Path:
     """
     if given is not None:
         return given.path if isinstance(given, Artifact) else Path(given)
-    from qdeploy.calibrate.trajectory import collect
+    from qdeploy.calibration_set.collect import collect
 
     index = source.path / "model_index.json"
     if index.is_file() and "text_encoder" in json.loads(index.read_text()):

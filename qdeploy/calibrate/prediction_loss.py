@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from qdeploy.calibrate.attention import intercepted
 from qdeploy.calibrate.session import Session
-from qdeploy.clock import clock_of
-from qdeploy.inputs import denoise
+from qdeploy.model.inputs import denoise
+from qdeploy.network.current_timestep import clock_of
+from qdeploy.quant.attention import intercepted
 
 
 @dataclass

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from qdeploy.clock import Clock
-from qdeploy.inputs import denoise
+from qdeploy.model.inputs import denoise
+from qdeploy.network.current_timestep import Clock
 
 
 @dataclass

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from qdeploy.calibrate.fakequant import QuantizedLayer
-from qdeploy.calibrate.operators import code_type, over_weight
-from qdeploy.calibrate.quantizers import WeightQuantizer
 from qdeploy.calibrate.reconstruct import Problem, optimize
-from qdeploy.formats import Format
+from qdeploy.quant.layer import QuantizedLayer
+from qdeploy.quant.operators import code_type, over_weight
+from qdeploy.quant.quantizers import WeightQuantizer
+from qdeploy.recipe.formats import Format
 
 ZETA, GAMMA = 1.1, -0.1
 PAPER_STEPS, PAPER_LR = 20000, 1e-3  # of BRECQ, Q-Diffusion and TFMQ-DM

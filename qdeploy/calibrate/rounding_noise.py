@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qdeploy.calibrate.fakequant import QuantizedLayer
-from qdeploy.calibrate.operators import fake_quantize
-from qdeploy.calibrate.ranges import minmax_weights
-from qdeploy.formats import Format
+from qdeploy.quant.layer import QuantizedLayer
+from qdeploy.quant.operators import fake_quantize
+from qdeploy.quant.ranges import minmax_weights
+from qdeploy.recipe.formats import Format
 
 LEAST_GAIN = 0.05  # of the estimated noise; below it, a rewrite is not worth its operations
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qdeploy.calibrate.fakequant import QuantizedLayer, quantized_layers
-from qdeploy.inputs import denoise
-from qdeploy.progress import track
+from qdeploy.model.inputs import denoise
+from qdeploy.quant.layer import QuantizedLayer, quantized_layers
+from qdeploy.system.progress import track
 
 if TYPE_CHECKING:
     from qdeploy.calibrate.session import Session

@@ -6,13 +6,13 @@ import time
 
 import torch
 
-from qdeploy.calibrate.estimate import Estimate
-from qdeploy.calibrate.fakequant import quantized_layers
-from qdeploy.calibrate.methods import stages
 from qdeploy.calibrate.methods.minmax import round_to_nearest
 from qdeploy.calibrate.session import Session
-from qdeploy.inputs import denoise
-from qdeploy.memory import peak_memory
+from qdeploy.model.inputs import denoise
+from qdeploy.quant.layer import quantized_layers
+from qdeploy.recipe.stages import stages
+from qdeploy.system.estimate import Estimate
+from qdeploy.system.memory import peak_memory
 
 LONG_CALL = 2.0  # seconds
 

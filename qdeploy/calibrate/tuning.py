@@ -13,9 +13,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from qdeploy.calibrate.fakequant import QuantizedLayer
-from qdeploy.calibrate.operators import code_type, per_channel, round_through
-from qdeploy.calibrate.quantizers import ActivationQuantizer, WeightQuantizer
+from qdeploy.quant.layer import QuantizedLayer
+from qdeploy.quant.operators import code_type, per_channel, round_through
+from qdeploy.quant.quantizers import ActivationQuantizer, WeightQuantizer
 
 _Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 

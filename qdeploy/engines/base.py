@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from qdeploy.errors import InvalidInputError
-from qdeploy.timesteps import check_timestep
+from qdeploy.store.timesteps import check_timestep
+from qdeploy.system.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qdeploy.artifact import Artifact
-    from qdeploy.runtime.denoiser import EngineDenoiser
+    from qdeploy.engines.denoiser import EngineDenoiser
+    from qdeploy.store.artifact import Artifact
 
 
 UNKNOWN = "unknown"
@@ -95,7 +95,7 @@ class Engine(ABC):
         """The network's prediction.
 
         Args:
-            inputs: tensors named as in `qdeploy.inputs.flatten_inputs`. ``timestep`` is a scalar or
+            inputs: tensors named as in `qdeploy.model.inputs.flatten_inputs`. ``timestep`` is a scalar or
                 has one entry per row; rows of different t take one call per distinct t.
 
         Returns:
@@ -167,7 +167,7 @@ class Engine(ABC):
 
     def as_denoiser(self) -> EngineDenoiser:
         """The engine in the shape of a diffusers model, for ``pipe.unet`` or ``pipe.transformer``."""
-        from qdeploy.runtime.denoiser import EngineDenoiser
+        from qdeploy.engines.denoiser import EngineDenoiser
 
         return EngineDenoiser(self)
 

@@ -8,10 +8,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from qdeploy.files import write_atomically
-from qdeploy.machine import cpu_identity, cpu_model
-from qdeploy.paths import cache_folder
-from qdeploy.progress import say
+from qdeploy.store.files import write_atomically
+from qdeploy.store.paths import cache_folder
+from qdeploy.system.machine import cpu_identity, cpu_model
+from qdeploy.system.progress import say
 
 # All blobs together; those that were not used for longest go first.
 MOST_BYTES = 4 * 2**30

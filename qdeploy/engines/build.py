@@ -7,23 +7,19 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from qdeploy.artifact import Artifact, open_artifact
-from qdeploy.card import write_card
-from qdeploy.decibels import distance, powers
-from qdeploy.draft import Draft
 from qdeploy.engines.base import UNKNOWN, Engine
 from qdeploy.engines.int8_share import int8_layers, int8_mac_share
-from qdeploy.engines.measure import (
-    latency,
-    read_macs,
-    read_probe,
-    repeat_rows,
-    row_by_row,
-)
+from qdeploy.engines.measure import latency, read_macs, repeat_rows, row_by_row
 from qdeploy.engines.registry import PRECISIONS, Backend, backends, find_backend
-from qdeploy.errors import CapabilityError, InvalidInputError, UsageError
 from qdeploy.export.macs import graph_macs, meant_int8
-from qdeploy.machine import (
+from qdeploy.model.card import write_card
+from qdeploy.store.artifact import Artifact, open_artifact
+from qdeploy.store.builder import Draft
+from qdeploy.store.paths import default_output
+from qdeploy.store.probe import read_probe
+from qdeploy.system.decibels import distance, powers
+from qdeploy.system.errors import CapabilityError, InvalidInputError, UsageError
+from qdeploy.system.machine import (
     BF16_INSTRUCTIONS,
     NARROW,
     WIDE,
@@ -34,8 +30,7 @@ from qdeploy.machine import (
     int8_sums_saturate,
     machine,
 )
-from qdeploy.paths import default_output
-from qdeploy.progress import say
+from qdeploy.system.progress import say
 
 # Facts that an engine hands on from its bundle.
 _CARRIED = (

@@ -9,8 +9,8 @@ from importlib import metadata
 from typing import Any
 
 from qdeploy.engines.registry import Backend, backends
-from qdeploy.errors import CapabilityError, UsageError
-from qdeploy.machine import (
+from qdeploy.system.errors import CapabilityError, UsageError
+from qdeploy.system.machine import (
     BF16_INSTRUCTIONS,
     INT8_INSTRUCTIONS,
     cpu_features,
@@ -114,7 +114,7 @@ def _backend(backend: Backend) -> dict[str, Any]:
 
 
 def _gpu() -> dict[str, Any]:
-    from qdeploy.engines.tensorrt.preflight import find_gpu
+    from qdeploy.system.gpu import find_gpu
 
     try:
         return find_gpu().to_json()

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from qdeploy.engines.base import Engine, Kernel, Port, why
 from qdeploy.engines.registry import Backend
-from qdeploy.errors import InvalidInputError
-from qdeploy.machine import int8_sums_saturate
+from qdeploy.system.errors import InvalidInputError
+from qdeploy.system.machine import int8_sums_saturate
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qdeploy.artifact import Artifact
+    from qdeploy.store.artifact import Artifact
 
 MODEL = "model.onnx"
 WEIGHTS = "model.onnx_data"

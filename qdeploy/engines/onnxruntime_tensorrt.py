@@ -13,21 +13,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qdeploy.artifact import sha256_files
 from qdeploy.engines import onnxruntime as plain
 from qdeploy.engines.base import UNKNOWN, Kernel
 from qdeploy.engines.registry import Backend
 from qdeploy.engines.tensorrt.graph import read_graph
 from qdeploy.engines.tensorrt.half import halve
-from qdeploy.engines.tensorrt.preflight import find_gpu, require_gpu
 from qdeploy.engines.tensorrt.profiles import Profile, check_profiles, default_profile, parse_shapes
-from qdeploy.errors import CapabilityError, UsageError
-from qdeploy.paths import cache_folder
+from qdeploy.store.paths import cache_folder
+from qdeploy.system.errors import CapabilityError, UsageError
+from qdeploy.system.gpu import find_gpu, require_gpu
+from qdeploy.system.hashing import sha256_files
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qdeploy.artifact import Artifact
+    from qdeploy.store.artifact import Artifact
 
 PROVIDER = "TensorrtExecutionProvider"
 PROFILE = "profile.json"

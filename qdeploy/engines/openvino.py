@@ -13,14 +13,14 @@ from qdeploy.engines.base import Engine, Kernel, Port, why
 from qdeploy.engines.blobs import LARGEST_BYTES, Blobs
 from qdeploy.engines.openvino_graph import MODEL, build
 from qdeploy.engines.registry import Backend
-from qdeploy.errors import CapabilityError, InvalidInputError
-from qdeploy.machine import WIDE, has_bf16, int8_sums_saturate
-from qdeploy.progress import say
+from qdeploy.system.errors import CapabilityError, InvalidInputError
+from qdeploy.system.machine import WIDE, has_bf16, int8_sums_saturate
+from qdeploy.system.progress import say
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qdeploy.artifact import Artifact
+    from qdeploy.store.artifact import Artifact
 
 # Compiled models that are kept, one per set of input shapes. Each holds its own packed weights.
 KEPT_SHAPES = 4

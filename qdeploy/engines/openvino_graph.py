@@ -11,8 +11,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from qdeploy.engines.base import why
-from qdeploy.errors import InvalidInputError
-from qdeploy.machine import int8_sums_saturate
+from qdeploy.system.errors import InvalidInputError
+from qdeploy.system.machine import int8_sums_saturate
 
 MODEL = "openvino_model.xml"
 # Operations whose output holds the same values as their input, only elsewhere.

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-from qdeploy.errors import CapabilityError, UsageError
+from qdeploy.system.errors import CapabilityError, UsageError
 
 if TYPE_CHECKING:
-    from qdeploy.artifact import Artifact
     from qdeploy.engines.base import Engine
+    from qdeploy.store.artifact import Artifact
 
 PRECISIONS = ("f32", "f16", "bf16")
 
@@ -41,7 +41,7 @@ class Backend:
         wishes: names of further options of its builds; ``build`` takes them, ``precision`` and ``batch`` as
             keywords where there are any.
         check: raises `CapabilityError` where the machine lacks what the backend needs beside its package.
-        lacks: number formats (`qdeploy.formats`) that it has no kernels for.
+        lacks: number formats (`qdeploy.recipe.formats`) that it has no kernels for.
         narrow_sums: whether its int8 products may overflow where `machine.int8_sums_saturate`, so that its
             builds leave some layers in floats there.
     """

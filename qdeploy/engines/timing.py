@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from qdeploy.engines.base import Engine
-from qdeploy.progress import track
+from qdeploy.system.progress import track
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdeploy.artifact import Artifact, sha256_of
-from qdeploy.denoiser import Model, open_model
 from qdeploy.engines.build import build_engine
 from qdeploy.engines.registry import find_backend
-from qdeploy.errors import InvalidInputError
 from qdeploy.export.run import export
-from qdeploy.machine import has_bf16
-from qdeploy.paths import cache_folder
-from qdeploy.progress import say
+from qdeploy.model.folder import Model
+from qdeploy.model.origin import source_model
+from qdeploy.store.artifact import Artifact
+from qdeploy.store.paths import cache_folder
+from qdeploy.system.hashing import sha256_of
+from qdeploy.system.machine import has_bf16
+from qdeploy.system.progress import say
 from qdeploy.version import __version__
 
 FULL, HALF = "f32", "bf16"
@@ -75,36 +76,6 @@ def baseline_engine(
     name += f"-{sha256_of(alike)[:8]}" if alike else ""
     place = _folder(model) / name
     return build_engine(baseline_bundle(model), place, backend=backend, precision=precision, **alike)
-
-
-def source_model(engine: Artifact, reference: str | Path | Model | None = None) -> Model:
-    """The full-precision model that an engine was made from.
-
-    Args:
-        engine: the engine.
-        reference: where the model is; by default where it was when the engine was made.
-
-    Raises:
-        InvalidInputError: it is not there, or is another one.
-    """
-    wanted = engine.facts.get("model_sha256")
-    if reference is not None:
-        model = reference if isinstance(reference, Model) else open_model(reference)
-        if model.sha256 != wanted:
-            raise InvalidInputError(
-                f"{engine.path} was not made from {model.path}: name the full-precision model that it was "
-                "made from"
-            )
-        return model
-    noted = engine.manifest["notes"].get("source")
-    if noted is not None and Path(noted).exists():
-        model = open_model(noted)
-        if model.sha256 == wanted:
-            return model
-    raise InvalidInputError(
-        f"the full-precision model that {engine.path} was made from is not at {noted or 'a known place'} any "
-        "more: name its folder with --reference"
-    )
 
 
 @dataclass(frozen=True)

@@ -14,19 +14,20 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from qdeploy.artifact import Artifact, open_artifact
-from qdeploy.denoiser import Model
 from qdeploy.engines.base import Engine
-from qdeploy.engines.in_turn import EngineInTurn, Seat
-from qdeploy.engines.measure import int8_shares, read_probe, repeat_rows
+from qdeploy.engines.engine_slot import EngineInTurn, Seat
+from qdeploy.engines.measure import int8_shares, repeat_rows
 from qdeploy.engines.registry import find_backend
 from qdeploy.engines.timing import quantile, take_turns
-from qdeploy.errors import UsageError
 from qdeploy.evaluate.baselines import FULL, HALF, HALVES, Entrant, enter, is_baseline
-from qdeploy.machine import machine
-from qdeploy.memory import physical_memory
-from qdeploy.progress import say
-from qdeploy.tables import MISSING, markdown_table, number, text_table
+from qdeploy.model.folder import Model
+from qdeploy.store.artifact import Artifact, open_artifact
+from qdeploy.store.probe import read_probe
+from qdeploy.system.errors import UsageError
+from qdeploy.system.machine import machine
+from qdeploy.system.memory import physical_memory
+from qdeploy.system.progress import say
+from qdeploy.system.tables import MISSING, markdown_table, number, text_table
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,22 +7,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qdeploy.artifact import Artifact
-from qdeploy.decibels import decibels, powers
-from qdeploy.denoiser import Model, open_model
-from qdeploy.engines.measure import read_probe
-from qdeploy.errors import InvalidInputError, UsageError
-from qdeploy.evaluate.baselines import source_model
 from qdeploy.evaluate.check_result import CheckResult, judge
-from qdeploy.evaluate.means import Means
+from qdeploy.evaluate.metric_context import Means
 from qdeploy.evaluate.metrics.frechet import FOLDER
 from qdeploy.evaluate.metrics.sqnr import summary
 from qdeploy.evaluate.over_time import describe_before, draw, open_before
 from qdeploy.evaluate.parity import Subject, measure_parity, open_subject
-from qdeploy.evaluate.pictures import picture_folder
 from qdeploy.evaluate.quality import Plan, Trajectories, measure_quality
 from qdeploy.evaluate.thresholds import THRESHOLDS
-from qdeploy.runtime.correction import check_correction, correct
+from qdeploy.model.folder import Model, open_model
+from qdeploy.model.origin import source_model
+from qdeploy.plots.pictures import picture_folder
+from qdeploy.sampling.correction import check_correction, correct
+from qdeploy.store.artifact import Artifact
+from qdeploy.store.probe import read_probe
+from qdeploy.system.decibels import decibels, powers
+from qdeploy.system.errors import InvalidInputError, UsageError
 
 
 def check(
@@ -66,7 +66,7 @@ def check(
         samples: images to compare.
         steps: timesteps at which predictions are compared.
         inference_steps: length of the trajectory.
-        scheduler: a name of `qdeploy.schedulers`; the model's own if None.
+        scheduler: a name of `qdeploy.model.schedulers`; the model's own if None.
         seed: chooses the images. Its images are none that a calibration set of an ordinary seed holds.
         batch: images at a time.
         prompts: for pipelines that take prompts or class numbers; used in turns.

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qdeploy.artifact import Artifact
 from qdeploy.evaluate.over_time import timestep_table
 from qdeploy.evaluate.thresholds import THRESHOLDS, look_up, parity_floor, rows_out_of_parity
-from qdeploy.tables import number, text_table
+from qdeploy.store.artifact import Artifact
+from qdeploy.system.tables import number, text_table
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from qdeploy.artifact import Artifact
-from qdeploy.formats import Format, parse_format
-from qdeploy.recipe import Recipe
+from qdeploy.recipe.formats import Format, parse_format
+from qdeploy.recipe.recipe import Recipe
+from qdeploy.store.artifact import Artifact
 
 FLOAT_BITS = 32
 

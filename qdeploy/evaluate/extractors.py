@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qdeploy.artifact import sha256_file
-from qdeploy.errors import CapabilityError, InvalidInputError
 from qdeploy.evaluate.features import FeatureNetwork
+from qdeploy.system.errors import CapabilityError, InvalidInputError
+from qdeploy.system.hashing import sha256_file
 
 LOCAL, INCEPTION = "local", "inception"
 SPATIAL_CHANNELS = 7  # of an inner layer, flattened: sFID (Nash et al. 2021, section 4)

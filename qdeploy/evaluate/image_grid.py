@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from qdeploy.errors import InvalidInputError
-from qdeploy.files import write_atomically
+from qdeploy.store.files import write_atomically
+from qdeploy.system.errors import InvalidInputError
 
 _PAPER, _INK = 255, 0
 _HEAD, _BETWEEN = 32, 4  # pixels for the titles, and between images

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qdeploy.artifact import Artifact
-from qdeploy.calibrate.timestep_groups import RANGES, read_ranges, tensor_names
-from qdeploy.errors import InvalidInputError
 from qdeploy.evaluate.parity import Subject, open_subject
-from qdeploy.evaluate.pictures import ERROR_PICTURE, RANGES_PICTURE, error_by_timestep, range_heat_map
-from qdeploy.files import explained_os_errors
-from qdeploy.progress import say
-from qdeploy.tables import number, text_table
+from qdeploy.plots.pictures import ERROR_PICTURE, RANGES_PICTURE, error_by_timestep, range_heat_map
+from qdeploy.quant.time_ranges import RANGES, read_ranges, tensor_names
+from qdeploy.store.artifact import Artifact
+from qdeploy.store.files import explained_os_errors
+from qdeploy.system.errors import InvalidInputError
+from qdeploy.system.progress import say
+from qdeploy.system.tables import number, text_table
 
 
 def open_before(path: str | Path | Artifact, subject: Subject) -> Subject:

@@ -24,16 +24,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from qdeploy.artifact import Artifact, open_artifact
-from qdeploy.calibrate.checkpoint import checkpoint_model, load_checkpoint
-from qdeploy.decibels import EXACT_DB, SAME_DB, distance, sqnr_by_row
 from qdeploy.engines.base import Engine
 from qdeploy.engines.build import load_engine
-from qdeploy.engines.measure import read_probe, row_by_row
+from qdeploy.engines.measure import row_by_row
 from qdeploy.engines.registry import find_backend
-from qdeploy.errors import InvalidInputError
 from qdeploy.evaluate.metrics.sqnr import timestep_name
-from qdeploy.inputs import denoise
+from qdeploy.model.inputs import denoise
+from qdeploy.quant.checkpoint import checkpoint_model, load_checkpoint
+from qdeploy.store.artifact import Artifact, open_artifact
+from qdeploy.store.probe import read_probe
+from qdeploy.system.decibels import EXACT_DB, SAME_DB, distance, sqnr_by_row
+from qdeploy.system.errors import InvalidInputError
 
 # From the first step to the last of the way. Kinds of artifacts, with the words that reports use.
 STAGES = {"checkpoint": "fake-quant", "onnx": "onnx", "engine": "engine"}

@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdeploy.artifact import sha256_of
-from qdeploy.calibrate.recorder import chosen_calls
-from qdeploy.calibrate.request import pipeline_sha256
-from qdeploy.denoiser import Model
-from qdeploy.errors import InvalidInputError, UsageError
-from qdeploy.evaluate.means import Means
+from qdeploy.calibration_set.recorder import chosen_calls
+from qdeploy.calibration_set.request import pipeline_sha256
+from qdeploy.evaluate.metric_context import Means
 from qdeploy.evaluate.metrics.base import Meter, metrics
-from qdeploy.evaluate.pair import Call, Pair
+from qdeploy.evaluate.paired_sample import Call, Pair
 from qdeploy.evaluate.shared_work import in_parts, journal, processes
-from qdeploy.inputs import denoise, flatten_inputs, sample_name
-from qdeploy.progress import track
-from qdeploy.runtime.pipeline import generate
-from qdeploy.schedulers import make_scheduler
+from qdeploy.model.folder import Model
+from qdeploy.model.inputs import denoise, flatten_inputs, sample_name
+from qdeploy.model.pipeline import generate
+from qdeploy.model.schedulers import make_scheduler
+from qdeploy.system.errors import InvalidInputError, UsageError
+from qdeploy.system.hashing import sha256_of
+from qdeploy.system.progress import track
 from qdeploy.version import __version__
 
 # Image i of an evaluation has the seed FIRST_SEED + SEEDS_APART * seed + i: whatever ordinary seed a
@@ -41,7 +41,7 @@ class Plan:
         samples: number of images.
         steps: number of denoiser calls of each trajectory that are compared, evenly spread.
         inference_steps: length of the trajectory.
-        scheduler: a name of `qdeploy.schedulers`; the model's own if None.
+        scheduler: a name of `qdeploy.model.schedulers`; the model's own if None.
         seed: chooses the images.
         batch: images at a time.
         prompts: for pipelines that take prompts or class numbers; used in turns.

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from qdeploy.errors import CapabilityError
-from qdeploy.evaluate.pair import Call, Pair
-from qdeploy.files import write_tensors
-from qdeploy.paths import cache_folder
+from qdeploy.evaluate.paired_sample import Call, Pair
+from qdeploy.store.files import write_tensors
+from qdeploy.store.paths import cache_folder
+from qdeploy.system.errors import CapabilityError
 
 _PARTS = ("expected", "predicted", "expected_sample", "sample")
 

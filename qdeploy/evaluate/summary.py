@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qdeploy.artifact import Artifact
 from qdeploy.evaluate.baselines import FULL, HALF
-from qdeploy.tables import MISSING, markdown_table, number, text_table
+from qdeploy.store.artifact import Artifact
+from qdeploy.system.tables import MISSING, markdown_table, number, text_table
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdeploy.artifact import Artifact
-from qdeploy.calibrate.timestep_groups import read_ranges, tensor_names
-from qdeploy.decibels import decibels
-from qdeploy.formats import Format, parse_format
+from qdeploy.quant.time_ranges import read_ranges, tensor_names
+from qdeploy.recipe.formats import Format, parse_format
+from qdeploy.store.artifact import Artifact
+from qdeploy.system.decibels import decibels
 
 
 def gain_db(bank: Mapping[str, Tensor], timesteps: Tensor, number_format: Format) -> float:

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdeploy.draft import Draft
-from qdeploy.errors import InvalidInputError
 from qdeploy.export.graph import save
 from qdeploy.export.lower import lower
 from qdeploy.export.trace import export_program
+from qdeploy.store.builder import Draft
+from qdeploy.system.errors import InvalidInputError
 
 _COPIED = ("tokenizer", "tokenizer_2", "tokenizer_3", "feature_extractor")
 

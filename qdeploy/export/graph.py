@@ -7,7 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qdeploy.errors import InvalidInputError
+from qdeploy.system.errors import InvalidInputError
 
 WEIGHTED_OPS = ("Conv", "Gemm", "MatMul", "MatMulIntegerToFloat")
 LARGE = 2**30  # bytes of initializers above which they go to a file of their own

@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from qdeploy.errors import InvalidInputError
+from qdeploy.system.errors import InvalidInputError
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # ONNX Runtime's product of integers with a float result.

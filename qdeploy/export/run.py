@@ -9,31 +9,26 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from qdeploy.artifact import Artifact, is_artifact, open_artifact
-from qdeploy.calibrate.checkpoint import (
-    PROBE,
-    checkpoint_model,
-    copy_pipeline_files,
-    load_checkpoint,
-    write_probe,
-)
-from qdeploy.calibrate.estimate import readable_size
-from qdeploy.calibrate.fakequant import freeze
-from qdeploy.calibrate.timestep_groups import RANGES
-from qdeploy.card import write_card
-from qdeploy.correction_table import CORRECTION
-from qdeploy.denoiser import Model, open_model
-from qdeploy.draft import Draft
-from qdeploy.errors import CapabilityError, UsageError
 from qdeploy.export.components import has_components, write_components
 from qdeploy.export.graph import save
 from qdeploy.export.lint.run import lint
 from qdeploy.export.lower import PASSES, lower
 from qdeploy.export.time_table import TimeTable, needs_table, plan_table, tabulate
-from qdeploy.paths import default_output
-from qdeploy.progress import say
-from qdeploy.recipe import Recipe
-from qdeploy.targets import TARGETS, find_target
+from qdeploy.model.card import write_card
+from qdeploy.model.folder import Model, open_model
+from qdeploy.quant.checkpoint import checkpoint_model, copy_pipeline_files, load_checkpoint, write_probe
+from qdeploy.quant.layer import freeze
+from qdeploy.quant.time_ranges import RANGES
+from qdeploy.recipe.recipe import Recipe
+from qdeploy.recipe.targets import TARGETS, find_target
+from qdeploy.store.artifact import Artifact, is_artifact, open_artifact
+from qdeploy.store.builder import Draft
+from qdeploy.store.correction_table import CORRECTION
+from qdeploy.store.paths import default_output
+from qdeploy.store.probe import PROBE
+from qdeploy.system.errors import CapabilityError, UsageError
+from qdeploy.system.estimate import readable_size
+from qdeploy.system.progress import say
 
 
 def export(
@@ -271,12 +266,12 @@ def _dialect(target: str) -> str:
 
 def _probe_inputs(model: Model, denoiser: nn.Module, calibration: Any) -> dict[str, Tensor]:
     if calibration is not None:
-        from qdeploy.calibrate.dataset import CalibrationSet
+        from qdeploy.calibration_set.dataset import CalibrationSet
 
         data = CalibrationSet.open(calibration.path if isinstance(calibration, Artifact) else calibration)
         data.check_fits(model, denoiser)
         rows = torch.linspace(0, len(data) - 1, min(16, len(data))).round().long()
         return data.probe_inputs(rows)
-    from qdeploy.inputs import example_inputs
+    from qdeploy.model.inputs import example_inputs
 
     return example_inputs(model, rows=4)

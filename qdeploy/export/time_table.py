@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdeploy.calibrate.fakequant import QuantizedLayer, quantized_layers, replace_module
-from qdeploy.calibrate.feature_table import STORAGES, FeatureTable
-from qdeploy.clock import attach_clock, midpoints
-from qdeploy.denoiser import Model
-from qdeploy.errors import UsageError
-from qdeploy.schedulers import make_scheduler
-from qdeploy.structure import find_structure
+from qdeploy.model.folder import Model
+from qdeploy.model.schedulers import make_scheduler
+from qdeploy.network.current_timestep import attach_clock, midpoints
+from qdeploy.network.roles import find_structure
+from qdeploy.quant.feature_table import STORAGES, FeatureTable
+from qdeploy.quant.layer import QuantizedLayer, quantized_layers, replace_module
+from qdeploy.system.errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """From a torch denoiser to an ONNX graph, as it stands.
 
 The network is traced with its quantizers in place. Their two operations are written as the ONNX operators
-that compute the same function (`qdeploy.calibrate.operators`), so the graph says what the simulation did.
+that compute the same function (`qdeploy.quant.operators`), so the graph says what the simulation did.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from qdeploy.calibrate.operators import onnx_translations
-from qdeploy.errors import InvalidInputError
-from qdeploy.inputs import denoise
+from qdeploy.model.inputs import denoise
+from qdeploy.quant.operators import onnx_translations
+from qdeploy.system.errors import InvalidInputError
 
 OPSET = 21
 OUTPUT = "out_sample"
@@ -43,7 +43,7 @@ def trace(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> ir.Model:
 
     Args:
         denoiser: in evaluation mode, quantized or not.
-        inputs: one row or more of its inputs, named as `qdeploy.inputs.flatten_inputs` names them. The
+        inputs: one row or more of its inputs, named as `qdeploy.model.inputs.flatten_inputs` names them. The
             timestep becomes a float32 scalar: schedulers use fractional timesteps too.
 
     Returns:

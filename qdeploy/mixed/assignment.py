@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from qdeploy.formats import NONE, parse_format
 from qdeploy.mixed.budget import MACS, SIZE
 from qdeploy.mixed.costs import Costs
 from qdeploy.mixed.ranking import LayerHarm, harm_db, score
+from qdeploy.recipe.formats import NONE, parse_format
 
 _GAP = 1e-4
 _TOLERANCE = 3e-6  # above that of the solver's constraints

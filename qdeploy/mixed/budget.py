@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qdeploy.errors import UsageError
+from qdeploy.system.errors import UsageError
 
 SIZE, MACS = "size", "macs"
 _UNITS = {

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from torch import nn
 
-from qdeploy.calibrate.checkpoint import float_parameters
-from qdeploy.calibrate.fakequant import quantized_layers
-from qdeploy.calibrate.state import packed_bytes, read_state
-from qdeploy.formats import Format
-from qdeploy.structure import Structure
+from qdeploy.network.roles import Structure
+from qdeploy.quant.checkpoint import float_parameters
+from qdeploy.quant.layer import quantized_layers
+from qdeploy.quant.state import packed_bytes, read_state
+from qdeploy.recipe.formats import Format
 
 FLOAT_BITS = 32
 
@@ -58,7 +58,7 @@ class Costs:
 
 
 def costs_of(denoiser: nn.Module, structure: Structure) -> Costs:
-    """The costs of a network that has its quantizers, as `qdeploy.calibrate.checkpoint` will store it.
+    """The costs of a network that has its quantizers, as `qdeploy.quant.checkpoint` will store it.
 
     Methods that add to a layer (factors, tables of features) add to its bytes too; they are not foreseen.
     """

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from qdeploy.calibrate.fakequant import QuantizedLayer
-from qdeploy.calibrate.quantizers import WeightQuantizer
-from qdeploy.calibrate.ranges import WEIGHT_FINDERS
-from qdeploy.formats import Format
+from qdeploy.quant.layer import QuantizedLayer
+from qdeploy.quant.quantizers import WeightQuantizer
+from qdeploy.quant.ranges import WEIGHT_FINDERS
+from qdeploy.recipe.formats import Format
 
 WEIGHTS, ACTIVATIONS = "weights", "activations"
 

@@ -11,23 +11,24 @@ from typing import Any
 
 import yaml
 
-from qdeploy.artifact import Artifact, open_artifact, sha256_of
-from qdeploy.calibrate.dataset import CalibrationSet
-from qdeploy.calibrate.session import quantize_structure
-from qdeploy.denoiser import Model
-from qdeploy.draft import Draft
-from qdeploy.errors import InvalidInputError, UsageError
-from qdeploy.files import write_text
-from qdeploy.formats import NONE
+from qdeploy.calibration_set.dataset import CalibrationSet
 from qdeploy.mixed.assignment import Assignment, Problem
 from qdeploy.mixed.budget import MACS, SIZE, Limit, in_words
 from qdeploy.mixed.costs import Costs, costs_of, stored_bytes
 from qdeploy.mixed.ranking import LayerHarm
-from qdeploy.mixed.run import SENSITIVITY
-from qdeploy.paths import cache_folder
-from qdeploy.recipe import Recipe
-from qdeploy.structure import find_structure
-from qdeploy.tables import number, text_table
+from qdeploy.mixed.sensitivity import SENSITIVITY
+from qdeploy.model.folder import Model
+from qdeploy.network.roles import find_structure
+from qdeploy.quant.insert import quantize_structure
+from qdeploy.recipe.formats import NONE
+from qdeploy.recipe.recipe import Recipe
+from qdeploy.store.artifact import Artifact, open_artifact
+from qdeploy.store.builder import Draft
+from qdeploy.store.files import write_text
+from qdeploy.store.paths import cache_folder
+from qdeploy.system.errors import InvalidInputError, UsageError
+from qdeploy.system.hashing import sha256_of
+from qdeploy.system.tables import number, text_table
 
 POINTS = 9
 RECIPE, BUDGET = "recipe.yaml", "budget.json"
@@ -132,7 +133,7 @@ def plan_for(
         raise UsageError("the recipe already gives layers formats of their own: leave out --budget, or them")
     base = replace(recipe, weights="int4", effort="fast")
     if sensitivity is None:
-        from qdeploy.mixed.run import sensitivity as measure
+        from qdeploy.mixed.sensitivity import sensitivity as measure
 
         name = sha256_of([model.sha256, data.sha256, base.to_json()])[:32]
         place = cache_folder() / "sensitivity" / name

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qdeploy.formats import NONE
 from qdeploy.mixed.options import ACTIVATIONS, WEIGHTS
+from qdeploy.recipe.formats import NONE
 
 TOP = 10
 Harm = Mapping[str, Mapping[str, float]]

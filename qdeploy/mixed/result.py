@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from qdeploy.artifact import Artifact
 from qdeploy.mixed.plan import BUDGET
 from qdeploy.mixed.ranking import TOP, LayerHarm, harm_db, score
-from qdeploy.mixed.run import SENSITIVITY
-from qdeploy.tables import number, text_table
+from qdeploy.mixed.sensitivity import SENSITIVITY
+from qdeploy.store.artifact import Artifact
+from qdeploy.system.tables import number, text_table
 
 
 def read_sensitivity(artifact: Artifact) -> dict[str, Any]:

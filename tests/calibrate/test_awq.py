@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdeploy.calibrate.fakequant import QuantizedLayer, quantized_layers
-from qdeploy.calibrate.methods import awq, check_stages
+from qdeploy.calibrate.methods import awq
 from qdeploy.calibrate.methods.minmax import weight_ranges
-from qdeploy.calibrate.ranges import minmax_weights
 from qdeploy.calibrate.smoothing import smooth, smoothing_groups
-from qdeploy.errors import UsageError
-from qdeploy.formats import Format, int4, int4b64
-from qdeploy.inputs import denoise
+from qdeploy.model.inputs import denoise
+from qdeploy.quant.layer import QuantizedLayer, quantized_layers
+from qdeploy.quant.ranges import minmax_weights
+from qdeploy.recipe.formats import Format, int4, int4b64
+from qdeploy.recipe.stages import check_stages
+from qdeploy.system.errors import UsageError
 from tests.export.test_low_bit import dit_rows, tiny_dit
 from tests.helpers import calibrating, relative
 

@@ -15,12 +15,6 @@ import torch
 from torch import Tensor, nn
 
 import qdeploy
-from qdeploy.artifact import Artifact
-from qdeploy.calibrate import effort as efforts
-from qdeploy.calibrate.attention import AttentionQuantizers
-from qdeploy.calibrate.checkpoint import PROBE, load_checkpoint
-from qdeploy.calibrate.fakequant import QuantizedLayer, full_precision, quantized_layers
-from qdeploy.calibrate.families import reference_dimension
 from qdeploy.calibrate.groups import (
     CHANNELS,
     TOKENS,
@@ -30,21 +24,29 @@ from qdeploy.calibrate.groups import (
     relative_spans,
     watch,
 )
-from qdeploy.calibrate.log_attention import LogQuantizer
-from qdeploy.calibrate.methods import check_stages, dgq, dgq_attention, dgq_tokens, minmax
-from qdeploy.calibrate.operators import fake_quantize
-from qdeploy.calibrate.patches import PIXELS, ROWS
-from qdeploy.calibrate.ranges import to_scale
+from qdeploy.calibrate.input_groups import reference_dimension
+from qdeploy.calibrate.methods import dgq, dgq_attention, dgq_tokens, minmax
 from qdeploy.calibrate.rounding_noise import rounding_noise
 from qdeploy.calibrate.staged import run_stages
-from qdeploy.calibrate.state import read_state
-from qdeploy.clock import Clock, midpoints
-from qdeploy.errors import CapabilityError, InvalidInputError, UsageError
 from qdeploy.export.graph import constant
-from qdeploy.formats import Format, int4, int8, uint8
-from qdeploy.inputs import denoise
-from qdeploy.machine import int8_sums_saturate
-from qdeploy.recipe import resolve_recipe
+from qdeploy.model.inputs import denoise
+from qdeploy.network.current_timestep import Clock, midpoints
+from qdeploy.quant.attention import AttentionQuantizers
+from qdeploy.quant.checkpoint import load_checkpoint
+from qdeploy.quant.layer import QuantizedLayer, full_precision, quantized_layers
+from qdeploy.quant.log_attention import LogQuantizer
+from qdeploy.quant.operators import fake_quantize
+from qdeploy.quant.patches import PIXELS, ROWS
+from qdeploy.quant.ranges import to_scale
+from qdeploy.quant.state import read_state
+from qdeploy.recipe import effort as efforts
+from qdeploy.recipe.formats import Format, int4, int8, uint8
+from qdeploy.recipe.recipe import resolve_recipe
+from qdeploy.recipe.stages import check_stages
+from qdeploy.store.artifact import Artifact
+from qdeploy.store.probe import PROBE
+from qdeploy.system.errors import CapabilityError, InvalidInputError, UsageError
+from qdeploy.system.machine import int8_sums_saturate
 from tests.helpers import TINY, MemoryRows, calibrating, relative, tiny_unet
 
 DATA = MemoryRows.noisy()

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from qdeploy.calibrate.attention import AttentionQuantizers
-from qdeploy.calibrate.log_attention import LogQuantizer, log_quantize, split_start
 from qdeploy.calibrate.methods.dgq_attention import crosses
-from qdeploy.calibrate.ranges import to_scale
-from qdeploy.denoiser import open_model
-from qdeploy.formats import int8, uint8
-from qdeploy.inputs import example_inputs
-from qdeploy.structure import find_structure
+from qdeploy.model.folder import open_model
+from qdeploy.model.inputs import example_inputs
+from qdeploy.network.roles import find_structure
+from qdeploy.quant.attention import AttentionQuantizers
+from qdeploy.quant.log_attention import LogQuantizer, log_quantize, split_start
+from qdeploy.quant.ranges import to_scale
+from qdeploy.recipe.formats import int8, uint8
 from tests.models import stable_diffusion_folder
 
 

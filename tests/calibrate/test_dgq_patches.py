@@ -12,23 +12,25 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import qdeploy
-from qdeploy.artifact import Artifact
-from qdeploy.calibrate import effort as efforts
-from qdeploy.calibrate import run as run_module
-from qdeploy.calibrate.checkpoint import PROBE, load_checkpoint
-from qdeploy.calibrate.fakequant import QuantizedLayer, full_precision, quantized_layers, weights_only
-from qdeploy.calibrate.families import give_shares
 from qdeploy.calibrate.groups import cluster, extremes, relative_spans
-from qdeploy.calibrate.methods import check_stages, dgq_patches
-from qdeploy.calibrate.operators import fake_quantize
-from qdeploy.calibrate.patches import AXES, PIXELS, ROWS, PatchQuantizer, shifted
-from qdeploy.calibrate.ranges import to_scale
+from qdeploy.calibrate.input_groups import give_shares
+from qdeploy.calibrate.methods import dgq_patches
 from qdeploy.calibrate.staged import run_stages
-from qdeploy.calibrate.state import read_state
-from qdeploy.errors import CapabilityError, InvalidInputError, UsageError
-from qdeploy.formats import Format, int4, int8, uint8
-from qdeploy.inputs import denoise
-from qdeploy.recipe import resolve_recipe
+from qdeploy.model.inputs import denoise
+from qdeploy.quant.checkpoint import load_checkpoint
+from qdeploy.quant.layer import QuantizedLayer, full_precision, quantized_layers, weights_only
+from qdeploy.quant.operators import fake_quantize
+from qdeploy.quant.patches import AXES, PIXELS, ROWS, PatchQuantizer, shifted
+from qdeploy.quant.ranges import to_scale
+from qdeploy.quant.state import read_state
+from qdeploy.recipe import effort as efforts
+from qdeploy.recipe.formats import Format, int4, int8, uint8
+from qdeploy.recipe.recipe import resolve_recipe
+from qdeploy.recipe.stages import check_stages
+from qdeploy.store.artifact import Artifact
+from qdeploy.store.probe import PROBE
+from qdeploy.system.errors import CapabilityError, InvalidInputError, UsageError
+from qdeploy.workflows import calibrate as run_module
 from tests.helpers import TINY, MemoryRows, calibrating, relative, tiny_unet
 
 DATA = MemoryRows.noisy()

@@ -13,19 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.calibrate import rounding
-from qdeploy.calibrate.coverage import COVERAGES, covered, find_coverage
-from qdeploy.calibrate.effort import EFFORTS, Effort
-from qdeploy.calibrate.fakequant import full_precision, quantized_layers
-from qdeploy.calibrate.methods import check_stages, find_method, methods, minmax, qdiffusion, stages
-from qdeploy.calibrate.quantizers import ActivationQuantizer, WeightQuantizer
+from qdeploy.calibrate.methods import minmax, qdiffusion
 from qdeploy.calibrate.reconstruct import UnitProblem
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.staged import run_stages
-from qdeploy.calibrate.state import quantizers, read_state
-from qdeploy.errors import UsageError
-from qdeploy.formats import FORMATS, integer
-from qdeploy.inputs import denoise
-from qdeploy.structure import find_structure
+from qdeploy.model.inputs import denoise
+from qdeploy.network.roles import find_structure
+from qdeploy.quant.layer import full_precision, quantized_layers
+from qdeploy.quant.quantizers import ActivationQuantizer, WeightQuantizer
+from qdeploy.quant.state import quantizers, read_state
+from qdeploy.recipe.coverage import COVERAGES, covered, find_coverage
+from qdeploy.recipe.effort import EFFORTS, Effort
+from qdeploy.recipe.formats import FORMATS, integer
+from qdeploy.recipe.stages import check_stages, find_method, methods, stages
+from qdeploy.system.errors import UsageError
 from tests.helpers import MemoryRows, calibrating, relative, tiny_unet
 
 SHORT = Effort("short", rows=96, batch=16, rounding=60, scales=20)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdeploy.calibrate.fakequant import QuantizedLayer
 from qdeploy.calibrate.methods.awq import best_factors
 from qdeploy.calibrate.methods.smoothquant import migration_factors, weight_ranges
-from qdeploy.calibrate.ranges import minmax_weights, to_scale
 from qdeploy.calibrate.smoothing import relative_factors, smooth
-from qdeploy.formats import Format, fp8, int4b128, int8
+from qdeploy.quant.layer import QuantizedLayer
+from qdeploy.quant.ranges import minmax_weights, to_scale
+from qdeploy.recipe.formats import Format, fp8, int4b128, int8
 from tests.helpers import relative
 
 mtq = pytest.importorskip("modelopt.torch.quantization", reason="an oracle, and no dependency")

@@ -15,23 +15,25 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qdeploy.artifact import Artifact
-from qdeploy.calibrate.checkpoint import PROBE, load_checkpoint
-from qdeploy.calibrate.fakequant import QuantizedLayer, quantized_layers
-from qdeploy.calibrate.methods import check_stages, qdiffusion, qncd
+from qdeploy.calibrate.methods import qdiffusion, qncd
 from qdeploy.calibrate.methods.minmax import activation_ranges, weight_ranges
 from qdeploy.calibrate.methods.qncd import mean_errors, smooth_embeddings, smoothing_factors
-from qdeploy.calibrate.run import calibrate
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.smoothing import smooth
 from qdeploy.calibrate.staged import run_stages
-from qdeploy.calibrate.trajectory import collect
-from qdeploy.correction_table import CORRECTION, CorrectionTable, read_correction
-from qdeploy.errors import UsageError
+from qdeploy.calibration_set.collect import collect
 from qdeploy.export.run import export
-from qdeploy.formats import int8
-from qdeploy.inputs import denoise
-from qdeploy.modulation import ADDITIVE, SCALE_SHIFT, Modulation, find_modulations
+from qdeploy.model.inputs import denoise
+from qdeploy.network.modulation import ADDITIVE, SCALE_SHIFT, Modulation, find_modulations
+from qdeploy.quant.checkpoint import load_checkpoint
+from qdeploy.quant.layer import QuantizedLayer, quantized_layers
+from qdeploy.recipe.formats import int8
+from qdeploy.recipe.stages import check_stages
+from qdeploy.store.artifact import Artifact
+from qdeploy.store.correction_table import CORRECTION, CorrectionTable, read_correction
+from qdeploy.store.probe import PROBE
+from qdeploy.system.errors import UsageError
+from qdeploy.workflows.calibrate import calibrate
 from tests.helpers import MemoryRows, calibrating, plain_options, relative, sqnr_db, tiny_unet
 from tests.models import ddpm_folder
 

@@ -15,31 +15,32 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.calibrate import learning
-from qdeploy.calibrate.channel_ranges import ChannelSummary
-from qdeploy.calibrate.checkpoint import load_checkpoint, write_checkpoint
-from qdeploy.calibrate.effort import EFFORTS
-from qdeploy.calibrate.fakequant import freeze, quantized_layers
-from qdeploy.calibrate.methods import check_stages, minmax, quest
+from qdeploy.calibrate.methods import minmax, quest
 from qdeploy.calibrate.prediction_loss import Losses
-from qdeploy.calibrate.quantizers import ActivationQuantizer, WeightQuantizer
-from qdeploy.calibrate.run import any_attention
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.staged import run_stages
-from qdeploy.calibrate.state import code_shapes, quantizers, read_state, write_state
 from qdeploy.calibrate.tuning import StraightThrough, Tuning
-from qdeploy.denoiser import open_model
-from qdeploy.errors import CapabilityError, UsageError
 from qdeploy.export.graph import save
 from qdeploy.export.lower import lower
 from qdeploy.export.trace import OUTPUT, trace
-from qdeploy.formats import int4, uint4
-from qdeploy.inputs import denoise
-from qdeploy.recipe import resolve_recipe
-from qdeploy.structure import find_structure
+from qdeploy.model.folder import open_model
+from qdeploy.model.inputs import denoise
+from qdeploy.network.roles import find_structure
+from qdeploy.quant.channel_ranges import ChannelSummary
+from qdeploy.quant.checkpoint import load_checkpoint, write_checkpoint
+from qdeploy.quant.layer import freeze, quantized_layers
+from qdeploy.quant.quantizers import ActivationQuantizer, WeightQuantizer
+from qdeploy.quant.state import code_shapes, quantizers, read_state, write_state
+from qdeploy.recipe.effort import EFFORTS
+from qdeploy.recipe.formats import int4, uint4
+from qdeploy.recipe.recipe import resolve_recipe
+from qdeploy.recipe.stages import check_stages
+from qdeploy.system.errors import CapabilityError, UsageError
+from qdeploy.workflows.calibrate import any_attention
 from tests.calibrate.test_methods import Stopped, same_state
 from tests.helpers import MemoryRows, calibrating, relative, sqnr_db, tiny_unet
 from tests.models import ddpm_folder
-from tests.test_structure import conditional_unet, dit
+from tests.network.test_roles import conditional_unet, dit
 
 DATA = MemoryRows.noisy()
 STAGES: dict[str, Callable[..., None]] = {

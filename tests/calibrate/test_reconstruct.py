@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from qdeploy.calibrate.fakequant import QuantizedLayer, full_precision
 from qdeploy.calibrate.methods import minmax
 from qdeploy.calibrate.reconstruct import Recorder, Rows, optimize, output_error, record_unit
 from qdeploy.calibrate.session import Session
-from qdeploy.formats import int4, int8
-from qdeploy.inputs import denoise
+from qdeploy.model.inputs import denoise
+from qdeploy.quant.layer import QuantizedLayer, full_precision
+from qdeploy.recipe.formats import int4, int8
 from tests.helpers import MemoryRows, calibrating, layer_problem, minmax_layer, tiny_unet
 
 RESNET = "up_blocks.0.resnets.0"

@@ -9,12 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qdeploy.calibrate import rounding as rounding_module
-from qdeploy.calibrate.effort import EFFORTS
-from qdeploy.calibrate.fakequant import QuantizedLayer
 from qdeploy.calibrate.methods import qdiffusion
-from qdeploy.calibrate.operators import per_channel
-from qdeploy.calibrate.quantizers import WeightQuantizer
-from qdeploy.calibrate.ranges import lp_weights, minmax_weights
 from qdeploy.calibrate.reconstruct import UnitProblem
 from qdeploy.calibrate.rounding import (
     PAPER_LR,
@@ -25,7 +20,12 @@ from qdeploy.calibrate.rounding import (
     rectified_sigmoid,
     regularizer,
 )
-from qdeploy.formats import FORMATS, Format, int4, int8, uint4
+from qdeploy.quant.layer import QuantizedLayer
+from qdeploy.quant.operators import per_channel
+from qdeploy.quant.quantizers import WeightQuantizer
+from qdeploy.quant.ranges import lp_weights, minmax_weights
+from qdeploy.recipe.effort import EFFORTS
+from qdeploy.recipe.formats import FORMATS, Format, int4, int8, uint4
 from tests.helpers import bare_session, layer_problem, relative
 
 INTEGERS = [number_format for number_format in FORMATS.values() if not number_format.floating]

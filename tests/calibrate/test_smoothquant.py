@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdeploy.calibrate.fakequant import QuantizedLayer, quantized_layers
-from qdeploy.calibrate.methods import check_stages
 from qdeploy.calibrate.methods.minmax import weight_ranges as find_weight_ranges
 from qdeploy.calibrate.methods.smoothquant import migrate_outliers, migration_factors, weight_ranges
-from qdeploy.calibrate.ranges import minmax_weights, to_scale
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.smoothing import FLOOR, relative_factors, smooth
-from qdeploy.calibrate.state import code_shapes, read_state, write_state
-from qdeploy.errors import UsageError
-from qdeploy.formats import Format, int4, int8
-from qdeploy.inputs import denoise
+from qdeploy.model.inputs import denoise
+from qdeploy.quant.layer import QuantizedLayer, quantized_layers
+from qdeploy.quant.ranges import minmax_weights, to_scale
+from qdeploy.quant.state import code_shapes, read_state, write_state
+from qdeploy.recipe.formats import Format, int4, int8
+from qdeploy.recipe.stages import check_stages
+from qdeploy.system.errors import UsageError
 from tests.helpers import MemoryRows, calibrating, minmax_layer, relative, tiny_unet
 
 DATA = MemoryRows.noisy()

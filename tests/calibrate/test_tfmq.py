@@ -12,11 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.calibrate import rounding
-from qdeploy.calibrate.coverage import covered, find_coverage, float_inputs
-from qdeploy.calibrate.effort import Effort
-from qdeploy.calibrate.fakequant import QuantizedLayer, full_precision, quantized_layers
-from qdeploy.calibrate.feature_table import FeatureTable
-from qdeploy.calibrate.methods import find_method, tfmq
+from qdeploy.calibrate.methods import tfmq
 from qdeploy.calibrate.methods.minmax import round_to_nearest, weight_ranges
 from qdeploy.calibrate.methods.qdiffusion import round_weights
 from qdeploy.calibrate.methods.tfmq import (
@@ -28,19 +24,24 @@ from qdeploy.calibrate.methods.tfmq import (
     temporal_rounding,
     temporal_selection,
 )
-from qdeploy.calibrate.operators import fake_quantize
-from qdeploy.calibrate.quantizers import ActivationQuantizer
-from qdeploy.calibrate.ranges import to_scale
-from qdeploy.calibrate.run import timestep_facts
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.staged import run_stages
-from qdeploy.calibrate.state import read_state
-from qdeploy.clock import Clock, midpoints
-from qdeploy.denoiser import read_json
-from qdeploy.errors import UsageError
-from qdeploy.formats import int8, uint8
-from qdeploy.inputs import denoise
-from qdeploy.structure import find_structure
+from qdeploy.model.folder import read_json
+from qdeploy.model.inputs import denoise
+from qdeploy.network.current_timestep import Clock, midpoints
+from qdeploy.network.roles import find_structure
+from qdeploy.quant.feature_table import FeatureTable
+from qdeploy.quant.layer import QuantizedLayer, full_precision, quantized_layers
+from qdeploy.quant.operators import fake_quantize
+from qdeploy.quant.quantizers import ActivationQuantizer
+from qdeploy.quant.ranges import to_scale
+from qdeploy.quant.state import read_state
+from qdeploy.recipe.coverage import covered, find_coverage, float_inputs
+from qdeploy.recipe.effort import Effort
+from qdeploy.recipe.formats import int8, uint8
+from qdeploy.recipe.stages import find_method
+from qdeploy.system.errors import UsageError
+from qdeploy.workflows.calibrate import timestep_facts
 from tests.helpers import MemoryRows, calibrating, relative, tiny_unet
 from tests.networks import make
 

@@ -10,29 +10,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdeploy.calibrate.attention import AttentionQuantizers
-from qdeploy.calibrate.effort import Effort
-from qdeploy.calibrate.fakequant import QuantizedLayer, full_precision, quantized_layers
-from qdeploy.calibrate.feature_table import FeatureTable
 from qdeploy.calibrate.methods import minmax
-from qdeploy.calibrate.operators import fake_quantize
-from qdeploy.calibrate.quantizers import ActivationQuantizer
-from qdeploy.calibrate.ranges import Summary, minmax_weights, to_scale
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.staged import run_stages
-from qdeploy.calibrate.state import code_shapes, quantizers, read_state, write_state
-from qdeploy.calibrate.timestep_groups import (
-    RANGES,
-    best_cuts,
-    check_groups,
-    find_edges,
-    ranges_by_timestep,
-    read_ranges,
-)
-from qdeploy.clock import Clock, midpoints
-from qdeploy.errors import CapabilityError, InvalidInputError, UsageError
-from qdeploy.formats import int8, uint8
-from qdeploy.inputs import denoise
+from qdeploy.calibrate.timestep_groups import best_cuts, check_groups, find_edges
+from qdeploy.model.inputs import denoise
+from qdeploy.network.current_timestep import Clock, midpoints
+from qdeploy.quant.attention import AttentionQuantizers
+from qdeploy.quant.feature_table import FeatureTable
+from qdeploy.quant.layer import QuantizedLayer, full_precision, quantized_layers
+from qdeploy.quant.operators import fake_quantize
+from qdeploy.quant.quantizers import ActivationQuantizer
+from qdeploy.quant.ranges import Summary, minmax_weights, to_scale
+from qdeploy.quant.state import code_shapes, quantizers, read_state, write_state
+from qdeploy.quant.time_ranges import RANGES, ranges_by_timestep, read_ranges
+from qdeploy.recipe.effort import Effort
+from qdeploy.recipe.formats import int8, uint8
+from qdeploy.system.errors import CapabilityError, InvalidInputError, UsageError
 from tests.helpers import MemoryRows, calibrating, relative, tiny_unet
 
 DATA = MemoryRows.noisy(steps=6)

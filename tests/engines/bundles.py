@@ -19,8 +19,8 @@ from onnx_ir.passes import InPlacePass
 from onnx_ir.passes import Sequential as Passes
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from qdeploy.artifact import Artifact
-from qdeploy.draft import Draft
+from qdeploy.store.artifact import Artifact
+from qdeploy.store.builder import Draft
 
 CHANNELS, WIDTH, SIZE = 3, 16, 6
 SCALE = 0.03

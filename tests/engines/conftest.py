@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from qdeploy.artifact import Artifact
 from qdeploy.engines.base import Engine
 from qdeploy.engines.build import build_engine, load_engine
+from qdeploy.store.artifact import Artifact
 from tests.engines.bundles import write_bundle
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from qdeploy.artifact import Artifact
 from qdeploy.engines import blobs
 from qdeploy.engines.build import build_engine, load_engine
 from qdeploy.engines.openvino import OpenVINOEngine
+from qdeploy.store.artifact import Artifact
 from tests.engines.bundles import example_inputs
 from tests.helpers import pretend_processor
 
@@ -147,7 +147,7 @@ PROGRAM = """
 import sys, time
 from pathlib import Path
 from qdeploy.engines.build import build_engine, load_engine
-from qdeploy.errors import UsageError
+from qdeploy.system.errors import UsageError
 from tests.engines.bundles import example_inputs
 ready, go = Path(sys.argv[3]), Path(sys.argv[4])
 ready.touch()

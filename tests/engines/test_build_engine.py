@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from qdeploy import machine
-from qdeploy.artifact import Artifact, open_artifact
-from qdeploy.decibels import distance
 from qdeploy.engines.build import build_engine, load_engine
-from qdeploy.engines.measure import int8_shares, read_probe, row_by_row
-from qdeploy.errors import CapabilityError, InvalidInputError, QDeployError, UsageError
+from qdeploy.engines.measure import int8_shares, row_by_row
 from qdeploy.export.lower import PASSES
+from qdeploy.store.artifact import Artifact, open_artifact
+from qdeploy.store.probe import read_probe
+from qdeploy.system import machine
+from qdeploy.system.decibels import distance
+from qdeploy.system.errors import CapabilityError, InvalidInputError, QDeployError, UsageError
 from tests.engines.bundles import example_inputs, write_bundle
 from tests.helpers import pretend_processor
 

@@ -9,7 +9,7 @@ from click.testing import Result
 from qdeploy.engines import doctor as module
 from qdeploy.engines.doctor import doctor
 from qdeploy.engines.registry import backends
-from qdeploy.errors import CapabilityError
+from qdeploy.system.errors import CapabilityError
 
 QDeploy = Callable[..., Result]
 

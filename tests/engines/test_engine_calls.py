@@ -10,7 +10,7 @@ import torch
 from qdeploy.engines.base import Engine
 from qdeploy.engines.build import load_engine
 from qdeploy.engines.openvino import KEPT_SHAPES, OpenVINOEngine
-from qdeploy.errors import InvalidInputError
+from qdeploy.system.errors import InvalidInputError
 from tests.engines.bundles import CHANNELS, MEANT, SIZE, denoiser_graph, example_inputs, expected
 
 # float32 sums in another order

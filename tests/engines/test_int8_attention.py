@@ -8,13 +8,13 @@ import onnx
 import pytest
 
 import qdeploy
-from qdeploy.artifact import Artifact
 from qdeploy.engines.build import load_engine
-from qdeploy.engines.measure import read_probe
 from qdeploy.engines.placement import place
-from qdeploy.errors import UsageError
-from qdeploy.formats import int8, uint8
-from qdeploy.recipe import resolve_recipe
+from qdeploy.recipe.formats import int8, uint8
+from qdeploy.recipe.recipe import resolve_recipe
+from qdeploy.store.artifact import Artifact
+from qdeploy.store.probe import read_probe
+from qdeploy.system.errors import UsageError
 from tests.models import stable_diffusion_folder
 
 COVERAGE = "portable-attention"

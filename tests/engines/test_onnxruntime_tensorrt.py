@@ -10,11 +10,11 @@ import pytest
 import torch
 from click.testing import Result
 
-from qdeploy.artifact import Artifact
 from qdeploy.engines import onnxruntime_tensorrt as module
 from qdeploy.engines.onnxruntime_tensorrt import PROVIDER, ONNXRuntimeTensorRTEngine, build, provider_options
 from qdeploy.engines.registry import backends
-from qdeploy.errors import CapabilityError, UsageError
+from qdeploy.store.artifact import Artifact
+from qdeploy.system.errors import CapabilityError, UsageError
 from tests.engines.bundles import CONFIG, denoiser_graph, example_inputs, expected
 from tests.engines.tensorrt.bench import ADA
 

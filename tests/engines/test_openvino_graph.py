@@ -12,7 +12,7 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from qdeploy.engines import openvino_graph as converter
-from qdeploy.machine import has_bf16
+from qdeploy.system.machine import has_bf16
 
 RANDOM = np.random.default_rng(3)
 HEAD = '<ir_version: 10, opset_import: ["" : 21]>\n'

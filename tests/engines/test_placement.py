@@ -12,17 +12,18 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qdeploy.artifact import Artifact
-from qdeploy.decibels import sqnr_by_row
 from qdeploy.engines import placement
 from qdeploy.engines.base import Kernel
 from qdeploy.engines.build import build_engine, load_engine
-from qdeploy.engines.measure import read_probe, row_by_row
+from qdeploy.engines.measure import row_by_row
 from qdeploy.engines.placement import place
 from qdeploy.engines.placement.assign import Noise, keep_within, least, quantizing_times, times_by_product
 from qdeploy.engines.placement.noise import GATES, with_gates
 from qdeploy.engines.placement.switches import find_switches, take_out
-from qdeploy.errors import CheckFailed, QDeployError, UsageError
+from qdeploy.store.artifact import Artifact
+from qdeploy.store.probe import read_probe
+from qdeploy.system.decibels import sqnr_by_row
+from qdeploy.system.errors import CheckFailed, QDeployError, UsageError
 from tests.engines.bundles import denoiser_graph, example_inputs, expected, write_bundle
 from tests.helpers import plain_options
 

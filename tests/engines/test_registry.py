@@ -7,7 +7,7 @@ import pytest
 
 import qdeploy.engines
 from qdeploy.engines.registry import backends, find_backend
-from qdeploy.errors import CapabilityError, UsageError
+from qdeploy.system.errors import CapabilityError, UsageError
 
 NEW = """
 from qdeploy.engines.registry import Backend

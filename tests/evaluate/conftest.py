@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from qdeploy.artifact import Artifact
-from qdeploy.calibrate.run import calibrate
-from qdeploy.calibrate.trajectory import collect
-from qdeploy.denoiser import open_model
+from qdeploy.calibration_set.collect import collect
 from qdeploy.engines.build import build_engine
 from qdeploy.engines.measure import latency
 from qdeploy.evaluate.baselines import baseline_bundle
 from qdeploy.evaluate.quality import Plan
 from qdeploy.evaluate.report_page.run import ReportResult, report
 from qdeploy.export.run import export
-from qdeploy.files import write_json
 from qdeploy.mixed.ranking import LayerHarm
+from qdeploy.model.folder import open_model
+from qdeploy.store.artifact import Artifact
+from qdeploy.store.files import write_json
+from qdeploy.workflows.calibrate import calibrate
 
 SMALL = Plan(samples=4, steps=3, inference_steps=5, batch=2)
 

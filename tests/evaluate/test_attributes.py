@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qdeploy.evaluate.attribute_network import Found, Reading
 from qdeploy.evaluate.intervals import of_share
 from qdeploy.evaluate.metrics.attributes import ATTRIBUTES, AttributesMeter, Tally, attribute_accuracy, judge
-from qdeploy.evaluate.pair import Pair
-from qdeploy.zoo.attribute_network import Found, Reading
-from qdeploy.zoo.scene_captions import wanted
+from qdeploy.evaluate.paired_sample import Pair
+from qdeploy.evaluate.scene_captions import wanted
 
 PAIR = "a large red circle left of a small blue square on a white background"
 

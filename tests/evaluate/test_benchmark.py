@@ -12,15 +12,16 @@ import pytest
 import torch
 from click.testing import Result
 
-from qdeploy.artifact import Artifact
 from qdeploy.engines import timing
 from qdeploy.engines.build import build_engine
 from qdeploy.engines.timing import quantile, take_turns
-from qdeploy.errors import InvalidInputError, UsageError
 from qdeploy.evaluate import benchmark as benchmarking
-from qdeploy.evaluate.baselines import baseline_precisions, enter, is_baseline, source_model
+from qdeploy.evaluate.baselines import baseline_precisions, enter, is_baseline
 from qdeploy.evaluate.benchmark import benchmark
-from qdeploy.machine import has_bf16, int8_sums_saturate
+from qdeploy.model.origin import source_model
+from qdeploy.store.artifact import Artifact
+from qdeploy.system.errors import InvalidInputError, UsageError
+from qdeploy.system.machine import has_bf16, int8_sums_saturate
 from tests.engines.bundles import write_bundle
 from tests.evaluate.conftest import Way
 from tests.models import ddpm_folder

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from click.testing import Result
 
-from qdeploy.artifact import Artifact
-from qdeploy.errors import InvalidInputError, UsageError
 from qdeploy.evaluate.check import check
 from qdeploy.evaluate.thresholds import THRESHOLDS, look_up, parity_floor, rows_out_of_parity
+from qdeploy.store.artifact import Artifact
+from qdeploy.system.errors import InvalidInputError, UsageError
 from tests.evaluate.conftest import Way
 from tests.models import ddpm_folder
 

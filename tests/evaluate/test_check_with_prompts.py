@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qdeploy.artifact import Artifact
-from qdeploy.calibrate.run import calibrate
-from qdeploy.calibrate.trajectory import collect
-from qdeploy.denoiser import open_model
+from qdeploy.calibration_set.collect import collect
 from qdeploy.evaluate.check import check
 from qdeploy.evaluate.quality import Plan, Trajectories
+from qdeploy.model.folder import open_model
+from qdeploy.store.artifact import Artifact
+from qdeploy.workflows.calibrate import calibrate
 from tests.models import stable_diffusion_folder
 
 PROMPTS = ["a red dog", "7 houses", "a cat"]

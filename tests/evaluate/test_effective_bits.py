@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 import qdeploy
-from qdeploy.artifact import Artifact
 from qdeploy.evaluate.effective_bits import Operation, effective_bits, operations, summary
-from qdeploy.inspect import inspect
+from qdeploy.store.artifact import Artifact
+from qdeploy.workflows.inspect import inspect
 from tests.helpers import small_artifact
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from qdeploy.errors import InvalidInputError
 from qdeploy.evaluate.image_grid import image_grid
+from qdeploy.system.errors import InvalidInputError
 
 
 def test_images_of_one_seed_are_at_the_same_place(tmp_path: Path) -> None:

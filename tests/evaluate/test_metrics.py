@@ -13,10 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qdeploy.decibels import decibels, sqnr_by_row, sqnr_db
-from qdeploy.denoiser import open_model
 from qdeploy.evaluate import metrics as package
-from qdeploy.evaluate.means import Means
+from qdeploy.evaluate.metric_context import Means
 from qdeploy.evaluate.metrics.base import Meter, metrics
 from qdeploy.evaluate.metrics.drift import DriftMeter, drift
 from qdeploy.evaluate.metrics.frechet import (
@@ -30,7 +28,9 @@ from qdeploy.evaluate.metrics.frechet import (
 )
 from qdeploy.evaluate.metrics.psnr import PsnrMeter, psnr_db
 from qdeploy.evaluate.metrics.sqnr import SqnrMeter, summary
-from qdeploy.evaluate.pair import Call, Pair
+from qdeploy.evaluate.paired_sample import Call, Pair
+from qdeploy.model.folder import open_model
+from qdeploy.system.decibels import decibels, sqnr_by_row, sqnr_db
 
 FEATURES = open_model("digits").path / "features"
 

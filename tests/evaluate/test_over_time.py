@@ -12,11 +12,11 @@ import pytest
 from click.testing import Result
 from PIL import Image
 
-from qdeploy.artifact import Artifact
-from qdeploy.calibrate.run import calibrate
-from qdeploy.calibrate.trajectory import collect
-from qdeploy.errors import InvalidInputError
+from qdeploy.calibration_set.collect import collect
 from qdeploy.evaluate.check import check
+from qdeploy.store.artifact import Artifact
+from qdeploy.system.errors import InvalidInputError
+from qdeploy.workflows.calibrate import calibrate
 from tests.evaluate.conftest import Way
 from tests.models import ddpm_folder
 

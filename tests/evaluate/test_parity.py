@@ -12,14 +12,14 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from qdeploy.artifact import Artifact
-from qdeploy.decibels import distance
-from qdeploy.draft import Draft
 from qdeploy.engines.build import build_engine
-from qdeploy.errors import InvalidInputError
 from qdeploy.evaluate.check import check
 from qdeploy.evaluate.parity import Subject, measure_parity, open_subject, rounding_floors
 from qdeploy.evaluate.thresholds import parity_floor, rows_out_of_parity
+from qdeploy.store.artifact import Artifact
+from qdeploy.store.builder import Draft
+from qdeploy.system.decibels import distance
+from qdeploy.system.errors import InvalidInputError
 from tests.evaluate.conftest import Way
 
 Edit = Callable[[dict[str, np.ndarray]], None]

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdeploy.denoiser import open_model
-from qdeploy.errors import InvalidInputError, UsageError
 from qdeploy.evaluate import quality
 from qdeploy.evaluate.quality import FIRST_SEED, SEEDS_APART, Plan, Trajectories, measure_quality
+from qdeploy.model.folder import open_model
+from qdeploy.system.errors import InvalidInputError, UsageError
 from tests.models import dit_folder, stable_diffusion_folder
 
 

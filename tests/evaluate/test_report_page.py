@@ -16,13 +16,7 @@ import torch
 from click.testing import Result
 from PIL import Image
 
-from qdeploy.artifact import Artifact
-from qdeploy.calibrate.checkpoint import load_checkpoint
-from qdeploy.calibrate.fakequant import quantized_layers
-from qdeploy.denoiser import open_model
 from qdeploy.engines.base import Kernel
-from qdeploy.engines.measure import read_probe
-from qdeploy.errors import InvalidInputError, UsageError
 from qdeploy.evaluate.report_page.images import gallery
 from qdeploy.evaluate.report_page.kernel_times import by_kind
 from qdeploy.evaluate.report_page.layer_errors import layer_errors
@@ -30,8 +24,14 @@ from qdeploy.evaluate.report_page.run import ReportResult, report
 from qdeploy.evaluate.report_page.sensitivity import read_sensitivity
 from qdeploy.evaluate.report_page.subjects import open_given
 from qdeploy.evaluate.report_page.tables import sensitivity_table
-from qdeploy.runtime.sample import sample
-from qdeploy.tables import MISSING
+from qdeploy.model.folder import open_model
+from qdeploy.quant.checkpoint import load_checkpoint
+from qdeploy.quant.layer import quantized_layers
+from qdeploy.sampling.sample import sample
+from qdeploy.store.artifact import Artifact
+from qdeploy.store.probe import read_probe
+from qdeploy.system.errors import InvalidInputError, UsageError
+from qdeploy.system.tables import MISSING
 from tests.evaluate.conftest import Way
 from tests.helpers import sqnr_db
 

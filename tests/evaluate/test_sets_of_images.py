@@ -16,10 +16,8 @@ from PIL import Image
 from sklearn.metrics.pairwise import polynomial_kernel
 from torch import Tensor
 
-from qdeploy.denoiser import open_model
-from qdeploy.errors import InvalidInputError, QDeployError
 from qdeploy.evaluate.intervals import of_mean, of_share, of_statistic
-from qdeploy.evaluate.means import Means
+from qdeploy.evaluate.metric_context import Means
 from qdeploy.evaluate.metrics.base import metrics
 from qdeploy.evaluate.metrics.frechet_features import frechet
 from qdeploy.evaluate.metrics.inception_score import inception_score
@@ -27,7 +25,9 @@ from qdeploy.evaluate.metrics.kid import kid
 from qdeploy.evaluate.metrics.lpips import BACKBONE, LINEAR, STAGES, Lpips
 from qdeploy.evaluate.metrics.precision_recall import share_within
 from qdeploy.evaluate.metrics.ssim import ssim
-from qdeploy.evaluate.pair import Pair
+from qdeploy.evaluate.paired_sample import Pair
+from qdeploy.model.folder import open_model
+from qdeploy.system.errors import InvalidInputError, QDeployError
 
 SETS = ("kid", "spatial_frechet", "precision_recall", "inception_score", "ssim", "psnr")
 

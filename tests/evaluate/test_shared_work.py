@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from qdeploy.calibrate.checkpoint import load_checkpoint
-from qdeploy.denoiser import open_model
 from qdeploy.evaluate import shared_work
-from qdeploy.evaluate.pair import Pair
+from qdeploy.evaluate.paired_sample import Pair
 from qdeploy.evaluate.quality import Plan, Trajectories, measure_quality
+from qdeploy.model.folder import open_model
+from qdeploy.quant.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parents[2]
 

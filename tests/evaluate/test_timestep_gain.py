@@ -15,12 +15,12 @@ from click.testing import Result
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qdeploy.artifact import Artifact
-from qdeploy.calibrate.ranges import to_scale
-from qdeploy.calibrate.run import calibrate
-from qdeploy.clock import midpoints
 from qdeploy.evaluate.timestep_gain import gain_db, timestep_gain
-from qdeploy.formats import Format, int8, uint8
+from qdeploy.network.current_timestep import midpoints
+from qdeploy.quant.ranges import to_scale
+from qdeploy.recipe.formats import Format, int8, uint8
+from qdeploy.store.artifact import Artifact
+from qdeploy.workflows.calibrate import calibrate
 from tests.evaluate.conftest import Way
 
 Run = Callable[..., Result]

@@ -10,9 +10,9 @@ import onnxruntime
 import pytest
 import torch
 
-from qdeploy.artifact import Artifact
-from qdeploy.denoiser import open_model
 from qdeploy.export.run import export
+from qdeploy.model.folder import open_model
+from qdeploy.store.artifact import Artifact
 from tests.models import stable_diffusion_folder
 
 

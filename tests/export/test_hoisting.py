@@ -13,25 +13,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdeploy.artifact import Artifact
-from qdeploy.calibrate.checkpoint import load_checkpoint
-from qdeploy.calibrate.fakequant import QuantizedLayer, freeze, quantized_layers
 from qdeploy.calibrate.methods.minmax import round_to_nearest
-from qdeploy.calibrate.run import calibrate
-from qdeploy.calibrate.session import set_clock
-from qdeploy.calibrate.trajectory import collect
-from qdeploy.decibels import sqnr_by_row
+from qdeploy.calibration_set.collect import collect
 from qdeploy.engines.base import Engine
 from qdeploy.engines.build import build_engine, load_engine
 from qdeploy.engines.measure import int8_shares
-from qdeploy.errors import UsageError
 from qdeploy.evaluate.parity import open_subject
 from qdeploy.export.graph import WEIGHTED_OPS, constant, producer, save
 from qdeploy.export.lower import lower
 from qdeploy.export.run import export
 from qdeploy.export.trace import trace
-from qdeploy.formats import int8
-from qdeploy.inputs import denoise
+from qdeploy.model.inputs import denoise
+from qdeploy.quant.checkpoint import load_checkpoint
+from qdeploy.quant.insert import set_clock
+from qdeploy.quant.layer import QuantizedLayer, freeze, quantized_layers
+from qdeploy.recipe.formats import int8
+from qdeploy.store.artifact import Artifact
+from qdeploy.system.decibels import sqnr_by_row
+from qdeploy.system.errors import UsageError
+from qdeploy.workflows.calibrate import calibrate
 from tests.helpers import minmax_layer
 
 GROUPS = 3

@@ -15,23 +15,23 @@ import torch
 from click.testing import Result
 from torch import Tensor, nn
 
-from qdeploy.artifact import Artifact
-from qdeploy.calibrate.checkpoint import load_checkpoint
-from qdeploy.calibrate.fakequant import freeze, quantized_layers
 from qdeploy.calibrate.methods import minmax, qdiffusion
-from qdeploy.calibrate.run import calibrate
-from qdeploy.calibrate.state import code_shapes, read_state, write_state
-from qdeploy.calibrate.trajectory import collect
-from qdeploy.decibels import sqnr_by_row
+from qdeploy.calibration_set.collect import collect
 from qdeploy.engines.build import build_engine, load_engine
-from qdeploy.errors import CapabilityError, UsageError
 from qdeploy.export.graph import constant, producer, save
 from qdeploy.export.lint.run import graph_file, lint
 from qdeploy.export.lower import lower
 from qdeploy.export.macs import meant_int8
 from qdeploy.export.run import export
 from qdeploy.export.trace import OUTPUT, trace
-from qdeploy.inputs import denoise
+from qdeploy.model.inputs import denoise
+from qdeploy.quant.checkpoint import load_checkpoint
+from qdeploy.quant.layer import freeze, quantized_layers
+from qdeploy.quant.state import code_shapes, read_state, write_state
+from qdeploy.store.artifact import Artifact
+from qdeploy.system.decibels import sqnr_by_row
+from qdeploy.system.errors import CapabilityError, UsageError
+from qdeploy.workflows.calibrate import calibrate
 from tests.helpers import MemoryRows, calibrating, codes_of, plain_options, sqnr_db, tiny_unet
 from tests.models import ddpm_folder
 
@@ -231,7 +231,7 @@ def test_presets_lead_to_an_engine(
 
 
 def data_inputs(data: Artifact) -> dict[str, Tensor]:
-    from qdeploy.calibrate.dataset import CalibrationSet
+    from qdeploy.calibration_set.dataset import CalibrationSet
 
     return CalibrationSet.open(data.path).inputs(range(8))
 

@@ -6,8 +6,8 @@ import numpy as np
 import onnx
 import pytest
 
-from qdeploy.errors import InvalidInputError
 from qdeploy.export.macs import graph_macs, meant_int8
+from qdeploy.system.errors import InvalidInputError
 from tests.engines.bundles import CHANNELS, MEANT, SIZE, WIDTH, GraphBuilder, denoiser_graph
 
 

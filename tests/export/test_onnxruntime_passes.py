@@ -14,9 +14,7 @@ import torch
 from onnx_ir.passes import InPlacePass
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from qdeploy.calibrate.fakequant import freeze, quantized_layers
 from qdeploy.calibrate.methods import minmax
-from qdeploy.decibels import sqnr_by_row
 from qdeploy.export.graph import save
 from qdeploy.export.lower import lower
 from qdeploy.export.macs import graph_macs, meant_int8
@@ -25,7 +23,9 @@ from qdeploy.export.passes.integer_products import IntegerProducts
 from qdeploy.export.passes.sunk_transpositions import SunkTranspositions
 from qdeploy.export.passes.unsigned_codes import UnsignedCodes
 from qdeploy.export.trace import OUTPUT, trace
-from qdeploy.inputs import denoise
+from qdeploy.model.inputs import denoise
+from qdeploy.quant.layer import freeze, quantized_layers
+from qdeploy.system.decibels import sqnr_by_row
 from tests.export.test_passes import graph, keeps_away, operators, random_inputs, run
 from tests.helpers import MemoryRows, calibrating, relative, tiny_unet
 

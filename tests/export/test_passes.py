@@ -501,7 +501,7 @@ def named_graph() -> ir.Model:
     for node, path in zip(model.graph, modules, strict=True):
         scopes = ["", "denoiser", f"denoiser.{path}", "call"]
         node.metadata_props["pkg.torch.onnx.name_scopes"] = repr(scopes)
-        node.metadata_props["pkg.torch.onnx.stack_trace"] = 'File "/home/me/qdeploy/denoiser.py", line 1'
+        node.metadata_props["pkg.torch.onnx.stack_trace"] = 'File "/home/me/qdeploy/model/folder.py", line 1'
         node.doc_string = "/home/me"
     model.graph.metadata_props["source"] = model.metadata_props["source"] = "/home/me"
     model.doc_string = model.graph.doc_string = "/home/me"

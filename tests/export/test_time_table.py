@@ -13,22 +13,22 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qdeploy.artifact import Artifact, open_artifact
-from qdeploy.calibrate.checkpoint import load_checkpoint
-from qdeploy.calibrate.fakequant import quantized_layers
-from qdeploy.calibrate.feature_table import STORAGES, FeatureTable
-from qdeploy.calibrate.run import calibrate
-from qdeploy.calibrate.trajectory import collect
-from qdeploy.denoiser import open_model
-from qdeploy.errors import InvalidInputError, UsageError
+from qdeploy.calibration_set.collect import collect
 from qdeploy.evaluate.parity import open_subject
 from qdeploy.export.graph import WEIGHTED_OPS, save
 from qdeploy.export.lower import lower
 from qdeploy.export.run import export
 from qdeploy.export.time_table import TimeTable, needs_table, plan_table, tabulate
 from qdeploy.export.trace import OUTPUT, trace
-from qdeploy.inputs import denoise
-from qdeploy.structure import find_structure
+from qdeploy.model.folder import open_model
+from qdeploy.model.inputs import denoise
+from qdeploy.network.roles import find_structure
+from qdeploy.quant.checkpoint import load_checkpoint
+from qdeploy.quant.feature_table import STORAGES, FeatureTable
+from qdeploy.quant.layer import quantized_layers
+from qdeploy.store.artifact import Artifact, open_artifact
+from qdeploy.system.errors import InvalidInputError, UsageError
+from qdeploy.workflows.calibrate import calibrate
 from tests.helpers import relative
 from tests.models import ddpm_folder
 from tests.networks import make

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 
 import qdeploy
-from qdeploy.calibrate.fakequant import QuantizedLayer, freeze, quantized_layers
 from qdeploy.calibrate.methods import minmax
 from qdeploy.calibrate.session import Session
-from qdeploy.calibrate.state import read_state
 from qdeploy.export.graph import WEIGHTED_OPS, constant, producer, save
 from qdeploy.export.lower import CHANNELS_LAST, PASSES, adapt, lower
 from qdeploy.export.trace import OUTPUT, trace
-from qdeploy.formats import int4, int8
-from qdeploy.inputs import denoise
+from qdeploy.model.inputs import denoise
+from qdeploy.quant.layer import QuantizedLayer, freeze, quantized_layers
+from qdeploy.quant.state import read_state
+from qdeploy.recipe.formats import int4, int8
 from tests.helpers import MemoryRows, calibrating, codes_of, minmax_layer, plain_options, sqnr_db, tiny_unet
 
 DATA = MemoryRows.noisy()

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qdeploy
-from qdeploy.artifact import Artifact
-from qdeploy.errors import InvalidInputError, UsageError
-from qdeploy.formats import FORMATS
 from qdeploy.mixed.assignment import Problem
 from qdeploy.mixed.budget import in_words, parse_budget
 from qdeploy.mixed.costs import Costs, stored_bytes
 from qdeploy.mixed.plan import BUDGET, RECIPE
 from qdeploy.mixed.ranking import LayerHarm
+from qdeploy.recipe.formats import FORMATS
+from qdeploy.store.artifact import Artifact
+from qdeploy.system.errors import InvalidInputError, UsageError
 
 FORMAT_NAMES = ["int8", "int4", "int3"]
 

@@ -13,18 +13,18 @@ from click.testing import Result
 from torch import nn
 
 import qdeploy
-from qdeploy.artifact import Artifact
-from qdeploy.calibrate.checkpoint import load_checkpoint
-from qdeploy.calibrate.fakequant import quantized_layers
-from qdeploy.errors import InvalidInputError, UsageError
-from qdeploy.formats import FORMATS
-from qdeploy.inputs import denoise
 from qdeploy.mixed import run
-from qdeploy.mixed.exact import Exact
-from qdeploy.mixed.first_order import first_order
+from qdeploy.mixed.estimate import first_order
+from qdeploy.mixed.measure import Exact
 from qdeploy.mixed.options import Option, Subject, quantized_to
 from qdeploy.mixed.ranking import agreement
 from qdeploy.mixed.rows import choose_rows
+from qdeploy.model.inputs import denoise
+from qdeploy.quant.checkpoint import load_checkpoint
+from qdeploy.quant.layer import quantized_layers
+from qdeploy.recipe.formats import FORMATS
+from qdeploy.store.artifact import Artifact
+from qdeploy.system.errors import InvalidInputError, UsageError
 from tests.helpers import MemoryRows, calibrating, files_in, tiny_unet
 
 
@@ -204,8 +204,8 @@ def test_a_checkpoint_is_judged_in_its_own_formats_and_roundings(
     from safetensors.torch import load_file
 
     harm = load_file(judged.file(run.HARM))
-    from qdeploy.calibrate.dataset import CalibrationSet
-    from qdeploy.denoiser import open_model
+    from qdeploy.calibration_set.dataset import CalibrationSet
+    from qdeploy.model.folder import open_model
 
     rows = CalibrationSet.open(data.path)
     network, model = load_checkpoint(checkpoint), open_model(ddpm).load()

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from qdeploy.denoiser import open_model
 from qdeploy.evaluate.features import FeatureNetwork
-from qdeploy.runtime.pipeline import generate
-from qdeploy.zoo.train_digits import digits
+from qdeploy.model.folder import open_model
+from qdeploy.model.pipeline import generate
+from tools.zoo.train_digits import digits
 
 MODEL = open_model("digits-dit")
 

@@ -7,9 +7,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from qdeploy.zoo.scene_captions import Wanted, caption, wanted
-from qdeploy.zoo.scene_drawing import PIXELS, draw, random_layout
-from qdeploy.zoo.scene_world import (
+from qdeploy.evaluate.scene_captions import Wanted, caption, wanted
+from qdeploy.evaluate.scene_world import (
     BACKGROUNDS,
     COLOURS,
     HELD_OUT_SHARE,
@@ -19,6 +18,7 @@ from qdeploy.zoo.scene_world import (
     Thing,
     random_scene,
 )
+from tools.zoo.scene_drawing import PIXELS, draw, random_layout
 
 
 def scenes(count: int, seed: int = 0, held_out: bool = False) -> list[Scene]:

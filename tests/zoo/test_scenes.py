@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from qdeploy.denoiser import open_model
+from qdeploy.evaluate.attribute_network import FOLDER, AttributeNetwork
 from qdeploy.evaluate.features import FeatureNetwork
 from qdeploy.evaluate.metrics.attributes import Tally, attribute_accuracy
 from qdeploy.evaluate.metrics.frechet import fd_local
-from qdeploy.runtime.pipeline import generate
-from qdeploy.zoo import train_scenes
-from qdeploy.zoo.attribute_network import FOLDER, AttributeNetwork
-from qdeploy.zoo.judge_scenes import held_out_prompts, sampled, seen_prompts
-from qdeploy.zoo.scene_captions import caption, wanted
-from qdeploy.zoo.scene_text import TOKENS, tokenize, words, write_tokenizer
-from qdeploy.zoo.train_scenes_reader import drawn, worsened
-from qdeploy.zoo.train_scenes_vae import crops, pictures, standardize
-from qdeploy.zoo.training import Draws
+from qdeploy.evaluate.scene_captions import caption, wanted
+from qdeploy.model.folder import open_model
+from qdeploy.model.pipeline import generate
+from qdeploy.model.zoo import train_scenes
+from tools.zoo.judge_scenes import held_out_prompts, sampled, seen_prompts
+from tools.zoo.scene_text import TOKENS, tokenize, words, write_tokenizer
+from tools.zoo.train_scenes_reader import drawn, worsened
+from tools.zoo.train_scenes_vae import crops, pictures, standardize
+from tools.zoo.training import Draws
 
 MODEL = open_model("scenes")
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdeploy.zoo import training
-from qdeploy.zoo.training import Draws, bf16_where_fast, fit, forget, rate_at
+from qdeploy.model.zoo import training
 from tests.helpers import pretend_processor
+from tools.zoo.training import Draws, bf16_where_fast, fit, forget, rate_at
 
 
 class Killed(Exception):

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from qdeploy.artifact import Artifact
-from qdeploy.calibrate.run import calibrate
-from qdeploy.calibrate.trajectory import collect
-from qdeploy.denoiser import open_model
+from qdeploy.calibration_set.collect import collect
 from qdeploy.engines.build import build_engine
 from qdeploy.engines.measure import latency
 from qdeploy.evaluate.check import check
 from qdeploy.export.run import export
-from qdeploy.runtime.sample import IMAGES, sample
-from qdeploy.zoo import zoo_models
+from qdeploy.model.folder import open_model
+from qdeploy.model.zoo import zoo_models
+from qdeploy.sampling.sample import IMAGES, sample
+from qdeploy.store.artifact import Artifact
+from qdeploy.workflows.calibrate import calibrate
 
 PROMPTS = {
     "digits-dit": ("0", "3", "8"),

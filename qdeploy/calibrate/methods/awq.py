@@ -16,13 +16,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from qdeploy.calibrate.fakequant import QuantizedLayer
-from qdeploy.calibrate.methods import RESULTS, Method, Stage
-from qdeploy.calibrate.ranges import WEIGHT_FINDERS, check_finder
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.smoothing import look_at_inputs, smooth, smoothing_groups
-from qdeploy.errors import UsageError
-from qdeploy.progress import say
+from qdeploy.quant.layer import QuantizedLayer
+from qdeploy.quant.ranges import WEIGHT_FINDERS, check_finder
+from qdeploy.recipe.stages import RESULTS, Method, Stage
+from qdeploy.system.errors import UsageError
+from qdeploy.system.progress import say
 
 TOKENS = 1024  # rows of a layer's input that its error is measured on
 

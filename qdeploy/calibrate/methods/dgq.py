@@ -25,15 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdeploy.calibrate.fakequant import QuantizedLayer
-from qdeploy.calibrate.families import (
-    Family,
-    activation_format,
-    check_groups,
-    layer_families,
-    reads_some_channels,
-    reference_dimension,
-)
 from qdeploy.calibrate.groups import (
     CHANNELS,
     TOKENS,
@@ -42,13 +33,22 @@ from qdeploy.calibrate.groups import (
     relative_spans,
     watch,
 )
-from qdeploy.calibrate.methods import ACTIVATION_SCALES, WEIGHT_SCALES, Method, Stage
-from qdeploy.calibrate.patches import PIXELS, ROWS
+from qdeploy.calibrate.input_groups import (
+    Family,
+    activation_format,
+    check_groups,
+    layer_families,
+    reads_some_channels,
+    reference_dimension,
+)
 from qdeploy.calibrate.rounding_noise import LEAST_GAIN, rounding_noise
 from qdeploy.calibrate.session import Session
-from qdeploy.errors import UsageError
-from qdeploy.formats import Format, parse_format
-from qdeploy.progress import say
+from qdeploy.quant.layer import QuantizedLayer
+from qdeploy.quant.patches import PIXELS, ROWS
+from qdeploy.recipe.formats import Format, parse_format
+from qdeploy.recipe.stages import ACTIVATION_SCALES, WEIGHT_SCALES, Method, Stage
+from qdeploy.system.errors import UsageError
+from qdeploy.system.progress import say
 
 FORMS = ("auto", "fold", "split")
 

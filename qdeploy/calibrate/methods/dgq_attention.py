@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from qdeploy.calibrate.attention import AttentionQuantizers
-from qdeploy.calibrate.families import activation_format
-from qdeploy.calibrate.log_attention import LogQuantizer
-from qdeploy.calibrate.methods import ACTIVATION_SCALES, Stage
+from qdeploy.calibrate.input_groups import activation_format
 from qdeploy.calibrate.session import Session
-from qdeploy.errors import UsageError
-from qdeploy.structure import Layer
+from qdeploy.network.roles import Layer
+from qdeploy.quant.attention import AttentionQuantizers
+from qdeploy.quant.log_attention import LogQuantizer
+from qdeploy.recipe.stages import ACTIVATION_SCALES, Stage
+from qdeploy.system.errors import UsageError
 
 
 def log_attention(session: Session, *, start_token: bool = True) -> None:

@@ -14,21 +14,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qdeploy.calibrate.fakequant import QuantizedLayer
-from qdeploy.calibrate.families import (
+from qdeploy.calibrate.groups import chosen_dimension, of_layer, watch
+from qdeploy.calibrate.input_groups import (
     activation_format,
     check_groups,
     give_shares,
     labels_along,
     layer_families,
 )
-from qdeploy.calibrate.groups import chosen_dimension, of_layer, watch
-from qdeploy.calibrate.methods import ACTIVATION_SCALES, Stage
-from qdeploy.calibrate.patches import AXES, PIXELS, ROWS, SIMULATED
 from qdeploy.calibrate.session import Session
-from qdeploy.denoiser import read_json
-from qdeploy.errors import UsageError
-from qdeploy.progress import say
+from qdeploy.model.folder import read_json
+from qdeploy.quant.layer import QuantizedLayer
+from qdeploy.quant.patches import AXES, PIXELS, ROWS, SIMULATED
+from qdeploy.recipe.stages import ACTIVATION_SCALES, Stage
+from qdeploy.system.errors import UsageError
+from qdeploy.system.progress import say
 
 ALONG = ("auto", ROWS, PIXELS)
 

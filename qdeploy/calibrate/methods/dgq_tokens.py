@@ -7,8 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from qdeploy.calibrate.fakequant import QuantizedLayer
-from qdeploy.calibrate.families import (
+from qdeploy.calibrate.groups import (
+    CHANNELS,
+    TOKENS,
+    of_layer,
+    watch,
+)
+from qdeploy.calibrate.input_groups import (
     activation_format,
     check_groups,
     give_shares,
@@ -17,18 +22,13 @@ from qdeploy.calibrate.families import (
     reads_some_channels,
     reference_dimension,
 )
-from qdeploy.calibrate.groups import (
-    CHANNELS,
-    TOKENS,
-    of_layer,
-    watch,
-)
-from qdeploy.calibrate.methods import ACTIVATION_SCALES, Stage
-from qdeploy.calibrate.patches import ROWS
 from qdeploy.calibrate.session import Session
-from qdeploy.errors import UsageError
-from qdeploy.progress import say
-from qdeploy.targets import find_target
+from qdeploy.quant.layer import QuantizedLayer
+from qdeploy.quant.patches import ROWS
+from qdeploy.recipe.stages import ACTIVATION_SCALES, Stage
+from qdeploy.recipe.targets import find_target
+from qdeploy.system.errors import UsageError
+from qdeploy.system.progress import say
 
 
 def group_tokens(session: Session, *, groups: int = 8, channels: bool = False) -> None:

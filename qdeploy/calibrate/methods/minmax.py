@@ -7,17 +7,18 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from qdeploy.calibrate.channel_ranges import ChannelSummary
-from qdeploy.calibrate.fakequant import QuantizedLayer, quantized_layers
-from qdeploy.calibrate.methods import ACTIVATION_SCALES, WEIGHT_SCALES, Method, Stage
-from qdeploy.calibrate.quantizers import ActivationQuantizer
-from qdeploy.calibrate.ranges import ACTIVATION_FINDERS, WEIGHT_FINDERS, Summary, check_finder
 from qdeploy.calibrate.session import Session
-from qdeploy.calibrate.state import quantizers
-from qdeploy.calibrate.timestep_groups import find_edges, ranges_by_timestep
-from qdeploy.formats import Format
-from qdeploy.inputs import denoise
-from qdeploy.progress import track
+from qdeploy.calibrate.timestep_groups import find_edges
+from qdeploy.model.inputs import denoise
+from qdeploy.quant.channel_ranges import ChannelSummary
+from qdeploy.quant.layer import QuantizedLayer, quantized_layers
+from qdeploy.quant.quantizers import ActivationQuantizer
+from qdeploy.quant.ranges import ACTIVATION_FINDERS, WEIGHT_FINDERS, Summary, check_finder
+from qdeploy.quant.state import quantizers
+from qdeploy.quant.time_ranges import ranges_by_timestep
+from qdeploy.recipe.formats import Format
+from qdeploy.recipe.stages import ACTIVATION_SCALES, WEIGHT_SCALES, Method, Stage
+from qdeploy.system.progress import track
 
 
 def weight_ranges(session: Session, *, finder: str = "minmax") -> None:

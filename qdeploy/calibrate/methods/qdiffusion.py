@@ -1,6 +1,6 @@
 """Q-Diffusion (Li et al., ICCV 2023, arXiv 2302.04304).
 
-Calibration data along the sampling trajectory (section 3.3.1; see `qdeploy.calibrate.trajectory`), split
+Calibration data along the sampling trajectory (section 3.3.1; see `qdeploy.calibration_set.collect`), split
 shortcuts (section 3.3.2; a matter of coverage), AdaRound by reconstruction of units, and learned steps of
 activations. Departures from the released code, each for a reason:
 
@@ -21,15 +21,15 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from qdeploy.calibrate.fakequant import QuantizedLayer
-from qdeploy.calibrate.methods import ACTIVATION_SCALES, ROUNDINGS, WEIGHT_SCALES, Method, Stage
-from qdeploy.calibrate.quantizers import ActivationQuantizer
 from qdeploy.calibrate.reconstruct import UnitProblem, optimize
 from qdeploy.calibrate.rounding import default_rate, learn_rounding, undecided
 from qdeploy.calibrate.session import Session
-from qdeploy.calibrate.state import quantizers
-from qdeploy.progress import say, track
-from qdeploy.structure import Layer
+from qdeploy.network.roles import Layer
+from qdeploy.quant.layer import QuantizedLayer
+from qdeploy.quant.quantizers import ActivationQuantizer
+from qdeploy.quant.state import quantizers
+from qdeploy.recipe.stages import ACTIVATION_SCALES, ROUNDINGS, WEIGHT_SCALES, Method, Stage
+from qdeploy.system.progress import say, track
 
 
 def round_weights(session: Session, *, weight: float = 0.01, warmup: float = 0.2, lr: float = 0.0) -> None:

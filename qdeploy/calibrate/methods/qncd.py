@@ -3,9 +3,9 @@
 Within: adding or scaling by the timestep's embedding spreads the channels of what the next layer of a residual
 block reads. The stage smooth-embeddings divides them by factors S that follow from the embedding alone. From
 it: the mean error of the prediction is subtracted while sampling, from the table that measure-errors gives,
-or as estimated on the way (`qdeploy.runtime.correction`). Departures from the released code, each for a reason:
+or as estimated on the way (`qdeploy.sampling.correction`). Departures from the released code, each for a reason:
 
-- blocks are found by tracing, both kinds of them (`qdeploy.modulation`); the code knows one, by position;
+- blocks are found by tracing, both kinds of them (`qdeploy.network.modulation`); the code knows one, by position;
 - S is positive: of gamma and of the embedding the magnitude is taken. The code's follows their signs, and
   may be 0 or negative;
 - a layer is smoothed where that lowers the estimated rounding noise of its weight and its input together: at four
@@ -24,16 +24,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdeploy.calibrate.fakequant import QuantizedLayer, quantized_layers
 from qdeploy.calibrate.groups import CHANNELS, of_layer, watch
-from qdeploy.calibrate.methods import ACTIVATION_SCALES, RESULTS, WEIGHT_SCALES, Method, Stage
 from qdeploy.calibrate.rounding_noise import LEAST_GAIN, rounding_noise
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.smoothing import can_smooth, relative_factors, smooth
-from qdeploy.correction_table import CORRECTION, CorrectionTable
-from qdeploy.inputs import denoise
-from qdeploy.modulation import ADDITIVE, Modulation, find_modulations
-from qdeploy.progress import say, track
+from qdeploy.model.inputs import denoise
+from qdeploy.network.modulation import ADDITIVE, Modulation, find_modulations
+from qdeploy.quant.layer import QuantizedLayer, quantized_layers
+from qdeploy.recipe.stages import ACTIVATION_SCALES, RESULTS, WEIGHT_SCALES, Method, Stage
+from qdeploy.store.correction_table import CORRECTION, CorrectionTable
+from qdeploy.system.progress import say, track
 
 EPSILON = 1e-3
 

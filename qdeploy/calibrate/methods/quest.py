@@ -32,18 +32,18 @@ from typing import Any
 
 import torch
 
-from qdeploy.calibrate.effort import Effort
-from qdeploy.calibrate.fakequant import QuantizedLayer
 from qdeploy.calibrate.learning import journal_of, learn
-from qdeploy.calibrate.methods import ACTIVATION_SCALES, ROUNDINGS, WEIGHT_SCALES, Method, Stage
 from qdeploy.calibrate.methods.minmax import round_to_nearest
 from qdeploy.calibrate.prediction_loss import Losses
-from qdeploy.calibrate.quantizers import ActivationQuantizer
 from qdeploy.calibrate.session import HELD_OUT, Session
-from qdeploy.calibrate.state import code_shapes, quantizers, read_state, write_state
 from qdeploy.calibrate.tuning import Tuning
-from qdeploy.errors import UsageError
-from qdeploy.progress import say
+from qdeploy.quant.layer import QuantizedLayer
+from qdeploy.quant.quantizers import ActivationQuantizer
+from qdeploy.quant.state import code_shapes, quantizers, read_state, write_state
+from qdeploy.recipe.effort import Effort
+from qdeploy.recipe.stages import ACTIVATION_SCALES, ROUNDINGS, WEIGHT_SCALES, Method, Stage
+from qdeploy.system.errors import UsageError
+from qdeploy.system.progress import say
 
 
 def align_time(

@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qdeploy.calibrate.fakequant import QuantizedLayer
-from qdeploy.calibrate.methods import RESULTS, Method, Stage
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.smoothing import look_at_inputs, smooth, smoothing_groups
-from qdeploy.errors import UsageError
-from qdeploy.progress import say
+from qdeploy.quant.layer import QuantizedLayer
+from qdeploy.recipe.stages import RESULTS, Method, Stage
+from qdeploy.system.errors import UsageError
+from qdeploy.system.progress import say
 
 LAYERS = ("linear", "all")
 

@@ -26,17 +26,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdeploy.calibrate.fakequant import QuantizedLayer
-from qdeploy.calibrate.feature_table import FeatureTable
-from qdeploy.calibrate.methods import ROUNDINGS, WEIGHT_SCALES, Method, Stage
-from qdeploy.calibrate.quantizers import ActivationQuantizer
-from qdeploy.calibrate.ranges import to_scale
 from qdeploy.calibrate.rounding import default_rate, learn_rounding, undecided
 from qdeploy.calibrate.session import HELD_OUT, Session
-from qdeploy.clock import clock_of, midpoints
-from qdeploy.errors import UsageError
-from qdeploy.formats import int8
-from qdeploy.progress import say
+from qdeploy.network.current_timestep import clock_of, midpoints
+from qdeploy.quant.feature_table import FeatureTable
+from qdeploy.quant.layer import QuantizedLayer
+from qdeploy.quant.quantizers import ActivationQuantizer
+from qdeploy.quant.ranges import to_scale
+from qdeploy.recipe.formats import int8
+from qdeploy.recipe.stages import ROUNDINGS, WEIGHT_SCALES, Method, Stage
+from qdeploy.system.errors import UsageError
+from qdeploy.system.progress import say
 
 _Extremes = dict[ActivationQuantizer, tuple[list[Tensor], list[Tensor]]]
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
-from qdeploy.decibels import decibels
 from qdeploy.engines.base import Kernel
 from qdeploy.engines.int8_share import multiplies
 from qdeploy.engines.placement.switches import Switch
+from qdeploy.system.decibels import decibels
 
 
 def least(looks: Sequence[Kernel]) -> Kernel:

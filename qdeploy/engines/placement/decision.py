@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qdeploy.progress import say
+from qdeploy.system.progress import say
 
 ALL, CHOSEN, NONE = "every quantizer", "chosen", "16 bits"
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from qdeploy.engines.base import Engine
 from qdeploy.engines.placement.switches import Switch
 from qdeploy.export.writer import Writer
-from qdeploy.progress import track
+from qdeploy.system.progress import track
 
 if TYPE_CHECKING:
     from torch import Tensor

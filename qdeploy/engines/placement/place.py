@@ -11,21 +11,22 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from qdeploy.artifact import Artifact
-from qdeploy.decibels import powers, sqnr_by_row
-from qdeploy.draft import Draft
 from qdeploy.engines.base import Engine, Kernel
-from qdeploy.engines.measure import read_probe, repeat_rows, row_by_row, single_rows
+from qdeploy.engines.measure import repeat_rows, row_by_row, single_rows
 from qdeploy.engines.placement.assign import Noise, least, quantizing_times, times_by_product
 from qdeploy.engines.placement.decision import ALL, CHOSEN, NONE, Decision, Placement, reason
 from qdeploy.engines.placement.noise import GATES, noise_of_each, with_gates
 from qdeploy.engines.placement.switches import Switch, find_switches, read_model, take_out
 from qdeploy.engines.registry import Backend, find_backend
 from qdeploy.engines.timing import take_turns
-from qdeploy.errors import CheckFailed, UsageError
 from qdeploy.export.graph import save
 from qdeploy.export.macs import WEIGHTED, graph_macs, graph_shapes
-from qdeploy.progress import say, track
+from qdeploy.store.artifact import Artifact
+from qdeploy.store.builder import Draft
+from qdeploy.store.probe import read_probe
+from qdeploy.system.decibels import powers, sqnr_by_row
+from qdeploy.system.errors import CheckFailed, UsageError
+from qdeploy.system.progress import say, track
 
 # Errors of single quantizers are measured on as many rows as this time allows, all of the probe's at most.
 _SECONDS = 120.0

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from qdeploy.errors import InvalidInputError
 from qdeploy.export.macs import MOVES, WEIGHTED
 from qdeploy.export.writer import Writer
+from qdeploy.system.errors import InvalidInputError
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 

@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qdeploy.artifact import Artifact
 from qdeploy.engines.build import check_precision
 from qdeploy.engines.doctor import doctor
 from qdeploy.engines.registry import Backend, find_backend
 from qdeploy.engines.selftest.graphs import CHANNELS, FORMATS, PATTERNS, SIZE, Format, model
-from qdeploy.errors import QDeployError, UsageError
-from qdeploy.progress import track
-from qdeploy.tables import text_table
+from qdeploy.store.artifact import Artifact
+from qdeploy.system.errors import QDeployError, UsageError
+from qdeploy.system.progress import track
+from qdeploy.system.tables import text_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -136,7 +136,7 @@ def _formats_of(backend: Backend) -> list[str]:
     """Those that a machine has kernels for; elsewhere a refusal would be no news."""
     if backend.device != "cuda":
         return ["fp32", "int8", "int7"]
-    from qdeploy.engines.tensorrt.preflight import find_gpu
+    from qdeploy.system.gpu import find_gpu
 
     return ["fp32", "int8", "int4", *(["fp8"] if find_gpu().sm >= 89 else [])]
 
@@ -159,9 +159,9 @@ def _case(backend: Backend, pattern: str, kind: Format, precision: str) -> Case:
 def _play(case: Case, backend: Backend, kind: Format, precision: str, folder: Path) -> None:
     import onnx
 
-    from qdeploy.decibels import distance
     from qdeploy.engines.int8_share import int8_layers, multiplies
     from qdeploy.export.macs import meant_int8
+    from qdeploy.system.decibels import distance
 
     path = folder / "model.onnx"
     onnx.save(model(case.pattern, kind), path)

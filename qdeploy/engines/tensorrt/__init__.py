@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from qdeploy.engines.registry import Backend
 from qdeploy.engines.tensorrt.options import PRECISIONS, WISHES
-from qdeploy.engines.tensorrt.preflight import require_gpu
+from qdeploy.system.gpu import require_gpu
 
 if TYPE_CHECKING:
-    from qdeploy.artifact import Artifact
     from qdeploy.engines.base import Engine
+    from qdeploy.store.artifact import Artifact
 
 
 def build(onnx_path: Path, folder: Path, **wishes: Any) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qdeploy.artifact import sha256_file
 from qdeploy.engines.tensorrt.graph import Graph, read_graph
 from qdeploy.engines.tensorrt.half import halve
 from qdeploy.engines.tensorrt.inspector import read_layers, report
@@ -17,7 +16,6 @@ from qdeploy.engines.tensorrt.memory import estimate, warn_if_tight
 from qdeploy.engines.tensorrt.options import Options, check_machine, check_options
 from qdeploy.engines.tensorrt.parser import check_network, parse
 from qdeploy.engines.tensorrt.plan import ENGINE, LAYERS, REFIT, SIDECAR, open_plan, require_trust
-from qdeploy.engines.tensorrt.preflight import Gpu, require_gpu
 from qdeploy.engines.tensorrt.profiles import (
     Profile,
     add_profiles,
@@ -29,9 +27,11 @@ from qdeploy.engines.tensorrt.profiles import (
 from qdeploy.engines.tensorrt.progress import make_monitor
 from qdeploy.engines.tensorrt.timing_cache import cache_file, load_cache, save_cache
 from qdeploy.engines.tensorrt.versions import creation_flags, first, load_tensorrt, member
-from qdeploy.errors import InvalidInputError
 from qdeploy.export.macs import meant_int8
-from qdeploy.files import write_atomically, write_json
+from qdeploy.store.files import write_atomically, write_json
+from qdeploy.system.errors import InvalidInputError
+from qdeploy.system.gpu import Gpu, require_gpu
+from qdeploy.system.hashing import sha256_file
 
 # Wishes that are flags, by the name of the member of ``trt.BuilderFlag``.
 FLAGS = {

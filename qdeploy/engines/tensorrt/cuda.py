@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from qdeploy.errors import CapabilityError
+from qdeploy.system.errors import CapabilityError
 
 if TYPE_CHECKING:
     from torch import Tensor

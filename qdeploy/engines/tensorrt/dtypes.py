@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qdeploy.errors import CapabilityError
+from qdeploy.system.errors import CapabilityError
 
 # Those that a tensor at the border of a network can have, by the name of the member of ``trt.DataType``.
 TORCH_NAMES = {

@@ -10,13 +10,13 @@ from qdeploy.engines.tensorrt.cuda import TorchCuda
 from qdeploy.engines.tensorrt.execution import Execution
 from qdeploy.engines.tensorrt.inspector import kernels, read_layers
 from qdeploy.engines.tensorrt.plan import open_plan
-from qdeploy.engines.tensorrt.preflight import require_gpu
 from qdeploy.engines.tensorrt.versions import load_tensorrt
+from qdeploy.system.gpu import require_gpu
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qdeploy.artifact import Artifact
+    from qdeploy.store.artifact import Artifact
 
 
 class TensorRTEngine(Engine):

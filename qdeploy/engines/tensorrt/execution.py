@@ -15,8 +15,8 @@ from qdeploy.engines.tensorrt.logger import last_errors, logger_of
 from qdeploy.engines.tensorrt.plan import Plan
 from qdeploy.engines.tensorrt.ports import read_ports
 from qdeploy.engines.tensorrt.profiles import choose_profile, describe
-from qdeploy.errors import InvalidInputError
-from qdeploy.progress import say
+from qdeploy.system.errors import InvalidInputError
+from qdeploy.system.progress import say
 
 ALIGNMENT = 256
 

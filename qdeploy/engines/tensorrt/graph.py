@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from qdeploy.errors import InvalidInputError
+from qdeploy.system.errors import InvalidInputError
 
 # Quantized types by the name of the member of ``onnx.TensorProto``, and those that TensorRT has on GPUs.
 _LOW_BIT = {"INT8": "int8", "FLOAT8E4M3FN": "fp8", "INT4": "int4"}

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qdeploy.errors import InvalidInputError
-from qdeploy.progress import say
+from qdeploy.system.errors import InvalidInputError
+from qdeploy.system.progress import say
 
 TIME = "timestep"
 # Inputs that ONNX types as float32 whatever the others are: Resize's scales.

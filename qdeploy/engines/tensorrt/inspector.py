@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qdeploy.engines.base import Kernel
-from qdeploy.errors import InvalidInputError
+from qdeploy.system.errors import InvalidInputError
 
 # Beginnings of what the inspector writes for types, by our words for them.
 _PRECISIONS = {

@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from qdeploy.errors import CapabilityError
-from qdeploy.progress import say
+from qdeploy.system.errors import CapabilityError
+from qdeploy.system.progress import say
 
 KEPT = 200
 _LEVELS = {"INTERNAL_ERROR": 2, "ERROR": 2, "WARNING": 2, "INFO": 3}

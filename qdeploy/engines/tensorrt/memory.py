@@ -8,11 +8,11 @@ from pathlib import Path
 
 from qdeploy.engines.tensorrt.graph import Graph
 from qdeploy.engines.tensorrt.options import GIB, Options
-from qdeploy.engines.tensorrt.preflight import Gpu
 from qdeploy.engines.tensorrt.profiles import Profile
-from qdeploy.errors import InvalidInputError
 from qdeploy.export.macs import graph_shapes
-from qdeploy.progress import say
+from qdeploy.system.errors import InvalidInputError
+from qdeploy.system.gpu import Gpu
+from qdeploy.system.progress import say
 
 # Bytes of an activation, were nothing of it quantized.
 _BYTES = {"f32": 4, "f16": 2, "bf16": 2}

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from qdeploy.engines.tensorrt.graph import Graph
-from qdeploy.engines.tensorrt.preflight import Gpu
-from qdeploy.errors import CapabilityError, UsageError
+from qdeploy.system.errors import CapabilityError, UsageError
+from qdeploy.system.gpu import Gpu
 
 GIB = 2**30
 PRECISIONS = ("f32", "f16", "bf16")

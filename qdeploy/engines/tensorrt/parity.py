@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qdeploy.engines.tensorrt.plan import ENGINE, read_sidecar
-from qdeploy.engines.tensorrt.preflight import require_gpu
-from qdeploy.errors import CapabilityError
+from qdeploy.system.errors import CapabilityError
+from qdeploy.system.gpu import require_gpu
 
 if TYPE_CHECKING:
     import numpy as np

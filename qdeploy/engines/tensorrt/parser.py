@@ -8,7 +8,7 @@ from typing import Any
 from qdeploy.engines.tensorrt.dtypes import torch_name
 from qdeploy.engines.tensorrt.graph import Graph
 from qdeploy.engines.tensorrt.logger import create, last_errors
-from qdeploy.errors import InvalidInputError
+from qdeploy.system.errors import InvalidInputError
 
 
 def parse(trt: Any, network: Any, path: Path, logger: Any) -> Any:

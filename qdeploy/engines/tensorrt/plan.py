@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdeploy.artifact import sha256_file
 from qdeploy.engines.tensorrt.logger import create, last_errors, logger_of
-from qdeploy.engines.tensorrt.preflight import Gpu
 from qdeploy.engines.tensorrt.profiles import Profile, parse_shapes
 from qdeploy.engines.tensorrt.versions import numbers, version_of
-from qdeploy.errors import CapabilityError, InvalidInputError
+from qdeploy.system.errors import CapabilityError, InvalidInputError
+from qdeploy.system.gpu import Gpu
+from qdeploy.system.hashing import sha256_file
 
 ENGINE = "model.plan"
 SIDECAR = "plan.json"

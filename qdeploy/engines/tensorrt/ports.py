@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qdeploy.engines.tensorrt.dtypes import torch_name
-from qdeploy.errors import CapabilityError
+from qdeploy.system.errors import CapabilityError
 
 
 @dataclass(frozen=True)

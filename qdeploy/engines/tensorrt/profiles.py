@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qdeploy.engines.tensorrt.graph import GraphTensor
-from qdeploy.errors import InvalidInputError, UsageError
+from qdeploy.system.errors import InvalidInputError, UsageError
 
 Shape = tuple[int, ...]
 EXAMPLE = "sample:1x4x64x64,2x4x64x64,8x4x64x64"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from qdeploy.progress import verbosity
+from qdeploy.system.progress import verbosity
 
 
 def make_monitor(trt: Any) -> Any:

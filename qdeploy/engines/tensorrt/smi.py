@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 
-from qdeploy.errors import CapabilityError
+from qdeploy.system.errors import CapabilityError
 
 # What is asked for, by the name it gets here. The unit is part of our names, and left out of the answer.
 FIELDS = {

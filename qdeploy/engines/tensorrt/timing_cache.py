@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qdeploy.engines.tensorrt.preflight import Gpu
-from qdeploy.errors import UsageError
-from qdeploy.files import write_atomically
-from qdeploy.progress import say
+from qdeploy.store.files import write_atomically
+from qdeploy.system.errors import UsageError
+from qdeploy.system.gpu import Gpu
+from qdeploy.system.progress import say
 
 
 def cache_file(place: Path, version: str, gpu: Gpu) -> Path:

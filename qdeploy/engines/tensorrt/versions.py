@@ -9,14 +9,14 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from qdeploy.errors import CapabilityError
+from qdeploy.system.errors import CapabilityError
 
 OLDEST = (10, 8)
 INSTALL = "pip install 'qdeploy[tensorrt]'"
 
 
 def load_tensorrt() -> Any:
-    """The module ``tensorrt``. Make sure of a GPU first, by `qdeploy.engines.tensorrt.preflight`.
+    """The module ``tensorrt``. Make sure of a GPU first, by `qdeploy.system.gpu`.
 
     Raises:
         CapabilityError: it is missing, broken or too old.

@@ -14,12 +14,12 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from qdeploy.denoiser import Model
+from qdeploy.evaluate.attribute_network import FOLDER, AttributeNetwork, Found, Reading
 from qdeploy.evaluate.intervals import of_share
 from qdeploy.evaluate.metrics.base import Metric
-from qdeploy.evaluate.pair import Pair
-from qdeploy.zoo.attribute_network import FOLDER, AttributeNetwork, Found, Reading
-from qdeploy.zoo.scene_captions import Wanted, wanted
+from qdeploy.evaluate.paired_sample import Pair
+from qdeploy.evaluate.scene_captions import Wanted, wanted
+from qdeploy.model.folder import Model
 
 ATTRIBUTES = ("shape", "colour", "size", "count", "relation", "background")
 

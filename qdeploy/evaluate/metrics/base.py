@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
-from qdeploy.denoiser import Model
-from qdeploy.evaluate.means import Means
-from qdeploy.evaluate.pair import Pair
+from qdeploy.evaluate.metric_context import Means
+from qdeploy.evaluate.paired_sample import Pair
+from qdeploy.model.folder import Model
 
 
 class Meter(Protocol):

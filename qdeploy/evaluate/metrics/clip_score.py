@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdeploy.errors import CapabilityError, InvalidInputError
-from qdeploy.evaluate.means import Means
+from qdeploy.evaluate.metric_context import Means
 from qdeploy.evaluate.metrics.base import Metric
 from qdeploy.evaluate.metrics.paired import about_mean
-from qdeploy.evaluate.pair import Pair
+from qdeploy.evaluate.paired_sample import Pair
+from qdeploy.system.errors import CapabilityError, InvalidInputError
 
 
 class ClipMeter:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from qdeploy.evaluate.extractors import Features
 from qdeploy.evaluate.intervals import CONFIDENCE, of_statistic, rounded
-from qdeploy.evaluate.means import Means
-from qdeploy.evaluate.pair import Pair
+from qdeploy.evaluate.metric_context import Means
+from qdeploy.evaluate.paired_sample import Pair
 
 Distance = Callable[[Tensor, Tensor], float]
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from qdeploy.decibels import powers
-from qdeploy.denoiser import Model
 from qdeploy.evaluate.metrics.base import Metric
 from qdeploy.evaluate.metrics.sqnr import timestep_name
-from qdeploy.evaluate.pair import Pair
+from qdeploy.evaluate.paired_sample import Pair
+from qdeploy.model.folder import Model
+from qdeploy.system.decibels import powers
 
 
 def drift(sample: Tensor, expected: Tensor) -> float:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdeploy.denoiser import Model
 from qdeploy.evaluate.features import FeatureNetwork
 from qdeploy.evaluate.metrics.base import Metric
-from qdeploy.evaluate.pair import Pair
+from qdeploy.evaluate.paired_sample import Pair
+from qdeploy.model.folder import Model
 
 STATISTICS = "statistics.safetensors"
 FOLDER = "features"

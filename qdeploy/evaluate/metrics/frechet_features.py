@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from qdeploy.evaluate.extractors import INCEPTION
-from qdeploy.evaluate.means import Means
+from qdeploy.evaluate.metric_context import Means
 from qdeploy.evaluate.metrics.base import Metric
 from qdeploy.evaluate.metrics.distribution import SetMeter
 from qdeploy.evaluate.metrics.frechet import frechet_distance, gaussian

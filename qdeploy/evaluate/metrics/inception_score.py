@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from qdeploy.evaluate.intervals import CONFIDENCE, of_statistic, rounded
-from qdeploy.evaluate.means import Means
+from qdeploy.evaluate.metric_context import Means
 from qdeploy.evaluate.metrics.base import Metric
 from qdeploy.evaluate.metrics.distribution import SetMeter
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdeploy.errors import InvalidInputError
-from qdeploy.evaluate.means import Means
+from qdeploy.evaluate.metric_context import Means
 from qdeploy.evaluate.metrics.base import Metric
 from qdeploy.evaluate.metrics.paired import PairedMeter
+from qdeploy.system.errors import InvalidInputError
 
 BACKBONE, LINEAR = "vgg16-397923af.pth", "vgg.pth"
 # VGG-16's convolutions by stage: the width of each layer. Features are taken at the end of each stage.

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from qdeploy.evaluate.intervals import CONFIDENCE, of_mean, rounded
-from qdeploy.evaluate.means import PAIRED
-from qdeploy.evaluate.pair import Pair
+from qdeploy.evaluate.metric_context import PAIRED
+from qdeploy.evaluate.paired_sample import Pair
 
 Compare = Callable[[Tensor, Tensor], Sequence[float]]
 

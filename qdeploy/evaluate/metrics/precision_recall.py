@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qdeploy.evaluate.intervals import CONFIDENCE, of_share, rounded
-from qdeploy.evaluate.means import Means
+from qdeploy.evaluate.metric_context import Means
 from qdeploy.evaluate.metrics.base import Metric
 from qdeploy.evaluate.metrics.distribution import SetMeter
 

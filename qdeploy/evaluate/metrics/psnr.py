@@ -6,10 +6,10 @@ import math
 
 from torch import Tensor
 
-from qdeploy.denoiser import Model
 from qdeploy.evaluate.metrics.base import Metric
 from qdeploy.evaluate.metrics.paired import PairedMeter
-from qdeploy.evaluate.pair import Pair
+from qdeploy.evaluate.paired_sample import Pair
+from qdeploy.model.folder import Model
 
 # 8-bit images that are equal but for rounding are about 59 dB apart; a mean shall not hang on few equal ones.
 EQUAL_DB = 100.0

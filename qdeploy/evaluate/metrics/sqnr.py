@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
-from qdeploy.decibels import decibels, powers
-from qdeploy.denoiser import Model
 from qdeploy.evaluate.metrics.base import Metric
-from qdeploy.evaluate.pair import Pair
+from qdeploy.evaluate.paired_sample import Pair
+from qdeploy.model.folder import Model
+from qdeploy.system.decibels import decibels, powers
 
 
 def summary(by_timestep: Mapping[float, float]) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qdeploy.denoiser import Model
 from qdeploy.evaluate.metrics.base import Metric
 from qdeploy.evaluate.metrics.paired import PairedMeter
+from qdeploy.model.folder import Model
 
 WINDOW, SIGMA = 11, 1.5
 _C1, _C2 = 0.01**2, 0.03**2  # (K L)^2 for values in [0, 1]

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
-from qdeploy.calibrate.timestep_groups import tensor_names
-from qdeploy.evaluate.pictures import paint_curves, paint_ranges
+from qdeploy.plots.pictures import paint_curves, paint_ranges
+from qdeploy.quant.time_ranges import tensor_names
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qdeploy.artifact import Artifact
-from qdeploy.calibrate.timestep_groups import RANGES, read_ranges, tensor_names
-from qdeploy.denoiser import Model
 from qdeploy.evaluate.report_page.subjects import Given, Subject
 from qdeploy.mixed.ranking import LayerHarm
+from qdeploy.model.folder import Model
+from qdeploy.quant.time_ranges import RANGES, read_ranges, tensor_names
+from qdeploy.store.artifact import Artifact
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdeploy.artifact import Artifact
-from qdeploy.errors import InvalidInputError
+from qdeploy.store.artifact import Artifact
+from qdeploy.system.errors import InvalidInputError
 
 LARGEST = 256  # pixels of the longer side on the page
 _ALIKE = ("steps", "scheduler", "prompts", "guidance", "eta", "height", "width", "shape")

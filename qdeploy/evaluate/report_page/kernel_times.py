@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qdeploy.artifact import Artifact
 from qdeploy.engines.base import Kernel
-from qdeploy.engines.measure import read_probe, repeat_rows
+from qdeploy.engines.measure import repeat_rows
 from qdeploy.engines.registry import find_backend
+from qdeploy.store.artifact import Artifact
+from qdeploy.store.probe import read_probe
 
 _CALLS = 10
 

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdeploy.artifact import Artifact
-from qdeploy.calibrate.checkpoint import load_checkpoint
-from qdeploy.calibrate.fakequant import QuantizedLayer, quantized_layers
-from qdeploy.decibels import decibels, powers
-from qdeploy.denoiser import Model
-from qdeploy.engines.measure import read_probe
-from qdeploy.inputs import denoise
+from qdeploy.model.folder import Model
+from qdeploy.model.inputs import denoise
+from qdeploy.quant.checkpoint import load_checkpoint
+from qdeploy.quant.layer import QuantizedLayer, quantized_layers
+from qdeploy.store.artifact import Artifact
+from qdeploy.store.probe import read_probe
+from qdeploy.system.decibels import decibels, powers
 
 _ROWS = 4  # of the probe, evenly spread over its timesteps
 

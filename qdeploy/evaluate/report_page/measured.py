@@ -9,16 +9,16 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from qdeploy.artifact import Artifact, open_artifact
-from qdeploy.denoiser import Model, read_json
-from qdeploy.errors import InvalidInputError, QDeployError
+from qdeploy.evaluate.cached_json import remembered
 from qdeploy.evaluate.quality import Plan, Trajectories
-from qdeploy.evaluate.remembered import remembered
 from qdeploy.evaluate.report_page.kernel_times import kernel_times
 from qdeploy.evaluate.report_page.layer_errors import layer_errors
 from qdeploy.evaluate.report_page.subjects import Given, Subject, can_run
-from qdeploy.machine import machine
-from qdeploy.progress import say
+from qdeploy.model.folder import Model, read_json
+from qdeploy.store.artifact import Artifact, open_artifact
+from qdeploy.system.errors import InvalidInputError, QDeployError
+from qdeploy.system.machine import machine
+from qdeploy.system.progress import say
 
 FIRST_IMAGE = 1000  # seeds of pictures; calibration sets usually hold seeds 0 to 63
 Json = dict[str, Any]
@@ -203,7 +203,7 @@ def samples_of(
 def _sample(
     pictures: Pictures, folder: Path, source: Path | Artifact, name: str, model: Path | None = None
 ) -> Artifact:
-    from qdeploy.runtime.sample import sample
+    from qdeploy.sampling.sample import sample
 
     plan = pictures.plan
     return sample(

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdeploy.artifact import Artifact
-from qdeploy.denoiser import Model
-from qdeploy.errors import UsageError
 from qdeploy.evaluate.quality import Plan
 from qdeploy.evaluate.report_page import measured
 from qdeploy.evaluate.report_page.content import Content
 from qdeploy.evaluate.report_page.render import render
 from qdeploy.evaluate.report_page.sensitivity import read_sensitivity
 from qdeploy.evaluate.report_page.subjects import find_reference, open_given
-from qdeploy.files import explained_os_errors, write_text
-from qdeploy.progress import say
+from qdeploy.model.folder import Model
+from qdeploy.store.artifact import Artifact
+from qdeploy.store.files import explained_os_errors, write_text
+from qdeploy.system.errors import UsageError
+from qdeploy.system.progress import say
 
 Result = str | Path | Mapping[str, Any]
 
@@ -93,7 +93,7 @@ def report(
         pictures: seeds to show images of; 0 for none.
         samples: images to measure quality on.
         inference_steps: length of trajectories, in checks and pictures.
-        scheduler: a name of `qdeploy.schedulers`; the model's own if None.
+        scheduler: a name of `qdeploy.model.schedulers`; the model's own if None.
         seed: chooses the images of checks.
         batch: samples per call to measure speed with.
         rounds: turns of each engine, likewise.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qdeploy.denoiser import read_json
-from qdeploy.errors import InvalidInputError
 from qdeploy.mixed.ranking import LayerHarm
+from qdeploy.model.folder import read_json
+from qdeploy.system.errors import InvalidInputError
 
 FILE = "sensitivity.json"
 

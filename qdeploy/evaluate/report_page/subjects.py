@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qdeploy.artifact import Artifact, open_artifact
-from qdeploy.denoiser import Model
 from qdeploy.engines.registry import find_backend
-from qdeploy.errors import CapabilityError, InvalidInputError, UsageError
-from qdeploy.evaluate.baselines import is_baseline, source_model
+from qdeploy.evaluate.baselines import is_baseline
 from qdeploy.evaluate.parity import STAGES
-from qdeploy.progress import say
+from qdeploy.model.folder import Model
+from qdeploy.model.origin import source_model
+from qdeploy.store.artifact import Artifact, open_artifact
+from qdeploy.system.errors import CapabilityError, InvalidInputError, UsageError
+from qdeploy.system.progress import say
 
 
 @dataclass(frozen=True)

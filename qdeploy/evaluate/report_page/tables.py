@@ -10,7 +10,7 @@ from qdeploy.evaluate.report_page.content import Content, describe
 from qdeploy.evaluate.thresholds import THRESHOLDS, look_up
 from qdeploy.mixed.options import ACTIVATIONS, WEIGHTS
 from qdeploy.mixed.ranking import LayerHarm, harm_db
-from qdeploy.tables import MISSING, number
+from qdeploy.system.tables import MISSING, number
 
 
 @dataclass(frozen=True)

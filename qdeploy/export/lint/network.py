@@ -10,11 +10,11 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qdeploy.errors import InvalidInputError
 from qdeploy.export.lint.quantizer import Quantizer, read_quantizer, readable
 from qdeploy.export.lint.scope import Scope, Shape
 from qdeploy.export.lint.shapes import count_batch_as_one, derive, skeleton
 from qdeploy.export.macs import WEIGHTED, macs_of
+from qdeploy.system.errors import InvalidInputError
 
 # What TensorRT moves a Q upstream of, or a DQ downstream of, so that a quantized region grows.
 COMMUTES = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity")

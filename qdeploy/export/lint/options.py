@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from qdeploy.errors import UsageError
 from qdeploy.export.lint.scope import Shape
+from qdeploy.system.errors import UsageError
 
 
 def parse_version(text: str, option: str) -> tuple[int, int]:

@@ -13,8 +13,6 @@ import onnx_ir as ir
 from onnx_ir.passes import Sequential
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
-from qdeploy.artifact import is_artifact, open_artifact
-from qdeploy.errors import InvalidInputError, QDeployError, UsageError
 from qdeploy.export.graph import LARGE, save
 from qdeploy.export.lint.fixes import fixes
 from qdeploy.export.lint.forecast import forecast
@@ -23,8 +21,10 @@ from qdeploy.export.lint.options import parse_shapes, parse_version
 from qdeploy.export.lint.rule import SEVERITIES, E, Hit, Rule, rules
 from qdeploy.export.lint.scope import Scope
 from qdeploy.export.lint.waivers import WAIVERS
-from qdeploy.files import explained_os_errors
-from qdeploy.targets import find_target
+from qdeploy.recipe.targets import find_target
+from qdeploy.store.artifact import is_artifact, open_artifact
+from qdeploy.store.files import explained_os_errors
+from qdeploy.system.errors import InvalidInputError, QDeployError, UsageError
 
 _ROUNDS = 8  # a fix can make room for another; more than this many never happened
 
@@ -118,7 +118,7 @@ def lint(
 
     Args:
         source: an ONNX file, or an ONNX bundle, whose denoiser is meant.
-        target: a name from `qdeploy.targets`; the rules of all its backends apply.
+        target: a name from `qdeploy.recipe.targets`; the rules of all its backends apply.
         tensorrt: TensorRT's version.
         compute_capability: of the GPU, as ``8.9``.
         shapes: smallest, optimal and largest shapes: ``sample:1x4x64x64,2x4x64x64,8x4x64x64;...``.

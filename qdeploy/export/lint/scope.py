@@ -12,7 +12,7 @@ class Scope:
     """What a graph is meant to run on.
 
     Attributes:
-        target: a name from `qdeploy.targets`: the rules of its backends apply.
+        target: a name from `qdeploy.recipe.targets`: the rules of its backends apply.
         tensorrt: TensorRT's version, major and minor.
         compute_capability: the GPU's, as ``(8, 9)``; without it no rule asks for it.
         profile: smallest, optimal and largest shape of inputs, by name.

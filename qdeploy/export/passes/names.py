@@ -22,7 +22,7 @@ class Names(InPlacePass):
        has several (a split shortcut), ``/0``, ``/1``, ... follow.
     2. Every other node is named by the module that it came from and its operator.
     3. Initializers lose the prefixes that tracing added: quantizers are called as in
-       `qdeploy.calibrate.state`.
+       `qdeploy.quant.state`.
     4. All metadata of the tracer goes: it holds source paths of the machine.
     """
 

@@ -11,13 +11,13 @@ import torch
 from click.testing import Result
 from onnx.reference import ReferenceEvaluator
 
-from qdeploy.decibels import sqnr_db
 from qdeploy.engines.onnxruntime import ONNXRuntimeEngine
 from qdeploy.engines.registry import Backend, backends
 from qdeploy.engines.selftest.graphs import FORMATS, PATTERNS, model
 from qdeploy.engines.selftest.run import example, oracle, selftest
-from qdeploy.errors import UsageError
 from qdeploy.export.macs import meant_int8
+from qdeploy.system.decibels import sqnr_db
+from qdeploy.system.errors import UsageError
 
 QDeploy = Callable[..., Result]
 CASES = [

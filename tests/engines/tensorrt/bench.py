@@ -15,7 +15,7 @@ import numpy as np
 
 from qdeploy.engines.tensorrt.graph import Graph, GraphTensor
 from qdeploy.engines.tensorrt.options import Options
-from qdeploy.engines.tensorrt.preflight import Gpu
+from qdeploy.system.gpu import Gpu
 
 ADA = Gpu("Fake Ada", (8, 9), 24 * 2**30, 13000)
 GRAPH = Graph(

@@ -15,10 +15,10 @@ from unittest import mock
 import pytest
 import torch
 
-from qdeploy.artifact import Artifact
 from qdeploy.engines.base import Engine
 from qdeploy.engines.tensorrt import engine as module
-from qdeploy.errors import InvalidInputError
+from qdeploy.store.artifact import Artifact
+from qdeploy.system.errors import InvalidInputError
 from tests.engines.bundles import CONFIG
 from tests.engines.tensorrt.bench import ADA, Library, plan_folder
 

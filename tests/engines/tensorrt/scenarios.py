@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from qdeploy.progress import verbosity
+from qdeploy.system.progress import verbosity
 from tests.engines.tensorrt import scenes_of_building, scenes_of_running
 from tests.engines.tensorrt.stage import library, scratch
 

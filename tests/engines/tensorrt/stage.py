@@ -18,7 +18,7 @@ from qdeploy.engines.tensorrt import plan as plans
 from qdeploy.engines.tensorrt.execution import Execution
 from qdeploy.engines.tensorrt.options import Options
 from qdeploy.engines.tensorrt.profiles import parse_shapes
-from qdeploy.errors import QDeployError
+from qdeploy.system.errors import QDeployError
 from tests.engines.tensorrt.bench import ADA, GRAPH, SHAPES, FakeCuda, Library, plan_folder
 
 

@@ -11,7 +11,7 @@ from qdeploy.engines.tensorrt.graph import read_graph
 from qdeploy.engines.tensorrt.memory import activation_peak, estimate, warn_if_tight
 from qdeploy.engines.tensorrt.options import Options
 from qdeploy.engines.tensorrt.profiles import default_profile
-from qdeploy.errors import InvalidInputError
+from qdeploy.system.errors import InvalidInputError
 from tests.engines.bundles import CHANNELS, SIZE, WIDTH, GraphBuilder, denoiser_graph
 from tests.engines.tensorrt.bench import ADA
 

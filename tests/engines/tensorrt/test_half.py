@@ -12,11 +12,11 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 import qdeploy
-from qdeploy.decibels import distance
-from qdeploy.engines.measure import read_probe
 from qdeploy.engines.tensorrt.graph import read_graph
 from qdeploy.engines.tensorrt.half import halve, time_only
-from qdeploy.errors import InvalidInputError
+from qdeploy.store.probe import read_probe
+from qdeploy.system.decibels import distance
+from qdeploy.system.errors import InvalidInputError
 from tests.engines.bundles import denoiser_graph, example_inputs, expected
 
 HALF = {"f16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}

@@ -9,7 +9,7 @@ import pytest
 
 from qdeploy.engines.int8_share import int8_mac_share
 from qdeploy.engines.tensorrt.inspector import dtype, kernels, parse_layers, report
-from qdeploy.errors import InvalidInputError
+from qdeploy.system.errors import InvalidInputError
 
 INT8_10 = {"Name": "x", "Format/Datatype": "Thirty-two wide channel vectorized row major Int8 format"}
 HALF_10 = {"Name": "x", "Format/Datatype": "Channel major FP16 format where channel % 8 == 0"}

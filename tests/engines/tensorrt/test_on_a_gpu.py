@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from qdeploy.artifact import Artifact
-from qdeploy.decibels import sqnr_db
 from qdeploy.engines.build import build_engine, load_engine
 from qdeploy.engines.registry import backends
 from qdeploy.engines.tensorrt.engine import TensorRTEngine
-from qdeploy.errors import InvalidInputError, QDeployError
+from qdeploy.store.artifact import Artifact
+from qdeploy.system.decibels import sqnr_db
+from qdeploy.system.errors import InvalidInputError, QDeployError
 from tests.engines.bundles import MEANT, denoiser_graph, example_inputs, expected, write_bundle
 
 pytestmark = pytest.mark.gpu

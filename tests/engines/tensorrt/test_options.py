@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from click.testing import Result
 
-from qdeploy.artifact import Artifact
 from qdeploy.engines.tensorrt.options import WISHES, Options, check_machine, check_options
-from qdeploy.errors import QDeployError, UsageError
+from qdeploy.store.artifact import Artifact
+from qdeploy.system.errors import QDeployError, UsageError
 from tests.engines.tensorrt.bench import ADA, GRAPH
 
 

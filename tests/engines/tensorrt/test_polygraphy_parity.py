@@ -8,7 +8,7 @@ import pytest
 from onnx import numpy_helper
 
 from qdeploy.engines.tensorrt.parity import compare, outcome, require
-from qdeploy.errors import CapabilityError
+from qdeploy.system.errors import CapabilityError
 from tests.engines.bundles import denoiser_graph, example_inputs
 
 

@@ -13,7 +13,7 @@ from qdeploy.engines.tensorrt.profiles import (
     describe,
     parse_shapes,
 )
-from qdeploy.errors import UsageError
+from qdeploy.system.errors import UsageError
 
 INPUTS = (
     GraphTensor("sample", "float32", ("batch", 4, 64, 64)),

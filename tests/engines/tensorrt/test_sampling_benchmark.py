@@ -10,9 +10,9 @@ import pytest
 import torch
 from diffusers import DDPMPipeline
 
-from qdeploy.artifact import Artifact, open_artifact
 from qdeploy.engines.build import build_engine
 from qdeploy.engines.tensorrt import smi
+from qdeploy.store.artifact import Artifact, open_artifact
 from tests.engines.tensorrt.stand_in import ROOT
 
 STATE = {"sm_mhz": 1980.0, "used_mib": 1024.0}

@@ -9,7 +9,7 @@ import pytest
 
 from qdeploy.engines.registry import backends
 from qdeploy.engines.tensorrt.smi import FIELDS, gpu_state
-from qdeploy.errors import CapabilityError
+from qdeploy.system.errors import CapabilityError
 from tests.engines.tensorrt.stand_in import ROOT
 
 

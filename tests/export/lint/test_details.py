@@ -9,12 +9,12 @@ import onnx
 import openvino
 import pytest
 
-from qdeploy.errors import InvalidInputError, UsageError
 from qdeploy.export.lint.forecast import forecast
 from qdeploy.export.lint.network import Network
 from qdeploy.export.lint.options import parse_shapes
 from qdeploy.export.lint.run import Finding, lint
 from qdeploy.export.lint.scope import Scope
+from qdeploy.system.errors import InvalidInputError, UsageError
 from tests.export.lint.fixtures import (
     BEHIND,
     BOTH,

@@ -11,18 +11,18 @@ import pytest
 from click.testing import Result
 from torch import nn
 
-from qdeploy.artifact import Artifact
-from qdeploy.calibrate.run import calibrate
 from qdeploy.calibrate.session import _thin
-from qdeploy.calibrate.trajectory import collect
+from qdeploy.calibration_set.collect import collect
 from qdeploy.export.lint.rule import rules
 from qdeploy.export.lint.run import graph_file, lint
 from qdeploy.export.lint.table import in_step
 from qdeploy.export.lint.waivers import WAIVERS
 from qdeploy.export.macs import graph_macs, meant_int8
 from qdeploy.export.run import export
-from qdeploy.structure import Layer
-from qdeploy.thin import CHANNELS
+from qdeploy.network.roles import Layer
+from qdeploy.recipe.kernel_limits import CHANNELS
+from qdeploy.store.artifact import Artifact
+from qdeploy.workflows.calibrate import calibrate
 from tests.export.lint.fixtures import CASES, good
 
 Run = Callable[..., Result]

@@ -9,8 +9,8 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from qdeploy.errors import InvalidInputError
 from qdeploy.export.lint.run import Report, lint
+from qdeploy.system.errors import InvalidInputError
 from tests.export.lint.fixtures import CASES, CONV, HALF, WEIGHT, copied, good, graph, qdq
 from tests.export.lint.test_rules import run
 

@@ -12,7 +12,7 @@ from qdeploy.export.lint.network import COMMUTES, Layer, Network
 from qdeploy.export.lint.quantizer import FP8, INT8
 from qdeploy.export.lint.rule import Hit, Hits, W, rule
 from qdeploy.export.lint.scope import Scope
-from qdeploy.thin import thin_conv, thin_float_conv, thin_product
+from qdeploy.recipe.kernel_limits import thin_conv, thin_float_conv, thin_product
 
 INT8_HEADS, INT8_TOKENS = (16, 32, 64), 512  # what the fused int8 attention takes
 

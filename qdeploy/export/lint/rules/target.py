@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 
-from qdeploy.errors import InvalidInputError
 from qdeploy.export.lint.forecast import forecast
 from qdeploy.export.lint.network import Network
 from qdeploy.export.lint.quantizer import FP4, FP8, INT8
 from qdeploy.export.lint.rule import E, Hit, Hits, I, rule
 from qdeploy.export.lint.scope import Scope
 from qdeploy.export.lint.shapes import derive
+from qdeploy.system.errors import InvalidInputError
 
 LARGEST = 5  # islands and reasons that people are shown; programs get all
 # Compute capability from which a type has tensor-core kernels.

@@ -1,0 +1,93 @@
+"""Weights from another checkpoint: its hours of rounding serve many recipes of activations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from qdeploy.calibrate.session import Session
+from qdeploy.quant.layer import quantized_layers
+from qdeploy.quant.quantizers import WeightQuantizer
+from qdeploy.quant.state import code_shapes, quantizers, read_state, unpack
+from qdeploy.recipe.recipe import Recipe
+from qdeploy.recipe.stages import ROUNDINGS, WEIGHT_SCALES, Stage
+from qdeploy.store.artifact import Artifact, open_artifact
+from qdeploy.system.errors import InvalidInputError, UsageError
+
+
+def load_weights(session: Session, *, checkpoint: str = "") -> None:
+    """Take scales and roundings of all weights from a checkpoint of the same model.
+
+    Args:
+        session: the calibration.
+        checkpoint: its folder.
+
+    Raises:
+        UsageError: none is named.
+        InvalidInputError: it is no checkpoint, was made from another model, or its weights have another
+            format or coverage.
+    """
+    if not checkpoint:
+        raise UsageError("the stage load-weights needs the checkpoint to load from")
+    source = open_artifact(checkpoint, "checkpoint")
+    _check_alike(session, source)
+    stored = load_file(source.path / session.component / "quantized.safetensors")
+    shapes = code_shapes(session.denoiser)
+
+    _check_channels(session, stored, checkpoint)
+
+    def compute() -> None:
+        for name, quantizer in quantizers(session.denoiser):
+            if not isinstance(quantizer, WeightQuantizer):
+                continue
+            if f"{name}.codes" not in stored:
+                raise InvalidInputError(f"{checkpoint} does not quantize {name}: calibrate with its coverage")
+            quantizer.set(stored[f"{name}.scale"], stored[f"{name}.zero_point"])
+            codes = unpack(stored[f"{name}.codes"], quantizer.format, shapes[name])
+            quantizer.codes = codes.to(quantizer.scale.device)
+
+    session.once("weights", compute)
+
+
+def _check_alike(session: Session, source: Artifact) -> None:
+    if source.manifest["made_from"]["model"] != session.draft.made_from["model"]:
+        raise InvalidInputError(f"{source.path} was made from another model")
+    recipe = Recipe.from_json(source.manifest["recipe"])
+    if recipe.weights != session.recipe.weights and not (recipe.layers or session.recipe.layers):
+        raise InvalidInputError(
+            f"{source.path} has {recipe.weights} weights, and {session.recipe.weights} are wanted"
+        )
+    for path in quantized_layers(session.denoiser):
+        theirs, ours = recipe.formats(path)[0], session.recipe.formats(path)[0]
+        if theirs != ours:
+            names = [each.name if each else "float" for each in (theirs, ours)]
+            raise InvalidInputError(
+                f"{source.path} has {names[0]} weights at {path}, and {names[1]} are wanted"
+            )
+
+
+def _check_channels(session: Session, stored: Mapping[str, Tensor], checkpoint: str) -> None:
+    """Make sure that the weights were rounded for inputs that were scaled and cut as they are here."""
+    ours = read_state(session.denoiser)
+    for path in quantized_layers(session.denoiser):
+        for name in (f"{path}.{kind}" for kind in ("smoothing", "order", "split")):
+            alike = (name in ours) == (name in stored)
+            if not alike or (name in ours and not torch.equal(ours[name], stored[name])):
+                raise InvalidInputError(
+                    f"the weights of {path} in {checkpoint} were made for another {name.rpartition('.')[2]} of "
+                    "its channels"
+                )
+
+
+STAGES = (
+    Stage(
+        "load-weights",
+        load_weights,
+        "scales and roundings of weights from another checkpoint",
+        lambda options, units, effort: (0, 0),
+        gives=(WEIGHT_SCALES, ROUNDINGS),
+    ),
+)

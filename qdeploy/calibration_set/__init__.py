@@ -1,0 +1,1 @@
+"""The calibration set: what a denoiser is given along its sampling trajectory, recorded and stored."""

@@ -1,0 +1,249 @@
+"""Collect a calibration set: run the full-precision model once, keep what its denoiser is given.
+
+The distribution of a denoiser's inputs drifts along the trajectory, so a set has to cover it evenly
+(Q-Diffusion, arXiv 2302.04304, section 3.3.1). One pass over each image gives all its steps; starting anew
+for every step, as reference code of TFMQ-DM does, costs (S - 1) / 2 times more. The same pass tells what range
+the input of every layer has at each timestep.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdeploy.calibration_set.layer_ranges import LayerRanges
+from qdeploy.calibration_set.recorder import Recorded, Recorder
+from qdeploy.calibration_set.request import Request, check_pipeline, pipeline_sha256
+from qdeploy.calibration_set.shards import describe, open_shards, shard_name
+from qdeploy.model.folder import Model, open_model
+from qdeploy.model.inputs import sample_name
+from qdeploy.model.pipeline import generate
+from qdeploy.model.schedulers import make_scheduler
+from qdeploy.quant.time_ranges import RANGES, merge_ranges, read_ranges
+from qdeploy.store.artifact import Artifact
+from qdeploy.store.builder import Draft
+from qdeploy.system.estimate import Estimate, readable_size, readable_time
+from qdeploy.system.progress import say, track
+
+
+def collect(
+    model: str | Path | Model,
+    output: str | Path,
+    *,
+    steps: int = 20,
+    samples: int = 64,
+    inference_steps: int = 100,
+    scheduler: str | None = None,
+    eta: float | None = None,
+    prompts: Sequence[str] | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    batch: int = 16,
+    height: int | None = None,
+    width: int | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> Artifact | Estimate:
+    """Record the inputs of a model's denoiser along its sampling trajectory.
+
+    An interrupted collection is taken up by the next call with the same arguments, and ends in the same set.
+
+    Args:
+        model: a diffusers pipeline's folder, a zoo model's name or a Hub id.
+        output: folder of the calibration set.
+        steps: how many denoiser calls of each trajectory to keep, evenly spread from the first to the last.
+        samples: how many images to sample.
+        inference_steps: how long the trajectory is, in steps of the scheduler; some call the denoiser
+            more often.
+        scheduler: a scheduler by its short name or diffusers class; the model's own if None.
+        eta: DDIM's noise, 0 to 1.
+        prompts: prompts or, for class-conditional models, class numbers; used in turn.
+        guidance: classifier-free guidance scale; the pipeline's default if None.
+        seed: image i is sampled from ``seed + i``.
+        batch: how many images to sample at once; memory and the size of a shard grow with it.
+        height: height of the images in pixels, where the pipeline offers a choice.
+        width: width of the images in pixels.
+        device: torch device.
+        overwrite: replace another artifact at ``output``.
+        dry_run: say what it would cost, and stop.
+
+    Returns:
+        The calibration set; with ``dry_run`` time and size on disk.
+
+    Raises:
+        UsageError: impossible numbers, missing prompts, or a trajectory shorter than ``steps``.
+        InvalidInputError: the model cannot be used.
+    """
+    model = model if isinstance(model, Model) else open_model(model)
+    request = Request(
+        steps=steps,
+        samples=samples,
+        inference_steps=inference_steps,
+        scheduler=scheduler,
+        eta=eta,
+        prompts=None if prompts is None else tuple(prompts),
+        guidance=guidance,
+        seed=seed,
+        batch=min(batch, samples),
+        height=height,
+        width=width,
+        device=device,
+    )
+    check_pipeline(model, request)
+    made_from = {"model": model.sha256, "pipeline": pipeline_sha256(model)}
+    draft = Draft(Path(output), "calibration-set", made_from, None, seed, asdict(request), overwrite)
+    if not dry_run and (done := draft.finished()):
+        _draw(done)
+        return done
+    with _seeded(seed):  # weights are drawn at random before they are loaded
+        denoiser = model.load(device)
+        pipeline = model.pipeline(denoiser).to(device)
+    pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler)
+    work = _Work(request, pipeline, denoiser, dry_run)
+    if dry_run:
+        return work.estimate_only()
+    with draft:
+        work.run(draft)
+        facts = describe(open_shards(draft.content), sample_name(denoiser))
+        facts |= {
+            "scheduler": type(pipeline.scheduler).__name__,
+            "inference_steps": inference_steps,
+            "guidance": guidance if guidance is not None else _default(pipeline, "guidance_scale"),
+        }
+        made = draft.finish(facts, notes={"source": str(model.path.absolute())})
+    _draw(made)
+    return made
+
+
+class _Work:
+    """Samples batch after batch, and says beforehand how long it will take."""
+
+    def __init__(self, request: Request, pipeline: Any, denoiser: nn.Module, dry_run: bool) -> None:
+        self.request, self.pipeline, self.denoiser, self.dry_run = request, pipeline, denoiser, dry_run
+        self.estimate: Estimate | None = None
+        self._left = request.samples
+        self._bar: Iterator[object] | None = None
+
+    def estimate_only(self) -> Estimate:
+        """Make a call or two of the first batch."""
+        self._record(self.request.batches()[0])
+        assert self.estimate is not None
+        return self.estimate
+
+    def run(self, draft: Draft) -> None:
+        """Write the shards that are not there yet, then the ranges over all of them."""
+        batches = self.request.batches()
+        missing = [number for number in range(len(batches)) if not draft.has(shard_name(number))]
+        self._left = sum(len(batches[number]) for number in missing)
+        try:
+            for number in missing:
+                draft.tensors(shard_name(number), partial(self._shard, draft, number, batches[number]))
+        finally:
+            self._bar = None
+        ranges = [
+            draft.step(_ranges_name(number), partial(self._ranges, images))
+            for number, images in enumerate(batches)
+        ]
+        draft.tensors(RANGES, lambda: merge_ranges(ranges))
+
+    def _shard(self, draft: Draft, number: int, images: range) -> dict[str, Tensor]:
+        """One shard. Its ranges are in the journal before it is written, so they are there where it is."""
+        shard, ranges = self._record(images)
+        draft.step(_ranges_name(number), lambda: ranges)
+        return shard
+
+    def _ranges(self, images: range) -> dict[str, Tensor]:
+        return self._record(images)[1]
+
+    def _record(self, images: range) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        request = self.request
+        numbers = torch.tensor(images)
+        recorder = Recorder(self.pipeline, self.denoiser, numbers, request.steps, self._after_call)
+        ranges = LayerRanges(self.denoiser, lambda: recorder.timestep)
+        with _seeded(request.seed + images[0]), ranges, recorder:
+            generate(
+                self.pipeline,
+                [request.seed + image for image in images],
+                request.inference_steps,
+                prompts=request.prompts_of(images),
+                guidance=request.guidance,
+                eta=request.eta,
+                height=request.height,
+                width=request.width,
+            )
+        assert recorder.batch is not None
+        return recorder.batch.pack(), ranges.tensors()
+
+    def _after_call(self, recorder: Recorder) -> None:
+        # The very first call is slow, because memory and kernels are being prepared.
+        if self.estimate is None and (recorder.calls == min(2, recorder.needed) or recorder.seconds[0] > 1):
+            self._say_estimate(recorder)
+        if self._bar is not None:
+            next(self._bar, None)
+
+    def _say_estimate(self, recorder: Recorder) -> None:
+        assert recorder.batch is not None
+        request, full = self.request, len(recorder.images)
+        packed = recorder.batch.pack()
+        sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in packed.items()}
+        once = sum(size for name, size in sizes.items() if name.startswith(("condition.", "shared.")))
+        per_call = (sum(sizes.values()) - once) / len(recorder.batch.calls)
+        seconds = min(recorder.seconds[:2]) * recorder.needed * self._left / full
+        size = (once + per_call * request.steps) * request.samples / full
+        self.estimate = Estimate(seconds, round(size))
+        say(
+            f"collecting {request.steps} of {recorder.total} denoiser calls for {request.samples} images, "
+            f"{type(self.pipeline.scheduler).__name__}: about {readable_time(seconds)}, "
+            f"{readable_size(size)} on disk"
+        )
+        if self.dry_run:
+            raise Recorded
+        calls = -(-self._left // request.batch) * recorder.needed
+        self._bar = track(range(calls), "collecting", total=calls)
+        for _ in range(recorder.calls - 1):
+            next(self._bar, None)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Leave torch's own generator as it was, and what is drawn from it meanwhile reproducible.
+
+    Pipelines that do not pass their generators on to the scheduler draw from it.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def _ranges_name(number: int) -> str:
+    return f"ranges-{number:05d}"
+
+
+def _draw(made: Artifact) -> None:
+    """The set's ranges as a picture in its folder.
+
+    The picture is no part of the artifact: its bytes depend on the version of matplotlib and on fonts.
+    """
+    from qdeploy.plots.pictures import RANGES_PICTURE, range_heat_map
+
+    picture, ranges = made.file(RANGES_PICTURE), read_ranges(made.path)
+    if ranges is None or picture.exists():
+        return
+    try:
+        range_heat_map(ranges, picture)
+    except OSError as error:
+        say(f"{picture} could not be written: {error.strerror or error}")
+
+
+def _default(pipeline: Any, name: str) -> Any:
+    parameter = inspect.signature(pipeline.__call__).parameters.get(name)
+    return None if parameter is None or parameter.default is parameter.empty else parameter.default

@@ -1,0 +1,211 @@
+"""Watch a stock diffusers pipeline sample, and keep what its denoiser is given."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdeploy.calibration_set.batch import Batch
+from qdeploy.model.inputs import flatten_inputs, sample_name
+from qdeploy.system.errors import InvalidInputError, UsageError
+
+
+class Recorded(Exception):
+    """Raised inside the pipeline to stop it: everything wanted is recorded, nothing need be decoded."""
+
+
+def chosen_calls(calls: int, steps: int) -> list[int]:
+    """``steps`` numbers of calls, evenly spread from the first to the last of ``calls``.
+
+    (Q-Diffusion's code takes every ``calls // steps``-th, which is 26 of 51 where 25 were asked for.)
+
+    Raises:
+        UsageError: there are fewer calls than steps.
+    """
+    if steps > calls:
+        raise UsageError(
+            f"{steps} steps cannot be chosen from a trajectory of {calls} denoiser calls: "
+            "ask for fewer steps or for more inference steps"
+        )
+    return [int(call) for call in torch.linspace(0, calls - 1, steps, dtype=torch.float64).round()]
+
+
+def conditional_half(prediction: Tensor, guided: Tensor) -> int | None:
+    """Which half of a batch is the conditional one under classifier-free guidance.
+
+    Pipelines stack the two in either order. Guidance (Ho & Salimans, arXiv 2207.12598) makes
+    ``u + g (c - u)`` with g > 1 of them, so that the conditional prediction has a positive weight in the
+    result and the unconditional one a negative, whatever g is and however the result is rescaled. The weights
+    are found by least squares.
+
+    Args:
+        prediction: the network's output, ``[2N, C, ...]``.
+        guided: what the scheduler is given, ``[N or 2N, C or fewer, ...]``.
+
+    Returns:
+        0 or 1; None if both halves are the same or the result is no such combination of them.
+    """
+    if prediction.ndim != guided.ndim or prediction.ndim < 2 or len(prediction) % 2:
+        return None
+    half, channels = len(prediction) // 2, guided.shape[1]
+    halves = [part[:, :channels].double().flatten() for part in (prediction[:half], prediction[half:])]
+    target = guided[:half].double().flatten()
+    if halves[0].shape != target.shape:
+        return None
+    basis = torch.stack(halves, 1)
+    if (basis[:, 0] - basis[:, 1]).norm() < 1e-5 * basis.norm():
+        return None
+    weights = torch.linalg.lstsq(basis, target[:, None]).solution
+    if (basis @ weights - target[:, None]).norm() > 1e-2 * target.norm() or float(weights.prod()) >= 0:
+        return None
+    return int(weights.argmax())
+
+
+class Recorder:
+    """Records one batch of images while a pipeline runs; a context manager around the pipeline's call.
+
+    The pipeline is stopped, by raising `Recorded` through it, when the last wanted call has been made.
+
+    Args:
+        pipeline: the pipeline, with a scheduler.
+        denoiser: its denoiser.
+        images: numbers of the images in the batch, ``[N]``.
+        steps: number of calls to keep.
+        after_call: called after each denoiser call.
+
+    Attributes:
+        batch: what has been recorded.
+        calls: number of denoiser calls made.
+        total: number of calls in the whole trajectory; 0 before the first.
+        seconds: duration of each call; on a GPU only of the first two.
+        timestep: that of the running call if it is one that is kept, else None.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        denoiser: nn.Module,
+        images: Tensor,
+        steps: int,
+        after_call: Callable[[Recorder], None] = lambda recorder: None,
+    ) -> None:
+        self.pipeline, self.denoiser, self.images, self.steps = pipeline, denoiser, images, steps
+        self.batch: Batch | None = None
+        self.calls = self.total = 0
+        self.seconds: list[float] = []
+        self._after_call = after_call
+        self.timestep: float | None = None
+        self._wanted: list[int] = []
+        self._timestep: Tensor | None = None
+        self._prediction: Tensor | None = None
+        self._hooks: list[Any] = []
+        self._began = 0.0
+
+    @property
+    def complete(self) -> bool:
+        """Whether all wanted calls are recorded."""
+        return self.batch is not None and len(self.batch.calls) == self.steps
+
+    @property
+    def needed(self) -> int:
+        """Number of calls up to the last one wanted; known from the first call on."""
+        return self._wanted[-1] + 1
+
+    def __enter__(self) -> Recorder:
+        self._hooks = [
+            self.denoiser.register_forward_pre_hook(self._before, with_kwargs=True),
+            self.denoiser.register_forward_hook(self._after),
+        ]
+        scheduler = self.pipeline.scheduler
+        stock = scheduler.step
+
+        @functools.wraps(stock)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            self._guided(args[0] if args else kwargs["model_output"])
+            if self.complete:
+                raise Recorded
+            return stock(*args, **kwargs)
+
+        scheduler.step = step
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        del self.pipeline.scheduler.step
+        for hook in self._hooks:
+            hook.remove()
+        if error is None and not self.complete:
+            raise InvalidInputError(
+                f"{type(self.pipeline).__name__} called its denoiser {self.calls} times for a trajectory of "
+                f"{self.total} calls: it cannot be recorded"
+            )
+        return kind is Recorded
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = flatten_inputs(module, args, kwargs)
+        if not self.calls:
+            self.total = len(self.pipeline.scheduler.timesteps)
+            self._wanted = chosen_calls(self.total, self.steps)
+            self.batch = self._new_batch(inputs)
+        self._check_one_call_per_step(inputs["timestep"])
+        if self.batch is not None and self.calls in self._wanted:
+            self.batch.add(self.calls, inputs)
+            self.timestep = float(inputs["timestep"].flatten()[0])
+        self._wait_to_be_timed()
+        self._began = time.perf_counter()
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._wait_to_be_timed()
+        self.seconds.append(time.perf_counter() - self._began)
+        self.timestep = None
+        if not self.calls:
+            first = output if isinstance(output, Tensor) else output[0]
+            self._prediction = first.detach()
+        self.calls += 1
+        self._after_call(self)
+
+    def _wait_to_be_timed(self) -> None:
+        """Let a GPU finish around the first calls, whose durations are looked at."""
+        if self.calls < 2 and torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def _new_batch(self, inputs: Mapping[str, Tensor]) -> Batch:
+        name = sample_name(self.denoiser)
+        sample, images = inputs[name], len(self.images)
+        if len(sample) % images:
+            raise InvalidInputError(
+                f"{type(self.pipeline).__name__} gives its denoiser {len(sample)} rows for {images} images: "
+                "it cannot be recorded"
+            )
+        return Batch(name, self.images.repeat(len(sample) // images))
+
+    def _check_one_call_per_step(self, timestep: Tensor) -> None:
+        """Refuse pipelines that make two calls for guidance: which call is which could not be told."""
+        times = self.pipeline.scheduler.timesteps
+        if self.calls >= len(times) or (
+            self._timestep is not None
+            and torch.equal(timestep, self._timestep)
+            and times[self.calls] != times[self.calls - 1]
+        ):
+            raise InvalidInputError(
+                f"{type(self.pipeline).__name__} calls its denoiser more than once per step: "
+                "it cannot be recorded"
+            )
+        self._timestep = timestep.detach().clone()
+
+    def _guided(self, guided: Tensor) -> None:
+        """Look at what the scheduler is given for the first time."""
+        prediction, self._prediction = self._prediction, None
+        if prediction is None or self.batch is None or len(self.batch.images) != 2 * len(self.images):
+            return
+        sample = self.batch.inputs[0][self.batch.sample]
+        if torch.equal(*sample.chunk(2)) and (half := conditional_half(prediction, guided)) is not None:
+            rows = torch.arange(len(self.batch.images))
+            self.batch.conditional = (rows >= len(self.images)) == bool(half)

@@ -1,0 +1,177 @@
+"""An engine in the place of a pipeline's denoiser: ``pipe.unet = engine.as_denoiser()``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import diffusers
+import torch
+from diffusers.configuration_utils import ConfigMixin, FrozenDict
+from diffusers.utils.outputs import BaseOutput
+from torch import Tensor, nn
+
+from qdeploy.system.errors import CapabilityError, InvalidInputError
+
+# Parameters of the diffusers classes that say how to answer, not what to compute.
+_MANNERS = ("return_dict",)
+
+
+@dataclass
+class DenoiserOutput(BaseOutput):
+    """What diffusers' denoisers return: attribute, key and index access to ``sample``."""
+
+    sample: Tensor
+
+    @property
+    def predicted_image_embedding(self) -> Tensor:
+        """The sample under the name that priors give it."""
+        return self.sample
+
+
+class Predictor(Protocol):
+    """What this needs of an engine.
+
+    Attributes:
+        path: where it lies, for messages.
+        config: the denoiser's diffusers configuration.
+    """
+
+    path: Path
+    config: dict[str, Any]
+
+    @property
+    def ports(self) -> Mapping[str, Any]:
+        """Its inputs by name."""
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The network's prediction."""
+
+
+class EngineDenoiser(diffusers.ModelMixin, ConfigMixin):
+    """A drop-in for the diffusers model that an engine was made from.
+
+    It is a `ModelMixin`, so that ``DiffusionPipeline.from_pretrained(..., unet=denoiser)`` takes it too.
+    Arguments are those of the original class, by position or by name.
+
+    Args:
+        engine: computes the prediction.
+
+    Raises:
+        InvalidInputError: diffusers has no class of the name in the engine's configuration.
+    """
+
+    config_name = "config.json"  # type: ignore[assignment]
+
+    def __init__(self, engine: Predictor) -> None:
+        super().__init__()
+        self.engine = engine
+        name = str(engine.config.get("_class_name"))
+        original = getattr(diffusers, name, None)
+        if original is None:
+            raise InvalidInputError(f"{engine.path} was made from a {name}, which this diffusers lacks")
+        self._original = original
+        # ``register_to_config`` would look for __init__ parameters; the configuration is another class's.
+        self._internal_dict: Any = FrozenDict(engine.config)
+        signature = inspect.signature(original.forward)
+        self.signature = signature.replace(parameters=list(signature.parameters.values())[1:])
+        # Something for ``pipe.to("cuda")`` to move.
+        self._place: Tensor
+        self.register_buffer("_place", torch.empty(0), persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What goes in and comes out, whatever the engine computes in."""
+        return torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline keeps its tensors: wherever it was moved. The engine fetches and returns them."""
+        return self._place.device
+
+    def forward(self, *args: Any, **kwargs: Any) -> DenoiserOutput | tuple[Tensor]:
+        """Predict. Takes what the original class's ``forward`` takes, as far as the graph computes it.
+
+        Raises:
+            InvalidInputError: an argument has an effect that the graph does not compute.
+        """
+        try:
+            given = self.signature.bind(*args, **kwargs).arguments
+        except TypeError as error:
+            raise InvalidInputError(f"{self._original.__name__}: {error}") from error
+        result = self.engine(self._with_rows(self._flatten(given)))
+        return DenoiserOutput(sample=result) if given.get("return_dict", True) else (result,)
+
+    def _flatten(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The tensors among the arguments, named as in `qdeploy.model.inputs.flatten_inputs`."""
+        flat: dict[str, Tensor] = {}
+        for name, value in given.items():
+            if name in _MANNERS:
+                continue
+            if name == "timestep" and not isinstance(value, Tensor):
+                # not as_tensor's int64 for Python integers: schedulers have fractional timesteps too
+                flat[name] = torch.tensor(value, dtype=torch.float32)
+            elif isinstance(value, Mapping):
+                for key, item in value.items():
+                    self._take(flat, f"{name}.{key}", item, None)
+            else:
+                self._take(flat, name, value, self.signature.parameters[name].default)
+        return flat
+
+    def _with_rows(self, flat: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs that a pipeline gives once for all rows, such as Flux's positions, repeated for each row."""
+        first = next(iter(self.signature.parameters))
+        rows = len(flat[first]) if first in flat else 1
+        for name, value in flat.items():
+            shape = getattr(self.engine.ports[name], "shape", ()) if name != "timestep" else ()
+            if len(shape) == value.ndim + 1:
+                flat[name] = value.expand(rows, *value.shape)
+        return flat
+
+    def _take(self, flat: dict[str, Tensor], name: str, value: Any, default: Any) -> None:
+        if isinstance(value, Tensor) and name in self.engine.ports:
+            flat[name] = value
+        elif value is not None and (isinstance(value, Tensor) or value is not default):
+            raise InvalidInputError(
+                f"the engine {self.engine.path} was exported without {name!r} and cannot take it: use the "
+                "original model for this"
+            )
+
+    # -- what pipelines ask of a denoiser beside calling it ------------------------------------------------
+
+    @contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """Transformers' pipelines enter this around each call; an engine keeps nothing between calls."""
+        yield
+
+    @cached_property
+    def _hollow(self) -> nn.Module:
+        """The original network without memory for its weights."""
+        with torch.device("meta"):
+            hollow: nn.Module = self._original.from_config(dict(self.engine.config))
+        return hollow
+
+    def __getattr__(self, name: str) -> Any:
+        # Some pipelines look at layers' sizes: SDXL at add_embedding.linear_1.in_features.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "_original" not in self.__dict__:
+                raise
+            found = self._hollow._modules.get(name)
+            if found is None:
+                raise
+            return found
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Engines have no weights to save.
+
+        Raises:
+            CapabilityError: always.
+        """
+        raise CapabilityError(f"an engine is no diffusers model to save: copy its folder {self.engine.path}")

@@ -1,0 +1,32 @@
+"""Measurements that need not be made twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qdeploy.store.files import write_json
+from qdeploy.system.hashing import sha256_of
+from qdeploy.version import __version__
+
+
+def remembered(file: Path, key: object, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What an earlier run measured, or else what ``measure`` does, which is then kept.
+
+    Args:
+        file: where the result is kept.
+        key: JSON value of everything that the result depends on; another key is another measurement.
+        measure: gives a JSON object.
+    """
+    wanted = sha256_of([__version__, key])
+    try:
+        stored = json.loads(file.read_text())
+        if stored["key"] == wanted:
+            return dict(stored["value"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # there is none, or it is damaged: it is measured again
+    value = measure()
+    write_json(file, {"key": wanted, "value": value})
+    return value

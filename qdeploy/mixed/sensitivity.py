@@ -1,0 +1,286 @@
+"""The verb ``sensitivity``: which layers suffer from quantization, and how much from each bit width."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from qdeploy.calibrate.opening import calibration_for, check_device, open_session
+from qdeploy.calibrate.session import Session
+from qdeploy.calibration_set.dataset import CalibrationSet
+from qdeploy.mixed.estimate import first_order
+from qdeploy.mixed.measure import Exact
+from qdeploy.mixed.options import ACTIVATIONS, WEIGHTS, Subject, quantized_to
+from qdeploy.mixed.ranking import LayerHarm, agreement, harm_db, ranked, score
+from qdeploy.mixed.request import Work, work_of
+from qdeploy.mixed.rows import Rows, choose_rows
+from qdeploy.model.inputs import denoise
+from qdeploy.quant.layer import quantized_layers
+from qdeploy.quant.state import code_shapes, write_state
+from qdeploy.recipe.formats import NONE, parse_format
+from qdeploy.recipe.recipe import Recipe
+from qdeploy.recipe.stages import stages
+from qdeploy.store.artifact import Artifact
+from qdeploy.store.builder import Draft
+from qdeploy.store.paths import default_output
+from qdeploy.system.errors import InvalidInputError, UsageError
+from qdeploy.system.estimate import Estimate
+from qdeploy.system.progress import say, track
+
+SENSITIVITY = "sensitivity.json"
+HARM = "harm.safetensors"
+RANGE_STAGES = ("weight-ranges", "activation-ranges")
+
+
+def sensitivity(
+    source: str | Path | Artifact,
+    output: str | Path | None = None,
+    *,
+    recipe: str | Path | Recipe | None = None,
+    calibration: str | Path | Artifact | None = None,
+    reference: str | Path | None = None,
+    method: str | None = None,
+    formats: Sequence[str] | None = None,
+    activations: str | None = None,
+    coverage: str | None = None,
+    target: str | None = None,
+    exclude: tuple[str, ...] | None = None,
+    rows: int = 32,
+    probes: int = 4,
+    cheap: bool = False,
+    seed: int | None = None,
+    device: str = "cpu",
+    max_memory: int = 4 * 2**30,
+    dry_run: bool = False,
+    overwrite: bool = False,
+) -> Artifact | Estimate:
+    """Rank layers by the harm of quantizing each alone, in each format.
+
+    Harm is the power of the prediction's error by that of the prediction, mean over timesteps. A first pass
+    estimates it for all layers together from gradients; a second one measures it layer by layer. An
+    interrupted run is taken up by the next call with the same arguments.
+
+    Args:
+        source: a model, or a checkpoint: of the latter its own scales and roundings are judged.
+        output: folder of the result.
+        recipe: a preset's name, a YAML file or a recipe: which layers, which range finders, formats of the ranking.
+        calibration: a calibration set of the model; without one, a default set is collected.
+        reference: for a checkpoint, the model; by default the one that it was made from, where it was.
+        method: whose range finders are used.
+        formats: weight formats to try; by default 3 to 8 bits and the recipe's own, as far as the target runs them.
+        activations: activation format.
+        coverage: name of a coverage profile.
+        target: what the result must run on.
+        exclude: shell globs of layers that stay in float.
+        rows: calibration rows to measure on, spread over eight timesteps.
+        probes: backward passes of the first pass for each row.
+        cheap: leave out the second pass.
+        seed: where all randomness comes from.
+        device: torch device.
+        max_memory: bytes that recorded activations may take in memory.
+        dry_run: say what it would cost, and stop.
+        overwrite: replace another artifact at ``output``.
+
+    Returns:
+        An artifact of kind ``sensitivity`` with ``sensitivity.json`` and ``harm.safetensors``; with
+        ``dry_run`` the estimate.
+
+    Raises:
+        UsageError: unknown names, impossible numbers or combinations.
+        CapabilityError: the device is not there.
+        InvalidInputError: the model, the checkpoint or the set cannot be used.
+    """
+    for name, value in {"rows": rows, "probes": probes}.items():
+        if value < 1:
+            raise UsageError(f"{name} must be at least 1, not {value}")
+    given = {"method": method, "activations": activations, "coverage": coverage, "target": target}
+    chosen = {**given, "exclude": exclude, "seed": seed}
+    work = work_of(source, recipe, formats, reference, chosen)
+    check_device(device)
+    place = Path(output) if output else default_output(Path(str(work.name)), "sensitivity")
+    data = CalibrationSet.open(calibration_for(work.model, calibration, work.recipe.seed, device))
+    made_from = {"model": work.model.sha256, "calibration": data.sha256}
+    if work.checkpoint is not None:
+        made_from["checkpoint"] = work.checkpoint.sha256
+    options = {"formats": list(work.formats), "rows": rows, "probes": probes, "cheap": cheap}
+    draft = Draft(
+        place, "sensitivity", made_from, work.recipe.to_json(), work.recipe.seed, options, overwrite
+    )
+    if not dry_run and (done := draft.finished()):
+        return done
+    session = open_session(work.model, data, work.recipe, draft, device, max_memory)
+    chosen_rows = choose_rows(session, rows)
+    estimate = _estimate(session, work, chosen_rows, probes, cheap)
+    say(
+        f"sensitivity of {work.name}: {len(session.layers)} layers in {', '.join(work.formats)}, "
+        f"{len(chosen_rows.numbers)} rows at {len(chosen_rows.timesteps)} timesteps; about {estimate}"
+    )
+    if dry_run:
+        return estimate
+    with draft:
+        return _measure(session, work, chosen_rows, probes, cheap)
+
+
+def _estimate(session: Session, work: Work, rows: Rows, probes: int, cheap: bool) -> Estimate:
+    """From one timed call: range finding, then backward passes at about two calls each, then each option."""
+    batch = session.inputs(rows.numbers[: session.effort.batch])
+    with torch.no_grad():
+        for _ in range(2):
+            began = time.perf_counter()
+            denoise(session.denoiser, batch)
+            call = (time.perf_counter() - began) / len(batch["timestep"].flatten())
+    tried = len(work.formats) + (work.recipe.activations != NONE)
+    first = len(rows.numbers) * (1 + tried + 2 * probes)
+    second = 0 if cheap else len(rows.numbers) * tried * len(session.layers)
+    ranges = 0 if work.checkpoint else len(session.rows())
+    sizes = sum(parameter.numel() * 4 for parameter in session.denoiser.parameters())
+    kept = (session.draft.work / "steps").glob("*exact-*")
+    left = max(0, second - len(rows.numbers) * tried * len(list(kept)))
+    return Estimate(call * (ranges + first + left), (2 + len(work.formats)) * sizes)
+
+
+def _measure(session: Session, work: Work, rows: Rows, probes: int, cheap: bool) -> Artifact:
+    _set_quantizers(session, work)
+    subjects = _subjects(session, work)
+
+    began = time.perf_counter()
+    found = session.draft.step("cheap", lambda: _estimates(session, rows, subjects, probes))
+    estimates = [found[name] for name in sorted(found)]
+    took = {"cheap": round(time.perf_counter() - began, 3)}
+    measured: list[Tensor] | None = None
+    signal: Tensor | None = None
+    if not cheap:
+        exact = Exact(session, rows)
+        signal = exact.signal
+        began = time.perf_counter()
+        measured = [
+            session.draft.step(f"exact-{number:04d}", partial(_noise, exact, subject))["noise"]
+            for number, subject in enumerate(track(subjects, "one layer alone"))
+        ]
+        took["exact"] = round(time.perf_counter() - began, 3)
+    layers = _harms(session, subjects, estimates, measured)
+    report = _report(work, rows, probes, layers, measured is not None)
+    session.draft.json(SENSITIVITY, report)
+    tensors = {"timesteps": rows.timesteps}
+    for subject, noise in zip(subjects, measured or estimates, strict=True):
+        tensors[f"{subject.path}.noise"] = noise
+    if signal is not None:
+        tensors["signal"] = signal
+    session.draft.tensors(HARM, lambda: tensors)
+    facts = {
+        "component": work.model.name,
+        "class": work.model.class_name,
+        "model_sha256": work.model.sha256,
+        "layers": len(layers),
+        "formats": list(work.formats),
+        "exact": measured is not None,
+        **({"agreement": report["agreement"]} if "agreement" in report else {}),
+    }
+    notes = {"source": str(work.model.path.absolute())}
+    return session.draft.finish(facts, {"pass_seconds": took}, notes)
+
+
+def _estimates(session: Session, rows: Rows, subjects: list[Subject], probes: int) -> dict[str, Tensor]:
+    found = first_order(session, rows, subjects, probes)
+    return {f"{number:04d}": noise for number, noise in enumerate(found)}
+
+
+def _noise(exact: Exact, subject: Subject) -> dict[str, Tensor]:
+    return {"noise": exact.noise(subject)}
+
+
+def _set_quantizers(session: Session, work: Work) -> None:
+    """Find ranges by the recipe's own finders, or take a checkpoint's scales and roundings."""
+    if work.checkpoint is not None:
+        stored = load_file(work.checkpoint.path / work.model.name / "quantized.safetensors")
+        described = json.loads((work.checkpoint.path / work.model.name / "layers.json").read_text())
+        if [layer["path"] for layer in described["layers"]] != [layer.path for layer in session.layers]:
+            raise InvalidInputError(f"{work.checkpoint.path} quantizes other layers than this version would")
+        write_state(session.denoiser, stored, code_shapes(session.denoiser))
+        return
+    wanted = dict(session.recipe.stages)
+    known = stages()
+    for number, name in enumerate(RANGE_STAGES):
+        finder = wanted.get(name, known[name].options)["finder"]
+        session.stage = f"{number}-{name}"
+        known[name].run(session, finder=finder)
+
+
+def _subjects(session: Session, work: Work) -> list[Subject]:
+    modules = quantized_layers(session.denoiser)
+    if work.checkpoint is not None:
+        return [
+            Subject(layer.path, module, {number_format.name: module.weight_quantizers})
+            for layer in session.layers
+            for module in [modules[layer.path]]
+            for number_format in [module.formats[0]]
+            if number_format is not None
+        ]
+    finder = dict(session.recipe.stages).get("weight-ranges", {}).get("finder", "minmax")
+    found = []
+    for layer in track(session.layers, "formats of weights"):
+        formats = [parse_format(name) for name in work.formats]
+        made = {each.name: quantized_to(modules[layer.path], each, finder) for each in formats if each}
+        found.append(Subject(layer.path, modules[layer.path], made))
+    return found
+
+
+def _harms(
+    session: Session, subjects: list[Subject], cheap: list[Tensor], exact: list[Tensor] | None
+) -> list[LayerHarm]:
+    layers = {layer.path: layer for layer in session.layers}
+    found = []
+    for number, subject in enumerate(subjects):
+        layer = layers[subject.path]
+        count = sum(part.numel() for part in subject.layer.weight_parts())
+        harm = LayerHarm(
+            layer.path, layer.unit, layer.reads, layer.macs, count, _by_format(subject, cheap[number])
+        )
+        found.append(replace(harm, exact=_by_format(subject, exact[number])) if exact else harm)
+    return found
+
+
+def _by_format(subject: Subject, noise: Tensor) -> dict[str, dict[str, float]]:
+    harm: dict[str, dict[str, float]] = {WEIGHTS: {}, ACTIVATIONS: {}}
+    for option, row in zip(subject.options(), noise, strict=True):
+        harm[option.part][option.format] = float(row.mean())
+    return harm
+
+
+def _in_short(layer: LayerHarm, formats: dict[str, str]) -> dict[str, Any]:
+    """What a list of layers shows: the harm in the formats of the ranking, in dB; more is worse."""
+    stored = parse_format(formats["weights"])
+    harm = score(layer.best, **formats)
+    bits = None if stored is None else stored.bits
+    return {"name": layer.path, "bits": bits, "harm_db": round(-harm_db(harm), 2)}
+
+
+def _report(work: Work, rows: Rows, probes: int, layers: list[LayerHarm], exact: bool) -> dict[str, Any]:
+    formats = {"weights": work.recipe.weights, "activations": work.recipe.activations}
+    rankings = {"cheap": ranked(layers, **formats, exact=False)}
+    if exact:
+        rankings["exact"] = ranked(layers, **formats, exact=True)
+    order = rankings.get("exact", rankings["cheap"])
+    by_path = {layer.path: layer.to_json() | _in_short(layer, formats) for layer in layers}
+    return {
+        "harm_is": "power of the prediction's error by that of the prediction, one layer quantized alone, mean "
+        "over timesteps",
+        "ranked_by": formats,
+        "formats": list(work.formats),
+        "rows": len(rows.numbers),
+        "timesteps": rows.timesteps.tolist(),
+        "probes": probes,
+        "ranking": order,
+        "rankings": rankings,
+        "layers": [by_path[path] for path in order],
+        **({"agreement": agreement(rankings["exact"], rankings["cheap"])} if exact else {}),
+    }

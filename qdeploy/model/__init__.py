@@ -1,0 +1,1 @@
+"""Models as diffusers stores them: folders, pipelines, inputs, prompts, schedulers."""

@@ -1,0 +1,278 @@
+"""The denoiser of a diffusers model: found in a folder, checked, loaded, called.
+
+Everything here goes by what a model says of itself (``model_index.json``, ``config.json``, the signature
+of its ``forward``), so that U-Nets and transformers are the same to the rest of the package.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qdeploy.model.zoo import find_zoo_model
+from qdeploy.system.errors import InvalidInputError
+from qdeploy.system.hashing import sha256_files
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+COMPONENTS = ("unet", "transformer", "prior")
+INDEX = "model_index.json"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A diffusers model on disk.
+
+    Attributes:
+        path: the pipeline's folder, or the denoiser's own.
+        component: name of the denoiser's folder within ``path``; empty if ``path`` is that folder.
+    """
+
+    path: Path
+    component: str
+
+    @property
+    def folder(self) -> Path:
+        """The denoiser's folder."""
+        return self.path / self.component if self.component else self.path
+
+    @property
+    def name(self) -> str:
+        """The component's name in a pipeline, ``unet`` or ``transformer``."""
+        return self.component or ("unet" if "UNet" in self.class_name else "transformer")
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The denoiser's ``config.json``."""
+        return read_json(self.folder / "config.json")
+
+    @property
+    def class_name(self) -> str:
+        """The denoiser's diffusers class."""
+        return str(self.config.get("_class_name"))
+
+    @property
+    def has_pipeline(self) -> bool:
+        """Whether the folder holds a whole pipeline."""
+        return (self.path / INDEX).is_file()
+
+    @property
+    def training_timesteps(self) -> int | None:
+        """How many timesteps the model was trained with; None if no scheduler lies beside it."""
+        steps = self.scheduler_config.get("num_train_timesteps")
+        return steps if isinstance(steps, int) else None
+
+    @property
+    def scheduler_config(self) -> dict[str, Any]:
+        """The configuration of the scheduler that lies beside the denoiser; empty if none does."""
+        file = self.path / "scheduler" / "scheduler_config.json"
+        return read_json(file) if file.is_file() else {}
+
+    def scheduler(self) -> Any:
+        """The scheduler that lies beside the denoiser.
+
+        Raises:
+            InvalidInputError: there is none, or diffusers cannot read it.
+        """
+        import diffusers
+
+        config = read_json(self.path / "scheduler" / "scheduler_config.json")
+        found = getattr(diffusers, str(config.get("_class_name")), None)
+        if found is None:
+            raise InvalidInputError(
+                f"{self.path} has a scheduler {config.get('_class_name')}, unknown to diffusers"
+            )
+        return found.from_config(config)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Identity of the denoiser: its configuration and weights."""
+        return sha256_files({file.name: file for file in [self.folder / "config.json", *self.weights]})
+
+    @property
+    def weights(self) -> list[Path]:
+        """The denoiser's safetensors files.
+
+        Raises:
+            InvalidInputError: there are none.
+        """
+        files = sorted(self.folder.glob("diffusion_pytorch_model*.safetensors"))
+        plain = [file for file in files if ".fp16" not in file.name and ".non_ema" not in file.name]
+        if not (plain or files):
+            raise InvalidInputError(f"{self.folder} holds no diffusion_pytorch_model*.safetensors weights")
+        return plain or files
+
+    def build(self) -> nn.Module:
+        """The denoiser with its configuration, its parameters without values or memory (device ``meta``)."""
+        with _without_parameters():
+            denoiser: nn.Module = self.denoiser_class().from_config(self.config)
+        return denoiser.eval()
+
+    def load(self, device: str = "cpu") -> nn.Module:
+        """The denoiser in float32 and evaluation mode, its weights verified.
+
+        On a CPU, weights that are stored in float32 stay in their file, mapped into memory: it takes what the
+        network touches, and the system can take it back.
+
+        Raises:
+            InvalidInputError: weights are truncated, do not fit the class, or hold NaN or Inf.
+        """
+        import torch
+
+        state = self._state()
+        denoiser = self.build().float()
+        expected = denoiser.state_dict()
+        missing, foreign = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+        if missing or foreign:
+            example = (missing or foreign)[0]
+            raise InvalidInputError(
+                f"the weights in {self.folder} do not belong to a {self.class_name}: {len(missing)} tensors are "
+                f"missing and {len(foreign)} unknown, such as {example}"
+            )
+        for name, tensor in state.items():
+            if tensor.shape != expected[name].shape:
+                raise InvalidInputError(
+                    f"the weights in {self.folder} do not fit its config.json: {name} has shape "
+                    f"{list(tensor.shape)} instead of {list(expected[name].shape)}"
+                )
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise InvalidInputError(f"the weights in {self.folder} hold NaN or Inf, first in {name}")
+        denoiser.load_state_dict(state, assign=True)
+        return denoiser.to(device).requires_grad_(False)
+
+    def pipeline(self, denoiser: nn.Module | None = None) -> Any:
+        """The stock diffusers pipeline in float32, with ``denoiser`` in the denoiser's place.
+
+        Raises:
+            InvalidInputError: the folder holds no pipeline that diffusers can load.
+        """
+        import diffusers
+
+        if not self.has_pipeline:
+            raise InvalidInputError(
+                f"{self.path} holds a denoiser alone; sampling needs the whole pipeline's folder, with {INDEX}"
+            )
+        diffusers.utils.logging.disable_progress_bar()
+        parts: dict[str, Any] = {self.component: denoiser if denoiser is not None else self.load()}
+        if "safety_checker" in read_json(self.path / INDEX):
+            parts["safety_checker"] = None
+        try:
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                self.path, local_files_only=True, use_safetensors=True, **parts
+            )
+        except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise InvalidInputError(f"diffusers cannot load the pipeline in {self.path}: {first}") from error
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def denoiser_class(self) -> Any:
+        """The diffusers class that the configuration names.
+
+        Raises:
+            InvalidInputError: it is no denoiser.
+        """
+        import diffusers
+
+        found = getattr(diffusers, self.class_name, None)
+        if found is None or "timestep" not in inspect.signature(found.forward).parameters:
+            raise InvalidInputError(
+                f"{self.folder} holds a {self.class_name}, which is no denoiser: diffusers has no such class "
+                "with a timestep among its inputs"
+            )
+        return found
+
+    def _state(self) -> dict[str, Tensor]:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        state: dict[str, Tensor] = {}
+        for file in self.weights:
+            try:
+                state |= load_file(file)
+            except SafetensorError as error:
+                raise InvalidInputError(
+                    f"the weights {file} are truncated or no safetensors ({error})"
+                ) from error
+        return {name: tensor.float() for name, tensor in state.items()}
+
+
+def open_model(source: str | Path) -> Model:
+    """Find the denoiser of a diffusers folder, a zoo model's name or a Hub id.
+
+    Raises:
+        InvalidInputError: there is no diffusers model at ``source``.
+    """
+    path = Path(source)
+    if not path.exists():
+        path = find_zoo_model(str(source)) or _download(str(source))
+    if not path.is_dir():
+        raise InvalidInputError(f"{path} is not a diffusers folder: it is a file")
+    if (path / INDEX).is_file():
+        index = read_json(path / INDEX)
+        for component in COMPONENTS:
+            if index.get(component, [None, None])[1] and (path / component / "config.json").is_file():
+                return Model(path, component)
+        raise InvalidInputError(
+            f"{path} is a diffusers pipeline without a denoiser ({' or '.join(COMPONENTS)})"
+        )
+    if (path / "config.json").is_file() and "_class_name" in read_json(path / "config.json"):
+        return Model(path, "")
+    raise InvalidInputError(
+        f"{path} is not a diffusers folder: it has neither {INDEX} nor a model's config.json"
+    )
+
+
+def _download(source: str) -> Path:
+    if source.count("/") != 1 or source.startswith((".", "/")):
+        raise InvalidInputError(f"{source} does not exist, and is no Hub id of the form owner/name")
+    import diffusers
+
+    try:
+        return Path(diffusers.DiffusionPipeline.download(source, use_safetensors=True))
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InvalidInputError(
+            f"{source} does not exist, and cannot be had from the Hub: {first}"
+        ) from error
+
+
+@contextmanager
+def _without_parameters() -> Iterator[None]:
+    """Within, modules are made whose parameters have a shape alone; buffers have their values."""
+    from torch import nn
+
+    register = nn.Module.register_parameter
+
+    def without(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = without  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        InvalidInputError: there is none.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InvalidInputError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise InvalidInputError(f"{path} cannot be read: it holds no JSON object")
+    return value

@@ -1,0 +1,88 @@
+"""Diffusers' schedulers by short names."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+from qdeploy.system.errors import InvalidInputError, UsageError
+
+SHORT_NAMES = {
+    "ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "pndm": "PNDMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-ancestral": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+
+
+def make_scheduler(name: str | None, current: Any) -> Any:
+    """A scheduler with the noise schedule of ``current``.
+
+    Args:
+        name: a short name, the name of any diffusers scheduler class, or None for ``current`` itself.
+        current: the scheduler that the model came with.
+
+    Raises:
+        UsageError: diffusers has no scheduler of that name, or the model is a flow and the scheduler is none.
+        InvalidInputError: the scheduler cannot take over this model's configuration.
+    """
+    if name is None:
+        return current
+    import diffusers
+
+    found = getattr(diffusers, SHORT_NAMES.get(name, name), None)
+    if found is None or not hasattr(found, "set_timesteps"):
+        raise UsageError(
+            f"unknown scheduler {name!r}: choose from {', '.join(SHORT_NAMES)}, or name a diffusers class"
+        )
+    if _is_flow(type(current)) and not _is_flow(found):
+        raise UsageError(
+            f"{name} cannot stand in for {type(current).__name__}: the model is a flow; pass --scheduler "
+            f"{type(current).__name__}, or scheduler=None in Python"
+        )
+    try:
+        return _for_any_pipeline(found).from_config(current.config)
+    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+        raise InvalidInputError(
+            f"the scheduler {name} cannot take over this model's schedule: {error}"
+        ) from error
+
+
+def _is_flow(scheduler: type) -> bool:
+    """Whether a scheduler class is for flow matching, which knows no noise schedule that others could take over."""
+    return "FlowMatch" in scheduler.__name__
+
+
+def _for_any_pipeline(found: Any) -> Any:
+    """A scheduler class that pipelines written for another one can call, or are told that they cannot.
+
+    `DDPMPipeline`, for one, passes ``generator`` to every scheduler, even to those that take none. And it
+    never scales its samples: with a scheduler that needs this, diffusers would sample garbage without a word.
+    """
+    accepted = inspect.signature(found.step).parameters
+
+    @functools.wraps(found.step)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if float(getattr(self, "init_noise_sigma", 1)) != 1 and not getattr(self, "scaled", False):
+            raise UsageError(
+                f"this pipeline does not scale its samples as {found.__name__} needs it: choose ddim, ddpm, "
+                "pndm, dpm++ or unipc"
+            )
+        return found.step(self, *args, **{name: value for name, value in kwargs.items() if name in accepted})
+
+    members: dict[str, Any] = {"step": step, "__module__": found.__module__}
+    if hasattr(found, "scale_model_input"):
+
+        @functools.wraps(found.scale_model_input)
+        def scale_model_input(self: Any, *args: Any, **kwargs: Any) -> Any:
+            self.scaled = True
+            return found.scale_model_input(self, *args, **kwargs)
+
+        members["scale_model_input"] = scale_model_input
+    return type(found.__name__, (found,), members)

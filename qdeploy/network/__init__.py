@@ -1,0 +1,1 @@
+"""What a denoiser is made of, found by running it."""

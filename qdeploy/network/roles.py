@@ -1,0 +1,332 @@
+"""What a denoiser is made of, found by running it once: no list of module names decides anything.
+
+One traced forward gives the weighted layers in execution order, the layers that read one tensor, the
+layers that read a concatenation (split shortcuts), the modules that attend, and on a tape the operations
+that only the timestep leads to. A second run with another sample, other conditions and the same timestep
+confirms which layers depend on the timestep alone: their outputs are bit-identical.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from qdeploy.model.inputs import denoise
+from qdeploy.network.time_path import Tape, TimePart
+
+WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Linear)
+_CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weighted layer.
+
+    Attributes:
+        path: its name in the module tree.
+        order: its place in the order of execution.
+        unit: path of the reconstruction unit that it belongs to.
+        reads: path of the first layer of the unit that reads the same input tensor.
+        split: channels of the parts, if its input is a concatenation along the channels; else empty.
+        temporal: whether its output depends on the timestep alone.
+        first: whether it is the first layer that sees the sample.
+        last: whether it is the last layer of the network.
+        shortcut: whether it reads its block's own input while other layers of the block stand beside it.
+        resamples: whether its output has another spatial size than its input.
+        attention: whether it is a layer of a module that attends, or a linear layer (a feed-forward one) of
+            the unit that holds such a module; layers that depend on the timestep alone are not.
+        macs: multiply-accumulate operations per sample at the traced size.
+    """
+
+    path: str
+    order: int
+    unit: str
+    reads: str
+    split: tuple[int, ...]
+    temporal: bool
+    first: bool
+    last: bool
+    macs: int
+    shortcut: bool = False
+    resamples: bool = False
+    attention: bool = False
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A denoiser's layers, units and attention modules, each in execution order.
+
+    Attributes:
+        layers: the weighted layers.
+        attentions: paths of the modules that attend.
+        time: what depends on the timestep alone, as a function.
+        products: multiply-accumulate operations per sample of each attention module's two products.
+    """
+
+    layers: tuple[Layer, ...]
+    attentions: tuple[str, ...]
+    time: TimePart = field(default_factory=TimePart)
+    products: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def units(self) -> dict[str, list[Layer]]:
+        """The layers of each reconstruction unit; units in the order of their first layer."""
+        units: dict[str, list[Layer]] = {}
+        for layer in self.layers:
+            units.setdefault(layer.unit, []).append(layer)
+        return units
+
+    def __getitem__(self, path: str) -> Layer:
+        return next(layer for layer in self.layers if layer.path == path)
+
+
+def find_structure(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> Structure:
+    """Trace a denoiser.
+
+    Args:
+        denoiser: the network, in evaluation mode.
+        inputs: one row or more of its inputs, named as `qdeploy.model.inputs.flatten_inputs` names them.
+    """
+    one_row = _first_row(inputs)
+    trace = _run(denoiser, one_row)
+    other = _run(denoiser, _same_timestep(one_row))
+    time_only = {
+        path
+        for path in trace.from_time
+        if path in other.outputs and torch.equal(trace.outputs[path], other.outputs[path])
+    }
+    units = _units(denoiser, {layer.path for layer in trace.layers})
+    firsts: dict[tuple[str, int], str] = {}
+    layers: list[Layer] = []
+    for layer, source in zip(trace.layers, trace.inputs, strict=True):
+        unit = next(path for path in units if layer.path == path or layer.path.startswith(f"{path}."))
+        reads = firsts.setdefault((unit, source), layer.path)
+        temporal = layer.path in time_only
+        beside = not temporal and unit != layer.path and trace.given.get(unit) == source
+        attends = not temporal and _attends(denoiser, layer.path, unit, trace.attentions)
+        layers.append(
+            replace(layer, unit=unit, reads=reads, temporal=temporal, shortcut=beside, attention=attends)
+        )
+    spatial = [layer.order for layer in layers if not layer.temporal]
+    ends = (min(spatial), max(spatial)) if spatial else (-1, -1)
+    return Structure(
+        tuple(
+            replace(
+                layer,
+                first=layer.order == ends[0],
+                last=layer.order == ends[1],
+                split=() if layer.temporal else layer.split,
+            )
+            for layer in layers
+        ),
+        tuple(trace.attentions),
+        trace.tape.time_part(trace.result, time_only),
+        dict(trace.attentions),
+    )
+
+
+def _attends(denoiser: nn.Module, path: str, unit: str, attentions: Iterable[str]) -> bool:
+    inside = any(path.startswith(f"{attention}.") for attention in attentions)
+    beside = any(f"{attention}.".startswith(f"{unit}.") for attention in attentions)
+    return inside or (beside and isinstance(denoiser.get_submodule(path), nn.Linear))
+
+
+def _first_row(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    sample = next(name for name in inputs if name != "timestep")
+    rows = len(inputs[sample])
+    row = {name: value[:1] if value.ndim and len(value) == rows else value for name, value in inputs.items()}
+    return {**row, "timestep": inputs["timestep"].reshape(-1)[:1]}
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is one weighted layer, quantized or not."""
+    return isinstance(module, WEIGHTED) or hasattr(module, "weight_quantizers")
+
+
+class _Trace(TorchFunctionMode):
+    """Records layers, concatenations, attention and the time part while a network runs.
+
+    Of the tensors that pass, numbers are kept and no values, so that a run takes no more memory than without
+    it; only what comes from the timestep alone, which is small, is kept to be compared.
+    """
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self.tape = tape
+        self.result: Any = None
+        self.from_time: set[str] = set()
+        self.layers: list[Layer] = []
+        self.inputs: list[int] = []  # numbers of the tensors that layers read
+        self.outputs: dict[str, Tensor] = {}  # of layers that are in `from_time`, or were
+        self.attentions: Counter[str] = Counter()
+        self.stack: list[str] = []
+        self.given: dict[str, int | None] = {}  # numbers of the tensors that modules are given first
+        self._inside = 0  # layers are one operation of the tape, whatever they do inside
+        self._parts: Any = WeakIdKeyDictionary()
+        self._numbers: Any = WeakIdKeyDictionary()
+        self._counter = itertools.count()
+        self._called: set[str] = set()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.cat, torch.concat, torch.concatenate) and isinstance(result, Tensor):
+            given: dict[str, Any] = {**dict(zip(("tensors", "dim"), args, strict=False)), **(kwargs or {})}
+            dim = int(given.get("dim", given.get("axis", 0)) or 0) % result.ndim
+            self._parts[result] = (tuple(part.shape[dim] for part in given["tensors"]), dim)
+        if func is nn.functional.scaled_dot_product_attention and self.stack:
+            self.attentions[self.stack[-1]] += _product_macs(*_operands(args, kwargs or {}))
+        if not self._inside:
+            self.tape.listen(func, args, kwargs or {}, result)
+        return result
+
+    def enter(self, path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.stack.append(path)
+        first = args[0] if args else None
+        self.given.setdefault(path, self._number(first) if isinstance(first, Tensor) else None)
+        self._inside += is_layer(module)
+
+    def leave(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.stack.pop()
+        if not is_layer(module):
+            return
+        self._inside -= 1
+        if self._inside:
+            return
+        source = args[0]
+        self.tape.listen(path, args, {}, output)
+        if path in self._called:
+            if path in self.outputs and not torch.equal(self.outputs[path], output):
+                self.from_time.discard(path)  # one table cannot stand for both calls
+            return
+        self._called.add(path)
+        if self.tape.holds(output):
+            self.from_time.add(path)
+            self.outputs[path] = output
+        self.inputs.append(self._number(source))
+        weight = cast(Tensor, module.weight)
+        macs = output[0].numel() * (weight[0].numel() if weight is not None else 0)
+        spatial = source.ndim == output.ndim == 4
+        self.layers.append(
+            Layer(
+                path,
+                len(self.layers),
+                path,
+                path,
+                self._split(source, module),
+                temporal=False,
+                first=False,
+                last=False,
+                macs=macs,
+                resamples=spatial and source.shape[2:] != output.shape[2:],
+            )
+        )
+
+    def _number(self, tensor: Tensor) -> int:
+        """The same for the same tensor, and for no other of this run."""
+        number: int = self._numbers.setdefault(tensor, next(self._counter))
+        return number
+
+    def _split(self, source: Tensor, module: nn.Module) -> tuple[int, ...]:
+        inner = getattr(module, "inner", module)
+        features = source.ndim - 1 if isinstance(inner, nn.Linear) else 1
+        sizes, dim = self._parts.get(source, ((), -1))
+        grouped = getattr(inner, "groups", 1) > 1
+        return sizes if dim == features and len(sizes) == 2 and not grouped else ()
+
+
+def _operands(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of a call of scaled dot-product attention, by place or by name."""
+    query, key, value = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))[:3]
+    return query, key, value
+
+
+def _product_macs(query: Tensor, key: Tensor, value: Tensor) -> int:
+    """Of q k^T and of the product with v; shapes [..., tokens, d], one row."""
+    return query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
+def _run(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> _Trace:
+    others = [value for name, value in inputs.items() if name != "timestep"]
+    trace = _Trace(Tape(inputs["timestep"], others))
+    with _observed(denoiser, trace), torch.no_grad(), trace:
+        trace.result = denoise(denoiser, inputs)
+    return trace
+
+
+@contextmanager
+def _observed(denoiser: nn.Module, trace: _Trace) -> Iterator[None]:
+    handles = []
+    for path, module in denoiser.named_modules():
+
+        def before(module: nn.Module, args: Any, path: str = path) -> None:
+            trace.enter(path, module, args)
+
+        def after(module: nn.Module, args: Any, output: Any, path: str = path) -> None:
+            trace.leave(path, module, args, output)
+
+        handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _same_timestep(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Other values for everything but the timestep."""
+    generator = torch.Generator().manual_seed(0)
+    other: dict[str, Tensor] = {}
+    for name, value in inputs.items():
+        if name == "timestep":
+            other[name] = value
+        elif value.is_floating_point():
+            noise = torch.randn(value.shape, generator=generator).to(value)
+            other[name] = value + noise
+        else:
+            other[name] = torch.where(value > 0, value - 1, value + 1).to(value.dtype)
+    return other
+
+
+def _units(denoiser: nn.Module, weighted: set[str]) -> list[str]:
+    """Paths of the reconstruction units: the smallest modules that are built from layers.
+
+    A module that holds a list of blocks is a frame and is opened; a block, whose parts are layers, is one
+    unit (a residual block, an attention, a transformer block); a layer outside of any block is its own.
+    """
+
+    def count(prefix: str) -> int:
+        return sum(path == prefix or path.startswith(f"{prefix}.") for path in weighted)
+
+    def is_frame(module: nn.Module, prefix: str) -> bool:
+        for path, inner in module.named_modules(prefix=prefix):
+            if isinstance(inner, _CONTAINERS):
+                blocks = [f"{path}.{name}" for name, _ in inner.named_children()]
+                if any(count(block) > 1 for block in blocks):
+                    return True
+        return False
+
+    units: list[str] = []
+
+    def descend(module: nn.Module, prefix: str) -> None:
+        if prefix and count(prefix) == 0:
+            return
+        called = prefix and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        if called and (prefix in weighted or not is_frame(module, prefix)):
+            units.append(prefix)
+            return
+        for name, child in module.named_children():
+            descend(child, f"{prefix}.{name}" if prefix else name)
+
+    descend(denoiser, "")
+    return units

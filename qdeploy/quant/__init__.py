@@ -1,0 +1,1 @@
+"""The quantized network: operators, quantizers, layers, ranges, checkpoints."""

@@ -1,0 +1,161 @@
+"""Checkpoints: what calibration leaves behind, complete in itself.
+
+    COMPONENT/config.json            the denoiser's configuration
+    COMPONENT/layers.json            every quantized layer: path, input it shares, split, code shapes; and the
+                                     multiplications of every layer and attention product
+    COMPONENT/quantized.safetensors  integer weights and all scales (names: `qdeploy.quant.state`)
+    COMPONENT/parameters.safetensors what stays in float
+    COMPONENT/correction.safetensors mean errors by timestep, if measured (`qdeploy.store.correction_table`)
+    model_index.json, scheduler/     where the model was a pipeline
+    probe.safetensors                a few held-out inputs with full-precision and quantized outputs
+
+The layout is written down, not rediscovered: loading runs no network.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdeploy.model.folder import Model
+from qdeploy.model.inputs import denoise_rows
+from qdeploy.network.current_timestep import attach_clock
+from qdeploy.network.roles import Layer, Structure
+from qdeploy.quant.attention import AttentionQuantizers, quantize_attention
+from qdeploy.quant.insert import set_clock, share_inputs
+from qdeploy.quant.layer import QuantizedLayer, full_precision, quantized_layers, replace_module
+from qdeploy.quant.state import OF_LAYERS, read_state, write_state
+from qdeploy.recipe.formats import uint8
+from qdeploy.recipe.recipe import Recipe
+from qdeploy.store.artifact import Artifact, open_artifact
+from qdeploy.store.builder import Draft
+from qdeploy.store.probe import PROBE
+from qdeploy.store.timesteps import check_timestep
+from qdeploy.system.errors import InvalidInputError
+
+
+def write_checkpoint(
+    draft: Draft,
+    model: Model,
+    denoiser: nn.Module,
+    layers: list[Layer],
+    attentions: list[str],
+    structure: Structure | None = None,
+) -> None:
+    """Put a calibrated denoiser into a draft; of its structure, what every layer costs is kept."""
+    modules = quantized_layers(denoiser)
+    described = [
+        {
+            "path": layer.path,
+            "reads": layer.reads,
+            "split": list(modules[layer.path].split),
+            "float_input": not modules[layer.path].input_quantizers,
+            "codes": [list(part.shape) for part in modules[layer.path].weight_parts()],
+        }
+        for layer in layers
+    ]
+    folder = model.name
+    draft.tensors(f"{folder}/quantized.safetensors", lambda: read_state(denoiser))
+    draft.tensors(f"{folder}/parameters.safetensors", lambda: float_parameters(denoiser))
+    costs: dict[str, Any] = {}
+    if structure is not None:
+        costs = {
+            "macs": {layer.path: layer.macs for layer in structure.layers},
+            "products": structure.products,
+        }
+    draft.json(f"{folder}/layers.json", {"layers": described, "attentions": attentions, **costs})
+    draft.json(f"{folder}/config.json", model.config)
+    copy_pipeline_files(draft, model.path)
+
+
+def copy_pipeline_files(draft: Draft, folder: Path) -> None:
+    """Copy the description of a pipeline, without any weights."""
+    if (folder / "model_index.json").is_file():
+        draft.copy(folder / "model_index.json", "model_index.json")
+        for file in sorted((folder / "scheduler").glob("*.json")):
+            draft.copy(file, f"scheduler/{file.name}")
+
+
+def write_probe(draft: Draft, denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Record what the network gives for a few inputs, before and after quantization."""
+
+    def compute() -> dict[str, Tensor]:
+        probe = {f"input.{name}": tensor.cpu() for name, tensor in inputs.items()}
+        with torch.no_grad():
+            if quantized_layers(denoiser):
+                probe["simulated"] = denoise_rows(denoiser, inputs).cpu()
+            with full_precision(denoiser):
+                probe["reference"] = denoise_rows(denoiser, inputs).cpu()
+        return probe
+
+    return draft.tensors(PROBE, compute)
+
+
+def load_checkpoint(checkpoint: str | Path | Artifact, device: str = "cpu") -> nn.Module:
+    """The fake-quantized denoiser of a checkpoint.
+
+    Raises:
+        InvalidInputError: it is no checkpoint, or damaged.
+    """
+    artifact = checkpoint if isinstance(checkpoint, Artifact) else open_artifact(checkpoint, "checkpoint")
+    model, recipe = checkpoint_model(artifact), Recipe.from_json(artifact.manifest["recipe"])
+    denoiser = model.build().float()
+    described = json.loads((model.folder / "layers.json").read_text())
+    _quantize_as_described(denoiser, described, recipe)
+    from safetensors.torch import load_file
+
+    parameters = load_file(model.folder / "parameters.safetensors")
+    missing, unexpected = denoiser.load_state_dict(parameters, strict=False, assign=True)
+    left = [name for name in missing if not _is_quantizer_state(name)]
+    if left or unexpected:
+        raise InvalidInputError(
+            f"{artifact.path} does not fit its config.json, first at {[*left, *unexpected][0]}"
+        )
+    shapes = {
+        f"{layer['path']}.weight.{part}": tuple(shape)
+        for layer in described["layers"]
+        for part, shape in enumerate(layer["codes"])
+    }
+    write_state(denoiser, load_file(model.folder / "quantized.safetensors"), shapes)
+    where = str(artifact.path)
+    attach_clock(denoiser).check = lambda timestep: check_timestep(artifact.facts, timestep, where)
+    return denoiser.to(device).eval().requires_grad_(False)
+
+
+def checkpoint_model(artifact: Artifact) -> Model:
+    """The model whose configuration a checkpoint holds; it has no weights of its own to load."""
+    return Model(artifact.path, str(artifact.facts["component"]))
+
+
+def _quantize_as_described(denoiser: nn.Module, described: Mapping[str, Any], recipe: Recipe) -> None:
+    for layer in described["layers"]:
+        inner = denoiser.get_submodule(layer["path"])
+        weights, own = recipe.formats(layer["path"])
+        seen = None if layer.get("float_input") else own
+        replace_module(denoiser, layer["path"], QuantizedLayer(inner, weights, seen, tuple(layer["split"])))
+        inner.weight = None  # type: ignore[assignment]
+    share_inputs(denoiser, {layer["path"]: layer["reads"] for layer in described["layers"]})
+    for path in described["attentions"]:
+        assert recipe.attention is not None
+        quantize_attention(denoiser.get_submodule(path), AttentionQuantizers(recipe.attention, uint8))
+    set_clock(denoiser)
+
+
+def float_parameters(denoiser: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint keeps in float: everything but quantized weights and quantizers."""
+    quantized = {f"{path}.inner.weight" for path in quantized_layers(denoiser)}
+    return {
+        name: tensor.detach().cpu().clone()
+        for name, tensor in denoiser.state_dict().items()
+        if name not in quantized and not _is_quantizer_state(name)
+    }
+
+
+def _is_quantizer_state(name: str) -> bool:
+    parts = name.split(".")
+    return parts[-1] in OF_LAYERS or any(part.endswith("_quantizers") or part == "table" for part in parts)

@@ -1,0 +1,267 @@
+"""Layers that compute as the engine will: integer weights, quantized inputs, float arithmetic between.
+
+A `QuantizedLayer` takes a weighted layer's place in the module tree. It still holds the original weight,
+so one network is both the full-precision teacher and the quantized student, switched by `full_precision`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from qdeploy.network.current_timestep import clock_of
+from qdeploy.quant.feature_table import FeatureTable
+from qdeploy.quant.patches import PatchQuantizer, convolve
+from qdeploy.quant.quantizers import ActivationQuantizer, WeightQuantizer
+from qdeploy.recipe.formats import Format
+from qdeploy.system.errors import CapabilityError
+
+
+class QuantizedLayer(nn.Module):
+    """A convolution or linear layer with quantized weight and input.
+
+    Args:
+        inner: the layer.
+        weights: weight format, or None.
+        activations: input format, or None.
+        split: channels of the two parts, if the layer reads a concatenation and quantizes both halves
+            on their own (Q-Diffusion, section 3.3.2); else empty.
+
+    Attributes:
+        smoothing: [C] positive factors of the input channels: the input is divided by them, the weight
+            multiplied. Without quantization nothing changes (SmoothQuant, Xiao et al. 2023, equation 3).
+        tuned: the weight that is quantized in place of the original, if a stage has tuned it.
+        tuned_bias: likewise.
+        order: [C] the input channels in the order in which ``split`` cuts them; None for their own.
+        table: what the layer looks up instead of computing, if it is a temporal feature.
+    """
+
+    smoothing: Tensor | None
+    tuned: Tensor | None
+    tuned_bias: Tensor | None
+    order: Tensor | None
+
+    def __init__(
+        self,
+        inner: nn.Module,
+        weights: Format | None,
+        activations: Format | None,
+        split: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__()
+        self.inner = inner
+        self.formats = (weights, activations)
+        self.channels, self.features = self.weight.shape[:2]
+        for name in ("smoothing", "tuned", "tuned_bias", "order"):
+            self.register_buffer(name, None)
+        self.table: FeatureTable | None = None
+        self.quantized = True
+        self.cut(split)
+
+    def cut(self, split: tuple[int, ...], order: Tensor | None = None) -> None:
+        """Quantize parts of the input channels on their own, with new quantizers.
+
+        Args:
+            split: channels of the parts; empty for one part.
+            order: [C] which channels they are; None for their own order.
+        """
+        weights, activations = self.formats
+        parts = max(1, len(split))
+        clock = next((quantizer.clock for quantizer in getattr(self, "input_quantizers", ())), None)
+        self.split, self.order = split, order
+        self.weight_quantizers = nn.ModuleList(
+            [self._weight_quantizer(weights, features) for features in split or (self.features,)]
+            if weights
+            else []
+        )
+        self.input_quantizers = nn.ModuleList(
+            [ActivationQuantizer(activations) for _ in range(parts)] if activations else []
+        )
+        for quantizer in self.activation_quantizers:
+            quantizer.clock = clock
+        self.weight_quantizers.to(self.device)
+        self.input_quantizers.to(self.device)
+
+    def quantize_patches(self, part: int = 0) -> PatchQuantizer:
+        """Quantize the im2col matrix of a part in place of it, for all layers that share the quantizer.
+
+        Returns:
+            The quantizer; it has the scale of the one whose place it takes.
+        """
+        before = self.activation_quantizers[part]
+        if isinstance(before, PatchQuantizer):
+            return before
+        quantizer = PatchQuantizer(before.format).to(self.device)
+        quantizer.set(before.scale, before.zero_point, before.edges if before.banked else None)
+        quantizer.clock = before.clock
+        self.input_quantizers[part] = quantizer
+        return quantizer
+
+    def _weight_quantizer(self, number_format: Format, features: int) -> WeightQuantizer:
+        fitting = number_format.fitting(features)
+        if fitting is None:
+            raise CapabilityError(f"{number_format.name} has no block that divides {features} input features")
+        return WeightQuantizer(fitting, self.channels, features)
+
+    @property
+    def weight(self) -> Tensor:
+        """The original weight."""
+        return cast(Tensor, self.inner.weight)
+
+    @property
+    def student(self) -> Tensor:
+        """The weight that is quantized: as tuned, and smoothed."""
+        weight = self.weight if self.tuned is None else self.tuned
+        if self.smoothing is None:
+            return weight
+        return weight * self.smoothing.view(1, -1, *[1] * (weight.ndim - 2))
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, which stays in float."""
+        return cast("Tensor | None", self.inner.bias) if self.tuned_bias is None else self.tuned_bias
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are, but those that are only described."""
+        there = (t.device for t in (*self.parameters(), *self.buffers()) if not t.is_meta)
+        return next(there, torch.device("cpu"))
+
+    @property
+    def feature_axis(self) -> int:
+        """The axis of the input that holds its channels."""
+        return -1 if isinstance(self.inner, nn.Linear) else 1
+
+    def weight_parts(self) -> list[Tensor]:
+        """The weight, cut along its input channels as the quantizers see it."""
+        weight = self.student if self.order is None else self.student.index_select(1, self.order)
+        return list(weight.split(self.split, dim=1)) if self.split else [weight]
+
+    def weight_pairs(self) -> list[tuple[WeightQuantizer, Tensor]]:
+        """Each weight quantizer with the weight that it quantizes."""
+        quantizers = cast("list[WeightQuantizer]", list(self.weight_quantizers))
+        return list(zip(quantizers, self.weight_parts(), strict=True)) if quantizers else []
+
+    @property
+    def activation_quantizers(self) -> list[ActivationQuantizer]:
+        """The input quantizers, typed."""
+        return cast("list[ActivationQuantizer]", list(self.input_quantizers))
+
+    def input_parts(self, x: Tensor) -> list[Tensor]:
+        """The input, smoothed and cut along its channels as the quantizers see it."""
+        if self.smoothing is not None:
+            x = x * per_feature(1 / self.smoothing, x, self.feature_axis)
+        if self.order is not None:
+            x = x.index_select(self.feature_axis, self.order)
+        return list(x.split(self.split, dim=self.feature_axis)) if self.split else [x]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.quantized:
+            plain: Tensor = self.inner(x)
+            return plain
+        if self.table is not None:
+            looked_up: Tensor = self.table()
+            return looked_up
+        quantizers = self.activation_quantizers
+        parts = zip(self.input_parts(x), self.quantized_weights(), strict=True)
+        if not any(quantizer.hoisted for quantizer in quantizers):
+            outputs = []
+            for number, (part, weight) in enumerate(parts):
+                quantizer = quantizers[number] if quantizers else None
+                outputs.append(self._product(quantizer, part, weight, None if number else self.bias))
+        else:
+            # The factor of the timestep stands between the product and the bias.
+            bias, outputs = self.bias, []
+            for quantizer, (part, weight) in zip(quantizers, parts, strict=True):
+                product = quantizer.restore(self._operate(quantizer(part), weight, None))
+                if bias is not None:
+                    product, bias = product + per_feature(bias, product, self.feature_axis), None
+                outputs.append(product)
+        return functools.reduce(torch.add, outputs)
+
+    def quantized_weights(self) -> list[Tensor]:
+        """The weight of each part as the engine will see it."""
+        if not self.weight_quantizers:
+            return self.weight_parts()
+        quantizers = cast("list[WeightQuantizer]", list(self.weight_quantizers))
+        decided = (quantizer.decided for quantizer in quantizers)
+        if self.inner.weight is None or all(decided):
+            return [quantizer(None) for quantizer in self.weight_quantizers]
+        parts = zip(self.weight_quantizers, self.weight_parts(), strict=True)
+        return [quantizer(weight) for quantizer, weight in parts]
+
+    def _product(
+        self, quantizer: ActivationQuantizer | None, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        if isinstance(quantizer, PatchQuantizer) and quantizer.enabled:
+            return convolve(cast(nn.Conv2d, self.inner), x, weight, bias, quantizer)
+        return self._operate(x if quantizer is None else quantizer(x), weight, bias)
+
+    def _operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if isinstance(self.inner, nn.Linear):
+            return nn.functional.linear(x, weight, bias)
+        output: Tensor = cast(nn.Conv2d, self.inner)._conv_forward(x, weight, bias)
+        return output
+
+
+def quantized_layers(denoiser: nn.Module) -> dict[str, QuantizedLayer]:
+    """The quantized layers of a network by path, in module order."""
+    return {name: module for name, module in denoiser.named_modules() if isinstance(module, QuantizedLayer)}
+
+
+def per_feature(values: Tensor, like: Tensor, axis: int) -> Tensor:
+    """Reshape one value per feature so that it broadcasts over ``like``, whose features are on ``axis``."""
+    return values if axis == -1 else values.view(-1, *[1] * (like.ndim - 2))
+
+
+def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put ``module`` into the module tree at ``path``."""
+    parent, _, name = path.rpartition(".")
+    setattr(root.get_submodule(parent), name, module)
+
+
+def freeze(denoiser: nn.Module) -> None:
+    """Switch every quantizer to the operators that export writes; for a network that is only traced.
+
+    An engine has one timestep for all rows, so the clock then looks at the first only.
+
+    Shared quantizers are copied, since a tracer calls a shared tensor by any of its names. The exported
+    graph shares them again, under the first name.
+    """
+    for layer in quantized_layers(denoiser).values():
+        layer.input_quantizers = deepcopy(layer.input_quantizers)
+    clock = clock_of(denoiser)
+    if clock is not None:
+        clock.single = True
+    for module in denoiser.modules():
+        if isinstance(module, ActivationQuantizer | WeightQuantizer):
+            module.freeze()
+
+
+def full_precision(denoiser: nn.Module) -> AbstractContextManager[None]:
+    """Within, the network computes exactly as it did before it was quantized."""
+    return _switched_off([m for m in denoiser.modules() if hasattr(m, "quantized")], "quantized")
+
+
+def weights_only(denoiser: nn.Module) -> AbstractContextManager[None]:
+    """Within, weights are quantized and activations are not."""
+    return _switched_off([m for m in denoiser.modules() if hasattr(m, "enabled")], "enabled")
+
+
+@contextmanager
+def _switched_off(modules: Sequence[nn.Module], switch: str) -> Iterator[None]:
+    """Within, the attribute ``switch`` of every module is False; afterwards it is what it was."""
+    before = [getattr(module, switch) for module in modules]
+    for module in modules:
+        setattr(module, switch, False)
+    try:
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            setattr(module, switch, value)

@@ -1,0 +1,230 @@
+"""Quantizers of activations and of weights: scales, zero points, codes, and arithmetic as an engine does it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from qdeploy.network.current_timestep import Clock
+from qdeploy.quant.operators import code_type, dequantize_codes, over_weight, to_grid
+from qdeploy.recipe.formats import Format
+from qdeploy.system.errors import CapabilityError, InvalidInputError
+
+
+class ActivationQuantizer(nn.Module):
+    """Quantization of a layer's input, with one scale; or one for each group of timesteps; or along an axis.
+
+    Layers that read the same tensor share one of these. Where scales stand outside of a layer's sum (they
+    depend on the timestep or on the token) the tensor is multiplied by s0 / s and quantized with one nominal
+    scale s0; `restore` multiplies what a layer computes from it by s / s0. That is how an engine computes it
+    too, whose scales are constants. Scales along the features stand inside of the sum: they are a simulation.
+
+    Attributes:
+        scale: [], or [K] for groups of timesteps, or [A] along an axis, or [K, A].
+        zero_point: codes of zero, shaped like ``scale``.
+        edges: [K - 1] timesteps between the groups, ascending; empty for one group.
+        axis: the input's axis that scales run along; None for one scale per tensor.
+        clock: tells the timestep; needed where there are several groups.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    edges: Tensor
+    frozen: Tensor | None
+    nominal: Tensor | None
+    to_nominal: Tensor | None
+    from_nominal: Tensor | None
+
+    def __init__(self, number_format: Format) -> None:
+        super().__init__()
+        self.format = number_format
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
+        self.register_buffer("edges", torch.zeros(0))
+        for name in ("frozen", "nominal", "to_nominal", "from_nominal"):
+            self.register_buffer(name, None)
+        self.axis: int | None = None
+        self.clock: Clock | None = None
+        self.enabled = True
+
+    def set(
+        self, scale: Tensor, zero_point: Tensor, edges: Tensor | None = None, axis: int | None = None
+    ) -> None:
+        """Store ranges.
+
+        Args:
+            scale: positive; [] or, along an axis, [A]. With edges, one entry for each group in front.
+            zero_point: shaped like ``scale``.
+            edges: [K - 1]; a single group is stored as if there were none.
+            axis: of the input; -1 or 1 for features, -2 for tokens.
+        """
+        if edges is not None and not len(edges):
+            scale, zero_point = scale[0], zero_point[0]
+        device = self.scale.device
+        self.scale = scale.to(device, torch.float32, copy=True)
+        self.zero_point = zero_point.to(device, torch.int32, copy=True)
+        self.edges = (torch.zeros(0) if edges is None else edges.float()).to(device)
+        self.axis = axis
+
+    @property
+    def banked(self) -> bool:
+        """Whether there is a scale for each group of timesteps."""
+        return len(self.edges) > 0
+
+    @property
+    def simple(self) -> bool:
+        """Whether there is but one scale."""
+        return not self.banked and self.axis is None
+
+    @property
+    def along(self) -> str:
+        """What there are scales of along the axis, in a word for people."""
+        return "tokens" if self.axis == -2 else "channels"
+
+    @property
+    def hoisted(self) -> bool:
+        """Whether scales are taken out of the quantization; a zero point that moves forbids it."""
+        return not self.simple and self.format.symmetric and self.axis in (None, -2)
+
+    def freeze(self) -> None:
+        """Compute with the exported operators from now on.
+
+        Raises:
+            CapabilityError: a zero point depends on the timestep, or scales run along the features.
+        """
+        stored = code_type(self.format)
+        if self.simple:
+            self.frozen = self.zero_point.to(stored)
+            return
+        if not self.hoisted:
+            moves = self.axis in (None, -2)
+            what = "a zero point that moves" if moves else "a scale for each input channel"
+            raise CapabilityError(f"{what} has no place in a static integer kernel: this is a simulation")
+        self.frozen = torch.zeros((), dtype=stored, device=self.scale.device)
+        self.nominal = _nominal(self.scale)
+        self.to_nominal, self.from_nominal = self.nominal / self.scale, self.scale / self.nominal
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return x
+        scale, zero_point = self.scale, self.zero_point
+        if self.hoisted:
+            nominal = _nominal(scale) if self.nominal is None else self.nominal
+            x = x * self._over(nominal / scale if self.to_nominal is None else self.to_nominal, x)
+            scale, zero_point = nominal, zero_point.new_zeros(())
+        elif not self.simple:
+            scale, zero_point = self._over(scale, x), self._over(zero_point, x)
+        if self.frozen is not None:
+            traced: Tensor = torch.ops.qdeploy.quantize_dequantize(x, scale, self.frozen)
+            return traced
+        return to_grid(x, scale, zero_point, self.format)
+
+    def restore(self, y: Tensor) -> Tensor:
+        """What is linear in this quantizer's output, back in the scales of its rows."""
+        if not self.enabled or not self.hoisted:
+            return y
+        factor = self.scale / _nominal(self.scale) if self.from_nominal is None else self.from_nominal
+        return y * self._over(factor, y)
+
+    def _over(self, values: Tensor, x: Tensor) -> Tensor:
+        """Entries of the running timesteps, shaped so that they broadcast over ``x`` [B, ...]."""
+        shape = [1] * x.ndim
+        if self.axis is not None:
+            if x.shape[self.axis] != values.shape[-1]:
+                raise InvalidInputError(
+                    f"scales were calibrated for {values.shape[-1]} {self.along}, not {x.shape[self.axis]}"
+                )
+            shape[self.axis] = values.shape[-1]
+        if not self.banked:
+            return values.view(shape)
+        assert self.clock is not None, "scales that depend on the timestep need a clock"
+        shape[0] = -1
+        chosen = values.view(shape).index_select(0, self.clock.index(self.edges))
+        if len(chosen) > 1 and len(chosen) != len(x):  # rows that were folded into the first axis, in order
+            chosen = chosen.repeat_interleave(len(x) // len(chosen), 0)
+        return chosen
+
+
+def _nominal(scale: Tensor) -> Tensor:
+    """The constant scale s0 of a bank: its geometric mean, so that ratios stay near 1."""
+    return scale.detach().log().mean().exp()
+
+
+class WeightQuantizer(nn.Module):
+    """Quantization of a weight, or of one part of it along the input channels.
+
+    Args:
+        number_format: the grid.
+        channels: of the output.
+        features: of the input; needed where the format has blocks.
+
+    Attributes:
+        scale: [C] steps per output channel; [C, blocks] where blocks of input features have their own.
+        zero_point: codes of zero, shaped like ``scale``.
+        codes: quantized weights, once rounding is decided; until then None, and the weight is rounded to
+            nearest.
+        rounding: a module that gives the (soft) weight while rounding is being learned; else None.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    codes: Tensor | None
+    frozen: Tensor | None
+
+    def __init__(self, number_format: Format, channels: int, features: int = 0) -> None:
+        super().__init__()
+        self.format = number_format
+        shape = (channels, features // number_format.block) if number_format.block else (channels,)
+        self.register_buffer("scale", torch.ones(shape))
+        self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
+        self.register_buffer("codes", None)
+        self.register_buffer("frozen", None)
+        self.rounding: nn.Module | None = None
+
+    def set(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Store ranges, shaped as they are. Codes that were decided on another grid are dropped."""
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+        self.codes = None
+
+    @property
+    def decided(self) -> bool:
+        """Whether it gives the weight without being given one."""
+        return any(part is not None for part in (self.codes, self.frozen, self.rounding))
+
+    def nearest(self, weight: Tensor) -> Tensor:
+        """Codes of ``weight`` [C, ...] rounded to nearest, in the type that they are stored in."""
+        steps, low, high = weight / over_weight(self.scale, weight.shape), self.format.qmin, self.format.qmax
+        if self.format.floating:
+            return steps.clamp(low, high).to(code_type(self.format))
+        codes = torch.round(steps) + over_weight(self.zero_point, weight.shape)
+        return codes.clamp(low, high).to(code_type(self.format))
+
+    def forward(self, weight: Tensor | None) -> Tensor:
+        if self.rounding is not None:
+            soft: Tensor = self.rounding()
+            return soft
+        if self.frozen is not None:
+            traced: Tensor
+            if self.format.block:
+                traced = torch.ops.qdeploy.dequantize_blocks(self.frozen, self.scale, self.format.block)
+            else:
+                traced = torch.ops.qdeploy.dequantize(self.frozen, self.scale)
+            return traced
+        if self.codes is None:
+            assert weight is not None
+            return dequantize_codes(self.nearest(weight), self.scale, self.zero_point)
+        return dequantize_codes(self.codes, self.scale, self.zero_point)
+
+    def freeze(self) -> None:
+        """Compute with the exported operator from now on.
+
+        Integers become ``codes - zero_point`` in int8: the same weights for an int8 kernel, bit for bit. The
+        codes themselves are let go.
+        """
+        assert self.codes is not None
+        if self.format.floating:
+            self.frozen = self.codes.clone()
+        else:
+            self.frozen = (self.codes - over_weight(self.zero_point, self.codes.shape)).to(torch.int8)
+        self.codes = None

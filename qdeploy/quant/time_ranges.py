@@ -1,0 +1,70 @@
+"""Ranges of tensors by timestep: how they are made, merged, and read from an artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qdeploy.quant.ranges import Summary
+
+RANGES = "ranges.safetensors"
+
+
+def ranges_by_timestep(summaries: Mapping[str, Summary]) -> dict[str, Tensor]:
+    """Smallest and largest value of every tensor at every timestep.
+
+    Args:
+        summaries: of each tensor by its name, with timesteps; in the order of execution.
+
+    Returns:
+        What ``ranges.safetensors`` holds.
+    """
+    every = [torch.cat(summary.timesteps) for summary in summaries.values()]
+    distinct = torch.cat(every).unique() if every else torch.zeros(0)
+    ranges = {"timesteps": distinct}
+    for name, summary in summaries.items():
+        place = torch.searchsorted(distinct, torch.cat(summary.timesteps))
+        for what, seen, mode in (("low", summary.lows, "amin"), ("high", summary.highs, "amax")):
+            target = torch.zeros(len(distinct))
+            ranges[f"{name}.{what}"] = target.scatter_reduce(
+                0, place, torch.cat(seen), mode, include_self=False
+            )
+    places = {name: place for place, name in enumerate(summaries)}
+    ranges["order"] = torch.tensor([places[name] for name in sorted(places)], dtype=torch.int64)
+    return ranges
+
+
+def merge_ranges(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The ranges over all parts, each as of `ranges_by_timestep` and of the same tensors."""
+    summaries = {
+        name: Summary(
+            lows=[part[f"{name}.low"] for part in parts],
+            highs=[part[f"{name}.high"] for part in parts],
+            timesteps=[part["timesteps"] for part in parts],
+        )
+        for name in tensor_names(parts[0])
+    }
+    return ranges_by_timestep(summaries)
+
+
+def tensor_names(ranges: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors in the order of execution; in alphabetical order where that was not kept."""
+    names = sorted(key.removesuffix(".low") for key in ranges if key.endswith(".low"))
+    order = ranges.get("order")
+    return names if order is None else [names[place] for place in order.argsort().tolist()]
+
+
+def spans(ranges: Mapping[str, Tensor]) -> Tensor:
+    """[Q, T] the largest magnitude of each tensor at each timestep, tensors as of `tensor_names`."""
+    pairs = [(ranges[f"{name}.low"], ranges[f"{name}.high"]) for name in tensor_names(ranges)]
+    return torch.stack([torch.maximum(-low, high) for low, high in pairs])
+
+
+def read_ranges(folder: Path) -> dict[str, Tensor] | None:
+    """The ranges over time that lie in a calibration set or in a component's folder, if they do."""
+    from safetensors.torch import load_file
+
+    return load_file(folder / RANGES) if (folder / RANGES).is_file() else None

@@ -1,0 +1,1 @@
+"""Recipes and their vocabulary: formats, targets, coverages, efforts, stages."""

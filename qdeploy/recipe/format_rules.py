@@ -1,0 +1,60 @@
+"""Which number formats a target runs, and which go together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from qdeploy.recipe.formats import parse_format
+from qdeploy.recipe.stages import stages as all_stages
+from qdeploy.recipe.targets import TARGETS, Target, find_target
+from qdeploy.system.errors import UsageError
+
+
+def check_formats(pairs: Iterable[tuple[str, str]], target: str, stages: Sequence[str]) -> None:
+    """Refuse formats that a target or one of a recipe's stages cannot use.
+
+    Args:
+        pairs: formats of weights and activations that layers have.
+        target: name of the target.
+        stages: names of the stages.
+
+    Raises:
+        UsageError: a format is unknown, the target has no kernel for it, or two have none together.
+    """
+    for weights, activations in pairs:
+        _check_pair(weights, activations, find_target(target), stages)
+
+
+def _check_pair(weights_name: str, activations_name: str, target: Target, stages: Sequence[str]) -> None:
+
+    for part, name in (("weights", weights_name), ("activations", activations_name)):
+        allowed = getattr(target, part)
+        parse_format(name)
+        if name not in allowed:
+            able = [other.name for other in TARGETS.values() if name in getattr(other, part)]
+            others = "simulated for research" if "simulated" in able else _words(able)
+            where = f", or --target {others}" if able else ""
+            raise UsageError(
+                f"target {target.name} cannot run {name} {part}: choose {_words(allowed)}{where}"
+            )
+    weights, activations = parse_format(weights_name), parse_format(activations_name)
+    if weights and weights.block and activations:
+        raise UsageError(
+            f"{weights.name} weights are dequantized before a product of floats: choose --activations none"
+        )
+    if bool(weights and weights.floating) != bool(activations and activations.floating):
+        raise UsageError(
+            f"{weights_name} weights and {activations_name} activations have no kernel together: fp8 needs "
+            "both in fp8"
+        )
+    known = all_stages()
+    uniform = [name for name in stages if known[name].uniform]
+    if weights and weights.floating and uniform:
+        raise UsageError(
+            f"stage {uniform[0]} needs steps that are all alike, and those of {weights.name} grow with the "
+            "value: choose --method minmax, or integers"
+        )
+
+
+def _words(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))

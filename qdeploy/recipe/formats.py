@@ -1,0 +1,107 @@
+"""Number formats, as data.
+
+An integer format stores codes ``q`` and stands for ``x = (q - zero_point) * scale``. Symmetric formats
+have zero point 0 and a range that is used symmetrically: scale = absmax / qmax. A float format stores small
+floats; it is symmetric, and its grid is finer near zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qdeploy.system.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Format:
+    """A number format.
+
+    Attributes:
+        name: the word that recipes use.
+        bits: width of a code.
+        symmetric: zero point fixed at 0 and signed codes; otherwise unsigned codes with a zero point.
+        block: input features that share a scale, for weights of linear layers; 0 for one scale per channel.
+        largest: the largest code of a float format; 0 for integers.
+    """
+
+    name: str
+    bits: int
+    symmetric: bool
+    block: int = 0
+    largest: int = 0
+
+    @property
+    def floating(self) -> bool:
+        """Whether codes are floats, so that the steps between them are not all alike."""
+        return self.largest > 0
+
+    @property
+    def qmin(self) -> int:
+        """Smallest code."""
+        if self.floating:
+            return -self.largest
+        return -(1 << (self.bits - 1)) if self.symmetric else 0
+
+    @property
+    def qmax(self) -> int:
+        """Largest code."""
+        if self.floating:
+            return self.largest
+        return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
+
+    @property
+    def short(self) -> str:
+        """How precisions are written: ``8``, ``f8`` for floats, ``4g128`` for groups of 128."""
+        return f"{'f' if self.floating else ''}{self.bits}{f'g{self.block}' if self.block else ''}"
+
+    def fitting(self, features: int) -> Format | None:
+        """This format for a weight of so many input features.
+
+        Returns:
+            Itself where they are whole blocks, else the same with the largest smaller block that divides
+            them; None if there is none.
+        """
+        if not self.block:
+            return self
+        sizes = [size for size in BLOCKS if size <= self.block and features % size == 0]
+        return blocked(self.bits, max(sizes)) if sizes else None
+
+
+def integer(bits: int) -> Format:
+    """The symmetric, signed format of ``bits`` bits."""
+    return Format(f"int{bits}", bits, symmetric=True)
+
+
+def unsigned(bits: int) -> Format:
+    """The asymmetric format of ``bits`` bits, with a zero point."""
+    return Format(f"uint{bits}", bits, symmetric=False)
+
+
+def blocked(bits: int, block: int) -> Format:
+    """The symmetric format of ``bits`` bits with a scale for each block of input features."""
+    return Format(f"int{bits}b{block}", bits, symmetric=True, block=block)
+
+
+BLOCKS = (64, 128)  # sizes that TensorRT has kernels for
+
+int8, int7, int6, int5, int4, int3 = (integer(bits) for bits in (8, 7, 6, 5, 4, 3))
+uint8, uint6, uint4 = unsigned(8), unsigned(6), unsigned(4)
+int4b64, int4b128 = (blocked(4, block) for block in BLOCKS)
+fp8 = Format("fp8", 8, symmetric=True, largest=448)  # E4M3 without infinities: float8_e4m3fn
+FORMATS = {
+    f.name: f for f in (int8, uint8, int7, int6, uint6, int5, int4, uint4, int3, int4b64, int4b128, fp8)
+}
+NONE = "none"
+
+
+def parse_format(name: str) -> Format | None:
+    """The format of that name; None for ``none``, which leaves tensors as they are.
+
+    Raises:
+        UsageError: there is no such format.
+    """
+    if name == NONE:
+        return None
+    if name not in FORMATS:
+        raise UsageError(f"unknown number format {name!r}: choose from {', '.join([*FORMATS, NONE])}")
+    return FORMATS[name]

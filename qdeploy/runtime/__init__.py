@@ -1,1 +1,0 @@
-"""Sampling: a torch model or an engine inside a stock diffusers pipeline."""

@@ -1,0 +1,1 @@
+"""Images from stock diffusers pipelines, with whatever denoiser stands in them."""

@@ -1,0 +1,1 @@
+"""Artifacts: folders with a manifest, hashed, made whole or not at all."""

@@ -1,0 +1,223 @@
+"""Artifacts in the making: locked, journalled, and renamed into place when whole.
+
+While it is being made, an artifact lives in a hidden sibling, ``.NAME.work``. Finished steps stay there
+after an interruption and are found again by the next run of the same request. One rename makes the
+artifact appear, so a folder that exists is complete.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from qdeploy.store.artifact import (
+    IDENTITY,
+    MANIFEST,
+    SCHEMA,
+    Artifact,
+    is_artifact,
+    open_artifact,
+    read_manifest,
+)
+from qdeploy.store.files import copy_file, explained_os_errors, write_json, write_tensors, write_text
+from qdeploy.system.errors import InvalidInputError, UsageError
+from qdeploy.system.hashing import canonical, sha256_file, sha256_of
+from qdeploy.version import __version__
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class Draft:
+    """An artifact in the making. Use as a context manager; `finish` makes it appear.
+
+    Args:
+        output: where the artifact will stand.
+        kind: one of `KINDS`.
+        made_from: hashes of the inputs, by name.
+        recipe: the resolved recipe, if any.
+        seed: the seed that all randomness of the stage derives from.
+        options: what else determines the result; together with the above it names the request, and
+            only the same request takes up unfinished work or accepts a finished artifact.
+        overwrite: replace an artifact that another request left at ``output``.
+
+    Raises:
+        UsageError: ``output`` exists and was not made by this request, or cannot be written.
+    """
+
+    output: Path
+    kind: str
+    made_from: Mapping[str, str]
+    recipe: Mapping[str, Any] | None = None
+    seed: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        self.output = Path(self.output)
+        self.work = self.output.parent / f".{self.output.name}.work"
+        self.content = self.work / "content"
+        self.steps = self.work / "steps"
+        self.started = time.perf_counter()
+        self.request = sha256_of(
+            {
+                "kind": self.kind,
+                "version": __version__,
+                "made_from": dict(self.made_from),
+                "recipe": self.recipe,
+                "seed": self.seed,
+                "options": dict(self.options),
+            }
+        )
+        self._lock: int | None = None
+
+    def finished(self) -> Artifact | None:
+        """The artifact, if this very request has already been carried out.
+
+        Raises:
+            UsageError: something else stands at ``output``.
+        """
+        if not self.output.exists() or (self.output.is_dir() and not any(self.output.iterdir())):
+            return None
+        try:
+            if is_artifact(self.output) and read_manifest(self.output).get("request") == self.request:
+                done = open_artifact(self.output, self.kind)
+                shutil.rmtree(self.work, ignore_errors=True)
+                return done
+        except InvalidInputError:
+            if not self.overwrite:  # what is damaged can be made again
+                raise
+        if self.overwrite and is_artifact(self.output):
+            return None
+        what = "holds another artifact" if is_artifact(self.output) else "already exists"
+        raise UsageError(
+            f"{self.output} {what}: choose another output"
+            + (", or pass --overwrite to replace it" if is_artifact(self.output) else "")
+        )
+
+    def __enter__(self) -> Draft:
+        with explained_os_errors(self.output):
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            self.work.mkdir(exist_ok=True)
+            self._take_lock()
+            request = self.work / "request"
+            if not request.exists() or request.read_text() != self.request:
+                for stale in (self.content, self.steps):
+                    shutil.rmtree(stale, ignore_errors=True)
+                write_text(request, self.request)
+            self.content.mkdir(exist_ok=True)
+            self.steps.mkdir(exist_ok=True)
+            for folder in (self.content, self.steps):
+                for partial in folder.rglob(".*"):  # half-written by a process that was killed
+                    partial.unlink()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+        if isinstance(error, OSError):
+            with explained_os_errors(self.output):
+                raise error
+        empty = not any(self.steps.glob("*")) and not any(self.content.rglob("*.safetensors"))
+        if kind is not None and self.work.exists() and empty:
+            shutil.rmtree(self.work, ignore_errors=True)
+
+    def _take_lock(self) -> None:
+        self._lock = os.open(self.work / "lock", os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            self._lock = None
+            raise UsageError(
+                f"another process is writing {self.output}: wait for it or choose another output"
+            ) from None
+
+    def step(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors of a named step of the work: computed once, then found again after a stop."""
+        return self._once(self.steps / f"{name}.safetensors", compute)
+
+    def save(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Keep how far a long step has come, in place of what was kept under that name before."""
+        write_tensors(self.steps / f"{name}.safetensors", tensors)
+
+    def saved(self, name: str) -> dict[str, Tensor] | None:
+        """What `save` or `step` kept under a name, if it did."""
+        from safetensors.torch import load_file
+
+        path = self.steps / f"{name}.safetensors"
+        return load_file(path) if path.exists() else None
+
+    def forget(self, name: str) -> None:
+        """Remove what `save` kept under a name."""
+        (self.steps / f"{name}.safetensors").unlink(missing_ok=True)
+
+    def tensors(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Like `step`, for tensors that are part of the finished artifact, as file ``name``."""
+        return self._once(self.content / name, compute)
+
+    def has(self, name: str) -> bool:
+        """Whether the content file ``name`` is there already."""
+        return (self.content / name).exists()
+
+    def _once(self, path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        from safetensors.torch import load_file
+
+        if not path.exists():
+            write_tensors(path, compute())
+        return load_file(path)
+
+    def json(self, name: str, value: object) -> None:
+        """Add a JSON file to the artifact."""
+        write_json(self.content / name, value)
+
+    def copy(self, source: Path, name: str) -> None:
+        """Add a copy of a file to the artifact."""
+        copy_file(source, self.content / name)
+
+    def finish(
+        self,
+        facts: Mapping[str, Any] | None = None,
+        measured: Mapping[str, Any] | None = None,
+        notes: Mapping[str, Any] | None = None,
+    ) -> Artifact:
+        """Write the manifest and rename the folder into place."""
+        with explained_os_errors(self.output):
+            files = {
+                path.relative_to(self.content).as_posix(): sha256_file(path)
+                for path in sorted(self.content.rglob("*"))
+                if path.is_file() and path.name != MANIFEST
+            }
+            manifest: dict[str, Any] = {
+                "kind": self.kind,
+                "schema": SCHEMA,
+                "version": __version__,
+                "request": self.request,
+                "files": files,
+                "made_from": dict(self.made_from),
+                "recipe": self.recipe,
+                "seed": self.seed,
+                "facts": dict(facts or {}),
+                "measured": {"seconds": round(time.perf_counter() - self.started, 3), **(measured or {})},
+                "notes": dict(notes or {}),
+            }
+            manifest["sha256"] = sha256_of({key: manifest[key] for key in IDENTITY})
+            manifest["integrity"] = sha256_of(manifest)
+            write_json(self.content / MANIFEST, manifest)
+            if self.overwrite and is_artifact(self.output):
+                shutil.rmtree(self.output)
+            os.rename(self.content, self.output)
+            shutil.rmtree(self.work, ignore_errors=True)
+        return Artifact(self.output, json.loads(canonical(manifest)))

@@ -1,0 +1,1 @@
+"""The machine, its memory and devices, errors, progress, tables, hashes."""

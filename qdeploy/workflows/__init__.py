@@ -1,0 +1,1 @@
+"""What spans several rooms: calibrate with a budget, the demo, inspect."""

@@ -1,0 +1,202 @@
+"""The verb ``calibrate``: a model and a calibration set in, a checkpoint out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qdeploy.calibrate.opening import calibration_for, check_device, open_session
+from qdeploy.calibrate.session import Session
+from qdeploy.calibrate.staged import estimate_cost, run_stages
+from qdeploy.calibration_set.dataset import CalibrationSet
+from qdeploy.mixed.budget import parse_budget
+from qdeploy.model.card import base_model, write_card
+from qdeploy.model.folder import Model, open_model
+from qdeploy.quant.checkpoint import write_checkpoint, write_probe
+from qdeploy.recipe.recipe import resolve_recipe
+from qdeploy.recipe.targets import find_target
+from qdeploy.store.artifact import Artifact
+from qdeploy.store.builder import Draft
+from qdeploy.store.correction_table import CORRECTION, correction_facts
+from qdeploy.store.paths import default_output
+from qdeploy.system.errors import UsageError
+from qdeploy.system.estimate import Estimate
+from qdeploy.system.machine import int8_sums_saturate
+from qdeploy.system.progress import say
+
+PROBE_ROWS = 16
+
+
+def calibrate(
+    model: str | Path,
+    output: str | Path | None = None,
+    *,
+    recipe: str | Path | None = None,
+    calibration: str | Path | Artifact | None = None,
+    method: str | None = None,
+    weights: str | None = None,
+    activations: str | None = None,
+    coverage: str | None = None,
+    target: str | None = None,
+    effort: str | None = None,
+    exclude: tuple[str, ...] | None = None,
+    timestep_groups: str | int | tuple[float, ...] | None = None,
+    budget: str | Sequence[str] | None = None,
+    sensitivity: str | Path | Artifact | None = None,
+    seed: int | None = None,
+    device: str = "cpu",
+    max_memory: int = 4 * 2**30,
+    dry_run: bool = False,
+    overwrite: bool = False,
+) -> Artifact | Estimate:
+    """Quantize a denoiser.
+
+    Args:
+        model: a diffusers folder, a zoo model's name or a Hub id.
+        output: folder of the checkpoint; beside the model by default.
+        recipe: a preset's name or a YAML file; the arguments below override it.
+        calibration: a calibration set that `collect` made from this model; without one, a default set is
+            collected and kept in the cache.
+        method: name of a method.
+        weights: format of weights: ``int8``, ``int4``, ...
+        activations: format of activations: ``int8``, ..., or ``none``.
+        coverage: name of a coverage profile.
+        target: what the result must run on.
+        effort: ``fast``, ``balanced`` or ``best``.
+        exclude: shell globs of layers that stay in float.
+        timestep_groups: groups of timesteps that have activation scales of their own: how many, or the
+            largest timestep of each but the last, as numbers or as text ``200,500``.
+        budget: bounds such as ``size=3.2MB`` or ``macs=5%`` within which the formats of weights are chosen,
+            layer by layer; as of `qdeploy.mixed.budget.parse_budget`.
+        sensitivity: what `qdeploy.sensitivity` measured; with a budget and without this it is measured first.
+        seed: where all randomness comes from.
+        device: torch device.
+        max_memory: bytes that recorded activations may take in memory.
+        dry_run: say what it would cost, and stop.
+        overwrite: replace another artifact at ``output``.
+
+    Returns:
+        The checkpoint; with ``dry_run`` the estimate.
+
+    Raises:
+        UsageError: unknown names or impossible combinations.
+        CapabilityError: the device is not there.
+        InvalidInputError: the model or the set cannot be used.
+    """
+    from qdeploy.mixed.plan import plan_for
+
+    limits = parse_budget(budget) if budget else {}
+    if limits and weights:
+        raise UsageError("the budget chooses the formats of weights: leave out --weights")
+    if sensitivity is not None and not limits:
+        raise UsageError("sensitivities serve a budget: pass --budget size=... or macs=...")
+    resolved = resolve_recipe(
+        recipe,
+        method=method,
+        weights=weights,
+        activations=activations,
+        coverage=coverage,
+        target=target,
+        effort=effort,
+        exclude=exclude,
+        timestep_groups=timestep_groups,
+        seed=seed,
+    )
+    check_device(device)
+    source = open_model(model)
+    data = CalibrationSet.open(calibration_for(source, calibration, resolved.seed, device))
+    made_from, asked = {"model": source.sha256, "calibration": data.sha256}, {}
+    planned = plan_for(source, data, resolved, limits, sensitivity, device) if limits else None
+    if planned is not None:
+        resolved, asked = planned.recipe, {"budget": dict(planned.bounds)}
+        made_from["sensitivity"] = planned.sensitivity
+        say(planned.table())
+    output = Path(output) if output else default_output(source.path, resolved.precision.lower())
+    draft = Draft(
+        output, "checkpoint", made_from, resolved.to_json(), resolved.seed, asked, overwrite=overwrite
+    )
+    if not dry_run and (done := draft.finished()):
+        return done
+    session = open_session(source, data, resolved, draft, device, max_memory)
+    estimate = estimate_cost(session)
+    say(
+        f"calibrating {source.path.name}: {resolved.method} {resolved.precision}, {len(session.layers)} layers "
+        f"in {len(session.units)} units, effort {resolved.effort}; about {estimate}"
+    )
+    for reason, paths in by_reason(session.left).items():
+        say(f"in float: {len(paths)} layers, {reason}")
+    for reason in resolved.simulated():
+        say(f"simulated: {reason}; no engine will run this checkpoint")
+    wide = resolved.weights == "int8" and resolved.activations != "none"
+    if wide and "openvino" in find_target(resolved.target).backends and int8_sums_saturate():
+        say(
+            "this processor has no VNNI, so engines compute 8-bit weights in floats here; int7 weights run in int8"
+        )
+    if dry_run:
+        return estimate
+    with draft:
+        run_stages(session)
+        _write(session, source, data)
+        if planned is not None:
+            planned.write(draft, source.name)
+        facts = {
+            "component": source.name,
+            "class": source.class_name,
+            "model_sha256": source.sha256,
+            "base_model": base_model(source),
+            "precision": resolved.precision,
+            "weights": resolved.weights,
+            "activations": resolved.activations,
+            "target": resolved.target,
+            "simulated": resolved.simulated(),
+            "layers": len(session.layers),
+            **timestep_facts(session),
+            **correction_facts(draft.content / source.name / CORRECTION),
+            **({"left_in_float": by_reason(session.left)} if session.left else {}),
+        }
+        write_card(draft, facts)
+        return draft.finish(
+            facts=facts,
+            measured=session.report,
+            notes={"source": str(source.path.absolute())},
+        )
+
+
+def _write(session: Session, source: Model, data: CalibrationSet) -> None:
+    attentions = session.structure.attentions if any_attention(session) else ()
+    write_checkpoint(
+        session.draft, source, session.denoiser, session.layers, list(attentions), session.structure
+    )
+    _, judge = session.split(range(len(data)))
+    order = judge[data.timesteps[judge].argsort(stable=True)]
+    chosen = order[torch.linspace(0, len(order) - 1, min(PROBE_ROWS, len(order))).round().long()]
+    write_probe(session.draft, session.denoiser, data.probe_inputs(chosen.tolist(), session.device))
+
+
+def timestep_facts(session: Session) -> dict[str, Any]:
+    """What a runtime has to know of timesteps: limits, which were calibrated, what depends on them."""
+    calibrated = session.data.timesteps[session.rows()].float().unique()
+    timesteps: dict[str, Any] = {"calibrated": calibrated.tolist()}
+    if session.training_timesteps is not None:
+        every = session.all_timesteps()
+        timesteps |= {"low": float(every.min()), "high": float(every.max())}
+    return {
+        "timesteps": timesteps,
+        "timestep_scales": session.recipe.timestep_groups != 1,
+        "temporal": any(layer.path in session.structure.time.layers for layer in session.layers),
+    }
+
+
+def by_reason(left: dict[str, str]) -> dict[str, list[str]]:
+    """Paths of layers by the reason why they stay in float."""
+    return {
+        reason: [p for p, why in left.items() if why == reason] for reason in dict.fromkeys(left.values())
+    }
+
+
+def any_attention(session: Session) -> bool:
+    """Whether this calibration quantizes attention products."""
+    return any(hasattr(module, "attend") for module in session.denoiser.modules())

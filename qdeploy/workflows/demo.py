@@ -1,0 +1,278 @@
+"""The verb ``demo``: the whole way on a model that the package ships, from the model to a table.
+
+Every stage is an artifact or a remembered result in the output folder, so that a stopped demo continues, and
+a finished one answers at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qdeploy.engines.registry import find_backend
+from qdeploy.evaluate.baselines import FULL, HALF, baseline_engine, baseline_precisions
+from qdeploy.evaluate.cached_json import remembered
+from qdeploy.evaluate.image_grid import image_grid
+from qdeploy.evaluate.quality import Plan, Trajectories
+from qdeploy.evaluate.summary import DemoResult, summary_notes, summary_rows
+from qdeploy.model.folder import Model, open_model
+from qdeploy.store.artifact import Artifact
+from qdeploy.store.files import explained_os_errors, write_json, write_text
+from qdeploy.system.machine import int8_sums_saturate, machine
+from qdeploy.system.progress import say, verbosity
+
+T = TypeVar("T")
+
+STEPS = 50  # of DDIM, for calibration, images and checks alike
+IMAGES, FIRST_IMAGE = 32, 1000  # of the picture; the calibration set holds seeds 0 to 63
+BATCH = 16  # that speed is told for, as in sampling
+THREADS = 1  # the model is too small to gain from more, and a busy second core would blur the times
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A quantized model of the demo.
+
+    Attributes:
+        title: for the table.
+        recipe: the preset.
+        weights: their format, where it is not the preset's.
+    """
+
+    title: str
+    recipe: str
+    weights: str | None = None
+
+
+def variants() -> dict[str, Variant]:
+    """What the demo makes, by the folder's name; eight bits are seven where int8 kernels can add no more."""
+    narrow = int8_sums_saturate()
+    eight = Variant(f"8-bit (W{7 if narrow else 8}A8)", "w8a8-minmax", "int7" if narrow else None)
+    return {"w8a8": eight, "w4a8": Variant("4-bit (W4A8)", "w4a8-qdiffusion")}
+
+
+def demo(
+    output: str | Path = "qdeploy-demo",
+    *,
+    model: str | Path = "digits",
+    backend: str = "auto",
+    samples: int = 96,
+    rounds: int = 30,
+) -> DemoResult:
+    """Collect, calibrate to 8 and 4 bits, export, build engines, sample, check and benchmark.
+
+    Args:
+        output: folder of everything that is made: artifacts, ``grid.png``, ``table.md``,
+            ``results.json``, ``report.html``.
+        model: an unconditional model.
+        backend: of the engines.
+        samples: images that quality is measured on.
+        rounds: turns of each engine in the benchmark.
+
+    Returns:
+        The table and what it was made from.
+
+    Raises:
+        UsageError: the output folder holds something else.
+        CapabilityError: the backend is not installed.
+    """
+    work = _Work(Path(output), open_model(model), find_backend(backend).name, samples, rounds)
+    say(f"{work.model.path.name}: about five minutes on two cores; everything goes to {work.output}/")
+    with explained_os_errors(work.output):
+        work.output.mkdir(parents=True, exist_ok=True)
+    with _one_torch_thread():
+        engines = work.build()
+        work.picture(engines)
+        checks = work.check(engines)
+    speed = work.benchmark(engines)
+    titles = {FULL: "full precision", HALF: "16-bit"}
+    titles |= {name: variant.title for name, variant in work.variants.items()}
+    page = work.report(checks, speed)
+    columns, rows = summary_rows(engines, titles, checks, speed, BATCH)
+    notes = [
+        *summary_notes(checks, speed),
+        f"images of the same seeds: {work.output / 'grid.png'}",
+        f"everything on one page: {page}",
+    ]
+    result = DemoResult(work.output, columns, rows, work.stages, checks, speed, notes)
+    write_json(work.output / "results.json", result.to_json())
+    write_text(work.output / "table.md", result.markdown())
+    return result
+
+
+@dataclass
+class _Work:
+    """The stages. Each takes up what an earlier run has finished."""
+
+    output: Path
+    model: Model
+    backend: str
+    samples: int
+    rounds: int
+    variants: dict[str, Variant] = field(default_factory=variants)
+    stages: dict[str, float] = field(default_factory=dict)
+
+    def build(self) -> dict[str, Artifact]:
+        """The engines: ``f32`` and ``bf16`` as baselines, and one for each variant."""
+        from qdeploy.calibration_set.collect import collect
+        from qdeploy.engines.build import build_engine
+        from qdeploy.export.run import export
+        from qdeploy.workflows.calibrate import calibrate
+
+        source = self.model.path
+        data = self._make(
+            "collect",
+            partial(
+                collect, source, self.output / "set", inference_steps=STEPS, scheduler="ddim", batch=BATCH
+            ),
+        )
+        checkpoints = {
+            name: self._make(
+                f"calibrate {name}",
+                partial(
+                    calibrate,
+                    source,
+                    self.output / name,
+                    recipe=variant.recipe,
+                    weights=variant.weights,
+                    effort="fast",
+                    calibration=data,
+                ),
+            )
+            for name, variant in self.variants.items()
+        }
+        bundles = {
+            name: self._make(f"export {name}", partial(export, made, self.output / f"{name}-onnx"))
+            for name, made in checkpoints.items()
+        }
+        engines = {
+            kind: self._make(f"build {kind}", partial(baseline_engine, self.model, self.backend, kind))
+            for kind in baseline_precisions(self.backend)
+        }
+        # What is not int8 is computed in 16 bits where the processor can: the rival does so too.
+        how: dict[str, Any] = {"backend": self.backend, "precision": HALF if HALF in engines else FULL}
+        for name, bundle in bundles.items():
+            place = self.output / f"{name}-engine"
+            build = partial(build_engine, bundle, place, threads=THREADS, **how)
+            engines[name] = self._make(f"build {name}", build)
+        return engines
+
+    def picture(self, engines: dict[str, Artifact]) -> None:
+        """``grid.png``: images of the full-precision model and of each variant, from the same seeds."""
+        from safetensors.torch import load_file
+
+        from qdeploy.sampling.sample import IMAGES as FILE
+        from qdeploy.sampling.sample import sample
+
+        sources: dict[str, tuple[str, Path | Artifact]] = {"full": ("full precision", self.model.path)}
+        sources |= {name: (variant.title, engines[name]) for name, variant in self.variants.items()}
+        options: dict[str, Any] = {"count": IMAGES, "steps": STEPS, "scheduler": "ddim", "seed": FIRST_IMAGE}
+        groups = {}
+        for name, (title, source) in sources.items():
+            place = self.output / f"{name}-samples"
+            made = self._make(f"sample {name}", partial(sample, source, place, batch=BATCH, **options))
+            groups[title] = load_file(made.file(FILE))["images"]
+        image_grid(groups, self.output / "grid.png")
+
+    def check(self, engines: dict[str, Artifact]) -> dict[str, dict[str, Any]]:
+        """Parity and quality of every engine but the full-precision one, by name."""
+        from qdeploy.evaluate.check import check
+
+        plan = Plan(samples=self.samples, inference_steps=STEPS, scheduler="ddim", batch=BATCH)
+        trajectories = cache(lambda: Trajectories(self.model, plan))
+        results = {}
+        for name, engine in engines.items():
+            if name == FULL:
+                continue
+            pairs: dict[str, Any] = {}
+            if name in self.variants:
+                pairs = {"onnx": self.output / f"{name}-onnx", "checkpoint": self.output / name}
+
+            def measure(engine: Artifact = engine, pairs: dict[str, Any] = pairs) -> dict[str, Any]:
+                return check(engine, trajectories=trajectories(), **pairs).to_json()
+
+            key = [engine.sha256, self.model.sha256, repr(plan)]
+            file = self.output / "measured" / f"check-{name}.json"
+            results[name] = self._stage(f"check {name}", partial(remembered, file, key, measure))
+        return results
+
+    def benchmark(self, engines: dict[str, Artifact]) -> dict[str, Any]:
+        """Latency of all engines in one run."""
+        from qdeploy.evaluate.benchmark import benchmark
+
+        def measure() -> dict[str, Any]:
+            named = [engines[name] for name in self.variants]
+            options: dict[str, Any] = {"batch": (1, BATCH), "rounds": self.rounds, "threads": THREADS}
+            return benchmark(named, reference=self.model, **options).to_json()
+
+        key = [[engine.sha256 for engine in engines.values()], self.rounds, machine()]
+        file = self.output / "measured" / "benchmark.json"
+        return self._stage("benchmark", partial(remembered, file, key, measure))
+
+    def report(self, checks: dict[str, dict[str, Any]], speed: dict[str, Any]) -> Path:
+        """``report.html``: all of this on one page."""
+        from qdeploy.evaluate.report_page.run import report
+
+        paths = [
+            self.output / f"{name}{part}"
+            for name in self.variants
+            for part in ("", "-onnx", "-engine", "-samples")
+        ]
+        run = partial(
+            report,
+            [*paths, self.output / "full-samples"],
+            self.output / "report.html",
+            reference=self.model,
+            checks=[checks[name] for name in self.variants],
+            benchmark=speed,
+            folder=self.output / "measured",
+        )
+        return self._stage("report", run).path
+
+    def _make(self, name: str, run: Callable[[], object]) -> Artifact:
+        made = self._stage(name, run)
+        assert isinstance(made, Artifact)
+        return made
+
+    def _stage(self, name: str, run: Callable[[], T]) -> T:
+        began = time.perf_counter()
+        with _status(name):
+            result = run()
+        self.stages[name] = round(time.perf_counter() - began, 1)
+        say(f"{name:<16} {self.stages[name]:6.1f} s")
+        return result
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Networks this small gain little from a second thread, and lose much where other work runs beside."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _status(name: str) -> Iterator[None]:
+    """The stage's name on a terminal while it runs; what is said within only shows with ``-v``."""
+    from rich.console import Console
+
+    level = verbosity.level
+    if level != 1:
+        yield
+        return
+    verbosity.level = 0
+    try:
+        with Console(stderr=True).status(name):
+            yield
+    finally:
+        verbosity.level = level

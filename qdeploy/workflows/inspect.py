@@ -1,0 +1,145 @@
+"""What an artifact or a model says of itself, and what words recipes know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qdeploy.store.artifact import KINDS, Artifact, damage, is_artifact, read_manifest
+
+_BEST = 10  # tensors that are named to people
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """Describe an artifact, or the model at ``path``.
+
+    Returns:
+        For an artifact its manifest's entries, the sizes of its files and ``valid``; if that is false,
+        ``problem`` says why. For a checkpoint with groups of timesteps also ``timestep_gain``, as of
+        `qdeploy.evaluate.timestep_gain.timestep_gain`; and ``effective_bits``, where it tells them.
+
+    Raises:
+        InvalidInputError: there is neither an artifact nor a model that this version can read.
+    """
+    folder = Path(path)
+    if not is_artifact(folder):
+        return _inspect_model(str(path))
+    manifest = read_manifest(folder)
+    problems = list(damage(folder, manifest))
+    sizes = {name: (folder / name).stat().st_size for name in manifest["files"] if (folder / name).exists()}
+    return {
+        "kind": manifest["kind"],
+        "description": KINDS[manifest["kind"]],
+        "path": str(folder),
+        "schema": manifest["schema"],
+        "version": manifest["version"],
+        "sha256": manifest["sha256"],
+        "valid": not problems,
+        **({"problem": problems[0]} if problems else {}),
+        "made_from": manifest["made_from"],
+        "recipe": manifest["recipe"],
+        "seed": manifest["seed"],
+        "facts": manifest["facts"],
+        **({} if problems else _effective_bits(Artifact(folder, manifest))),
+        "measured": manifest["measured"],
+        "notes": manifest["notes"],
+        "size_mb": round(sum(sizes.values()) / 2**20, 3),
+        "files": sizes,
+        **({} if problems else _timestep_gain(Artifact(folder, manifest))),
+    }
+
+
+def _timestep_gain(artifact: Artifact) -> dict[str, Any]:
+    if artifact.kind != "checkpoint" or not artifact.facts.get("timestep_scales"):
+        return {}
+    from qdeploy.evaluate.timestep_gain import timestep_gain
+
+    gain = timestep_gain(artifact)
+    return {} if gain is None else {"timestep_gain": gain}
+
+
+def description(result: Mapping[str, Any]) -> str:
+    """What `inspect` gave, for people: of long lists the best alone."""
+    if "timestep_gain" not in result:
+        return as_text(result)
+    gain = result["timestep_gain"]
+    best = dict(list(gain["by_tensor_db"].items())[:_BEST])
+    shown = {key: value for key, value in gain.items() if key != "by_tensor_db"}
+    what = f"best {len(best)} of {len(gain['by_tensor_db'])} tensors, dB"
+    return as_text({**result, "timestep_gain": {**shown, what: best}})
+
+
+def _effective_bits(artifact: Artifact) -> dict[str, Any]:
+    from qdeploy.evaluate.effective_bits import effective_bits
+
+    found = effective_bits(artifact) if artifact.manifest["kind"] == "checkpoint" else None
+    return {} if found is None else {"effective_bits": found}
+
+
+def _inspect_model(source: str) -> dict[str, Any]:
+    from qdeploy.model.folder import open_model
+
+    model = open_model(source)
+    denoiser = model.load()
+    return {
+        "kind": "model",
+        "path": str(model.path),
+        "schema": None,
+        "sha256": model.sha256,
+        "valid": True,
+        "made_from": {},
+        "recipe": None,
+        "seed": None,
+        "component": model.name,
+        "class": model.class_name,
+        "pipeline": model.has_pipeline,
+        "parameters": sum(parameter.numel() for parameter in denoiser.parameters()),
+        "size_mb": round(sum(file.stat().st_size for file in model.weights) / 2**20, 3),
+    }
+
+
+def vocabulary() -> dict[str, Any]:
+    """The words that recipes and options know, with a line on each."""
+    from qdeploy.recipe.coverage import COVERAGES
+    from qdeploy.recipe.effort import EFFORTS
+    from qdeploy.recipe.formats import FORMATS, NONE
+    from qdeploy.recipe.recipe import presets
+    from qdeploy.recipe.stages import methods, stages
+    from qdeploy.recipe.targets import TARGETS
+
+    return {
+        "methods": {
+            name: {
+                "description": method.description,
+                "paper": method.paper,
+                "stages": [stage for stage, _ in method.stages],
+            }
+            for name, method in methods().items()
+        },
+        "stages": {
+            name: {"description": stage.description, "options": stage.options}
+            for name, stage in stages().items()
+        },
+        "presets": presets(),
+        "formats": [*FORMATS, NONE],
+        "coverages": {name: coverage.description for name, coverage in COVERAGES.items()},
+        "efforts": {
+            name: f"{effort.rows} rows, {effort.rounding} rounding and {effort.scales} scale steps per unit"
+            for name, effort in EFFORTS.items()
+        },
+        "targets": {name: target.description for name, target in TARGETS.items()},
+    }
+
+
+def as_text(value: Mapping[str, Any], indent: int = 0) -> str:
+    """A mapping as indented lines for people."""
+    lines = []
+    pad = "  " * indent
+    for key, item in value.items():
+        if isinstance(item, Mapping) and item:
+            lines += [f"{pad}{key}:", as_text(item, indent + 1)]
+        elif item not in (None, {}, []):
+            shown = ", ".join(map(str, item)) if isinstance(item, list | tuple) else item
+            lines.append(f"{pad}{key}: {shown}")
+    return "\n".join(lines)

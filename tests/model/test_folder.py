@@ -1,0 +1,47 @@
+"""A denoiser is loaded without a second copy of its weights, and is the one that diffusers loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qdeploy.model.folder import open_model
+from qdeploy.model.inputs import denoise, example_inputs
+from tests.export.test_low_bit import tiny_dit
+from tests.helpers import tiny_unet
+
+
+@pytest.mark.parametrize("make", [tiny_unet, tiny_dit], ids=["unet", "transformer"])
+def test_a_loaded_network_is_the_one_that_was_saved(make, tmp_path: Path) -> None:
+    network = make()
+    network.save_pretrained(tmp_path)
+    model = open_model(tmp_path)
+    loaded = model.load()
+    assert not any(tensor.is_meta for tensor in (*loaded.parameters(), *loaded.buffers()))
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    inputs = example_inputs(model, rows=2)
+    with torch.no_grad():
+        assert torch.equal(denoise(loaded, inputs), denoise(network, inputs))
+
+
+def test_a_network_is_built_without_memory_for_its_parameters(tmp_path: Path) -> None:
+    network = tiny_dit()
+    network.save_pretrained(tmp_path)
+    built = open_model(tmp_path).build()
+    assert all(parameter.is_meta for parameter in built.parameters())
+    buffers = dict(network.named_buffers())
+    assert buffers  # positions, which no file of weights holds
+    assert all(torch.equal(tensor, buffers[name]) for name, tensor in built.named_buffers())
+    assert not torch.nn.Linear(2, 2).weight.is_meta  # and nothing of it is left behind
+
+
+def test_changing_a_loaded_network_leaves_its_file_alone(tmp_path: Path) -> None:
+    tiny_unet().save_pretrained(tmp_path)
+    model = open_model(tmp_path)
+    before = model.sha256
+    with torch.no_grad():
+        for parameter in model.load().parameters():
+            parameter.zero_()
+    assert open_model(tmp_path).sha256 == before

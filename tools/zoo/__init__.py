@@ -1,0 +1,1 @@
+"""How each small model of the package was trained."""
