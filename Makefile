@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-slow lint format bench clean
+.PHONY: setup demo test test-slow lint golden format bench clean
 
 setup: $(VENV)/.installed
 
@@ -26,6 +26,9 @@ lint: setup  ## style, types, and the direction of imports
 	$(BIN)/ruff format --check qdeploy tests benchmarks tools
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+golden: setup  ## are all presets' artifacts byte-identical to those of the revision BASE?
+	$(BIN)/python tools/golden.py --base $(BASE)
 
 format: setup
 	$(BIN)/ruff format qdeploy tests benchmarks tools
