@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from qdeploy.recipe import stages as registry
 from qdeploy.recipe.recipe import resolve_recipe
 from qdeploy.recipe.stages import check_stages
 from qdeploy.system.errors import UsageError
+from tools import tree
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -96,3 +98,18 @@ def test_without_its_file_the_worked_method_is_unknown() -> None:
     """So the test above shows that the file alone makes it known."""
     with pytest.raises(UsageError, match="unknown method 'percentile'"):
         registry.find_method("percentile")
+
+
+def test_the_design_shows_the_tree_as_it_is() -> None:
+    page = tree.PAGE.read_text()
+    assert tree.written(page) == page, "the package's tree has changed: python tools/tree.py"
+
+
+def test_a_new_file_is_missed_in_the_design(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(ROOT / "qdeploy" / "store", tmp_path / "qdeploy" / "store")
+    (tmp_path / "qdeploy" / "__init__.py").write_text('"""A package."""')
+    monkeypatch.setattr(tree, "ROOT", tmp_path)
+    before = tree.tree()
+    (tmp_path / "qdeploy" / "store" / "attic.py").write_text('"""What nobody needs."""')
+    assert "attic" in tree.tree()
+    assert "attic" not in before
