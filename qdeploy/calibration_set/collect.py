@@ -119,7 +119,7 @@ def collect(
             "inference_steps": inference_steps,
             "guidance": guidance if guidance is not None else _default(pipeline, "guidance_scale"),
         }
-        made = draft.finish(facts, notes={"source": str(model.path.absolute())})
+        made = draft.finish(facts, notes={"source": model.source})
     _draw(made)
     return made
 

@@ -85,7 +85,7 @@ def import_qdiffusion(
                 draft.tensors(shard_name(number), partial(source.pack, calls, images, fields))
         facts = describe(open_shards(draft.content), fields["xs"])
         facts |= {"scheduler": None, "inference_steps": len(source.ts), "guidance": None}
-        notes = {"source": str(model.path.absolute()), "file": str(path.absolute())}
+        notes = {"source": model.source, "file": str(path.absolute())}
         return draft.finish({**facts, "layout": "qdiffusion"}, notes=notes)
 
 

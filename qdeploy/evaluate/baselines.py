@@ -50,7 +50,7 @@ def baseline_bundle(model: Model) -> Artifact:
         InvalidInputError: the model cannot be exported.
         UsageError: another process is exporting it right now.
     """
-    return export(model.path, _folder(model) / f"onnx-{__version__}")
+    return export(model.source, _folder(model) / f"onnx-{__version__}")
 
 
 def baseline_engine(

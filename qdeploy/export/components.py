@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qdeploy.export.graph import save
 from qdeploy.export.lower import lower
 from qdeploy.export.trace import export_program
+from qdeploy.model.weights import DIFFUSERS, TRANSFORMERS, find_weights
 from qdeploy.store.builder import Draft
 from qdeploy.system.errors import InvalidInputError
 
@@ -85,7 +86,15 @@ def _load(path: Path, name: str, entry: list[str]) -> Any:
 
     try:
         found = getattr(import_module(entry[0]), entry[1])
-        loaded = found.from_pretrained(path / name, local_files_only=True, use_safetensors=True)
+        base = TRANSFORMERS if entry[0] == "transformers" else DIFFUSERS
+        variant = find_weights(path / name, base=base).variant
+        loaded = found.from_pretrained(
+            path / name,
+            local_files_only=True,
+            use_safetensors=True,
+            variant=variant,
+            torch_dtype=torch.float32,
+        )
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InvalidInputError(f"the component {path / name} cannot be loaded: {first}") from error

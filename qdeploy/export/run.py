@@ -15,7 +15,7 @@ from qdeploy.export.lint.run import lint
 from qdeploy.export.lower import PASSES, lower
 from qdeploy.export.time_table import TimeTable, needs_table, plan_table, tabulate
 from qdeploy.model.card import write_card
-from qdeploy.model.folder import Model, open_model
+from qdeploy.model.folder import Model, open_if_there, open_model
 from qdeploy.quant.checkpoint import checkpoint_model, copy_pipeline_files, load_checkpoint, write_probe
 from qdeploy.quant.layer import freeze
 from qdeploy.quant.time_ranges import RANGES
@@ -164,7 +164,7 @@ def _export_model(
             "simulated": [],
             "target": dialect,
         }
-        return _write(draft, denoiser, model, rest, table, described, {"source": str(model.path.absolute())})
+        return _write(draft, denoiser, model, rest, table, described, {"source": model.source})
 
 
 def _asked(table: TimeTable | None) -> dict[str, Any]:
@@ -176,11 +176,11 @@ def _rest_of_pipeline(checkpoint: Artifact, components: bool) -> Path | None:
     source = checkpoint.manifest["notes"].get("source")
     if not components or source is None:
         return None
-    if not has_components(Path(source)):
-        if not Path(source).exists():
-            say(f"the model {source} is gone: only its denoiser is exported")
+    model = open_if_there(source)
+    if model is None:
+        say(f"the model {source} is gone: only its denoiser is exported")
         return None
-    return Path(source)
+    return model.path if has_components(model.path) else None
 
 
 def _write(

@@ -185,7 +185,7 @@ def _measure(session: Session, work: Work, rows: Rows, probes: int, cheap: bool)
         "exact": measured is not None,
         **({"agreement": report["agreement"]} if "agreement" in report else {}),
     }
-    notes = {"source": str(work.model.path.absolute())}
+    notes = {"source": work.model.source}
     return session.draft.finish(facts, {"pass_seconds": took}, notes)
 
 

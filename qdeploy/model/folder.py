@@ -15,14 +15,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qdeploy.model.fill import fill
+from qdeploy.model.weights import WeightFiles, find_weights, variants_needed
 from qdeploy.model.zoo import find_zoo_model
 from qdeploy.system.errors import InvalidInputError
 from qdeploy.system.hashing import sha256_files
+from qdeploy.system.progress import say
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
-COMPONENTS = ("unet", "transformer", "prior")
+COMPONENTS = ("unet", "transformer", "prior", "decoder")
+TIMESTEPS = ("timestep", "timestep_ratio", "r", "t")
 INDEX = "model_index.json"
 
 
@@ -33,10 +37,18 @@ class Model:
     Attributes:
         path: the pipeline's folder, or the denoiser's own.
         component: name of the denoiser's folder within ``path``; empty if ``path`` is that folder.
+        variant: the variant of its weight files to load, such as ``fp16``; None for the plain ones, or the only
+            ones there are.
     """
 
     path: Path
     component: str
+    variant: str | None = None
+
+    @property
+    def source(self) -> str:
+        """What `open_model` opens this very model by."""
+        return str(self.path.absolute()) + (f"@{self.variant}" if self.variant else "")
 
     @property
     def folder(self) -> Path:
@@ -96,18 +108,23 @@ class Model:
         """Identity of the denoiser: its configuration and weights."""
         return sha256_files({file.name: file for file in [self.folder / "config.json", *self.weights]})
 
-    @property
-    def weights(self) -> list[Path]:
-        """The denoiser's safetensors files.
+    @cached_property
+    def weight_files(self) -> WeightFiles:
+        """The denoiser's weight files, as diffusers chooses them.
 
         Raises:
-            InvalidInputError: there are none.
+            InvalidInputError: there are none, or it does not say which.
         """
-        files = sorted(self.folder.glob("diffusion_pytorch_model*.safetensors"))
-        plain = [file for file in files if ".fp16" not in file.name and ".non_ema" not in file.name]
-        if not (plain or files):
-            raise InvalidInputError(f"{self.folder} holds no diffusion_pytorch_model*.safetensors weights")
-        return plain or files
+        return find_weights(self.folder, self.variant)
+
+    @property
+    def weights(self) -> list[Path]:
+        """The safetensors files that the denoiser is loaded from.
+
+        Raises:
+            InvalidInputError: there are none, or it does not say which.
+        """
+        return list(self.weight_files.files)
 
     def build(self) -> nn.Module:
         """The denoiser with its configuration, its parameters without values or memory (device ``meta``)."""
@@ -118,33 +135,16 @@ class Model:
     def load(self, device: str = "cpu") -> nn.Module:
         """The denoiser in float32 and evaluation mode, its weights verified.
 
-        On a CPU, weights that are stored in float32 stay in their file, mapped into memory: it takes what the
-        network touches, and the system can take it back.
+        Weights are read one tensor after the other. On a CPU those that are stored in float32 stay in their file,
+        mapped into memory: it takes what the network touches, and the system can take it back.
 
         Raises:
             InvalidInputError: weights are truncated, do not fit the class, or hold NaN or Inf.
         """
-        import torch
-
-        state = self._state()
+        if unread := self.weight_files.unread:
+            say(f"not read: {', '.join(file.name for file in unread)} in {self.folder}")
         denoiser = self.build().float()
-        expected = denoiser.state_dict()
-        missing, foreign = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-        if missing or foreign:
-            example = (missing or foreign)[0]
-            raise InvalidInputError(
-                f"the weights in {self.folder} do not belong to a {self.class_name}: {len(missing)} tensors are "
-                f"missing and {len(foreign)} unknown, such as {example}"
-            )
-        for name, tensor in state.items():
-            if tensor.shape != expected[name].shape:
-                raise InvalidInputError(
-                    f"the weights in {self.folder} do not fit its config.json: {name} has shape "
-                    f"{list(tensor.shape)} instead of {list(expected[name].shape)}"
-                )
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise InvalidInputError(f"the weights in {self.folder} hold NaN or Inf, first in {name}")
-        denoiser.load_state_dict(state, assign=True)
+        fill(denoiser, self.weights, self.folder)
         return denoiser.to(device).requires_grad_(False)
 
     def pipeline(self, denoiser: nn.Module | None = None) -> Any:
@@ -154,6 +154,7 @@ class Model:
             InvalidInputError: the folder holds no pipeline that diffusers can load.
         """
         import diffusers
+        import torch
 
         if not self.has_pipeline:
             raise InvalidInputError(
@@ -165,13 +166,40 @@ class Model:
             parts["safety_checker"] = None
         try:
             pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                self.path, local_files_only=True, use_safetensors=True, **parts
+                self.path,
+                local_files_only=True,
+                use_safetensors=True,
+                torch_dtype=torch.float32,
+                variant=self._pipeline_variant(),
+                **parts,
             )
-        except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+        except (OSError, ValueError, AttributeError, TypeError, KeyError, ImportError) as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise InvalidInputError(f"diffusers cannot load the pipeline in {self.path}: {first}") from error
+        # Some pipelines, such as Wan's, load a denoiser of their own although they are given one.
+        setattr(pipeline, self.component, parts[self.component])
+        for name, part in pipeline.components.items():
+            if isinstance(part, torch.nn.Module) and name != self.component:
+                part.float()
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+    def _pipeline_variant(self) -> str | None:
+        """The variant to ask diffusers for, where components have no plain weights.
+
+        Raises:
+            InvalidInputError: components need several.
+        """
+        names = [name for name in read_json(self.path / INDEX) if name != self.component]
+        needed = variants_needed(self.path, names, self.variant)
+        if self.variant in needed:
+            return self.variant
+        if len(needed) > 1:
+            raise InvalidInputError(
+                f"the components of {self.path} have their weights in the variants {', '.join(sorted(needed))}: save "
+                "the pipeline in one"
+            )
+        return next(iter(needed), None)
 
     def denoiser_class(self) -> Any:
         """The diffusers class that the configuration names.
@@ -182,61 +210,73 @@ class Model:
         import diffusers
 
         found = getattr(diffusers, self.class_name, None)
-        if found is None or "timestep" not in inspect.signature(found.forward).parameters:
+        if found is None or time_parameter(found) is None:
             raise InvalidInputError(
                 f"{self.folder} holds a {self.class_name}, which is no denoiser: diffusers has no such class "
                 "with a timestep among its inputs"
             )
         return found
 
-    def _state(self) -> dict[str, Tensor]:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
 
-        state: dict[str, Tensor] = {}
-        for file in self.weights:
-            try:
-                state |= load_file(file)
-            except SafetensorError as error:
-                raise InvalidInputError(
-                    f"the weights {file} are truncated or no safetensors ({error})"
-                ) from error
-        return {name: tensor.float() for name, tensor in state.items()}
+def time_parameter(denoiser: Any) -> str | None:
+    """The parameter of a denoiser's ``forward`` that takes the timestep; None if it has none.
+
+    Args:
+        denoiser: a network, or its class.
+    """
+    known = inspect.signature(denoiser.forward).parameters
+    return next((name for name in TIMESTEPS if name in known), None)
 
 
 def open_model(source: str | Path) -> Model:
     """Find the denoiser of a diffusers folder, a zoo model's name or a Hub id.
 
+    Args:
+        source: one of these; ``@VARIANT`` after it chooses among the variants of its weight files.
+
     Raises:
         InvalidInputError: there is no diffusers model at ``source``.
     """
-    path = Path(source)
+    path, variant = Path(source), None
     if not path.exists():
-        path = find_zoo_model(str(source)) or _download(str(source))
+        name, _, variant = str(source).partition("@")
+        path = Path(name) if Path(name).exists() else find_zoo_model(name) or _download(name, variant or None)
     if not path.is_dir():
-        raise InvalidInputError(f"{path} is not a diffusers folder: it is a file")
+        raise InvalidInputError(
+            f"{path} is not a diffusers folder: it is a file; if it holds a whole model, make a folder of it with "
+            f"`qdeploy import {path} -o FOLDER`"
+        )
     if (path / INDEX).is_file():
         index = read_json(path / INDEX)
         for component in COMPONENTS:
-            if index.get(component, [None, None])[1] and (path / component / "config.json").is_file():
-                return Model(path, component)
+            entry = index.get(component)
+            named = isinstance(entry, list) and len(entry) == 2 and entry[1]
+            if named and (path / component / "config.json").is_file():
+                return Model(path, component, variant or None)
         raise InvalidInputError(
             f"{path} is a diffusers pipeline without a denoiser ({' or '.join(COMPONENTS)})"
         )
     if (path / "config.json").is_file() and "_class_name" in read_json(path / "config.json"):
-        return Model(path, "")
+        return Model(path, "", variant or None)
     raise InvalidInputError(
         f"{path} is not a diffusers folder: it has neither {INDEX} nor a model's config.json"
     )
 
 
-def _download(source: str) -> Path:
+def open_if_there(source: str | None) -> Model | None:
+    """The model that an artifact notes as its source; None if it is not there any more."""
+    if source is None or not (Path(source).exists() or Path(source.partition("@")[0]).exists()):
+        return None
+    return open_model(source)
+
+
+def _download(source: str, variant: str | None) -> Path:
     if source.count("/") != 1 or source.startswith((".", "/")):
         raise InvalidInputError(f"{source} does not exist, and is no Hub id of the form owner/name")
     import diffusers
 
     try:
-        return Path(diffusers.DiffusionPipeline.download(source, use_safetensors=True))
+        return Path(diffusers.DiffusionPipeline.download(source, use_safetensors=True, variant=variant))
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InvalidInputError(

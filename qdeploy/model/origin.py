@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qdeploy.model.folder import Model, open_model
+from qdeploy.model.folder import Model, open_if_there, open_model
 from qdeploy.store.artifact import Artifact
 from qdeploy.system.errors import InvalidInputError
 
@@ -29,10 +29,9 @@ def source_model(engine: Artifact, reference: str | Path | Model | None = None) 
             )
         return model
     noted = engine.manifest["notes"].get("source")
-    if noted is not None and Path(noted).exists():
-        model = open_model(noted)
-        if model.sha256 == wanted:
-            return model
+    found = open_if_there(noted)
+    if found is not None and found.sha256 == wanted:
+        return found
     raise InvalidInputError(
         f"the full-precision model that {engine.path} was made from is not at {noted or 'a known place'} any "
         "more: name its folder with --reference"

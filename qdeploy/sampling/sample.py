@@ -16,7 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
-from qdeploy.model.folder import INDEX, Model, open_model
+from qdeploy.model.folder import INDEX, Model, open_if_there, open_model
 from qdeploy.model.pipeline import generate
 from qdeploy.model.schedulers import make_scheduler
 from qdeploy.sampling.correction import check_correction, correct
@@ -166,8 +166,8 @@ def _pipeline_of(source: str | Path | Artifact, model: str | Path | None) -> Mod
     if model is not None:
         return open_model(model)
     noted = source.manifest["notes"].get("source")
-    if noted is not None and Path(noted).exists():
-        found = open_model(noted)
+    found = open_if_there(noted)
+    if found is not None:
         if found.has_pipeline and found.sha256 == source.facts.get("model_sha256"):
             return found
         say(f"{noted} has changed since {source.path} was made from it, and is not used", level=2)

@@ -161,7 +161,7 @@ def calibrate(
         return draft.finish(
             facts=facts,
             measured=session.report,
-            notes={"source": str(source.path.absolute())},
+            notes={"source": source.source},
         )
 
 

@@ -79,6 +79,7 @@ def _effective_bits(artifact: Artifact) -> dict[str, Any]:
 
 def _inspect_model(source: str) -> dict[str, Any]:
     from qdeploy.model.folder import open_model
+    from qdeploy.model.weights import stored_types
 
     model = open_model(source)
     denoiser = model.load()
@@ -95,6 +96,14 @@ def _inspect_model(source: str) -> dict[str, Any]:
         "class": model.class_name,
         "pipeline": model.has_pipeline,
         "parameters": sum(parameter.numel() for parameter in denoiser.parameters()),
+        "weight_files": [file.name for file in model.weights],
+        **({"variant": model.weight_files.variant} if model.weight_files.variant else {}),
+        **(
+            {"not_read": [file.name for file in model.weight_files.unread]}
+            if model.weight_files.unread
+            else {}
+        ),
+        "stored_as": stored_types(model.weights),
         "size_mb": round(sum(file.stat().st_size for file in model.weights) / 2**20, 3),
     }
 
