@@ -40,7 +40,8 @@ from qdeploy.evaluate.parity import measure_parity, open_subject
 from qdeploy.evaluate.quality import Trajectories
 from qdeploy.export.run import export
 from qdeploy.model.folder import open_model, read_json
-from qdeploy.recipe.recipe import Recipe, resolve_recipe
+from qdeploy.recipe.recipe import Recipe
+from qdeploy.recipe.resolve import resolve_recipe
 from qdeploy.recipe.stages import methods
 from qdeploy.recipe.targets import find_target
 from qdeploy.sampling.correction import CORRECTIONS
@@ -89,7 +90,7 @@ class Run:
     @property
     def needs_data(self) -> bool:
         """Whether seeds matter: plain scales of weights come from the weights alone."""
-        named = {name for name, _ in self.recipe.stages}
+        named = {stage.name for stage in self.recipe.stages}
         return self.recipe.activations != "none" or bool(named - {"weight-ranges", "activation-ranges"})
 
 

@@ -22,7 +22,7 @@ from qdeploy.quant.ranges import minmax_weights, to_scale
 from qdeploy.recipe import effort as efforts
 from qdeploy.recipe.effort import Effort
 from qdeploy.recipe.formats import Format
-from qdeploy.recipe.recipe import resolve_recipe
+from qdeploy.recipe.resolve import resolve_recipe
 from qdeploy.store.artifact import Artifact
 from qdeploy.store.builder import Draft
 from qdeploy.system import machine

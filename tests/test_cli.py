@@ -301,9 +301,9 @@ def test_stages_in_an_impossible_order_are_refused(
     [
         ("group-channels", 4096, ("4096 groups are more than the", "input channels of", "fewer groups")),
         ("group-channels", 0, ("positive number, not 0",)),
-        ("group-channels", 2.5, ("positive number, not 2.5",)),
+        ("group-channels", 2.5, ("whole number, not 2.5",)),
         ("group-tokens", -1, ("positive number, not -1",)),
-        ("group-patches", "many", ("positive number, not 'many'",)),
+        ("group-patches", "many", ("whole number, not 'many'",)),
     ],
 )
 def test_a_group_count_that_cannot_be_is_refused(

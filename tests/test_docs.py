@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,10 @@ import pytest
 from click.testing import Result
 
 from qdeploy.cli import main
-from qdeploy.recipe import stages as registry
-from qdeploy.recipe.recipe import resolve_recipe
-from qdeploy.recipe.stages import check_stages
+from qdeploy.recipe.resolve import resolve_recipe
+from qdeploy.recipe.stages import check_stages, find_method
 from qdeploy.system.errors import UsageError
+from tests.plugins import install
 from tools import tree
 
 ROOT = Path(__file__).parent.parent
@@ -65,25 +64,21 @@ def test_python_shown_uses_names_that_exist() -> None:
 
 
 @pytest.fixture
-def worked_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The test of CONTRIBUTING's method, whose one file lies beside the others while the test runs."""
+def worked_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The test of CONTRIBUTING's method, whose one file is in an installed package of its own."""
     method, test = blocks(ROOT / "CONTRIBUTING.md", "python")
-    folder = tmp_path / "methods"
-    folder.mkdir()
-    (folder / "percentile.py").write_text(method)
-    monkeypatch.setattr(registry, "__path__", [*registry.__path__, str(folder)])
-    registry._modules.cache_clear()
-    yield test
-    registry._modules.cache_clear()
-    sys.modules.pop(f"{registry.__name__}.percentile", None)
+    install(
+        tmp_path, monkeypatch, {"qdeploy.methods": {"percentile": "my_package.percentile"}}, percentile=method
+    )
+    return test
 
 
 def test_the_worked_method_in_contributing_is_found_and_passes_its_test(
     worked_method: str, tmp_path: Path, qdeploy: Callable[..., Result]
 ) -> None:
     """One file and one test: nothing else is written, and every part of the program knows the method."""
-    assert check_stages(registry.find_method("percentile").stages)
-    assert resolve_recipe(method="percentile").stages[1][1]["finder"] == "percentile"
+    assert check_stages(find_method("percentile").stages)
+    assert resolve_recipe(method="percentile").stages[1].options["finder"] == "percentile"
     shown = qdeploy("methods")
     assert shown.exit_code == 0
     assert "percentile" in shown.stdout
@@ -97,7 +92,7 @@ def test_the_worked_method_in_contributing_is_found_and_passes_its_test(
 def test_without_its_file_the_worked_method_is_unknown() -> None:
     """So the test above shows that the file alone makes it known."""
     with pytest.raises(UsageError, match="unknown method 'percentile'"):
-        registry.find_method("percentile")
+        find_method("percentile")
 
 
 def test_the_design_shows_the_tree_as_it_is() -> None:

@@ -10,7 +10,6 @@ from qdeploy.calibrate.methods.minmax import round_to_nearest
 from qdeploy.calibrate.session import Session
 from qdeploy.model.inputs import denoise
 from qdeploy.quant.layer import quantized_layers
-from qdeploy.recipe.stages import stages
 from qdeploy.system.estimate import Estimate
 from qdeploy.system.memory import peak_memory
 
@@ -33,10 +32,9 @@ def estimate_cost(session: Session) -> Estimate:
             forward = time.perf_counter() - began
             if forward > LONG_CALL:
                 break
-    known = stages()
     passes, steps = 0.0, 0.0
-    for name, options in session.recipe.stages:
-        stage_passes, stage_steps = known[name].cost(options, len(session.units), session.effort)
+    for stage in session.recipe.stages:
+        stage_passes, stage_steps = stage.cost(len(session.units), session.effort)
         passes, steps = passes + stage_passes, steps + stage_steps
     batches = len(rows) / min(session.batch, len(rows))
     seconds = forward * (passes * batches + 3 * steps)
@@ -50,12 +48,11 @@ def estimate_cost(session: Session) -> Estimate:
 
 def run_stages(session: Session) -> None:
     """Run all stages of the session's recipe; in the end each weight is a code."""
-    known = stages()
     took = {}
-    for number, (name, options) in enumerate(session.recipe.stages):
+    for number, stage in enumerate(session.recipe.stages):
         began = time.perf_counter()
-        session.stage = f"{number}-{name}"
-        known[name].run(session, **options)
+        session.stage = f"{number}-{stage.name}"
+        stage.run(session)
         took[session.stage] = round(time.perf_counter() - began, 3)
     session.report["stage_seconds"] = took
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from qdeploy.model.folder import Model, open_model
 from qdeploy.recipe.formats import NONE, parse_format
-from qdeploy.recipe.recipe import Recipe, resolve_recipe
+from qdeploy.recipe.recipe import Recipe
+from qdeploy.recipe.resolve import resolve_recipe
 from qdeploy.recipe.targets import find_target
 from qdeploy.store.artifact import Artifact, is_artifact, open_artifact
 from qdeploy.system.errors import UsageError

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from qdeploy.calibrate.methods.minmax import ActivationRanges, WeightRanges
 from qdeploy.calibrate.opening import calibration_for, check_device, open_session
 from qdeploy.calibrate.session import Session
 from qdeploy.calibration_set.dataset import CalibrationSet
@@ -28,7 +29,6 @@ from qdeploy.quant.layer import quantized_layers
 from qdeploy.quant.state import code_shapes, write_state
 from qdeploy.recipe.formats import NONE, parse_format
 from qdeploy.recipe.recipe import Recipe
-from qdeploy.recipe.stages import stages
 from qdeploy.store.artifact import Artifact
 from qdeploy.store.builder import Draft
 from qdeploy.store.paths import default_output
@@ -38,7 +38,6 @@ from qdeploy.system.progress import say, track
 
 SENSITIVITY = "sensitivity.json"
 HARM = "harm.safetensors"
-RANGE_STAGES = ("weight-ranges", "activation-ranges")
 
 
 def sensitivity(
@@ -207,12 +206,17 @@ def _set_quantizers(session: Session, work: Work) -> None:
             raise InvalidInputError(f"{work.checkpoint.path} quantizes other layers than this version would")
         write_state(session.denoiser, stored, code_shapes(session.denoiser))
         return
-    wanted = dict(session.recipe.stages)
-    known = stages()
-    for number, name in enumerate(RANGE_STAGES):
-        finder = wanted.get(name, known[name].options)["finder"]
-        session.stage = f"{number}-{name}"
-        known[name].run(session, finder=finder)
+    weights, activations = _finders(session.recipe)
+    for number, stage in enumerate((WeightRanges(weights), ActivationRanges(activations))):
+        session.stage = f"{number}-{stage.name}"
+        stage.run(session)
+
+
+def _finders(recipe: Recipe) -> tuple[str, str]:
+    """How a recipe finds the ranges of weights and of activations."""
+    ranges = (stage for stage in recipe.stages if isinstance(stage, WeightRanges | ActivationRanges))
+    found = {type(stage): stage.finder for stage in ranges}
+    return found.get(WeightRanges, WeightRanges.finder), found.get(ActivationRanges, ActivationRanges.finder)
 
 
 def _subjects(session: Session, work: Work) -> list[Subject]:
@@ -225,7 +229,7 @@ def _subjects(session: Session, work: Work) -> list[Subject]:
             for number_format in [module.formats[0]]
             if number_format is not None
         ]
-    finder = dict(session.recipe.stages).get("weight-ranges", {}).get("finder", "minmax")
+    finder, _ = _finders(session.recipe)
     found = []
     for layer in track(session.layers, "formats of weights"):
         formats = [parse_format(name) for name in work.formats]

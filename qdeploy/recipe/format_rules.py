@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from qdeploy.recipe.formats import parse_format
-from qdeploy.recipe.stages import stages as all_stages
+from qdeploy.recipe.stages import Stage
 from qdeploy.recipe.targets import TARGETS, Target, find_target
 from qdeploy.system.errors import UsageError
 
 
-def check_formats(pairs: Iterable[tuple[str, str]], target: str, stages: Sequence[str]) -> None:
+def check_formats(pairs: Iterable[tuple[str, str]], target: str, stages: Sequence[Stage]) -> None:
     """Refuse formats that a target or one of a recipe's stages cannot use.
 
     Args:
         pairs: formats of weights and activations that layers have.
         target: name of the target.
-        stages: names of the stages.
+        stages: the stages.
 
     Raises:
         UsageError: a format is unknown, the target has no kernel for it, or two have none together.
@@ -25,7 +25,7 @@ def check_formats(pairs: Iterable[tuple[str, str]], target: str, stages: Sequenc
         _check_pair(weights, activations, find_target(target), stages)
 
 
-def _check_pair(weights_name: str, activations_name: str, target: Target, stages: Sequence[str]) -> None:
+def _check_pair(weights_name: str, activations_name: str, target: Target, stages: Sequence[Stage]) -> None:
 
     for part, name in (("weights", weights_name), ("activations", activations_name)):
         allowed = getattr(target, part)
@@ -47,8 +47,7 @@ def _check_pair(weights_name: str, activations_name: str, target: Target, stages
             f"{weights_name} weights and {activations_name} activations have no kernel together: fp8 needs "
             "both in fp8"
         )
-    known = all_stages()
-    uniform = [name for name in stages if known[name].uniform]
+    uniform = [stage.name for stage in stages if stage.uniform]
     if weights and weights.floating and uniform:
         raise UsageError(
             f"stage {uniform[0]} needs steps that are all alike, and those of {weights.name} grow with the "

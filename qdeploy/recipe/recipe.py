@@ -1,89 +1,132 @@
 """Recipes: everything that decides a calibration, resolved and checked before any work.
 
-A recipe names a method, and the method is a list of stages; a recipe may also give its own list, so that
-stages of several papers combine. Presets are the YAML files in ``recipes/``.
+A recipe names a method, and the method is a list of stages; a recipe may also have its own list, so that
+stages of several papers combine. `qdeploy.recipe.resolve` makes recipes from presets and files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from math import isfinite
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qdeploy.recipe.coverage import find_coverage
 from qdeploy.recipe.effort import find_effort
 from qdeploy.recipe.format_rules import check_formats
 from qdeploy.recipe.formats import Format, integer, parse_format
 from qdeploy.recipe.layer_formats import Overrides, combinations, formats_of, parse_overrides, span
+from qdeploy.recipe.stages import (
+    ForeignStage,
+    Stage,
+    check_stages,
+    find_method,
+    make_stage,
+    stages,
+)
 from qdeploy.recipe.targets import TARGETS, find_target
 from qdeploy.system.errors import InvalidInputError, UsageError
-
-if TYPE_CHECKING:
-    from qdeploy.recipe.stages import Method
-
-_PRESETS = Path(__file__).parent / "presets"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A resolved recipe.
+    """Everything that decides a calibration.
+
+        Recipe("int4", "int8", stages=[WeightRanges("lp"), AdaRound(steps=5000), ActivationRanges("percentile")])
+
+    What is left out is filled in when the recipe is made, and all of it is checked then.
 
     Attributes:
-        method: name of the method.
-        stages: the stages with their options, in order.
         weights: format of weights, or ``none``.
         activations: format of layer inputs, or ``none``.
-        coverage: which layers are quantized.
-        target: the grid that rounding has to know.
+        method: name of the method.
+        stages: the stages, in order; the method's own by default.
+        coverage: which layers are quantized; what the method is meant for by default.
+        target: the grid that rounding has to know; what the coverage is meant for by default.
         effort: how much work is done.
         seed: where all randomness comes from.
         exclude: shell globs of layer paths that stay in float.
         timestep_groups: how many groups of timesteps have activation scales of their own, or the largest
             timestep of each group but the last.
         layers: shell globs of layer paths with formats of their own, as of `qdeploy.recipe.layer_formats`.
+
+    Raises:
+        UsageError: unknown names, or a combination that the target cannot run.
+        InvalidInputError: a value of a type that cannot be used.
     """
 
-    method: str
-    stages: tuple[tuple[str, Mapping[str, Any]], ...]
     weights: str = "int8"
     activations: str = "int8"
-    coverage: str = "portable"
-    target: str = "portable"
-    effort: str = "balanced"
-    seed: int = 0
-    exclude: tuple[str, ...] = ()
-    timestep_groups: int | tuple[float, ...] = 1
-    layers: Overrides = ()
+    method: str = field(default="minmax", kw_only=True)
+    stages: Sequence[Stage] = field(default=(), kw_only=True)
+    coverage: str = field(default="", kw_only=True)
+    target: str = field(default="", kw_only=True)
+    effort: str = field(default="balanced", kw_only=True)
+    seed: int = field(default=0, kw_only=True)
+    exclude: Sequence[str] = field(default=(), kw_only=True)
+    timestep_groups: int | tuple[float, ...] = field(default=1, kw_only=True)
+    layers: Overrides = field(default=(), kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Fill in what was left out, and check."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        _check_kinds(values)
+        method = find_method(self.method)
+        self._set(
+            stages=check_stages(self.stages or method.stages),
+            exclude=tuple(self.exclude),
+            timestep_groups=parse_groups(self.timestep_groups),
+            layers=parse_overrides(self.layers),
+            coverage=self.coverage or method.coverage,
+            seed=_seed(self.seed),
+        )
+        self._set(target=self.target or find_coverage(self.coverage).target)
+        _check(self)
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as JSON values; `from_json` undoes it."""
-        value = asdict(self)
-        value["stages"] = [{name: dict(options)} for name, options in self.stages]
-        value["exclude"] = list(self.exclude)
-        if not isinstance(self.timestep_groups, int):
-            value["timestep_groups"] = list(self.timestep_groups)
-        value["layers"] = [{pattern: dict(formats)} for pattern, formats in self.layers]
-        if not self.layers:
-            del value["layers"]
+        groups = self.timestep_groups
+        value: dict[str, Any] = {
+            "method": self.method,
+            "stages": [{stage.name: stage.options} for stage in self.stages],
+            "weights": self.weights,
+            "activations": self.activations,
+            "coverage": self.coverage,
+            "target": self.target,
+            "effort": self.effort,
+            "seed": self.seed,
+            "exclude": list(self.exclude),
+            "timestep_groups": groups if isinstance(groups, int) else list(groups),
+        }
+        if self.layers:
+            value["layers"] = [{pattern: dict(formats)} for pattern, formats in self.layers]
         return value
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Recipe:
-        """A recipe from `to_json`'s values."""
-        stages = tuple(next(iter(stage.items())) for stage in value["stages"])
+        """A recipe from `to_json`'s values, as an artifact keeps it.
+
+        What is known is not checked again; a stage that no installed package knows becomes a `ForeignStage`.
+        """
+        recipe = object.__new__(cls)
         groups = value.get("timestep_groups", 1)
-        groups = groups if isinstance(groups, int) else tuple(groups)
-        parsed = {
-            "stages": stages,
-            "exclude": tuple(value["exclude"]),
-            "timestep_groups": groups,
-            "layers": parse_overrides(value.get("layers", ())),
-        }
-        return cls(**{**value, **parsed})
+        defaults = {each.name: each.default for each in fields(cls)}
+        recipe._set(
+            **{
+                **defaults,
+                **{name: entry for name, entry in value.items() if name in defaults},
+                "stages": tuple(_written_stage(*next(iter(stage.items()))) for stage in value["stages"]),
+                "exclude": tuple(value["exclude"]),
+                "timestep_groups": groups if isinstance(groups, int) else tuple(groups),
+                "layers": parse_overrides(value.get("layers", ())),
+            }
+        )
+        return recipe
 
     def formats(self, path: str) -> tuple[Format | None, Format | None]:
         """The formats of a layer's weight and input; None for float."""
@@ -119,7 +162,7 @@ class Recipe:
         Raises:
             UsageError: a format is unknown, the target has no kernel for it, or two have none together.
         """
-        check_formats(self.combinations, self.target, [name for name, _ in self.stages])
+        check_formats(self.combinations, self.target, self.stages)
 
     def simulated(self) -> list[str]:
         """Why no engine can run the result; empty if one can."""
@@ -137,42 +180,8 @@ class Recipe:
 
     def simulated_stages(self) -> list[str]:
         """Why no engine can run what the stages make of a network; empty if one can."""
-        from qdeploy.recipe.stages import stages
-
-        known = stages()
-        told = ((name, known[name].simulated(options)) for name, options in self.stages)
-        return [f"stage {name}: {reason}" for name, reason in told if reason]
-
-
-def resolve_recipe(preset: str | Path | None = None, **given: Any) -> Recipe:
-    """The recipe of a preset or YAML file, with what the caller gave on top.
-
-    Args:
-        preset: name of a preset, or path of a YAML file; None for defaults.
-        given: fields of `Recipe`; None means not given.
-
-    Raises:
-        InvalidInputError: the file is no recipe.
-        UsageError: unknown names, or a combination that the target cannot run.
-    """
-    values: dict[str, Any] = dict(_read(preset)) if preset is not None else {}
-    chosen = {key: value for key, value in given.items() if value is not None}
-    if "method" in chosen and chosen["method"] != values.get("method"):
-        values.pop("stages", None)
-    values |= chosen
-    values.pop("description", None)
-    unknown = values.keys() - {field.name for field in fields(Recipe)}
-    if unknown:
-        raise InvalidInputError(f"the recipe has an unknown entry {sorted(unknown)[0]!r}")
-    _check_kinds(values)
-    values.setdefault("method", "minmax")
-    values["exclude"] = tuple(values.get("exclude", ()))
-    values["timestep_groups"] = parse_groups(values.get("timestep_groups", 1))
-    values["layers"] = parse_overrides(values.get("layers", ()))
-    if "coverage" not in values:
-        values["coverage"] = _find_method(values["method"]).coverage
-    values.setdefault("target", find_coverage(values["coverage"]).target)
-    return _checked(values)
+        found = ((stage.name, stage.simulated()) for stage in self.stages)
+        return [f"stage {name}: {reason}" for name, reason in found if reason]
 
 
 def parse_groups(given: Any) -> int | tuple[float, ...]:
@@ -209,27 +218,20 @@ def _check_kinds(values: Mapping[str, Any]) -> None:
         raise InvalidInputError(f"the recipe's exclude must be a list of patterns, not {exclude!r}")
 
 
-def presets() -> dict[str, str]:
-    """The presets with their descriptions."""
-    return {file.stem: str(_load(file).get("description", "")) for file in sorted(_PRESETS.glob("*.yaml"))}
-
-
-def _find_method(name: str) -> Method:
-    from qdeploy.recipe.stages import find_method
-
-    return find_method(name)
-
-
-def _checked(values: dict[str, Any]) -> Recipe:
-    from qdeploy.recipe.stages import check_stages
-
-    method = _find_method(values["method"])
-    values["stages"] = check_stages(values.get("stages") or method.stages)
+def _seed(given: Any) -> int:
     try:
-        recipe = Recipe(**values)
-        recipe = replace(recipe, seed=int(recipe.seed))
+        return int(given)
     except (TypeError, ValueError) as error:
-        raise InvalidInputError(f"the recipe cannot be used: {error}") from error
+        raise InvalidInputError(f"the recipe's seed must be a whole number, not {given!r}") from error
+
+
+def _written_stage(name: str, options: Mapping[str, Any]) -> Stage:
+    if name in stages() and options.keys() <= stages()[name].defaults().keys():
+        return make_stage(name, options)
+    return ForeignStage(name, options)
+
+
+def _check(recipe: Recipe) -> None:
     coverage, target = find_coverage(recipe.coverage), find_target(recipe.target)
     find_effort(recipe.effort)
     recipe.check_formats()
@@ -255,43 +257,3 @@ def _checked(values: dict[str, Any]) -> Recipe:
         raise UsageError("nothing would be quantized: weights and activations are both 'none'")
     if recipe.weights == "none":
         raise UsageError("activations alone cannot be quantized: an integer kernel needs integer weights too")
-    return recipe
-
-
-def _read(preset: str | Path) -> Mapping[str, Any]:
-    path = Path(preset)
-    if path.suffix not in (".yaml", ".yml"):
-        path = _PRESETS / f"{preset}.yaml"
-        if not path.is_file():
-            raise UsageError(
-                f"unknown recipe {str(preset)!r}: choose from {', '.join(presets())}, or a YAML file"
-            )
-    values = _load(path)
-    stages = values.get("stages")
-    if stages is not None:
-        if not isinstance(stages, list):
-            raise InvalidInputError(f"{path}: stages must be a list, not {stages!r}")
-        values = {**values, "stages": tuple(map(partial(_stage, path), stages))}
-    return values
-
-
-def _stage(path: Path, entry: Any) -> tuple[str, Mapping[str, Any]]:
-    if isinstance(entry, str):
-        return entry, {}
-    if isinstance(entry, Mapping) and len(entry) == 1:
-        name, options = next(iter(entry.items()))
-        if options is None or isinstance(options, Mapping):
-            return str(name), dict(options or {})
-    raise InvalidInputError(f"{path}: a stage is a name, or a name with a mapping of options, not {entry!r}")
-
-
-def _load(path: Path) -> Mapping[str, Any]:
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InvalidInputError(f"{path} cannot be read as a recipe: {str(error).splitlines()[0]}") from error
-    if not isinstance(values, Mapping):
-        raise InvalidInputError(f"{path} is no recipe: it holds no mapping")
-    return values

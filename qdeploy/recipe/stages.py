@@ -1,67 +1,146 @@
-"""Calibration methods: one file per paper, found by themselves.
+"""Stages and methods: what a calibration consists of.
 
-A file defines ``METHOD`` and, in ``STAGES``, the stages that its paper brought. A stage is a function
-``stage(session, *, option=default, ...)``; a method is a list of stages with options.
+A stage is a dataclass: its fields are its options, and ``run`` does the work. A method is a list of stages. The
+file of a paper defines a `Method` and the stages that the paper brought; packages register such files as
+entry points (`qdeploy.system.plugins`), and this one's are in ``calibrate/methods/``.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
-from pkgutil import iter_modules
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from inspect import isabstract
+from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_type_hints
 
 from qdeploy.recipe.effort import Effort
 from qdeploy.system.errors import UsageError
+from qdeploy.system.plugins import METHODS, named
 
-METHODS = "qdeploy.calibrate.methods"  # every module there is looked at
+if TYPE_CHECKING:
+    from qdeploy.calibrate.session import Session
 
 # What stages leave behind for others.
 WEIGHT_SCALES, ROUNDINGS, ACTIVATION_SCALES = "weight scales", "roundings", "activation scales"
 RESULTS = (WEIGHT_SCALES, ROUNDINGS, ACTIVATION_SCALES)
 
-Stages = tuple[tuple[str, Mapping[str, Any]], ...]
+_KINDS: dict[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a word",
+    type(None): "none",
+}
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One step of a method.
+class Stage(ABC):
+    """One step of a method. Subclasses are dataclasses; their fields are the stage's options.
+
+    Every option has a default. One whose default is None is decided elsewhere, by the effort for instance;
+    it appears in a recipe's JSON only where it is set.
 
     Attributes:
         name: the word that recipes use.
-        run: does it; keyword arguments are its options.
         description: one line for people.
-        cost: for its options, a number of units and an effort, how often it runs the denoiser over all rows,
-            and how many training steps it makes per unit. The estimate of a calibration comes from this.
         paper: where it comes from, if not from the method's own paper.
-        needs: what earlier stages must have given: some of `RESULTS`.
-        gives: what it gives.
-        spoils: what must not be there yet, since this stage changes what it was made from.
+        needs: what earlier stages must have produced: some of `RESULTS`.
+        gives: what it produces.
+        spoils: what must not exist yet, since this stage changes what it was made from.
         uniform: whether it needs integer codes, as learned rounding does: up or down by one equal step.
-        simulated: for its options, why no engine can run the result; empty if one can.
         last: whether nothing may come after it, since it measures the result.
     """
 
-    name: str
-    run: Callable[..., None]
-    description: str
-    cost: Callable[[Mapping[str, Any], int, Effort], tuple[float, float]]
-    paper: str = ""
-    needs: tuple[str, ...] = ()
-    gives: tuple[str, ...] = ()
-    spoils: tuple[str, ...] = ()
-    uniform: bool = False
-    simulated: Callable[[Mapping[str, Any]], str] = lambda options: ""
-    last: bool = False
+    name: ClassVar[str] = ""
+    description: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    needs: ClassVar[tuple[str, ...]] = ()
+    gives: ClassVar[tuple[str, ...]] = ()
+    spoils: ClassVar[tuple[str, ...]] = ()
+    uniform: ClassVar[bool] = False
+    last: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Refuse options of a wrong type; subclasses that refuse more call this first.
+
+        Raises:
+            UsageError: an option's value is not of the type of its default.
+        """
+        hints = get_type_hints(type(self))
+        for option in fields(self):
+            value, kinds = getattr(self, option.name), get_args(hints[option.name]) or (hints[option.name],)
+            if not any(_is(value, kind) for kind in kinds):
+                wanted = " or ".join(_KINDS.get(kind, kind.__name__) for kind in kinds)
+                raise UsageError(f"the option {option.name} of {self.name} is {wanted}, not {value!r}")
+
+    @abstractmethod
+    def run(self, session: Session) -> None:
+        """Change the quantizers of the session's network.
+
+        Every unit of work is done through ``session.once``, which makes it resumable.
+        """
+
+    def cost(self, units: int, effort: Effort) -> tuple[float, float]:
+        """What the estimate of a calibration comes from.
+
+        Args:
+            units: reconstruction units of the network.
+            effort: of the recipe.
+
+        Returns:
+            How often the stage runs the denoiser over all rows, and how many training steps it makes per unit.
+        """
+        return 1, 0
+
+    def simulated(self) -> str:
+        """Why no engine can run the result; empty if one can."""
+        return ""
 
     @property
     def options(self) -> dict[str, Any]:
-        """Options with their defaults."""
-        parameters = list(inspect.signature(self.run).parameters.values())[1:]
-        return {parameter.name: parameter.default for parameter in parameters}
+        """The options with their values, without those that are decided elsewhere."""
+        values = {option.name: getattr(self, option.name) for option in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """The options with their defaults."""
+        return {option.name: option.default for option in fields(cls)}
+
+
+def _is(value: Any, kind: type) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float) if kind is float else isinstance(value, kind)
+
+
+@dataclass(frozen=True)
+class ForeignStage(Stage):
+    """A stage of an artifact's recipe that no installed package knows; it cannot run.
+
+    Attributes:
+        word: its name.
+        values: its options.
+    """
+
+    word: str = ""
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.word)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options as they were read."""
+        return dict(self.values)
+
+    def run(self, session: Session) -> None:
+        """Refuse.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(f"no installed package has a stage {self.word!r}")
 
 
 @dataclass(frozen=True)
@@ -79,24 +158,30 @@ class Method:
     name: str
     paper: str
     description: str
-    stages: Stages
+    stages: Sequence[Stage]
     coverage: str = "portable"
 
 
-@cache
-def _modules() -> tuple[Any, ...]:
-    package = import_module(METHODS)
-    return tuple(import_module(f"{METHODS}.{module.name}") for module in iter_modules(package.__path__))
-
-
 def methods() -> dict[str, Method]:
-    """All methods by name."""
-    return {module.METHOD.name: module.METHOD for module in _modules() if hasattr(module, "METHOD")}
+    """All methods by name.
+
+    Raises:
+        CapabilityError: a package registers one that cannot be imported.
+    """
+    return named(METHODS, lambda value: isinstance(value, Method), "method")
 
 
-def stages() -> dict[str, Stage]:
-    """All stages by name."""
-    return {stage.name: stage for module in _modules() for stage in getattr(module, "STAGES", ())}
+def stages() -> dict[str, type[Stage]]:
+    """All stages by name.
+
+    Raises:
+        CapabilityError: a package registers one that cannot be imported.
+    """
+    return named(METHODS, _is_stage, "stage")
+
+
+def _is_stage(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, Stage) and not isabstract(value) and bool(value.name)
 
 
 def find_method(name: str) -> Method:
@@ -110,33 +195,61 @@ def find_method(name: str) -> Method:
     return methods()[name]
 
 
-def check_stages(listed: Iterable[tuple[str, Mapping[str, Any]]]) -> Stages:
-    """The stages with all their options filled in.
+def make_stage(name: str, options: Mapping[str, Any]) -> Stage:
+    """The stage of that name.
+
+    Raises:
+        UsageError: there is none, or it has no such option.
+    """
+    if name not in stages():
+        raise UsageError(f"unknown stage {name!r}: choose from {', '.join(stages())}")
+    kind = stages()[name]
+    if unknown := options.keys() - kind.defaults().keys():
+        known = ", ".join(kind.defaults()) or "none"
+        raise UsageError(f"stage {name!r} has no option {sorted(map(str, unknown))[0]!r}: it has {known}")
+    return kind(**options)
+
+
+def parse_stage(entry: Any) -> Stage:
+    """A stage from what Python or YAML gives: a stage, its name, or its name with options.
+
+    Raises:
+        UsageError: it is none of these, or names an unknown stage or option.
+    """
+    if isinstance(entry, Stage):
+        return entry
+    if isinstance(entry, str):
+        return make_stage(entry, {})
+    pair = next(iter(entry.items())) if isinstance(entry, Mapping) and len(entry) == 1 else entry
+    if isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[1] or {}, Mapping):
+        return make_stage(str(pair[0]), pair[1] or {})
+    raise UsageError(f"a stage is a name, or a name with a mapping of options, not {entry!r}")
+
+
+def check_stages(listed: Iterable[Any]) -> tuple[Stage, ...]:
+    """The stages of a list, in an order that is possible.
+
+    Args:
+        listed: stages, or what `parse_stage` makes into stages.
 
     Raises:
         UsageError: a stage or an option is unknown, or the order is impossible.
     """
-    known = stages()
-    checked: list[tuple[str, Mapping[str, Any]]] = []
+    checked: list[Stage] = []
     there: set[str] = set()
-    for name, options in listed:
-        if name not in known:
-            raise UsageError(f"unknown stage {name!r}: choose from {', '.join(known)}")
-        unknown = options.keys() - known[name].options.keys()
-        if unknown:
+    for stage in map(parse_stage, listed):
+        if checked and checked[-1].last:
+            raise UsageError(f"stage {checked[-1].name!r} measures the result: list it after {stage.name!r}")
+        if lacking := [result for result in stage.needs if result not in there]:
+            able = [other.name for other in stages().values() if lacking[0] in other.gives]
             raise UsageError(
-                f"stage {name!r} has no option {sorted(unknown)[0]!r}: it has {', '.join(known[name].options)}"
+                f"stage {stage.name!r} needs {lacking[0]}: list one of {', '.join(able)} before it"
             )
-        if checked and known[checked[-1][0]].last:
-            raise UsageError(f"stage {checked[-1][0]!r} measures the result: list it after {name!r}")
-        if lacking := [result for result in known[name].needs if result not in there]:
-            givers = [stage.name for stage in known.values() if lacking[0] in stage.gives]
-            raise UsageError(f"stage {name!r} needs {lacking[0]}: list one of {', '.join(givers)} before it")
-        if spoiled := [result for result in known[name].spoils if result in there]:
+        if spoiled := [result for result in stage.spoils if result in there]:
             raise UsageError(
-                f"stage {name!r} changes what {spoiled[0]} were found for: list it before the stages that find "
-                "them"
+                f"stage {stage.name!r} changes what {spoiled[0]} were found for: list it before the stages that "
+                "find them"
             )
-        there |= set(known[name].gives)
-        checked.append((name, {**known[name].options, **options}))
+        there |= set(stage.gives)
+        checked.append(stage)
     return tuple(checked)

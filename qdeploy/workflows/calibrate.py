@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from qdeploy.mixed.budget import parse_budget
 from qdeploy.model.card import base_model, write_card
 from qdeploy.model.folder import Model, open_model
 from qdeploy.quant.checkpoint import write_checkpoint, write_probe
-from qdeploy.recipe.recipe import resolve_recipe
+from qdeploy.recipe.recipe import Recipe
+from qdeploy.recipe.resolve import resolve_recipe
+from qdeploy.recipe.stages import Stage
 from qdeploy.recipe.targets import find_target
 from qdeploy.store.artifact import Artifact
 from qdeploy.store.builder import Draft
@@ -34,7 +36,7 @@ def calibrate(
     model: str | Path,
     output: str | Path | None = None,
     *,
-    recipe: str | Path | None = None,
+    recipe: str | Path | Recipe | None = None,
     calibration: str | Path | Artifact | None = None,
     method: str | None = None,
     weights: str | None = None,
@@ -42,7 +44,9 @@ def calibrate(
     coverage: str | None = None,
     target: str | None = None,
     effort: str | None = None,
-    exclude: tuple[str, ...] | None = None,
+    stages: Sequence[Stage] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    exclude: Sequence[str] | None = None,
     timestep_groups: str | int | tuple[float, ...] | None = None,
     budget: str | Sequence[str] | None = None,
     sensitivity: str | Path | Artifact | None = None,
@@ -57,7 +61,7 @@ def calibrate(
     Args:
         model: a diffusers folder, a zoo model's name or a Hub id.
         output: folder of the checkpoint; beside the model by default.
-        recipe: a preset's name or a YAML file; the arguments below override it.
+        recipe: a `Recipe`, a preset's name or a YAML file; the arguments below override it.
         calibration: a calibration set that `collect` made from this model; without one, a default set is
             collected and kept in the cache.
         method: name of a method.
@@ -66,6 +70,8 @@ def calibrate(
         coverage: name of a coverage profile.
         target: what the result must run on.
         effort: ``fast``, ``balanced`` or ``best``.
+        stages: the stages in their order, such as ``[WeightRanges("lp"), AdaRound(), ActivationRanges()]``.
+        options: options of stages to set, by stage and option: ``{"round-weights": {"steps": 5000}}``.
         exclude: shell globs of layers that stay in float.
         timestep_groups: groups of timesteps that have activation scales of their own: how many, or the
             largest timestep of each but the last, as numbers or as text ``200,500``.
@@ -101,6 +107,8 @@ def calibrate(
         coverage=coverage,
         target=target,
         effort=effort,
+        stages=stages,
+        options=options,
         exclude=exclude,
         timestep_groups=timestep_groups,
         seed=seed,

@@ -113,7 +113,7 @@ def vocabulary() -> dict[str, Any]:
     from qdeploy.recipe.coverage import COVERAGES
     from qdeploy.recipe.effort import EFFORTS
     from qdeploy.recipe.formats import FORMATS, NONE
-    from qdeploy.recipe.recipe import presets
+    from qdeploy.recipe.resolve import presets
     from qdeploy.recipe.stages import methods, stages
     from qdeploy.recipe.targets import TARGETS
 
@@ -122,12 +122,12 @@ def vocabulary() -> dict[str, Any]:
             name: {
                 "description": method.description,
                 "paper": method.paper,
-                "stages": [stage for stage, _ in method.stages],
+                "stages": [stage.name for stage in method.stages],
             }
             for name, method in methods().items()
         },
         "stages": {
-            name: {"description": stage.description, "options": stage.options}
+            name: {"description": stage.description, "options": stage.defaults()}
             for name, stage in stages().items()
         },
         "presets": presets(),

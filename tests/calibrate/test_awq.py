@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.calibrate.methods import awq
-from qdeploy.calibrate.methods.minmax import weight_ranges
+from qdeploy.calibrate.methods.minmax import WeightRanges
 from qdeploy.calibrate.smoothing import smooth, smoothing_groups
 from qdeploy.model.inputs import denoise
 from qdeploy.quant.layer import QuantizedLayer, quantized_layers
@@ -82,8 +82,8 @@ def test_every_group_of_a_network_gets_closer_and_nothing_changes_unquantized(tm
         network = tiny_dit()
         with calibrating(network, data, tmp_path / name, **recipe) as session, torch.no_grad():
             if name == "awq":
-                awq.scale_salient(session, grid=5)
-            weight_ranges(session, finder="minmax")
+                awq.ScaleSalient(grid=5).run(session)
+            WeightRanges(finder="minmax").run(session)
             with session.teacher():
                 assert torch.equal(denoise(network, inputs), reference)
             groups = smoothing_groups(session, linear=True)
@@ -105,7 +105,7 @@ def test_inputs_are_recorded_in_the_memory_there_is(tmp_path: Path) -> None:
         recipe = {"weights": "int4b64", "activations": "none", "target": "tensorrt"}
         place = tmp_path / str(memory)
         with calibrating(network, dit_rows(), place, max_memory=memory, **recipe) as session:
-            awq.scale_salient(session, grid=4)
+            awq.ScaleSalient(grid=4).run(session)
         states.append({path: layer.smoothing for path, layer in quantized_layers(network).items()})
     assert all(torch.equal(states[0][path], smoothing) for path, smoothing in states[1].items())  # type: ignore[arg-type]
 
@@ -117,4 +117,4 @@ def test_impossible_requests_are_refused(tmp_path: Path) -> None:
         calibrating(tiny_dit(), dit_rows(), tmp_path / "x") as session,
         pytest.raises(UsageError, match="grid"),
     ):
-        awq.scale_salient(session, grid=0)
+        awq.ScaleSalient(grid=0).run(session)

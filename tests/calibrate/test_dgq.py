@@ -41,7 +41,7 @@ from qdeploy.quant.ranges import to_scale
 from qdeploy.quant.state import read_state
 from qdeploy.recipe import effort as efforts
 from qdeploy.recipe.formats import Format, int4, int8, uint8
-from qdeploy.recipe.recipe import resolve_recipe
+from qdeploy.recipe.resolve import resolve_recipe
 from qdeploy.recipe.stages import check_stages
 from qdeploy.store.artifact import Artifact
 from qdeploy.store.probe import PROBE
@@ -309,7 +309,7 @@ def test_estimated_noise_tells_what_folding_does_to_narrow_weights() -> None:
 def test_layers_that_read_one_tensor_share_factors_and_quantizers(tmp_path: Path) -> None:
     for form in ("fold", "split"):
         with calibrating(tiny_unet(), DATA, tmp_path / form, method="dgq") as session:
-            dgq.group_channels(session, groups=2, form=form, check=False)
+            dgq.GroupChannels(groups=2, form=form, check=False).run(session)
             layers = quantized_layers(session.denoiser)
             for path in session.structure.attentions:
                 query, key, value = (layers[f"{path}.to_{name}"] for name in "qkv")
@@ -344,7 +344,7 @@ def test_one_group_changes_nothing(tmp_path: Path) -> None:
     """Trap 25: one group is per-tensor quantization, and says so."""
     with calibrating(tiny_unet(), DATA, tmp_path / "out", method="dgq") as session:
         before = read_state(session.denoiser)
-        dgq.group_channels(session, groups=1)
+        dgq.GroupChannels(groups=1).run(session)
         assert read_state(session.denoiser).keys() == before.keys()
         assert session.report["groups"]["grouped"] == 0
         assert session.report["groups"]["left"]["one group"] > 0
@@ -387,9 +387,9 @@ def test_a_stopped_run_continues_with_the_same_groups(tmp_path: Path, form: str,
 def test_groups_of_timesteps_scale_all_groups_of_channels(tmp_path: Path) -> None:
     """Trap 18: dimension, groups and ratios stay; one factor varies with the timestep, by its value."""
     with calibrating(tiny_unet(), DATA, tmp_path / "out", method="dgq", timestep_groups=2) as session:
-        dgq.group_channels(session, form="split", check=False)
-        minmax.weight_ranges(session)
-        minmax.activation_ranges(session)
+        dgq.GroupChannels(form="split", check=False).run(session)
+        minmax.WeightRanges().run(session)
+        minmax.ActivationRanges().run(session)
         cut = [layer for layer in quantized_layers(session.denoiser).values() if layer.order is not None]
         assert cut
         assert all(len(q.scale) == 2 and q.banked for layer in cut for q in layer.activation_quantizers)
@@ -458,8 +458,8 @@ def test_a_zero_point_that_moves_with_the_token_is_no_engines() -> None:
     [
         ({"groups": 0}, "positive number, not 0"),
         ({"groups": -2}, "positive number, not -2"),
-        ({"groups": True}, "positive number, not True"),
-        ({"groups": 2.5}, "positive number"),
+        ({"groups": True}, "whole number, not True"),
+        ({"groups": 2.5}, "whole number, not 2.5"),
         ({"groups": 9}, r"9 groups are more than the 8 input channels of down_blocks"),
         ({"form": "magic"}, "auto, fold, split"),
     ],
@@ -470,25 +470,25 @@ def test_groups_that_make_no_sense_are_refused(tmp_path: Path, options: dict[str
         calibrating(tiny_unet(), DATA, tmp_path / "out", method="dgq") as session,
         pytest.raises(UsageError, match=message),
     ):
-        dgq.group_channels(session, **options)
+        dgq.GroupChannels(**options).run(session)
 
 
 def test_stages_without_anything_to_work_on_are_refused(tmp_path: Path) -> None:
     with calibrating(tiny_unet(), DATA, tmp_path / "float", method="minmax", activations="none") as session:
-        for stage in (dgq.group_channels, dgq_tokens.group_tokens, dgq_attention.log_attention):
+        for stage in (dgq.GroupChannels, dgq_tokens.GroupTokens, dgq_attention.LogAttention):
             with pytest.raises(UsageError, match="activations are 'none'"):
-                stage(session)  # type: ignore[operator]
+                stage().run(session)
     with (
         calibrating(tiny_unet(), DATA, tmp_path / "plain") as session,
         pytest.raises(UsageError, match="dgq-paper"),
     ):
-        dgq_attention.log_attention(session)
+        dgq_attention.LogAttention().run(session)
     unsigned = {"activations": "uint8", "target": "openvino"}
     with (
         calibrating(tiny_unet(), DATA, tmp_path / "unsigned", **unsigned) as session,
         pytest.raises(UsageError, match="symmetric"),
     ):
-        dgq_tokens.group_tokens(session)
+        dgq_tokens.GroupTokens().run(session)
 
 
 def test_stages_in_an_impossible_order_are_refused() -> None:

@@ -25,7 +25,7 @@ from qdeploy.quant.ranges import to_scale
 from qdeploy.quant.state import read_state
 from qdeploy.recipe import effort as efforts
 from qdeploy.recipe.formats import Format, int4, int8, uint8
-from qdeploy.recipe.recipe import resolve_recipe
+from qdeploy.recipe.resolve import resolve_recipe
 from qdeploy.recipe.stages import check_stages
 from qdeploy.store.artifact import Artifact
 from qdeploy.store.probe import PROBE
@@ -369,8 +369,8 @@ def test_channels_that_have_groups_are_left_as_they_are(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"groups": 0}, "positive number, not 0"),
-        ({"groups": True}, "positive number, not True"),
-        ({"groups": 2.5}, "positive number"),
+        ({"groups": True}, "whole number, not True"),
+        ({"groups": 2.5}, "whole number, not 2.5"),
         ({"along": "channels"}, "auto, rows, pixels"),
     ],
     ids=str,
@@ -382,7 +382,7 @@ def test_patches_that_make_no_sense_are_refused(
         calibrating(tiny_unet(), DATA, tmp_path / "out", **RECIPE, stages=RANGES) as session,
         pytest.raises(UsageError, match=message),
     ):
-        dgq_patches.group_patches(session, **options)
+        dgq_patches.GroupPatches(**options).run(session)
 
 
 def test_patches_without_activations_or_ranges_are_refused(tmp_path: Path) -> None:
@@ -390,7 +390,7 @@ def test_patches_without_activations_or_ranges_are_refused(tmp_path: Path) -> No
         calibrating(tiny_unet(), DATA, tmp_path / "out", method="minmax", activations="none") as session,
         pytest.raises(UsageError, match="activations are 'none'"),
     ):
-        dgq_patches.group_patches(session)
+        dgq_patches.GroupPatches().run(session)
     with pytest.raises(UsageError, match="needs activation scales"):
         check_stages([("weight-ranges", {}), ("group-patches", {})])
 

@@ -101,7 +101,7 @@ def baseline(tmp_path_factory: pytest.TempPathFactory) -> Session:
 
 def test_every_method_is_made_of_known_stages_and_cites_its_paper() -> None:
     for method in methods().values():
-        assert [name for name, _ in check_stages(method.stages)] == [name for name, _ in method.stages]
+        assert check_stages(method.stages) == tuple(method.stages)
         assert "arXiv" in method.paper
         assert method.description
     assert all(stage.description for stage in stages().values())
@@ -114,18 +114,17 @@ def test_unknown_methods_are_refused_with_the_known_ones() -> None:
 
 def test_what_a_stage_says_it_costs_is_what_it_runs(tmp_path: Path) -> None:
     """Passes over the rows, of the stages that run nothing else; a search for ranges counts as half a one."""
-    known, rows = stages(), Counter[str]()
+    rows = Counter[str]()
     with calibrating(tiny_unet(), DATA, tmp_path / "out", method="minmax") as session:
         session.denoiser.register_forward_pre_hook(
             lambda module, args, kwargs: rows.update({session.stage: len(kwargs["sample"])}),
             with_kwargs=True,
         )
         run_stages(session)
-        for number, (name, options) in enumerate(session.recipe.stages):
-            passes, steps = known[name].cost(options, len(session.units), session.effort)
-            assert (rows[f"{number}-{name}"] / session.effort.rows, 0) == (passes, steps)
-    searched = known["weight-ranges"]
-    assert searched.cost(searched.options | {"finder": "lp"}, 1, SHORT) == (0.5, 0)
+        for number, stage in enumerate(session.recipe.stages):
+            passes, steps = stage.cost(len(session.units), session.effort)
+            assert (rows[f"{number}-{stage.name}"] / session.effort.rows, 0) == (passes, steps)
+    assert minmax.WeightRanges("lp").cost(1, SHORT) == (0.5, 0)
 
 
 # -- all or nothing ----------------------------------------------------------------------------------------
@@ -193,7 +192,7 @@ def test_tied_layers_share_one_quantizer_and_split_ones_have_two(finished: Sessi
 def test_every_row_is_observed_once_with_float_activations(tmp_path: Path) -> None:
     """Trap 10 for range finding; and the ranges are those of inputs from layers with quantized weights."""
     with calibrating(tiny_unet(), DATA, tmp_path / "out") as session:
-        minmax.weight_ranges(session)
+        minmax.WeightRanges().run(session)
         rows = session.rows()
         assert len(rows) % session.effort.batch
         found = minmax.observe(session, rows)
@@ -216,8 +215,8 @@ def test_every_row_is_observed_once_with_float_activations(tmp_path: Path) -> No
 
 def test_minmax_ranges_cover_all_that_the_network_shows(tmp_path: Path) -> None:
     with calibrating(tiny_unet(), DATA, tmp_path / "out") as session:
-        minmax.weight_ranges(session)
-        minmax.activation_ranges(session)
+        minmax.WeightRanges().run(session)
+        minmax.ActivationRanges().run(session)
         worst = []
 
         def watch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -343,8 +342,8 @@ def activation_scales(session: Session) -> dict[str, Tensor]:
 
 
 def prepared(session: Session) -> None:
-    minmax.weight_ranges(session, finder="lp")
-    minmax.activation_ranges(session, finder="lp")
+    minmax.WeightRanges(finder="lp").run(session)
+    minmax.ActivationRanges(finder="lp").run(session)
 
 
 @pytest.mark.parametrize("lr", [0.01, 3.0])
@@ -381,7 +380,7 @@ def test_scales_that_got_worse_are_put_back(
     with calibrating(tiny_unet(), DATA, tmp_path / "out") as session:
         prepared(session)
         before = activation_scales(session)
-        qdiffusion.learn_scales(session)
+        qdiffusion.LearnScales().run(session)
         after = activation_scales(session)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -400,7 +399,7 @@ def test_scales_see_quantized_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(qdiffusion, "_learn_unit", spy)
     with calibrating(tiny_unet(), DATA, tmp_path / "out") as session:
         prepared(session)
-        qdiffusion.learn_scales(session)
+        qdiffusion.LearnScales().run(session)
     assert seen == len(session.units)
 
 
@@ -410,7 +409,7 @@ def test_learning_leaves_weights_alone(finished: Session, tmp_path: Path) -> Non
         for layer in quantized_layers(session.denoiser).values():
             minmax.round_to_nearest(layer)
         before = weights_of(session)
-        qdiffusion.learn_scales(session)
+        qdiffusion.LearnScales().run(session)
         after = weights_of(session)
     assert all(torch.equal(before[name], after[name]) for name in before)
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qdeploy.calibrate.methods import qdiffusion, qncd
-from qdeploy.calibrate.methods.minmax import activation_ranges, weight_ranges
-from qdeploy.calibrate.methods.qncd import mean_errors, smooth_embeddings, smoothing_factors
+from qdeploy.calibrate.methods.minmax import ActivationRanges, WeightRanges
+from qdeploy.calibrate.methods.qncd import SmoothEmbeddings, mean_errors, smoothing_factors
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.smoothing import smooth
 from qdeploy.calibrate.staged import run_stages
@@ -175,7 +175,7 @@ def test_without_an_embedding_nothing_is_smoothed(tmp_path: Path, kind: str, bia
         projection.weight.zero_()
         projection.bias.fill_(bias)
     with calibrating(denoiser, DATA, tmp_path / "out") as session:
-        smooth_embeddings(session, check=False)
+        SmoothEmbeddings(check=False).run(session)
     assert smoothed(session)
     for layer in smoothed(session).values():
         assert layer.smoothing is not None
@@ -188,7 +188,7 @@ def test_factors_come_from_the_timesteps_and_not_from_the_rows(tmp_path: Path) -
     for number, data in enumerate((DATA, MemoryRows.noisy(images=5, steps=3))):
         with calibrating(tiny_unet(), data, tmp_path / str(number)) as session:
             session.training_timesteps = 1000
-            smooth_embeddings(session, check=False)
+            SmoothEmbeddings(check=False).run(session)
             found.append({path: layer.smoothing for path, layer in smoothed(session).items()})
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[0][path], found[1][path]) for path in found[0])  # type: ignore[arg-type]
@@ -206,7 +206,7 @@ def test_embeddings_that_hold_classes_are_seen_on_the_rows(tmp_path: Path) -> No
         with torch.no_grad(), session.teacher():
             denoise(denoiser, session.inputs(session.rows()))
         handle.remove()
-        smooth_embeddings(session, check=False)
+        SmoothEmbeddings(check=False).run(session)
     expected = (1 + seen[0][:, :16]).abs().mean(0)
     layer = quantized_layers(denoiser)["mid_block.resnets.0.conv2"]
     assert layer.smoothing is not None
@@ -218,7 +218,7 @@ def test_strength_is_an_exponent(tmp_path: Path, strength: float) -> None:
     factors = []
     for number, chosen in enumerate((1.0, strength)):
         with calibrating(tiny_unet(), DATA, tmp_path / str(number)) as session:
-            smooth_embeddings(session, strength=chosen, check=False)
+            SmoothEmbeddings(strength=chosen, check=False).run(session)
             factors.append([layer.smoothing for layer in smoothed(session).values()])
     for whole, part in zip(*factors, strict=True):
         torch.testing.assert_close(part, whole.pow(strength))  # type: ignore[union-attr]
@@ -234,7 +234,7 @@ def test_smoothing_changes_nothing_in_full_precision(tmp_path: Path, kind: str) 
     with torch.no_grad():
         before = denoise(KINDS[kind](), inputs)
         with calibrating(KINDS[kind](), DATA, tmp_path / "out") as session:
-            smooth_embeddings(session, check=False)
+            SmoothEmbeddings(check=False).run(session)
             assert any(
                 float(layer.smoothing.max() / layer.smoothing.min()) > 1.2  # type: ignore[union-attr]
                 for layer in smoothed(session).values()
@@ -251,8 +251,8 @@ def test_rounding_is_learned_for_the_smoothed_weight(tmp_path: Path) -> None:
     with calibrating(tiny_unet(), DATA, tmp_path / "out", weights="int4") as session:
         layer = quantized_layers(session.denoiser)["mid_block.resnets.0.conv2"]
         smooth(layer, torch.linspace(1, 30, layer.weight.shape[1]))
-        weight_ranges(session, finder="lp")
-        qdiffusion.round_weights(session)
+        WeightRanges(finder="lp").run(session)
+        qdiffusion.AdaRound().run(session)
         ((quantizer, weight),) = layer.weight_pairs()
         steps = weight / quantizer.scale.view(-1, 1, 1, 1)
         assert quantizer.codes is not None
@@ -265,9 +265,9 @@ def layer_errors(tmp_path: Path, weights: str, smoothing: dict[str, Any] | None)
     """Error of each layer that reads an embedding, on its full-precision inputs, with min-max scales."""
     with calibrating(scale_shift_unet(), DATA, tmp_path, weights=weights) as session:
         if smoothing is not None:
-            smooth_embeddings(session, **smoothing)
-        weight_ranges(session)
-        activation_ranges(session)
+            SmoothEmbeddings(**smoothing).run(session)
+        WeightRanges().run(session)
+        ActivationRanges().run(session)
         places = find_modulations(session.denoiser, DATA.inputs([0]))
         paths = {path for place in places for path in place.layers}
         layers = {path: layer for path, layer in quantized_layers(session.denoiser).items() if path in paths}
@@ -305,8 +305,8 @@ def test_what_was_found_cannot_be_smoothed_away(first: str) -> None:
 
 
 def test_errors_are_measured_last() -> None:
-    method = [(name, {}) for name, _ in qncd.METHOD.stages]
-    assert method[-1][0] == "measure-errors"
+    method = list(qncd.METHOD.stages)
+    assert method[-1].name == "measure-errors"
     with pytest.raises(UsageError, match="list it after 'learn-scales'"):
         check_stages([*method, ("learn-scales", {})])
     with pytest.raises(UsageError, match="needs activation scales"):
@@ -353,7 +353,7 @@ def test_a_planted_error_is_found(tmp_path: Path) -> None:
             return (output[0] + planted,) if on else output
 
         session.denoiser.register_forward_hook(shifted)
-        qncd.measure_errors(session)
+        qncd.MeasureErrors().run(session)
         table = CorrectionTable.from_tensors(load_file(session.draft.content / "unet" / CORRECTION))
     assert table.means.mean(0).tolist() == pytest.approx([0.5, 0, -0.25], abs=0.02)
 

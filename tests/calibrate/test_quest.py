@@ -33,8 +33,8 @@ from qdeploy.quant.quantizers import ActivationQuantizer, WeightQuantizer
 from qdeploy.quant.state import code_shapes, quantizers, read_state, write_state
 from qdeploy.recipe.effort import EFFORTS
 from qdeploy.recipe.formats import int4, uint4
-from qdeploy.recipe.recipe import resolve_recipe
-from qdeploy.recipe.stages import check_stages
+from qdeploy.recipe.resolve import resolve_recipe
+from qdeploy.recipe.stages import Stage, check_stages
 from qdeploy.system.errors import CapabilityError, UsageError
 from qdeploy.workflows.calibrate import any_attention
 from tests.calibrate.test_methods import Stopped, same_state
@@ -43,10 +43,10 @@ from tests.models import ddpm_folder
 from tests.network.test_roles import conditional_unet, dit
 
 DATA = MemoryRows.noisy()
-STAGES: dict[str, Callable[..., None]] = {
-    "time": quest.align_time,
-    "attention": quest.align_attention,
-    "end": quest.align_end,
+STAGES: dict[str, Callable[..., Stage]] = {
+    "time": quest.AlignTime,
+    "attention": quest.AlignAttention,
+    "end": quest.AlignEnd,
 }
 
 
@@ -56,10 +56,10 @@ def prepared(output: Path, denoiser: nn.Module | None = None, **recipe: Any) -> 
     given = {"weights": "int4", "coverage": "portable-time", **recipe}
     channelwise = given.pop("channelwise", False)
     with calibrating(denoiser or tiny_unet(), DATA, output, **given) as session:
-        minmax.weight_ranges(session, finder="lp")
+        minmax.WeightRanges(finder="lp").run(session)
         if session.recipe.activations != "none":
             session.stage = "1-ranges"
-            minmax.activation_ranges(session, channelwise=channelwise)
+            minmax.ActivationRanges(channelwise=channelwise).run(session)
         for layer in quantized_layers(session.denoiser).values():
             minmax.round_to_nearest(layer)
             for quantizer, _ in layer.weight_pairs():
@@ -124,7 +124,7 @@ def test_a_network_without_attention_has_nothing_critical(
     ).eval()
     with prepared(tmp_path / "out", plain) as session:
         before = read_state(session.denoiser)
-        quest.align_attention(session)
+        quest.AlignAttention().run(session)
         assert not changed(before, read_state(session.denoiser))
     assert "align-attention has nothing to align" in capsys.readouterr().err
 
@@ -132,7 +132,7 @@ def test_a_network_without_attention_has_nothing_critical(
 def test_a_time_path_in_float_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with prepared(tmp_path / "out", coverage="portable") as session:
         before = weights(session), read_state(session.denoiser)
-        quest.align_time(session)
+        quest.AlignTime().run(session)
         assert not changed(before[0], weights(session))
         assert not changed(before[1], read_state(session.denoiser))
     assert "coverage portable" in capsys.readouterr().err
@@ -148,7 +148,7 @@ def test_alignment_before_ranges_is_refused() -> None:
 )
 def test_options_that_make_no_sense_are_refused(tmp_path: Path, option: dict[str, Any]) -> None:
     with prepared(tmp_path / "out") as session, pytest.raises(UsageError, match=r"cannot be|at least one"):
-        quest.align_attention(session, **option)
+        quest.AlignAttention(**option).run(session)
 
 
 # -- what moves --------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def test_no_step_and_no_reach_leave_every_code_and_scale(
     """T8; and trap 9's cousin: a weight that begins anywhere else than at its decided code would lose it."""
     with prepared(tmp_path / "out") as session:
         before = read_state(session.denoiser)
-        STAGES[stage](session, **nothing)
+        STAGES[stage](**nothing).run(session)
         different = changed(before, read_state(session.denoiser))
     assert not {name for name in different if not name.endswith((".tuned", ".tuned_bias"))}
     assert reported(session)["changed_codes"] == 0
@@ -176,7 +176,7 @@ def test_only_weights_of_the_role_move_and_the_teacher_not_at_all(
     monkeypatch.setattr(Losses, "judged", lambda *args: 1.0)  # keep whatever comes
     with prepared(tmp_path / "out") as session:
         teacher, before = digest(session), read_state(session.denoiser)
-        STAGES[stage](session, steps=3, reach=3.0, reach_scales=0.5)
+        STAGES[stage](steps=3, reach=3.0, reach_scales=0.5).run(session)
         after = read_state(session.denoiser)
         assert digest(session) == teacher
     features = set(session.structure.time.features)
@@ -213,7 +213,7 @@ def test_rounding_follows_a_weight_that_moves(tmp_path: Path, monkeypatch: pytes
     """Trap 9: decisions that stay while a weight crosses to another code push it the wrong way."""
     monkeypatch.setattr(Losses, "judged", lambda *args: 1.0)
     with prepared(tmp_path / "out") as session:
-        quest.align_attention(session, steps=3, reach=4.0)
+        quest.AlignAttention(steps=3, reach=4.0).run(session)
         moved = [layer for layer in quantized_layers(session.denoiser).values() if layer.tuned is not None]
     assert reported(session)["changed_codes"] > 0
     for layer in moved:
@@ -242,7 +242,7 @@ def test_scales_stay_positive_and_zero_stays_zero(tmp_path: Path, monkeypatch: p
     """T1 for activations: steps that are learned as they are can cross zero under a wild rate."""
     monkeypatch.setattr(Losses, "judged", lambda *args: 1.0)
     with prepared(tmp_path / "out", activations="uint8", target="openvino") as session:
-        quest.align_attention(session, steps=2, reach_scales=8.0)
+        quest.AlignAttention(steps=2, reach_scales=8.0).run(session)
     for _, quantizer in quantizers(session.denoiser):
         if isinstance(quantizer, ActivationQuantizer):
             assert quantizer.scale > 0
@@ -267,7 +267,7 @@ def test_what_worsens_the_prediction_is_put_back_and_said(
     monkeypatch.setattr(quest, "learn", diverge)
     with prepared(tmp_path / "out") as session:
         before = read_state(session.denoiser)
-        quest.align_attention(session)
+        quest.AlignAttention().run(session)
         assert not changed(before, read_state(session.denoiser))
     assert not reported(session)["kept"]
     assert "everything is as it was" in capsys.readouterr().err
@@ -279,7 +279,7 @@ def test_every_alignment_lowers_the_error_on_images_that_nothing_was_learned_fro
         errors = [prediction_error(session, rows)]
         for number, (align, steps) in enumerate(zip(STAGES.values(), (12, 12, 50), strict=True)):
             session.stage = f"{number}-align"
-            align(session, steps=steps)
+            align(steps=steps).run(session)
             errors.append(prediction_error(session, rows))
     assert errors[0] > errors[1] > errors[2] > errors[3]
     told = session.report["aligned"]
@@ -300,7 +300,7 @@ def test_the_end_is_tuned_against_the_prediction_alone(
     stock = Losses.__call__
     monkeypatch.setattr(Losses, "__call__", see)
     with prepared(tmp_path / "out") as session:
-        quest.align_end(session, steps=2)
+        quest.AlignEnd(steps=2).run(session)
     assert set(seen) == {(0.0, 1.0)}
 
 
@@ -370,7 +370,7 @@ def test_every_group_of_timesteps_learns_its_scale(tmp_path: Path) -> None:
 def test_one_scale_serves_all_timesteps_unless_the_recipe_says_else(tmp_path: Path) -> None:
     """The paper's claim, where the code keeps one for each timestep."""
     with prepared(tmp_path / "out") as session:
-        quest.align_attention(session, steps=1)
+        quest.AlignAttention(steps=1).run(session)
     assert not any(quantizer.banked for quantizer in quest._scales(session).values())
 
 
@@ -381,7 +381,7 @@ def test_dropout_is_off_while_weights_are_tuned(tmp_path: Path) -> None:
         for module in session.denoiser.modules():
             if isinstance(module, nn.Dropout) and module.p:
                 module.register_forward_hook(lambda module, *_: modes.append(module.training))
-        quest.align_attention(session, steps=1)
+        quest.AlignAttention(steps=1).run(session)
     assert modes
     assert not any(modes)
 
@@ -407,7 +407,7 @@ def test_a_stopped_alignment_goes_on_at_its_step_and_ends_the_same(
         with prepared(output) as session:
             for number, align in enumerate(STAGES.values()):
                 session.stage = f"{number + 2}-align"
-                align(session, steps=3, micro_batch=12)
+                align(steps=3, micro_batch=12).run(session)
         return session
 
     whole = run(tmp_path / "whole")
@@ -427,9 +427,9 @@ def test_a_tuned_checkpoint_needs_no_calibration_data(tmp_path: Path) -> None:
     model = open_model(ddpm_folder(tmp_path / "ddpm"))
     recipe = {"coverage": "qdiffusion-paper", "weights": "uint4", "target": "simulated"}
     with prepared(tmp_path / "out", model.load(), **recipe) as session:
-        quest.align_time(session, steps=2)
+        quest.AlignTime(steps=2).run(session)
         session.stage = "3-align"
-        quest.align_attention(session, steps=2)
+        quest.AlignAttention(steps=2).run(session)
         assert any_attention(session)
         write_checkpoint(
             session.draft, model, session.denoiser, session.layers, list(session.structure.attentions)
@@ -447,9 +447,9 @@ def test_the_graph_of_a_tuned_network_computes_what_torch_simulated(
     monkeypatch.setattr(Losses, "judged", lambda *args: 1.0)
     with prepared(tmp_path / "out") as session:
         untuned = predicted(session.denoiser)
-        quest.align_time(session, steps=3, reach=3.0)
+        quest.AlignTime(steps=3, reach=3.0).run(session)
         session.stage = "3-align"
-        quest.align_attention(session, steps=3, reach=3.0)
+        quest.AlignAttention(steps=3, reach=3.0).run(session)
     simulated = predicted(session.denoiser)
     freeze(session.denoiser)
     save(lower(trace(session.denoiser, DATA.inputs([0, 1])), "portable"), tmp_path / "model.onnx")
@@ -514,7 +514,7 @@ def test_each_input_channel_has_a_scale_of_its_own_which_no_engine_runs(tmp_path
         with prepared(output, channelwise=channelwise, **recipe) as session:
             errors.append(prediction_error(session, range(16)))
             if channelwise:
-                quest.align_attention(session, steps=1)
+                quest.AlignAttention(steps=1).run(session)
                 again = read_state(session.denoiser)
                 write_state(session.denoiser, again, code_shapes(session.denoiser))
                 assert not changed(again, read_state(session.denoiser))
@@ -535,6 +535,6 @@ def test_scales_by_channel_are_refused_for_engines_and_for_other_finders(tmp_pat
         resolve_recipe(stages=stages)
     assert resolve_recipe("w4a4-quest").simulated()
     with calibrating(tiny_unet(), DATA, tmp_path / "out") as session:
-        minmax.weight_ranges(session)
+        minmax.WeightRanges().run(session)
         with pytest.raises(UsageError, match="minmax, lp"):
-            minmax.activation_ranges(session, finder="percentile", channelwise=True)
+            minmax.ActivationRanges(finder="percentile", channelwise=True).run(session)

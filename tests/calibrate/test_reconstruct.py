@@ -28,8 +28,8 @@ ATTENTION = "mid_block.attentions.0"
 def session(tmp_path: Path) -> Iterator[Session]:
     """A quantized network with min-max ranges; 26 of 64 rows, in batches of 5."""
     with calibrating(tiny_unet(), MemoryRows.noisy(), tmp_path / "checkpoint") as session:
-        minmax.weight_ranges(session)
-        minmax.activation_ranges(session)
+        minmax.WeightRanges().run(session)
+        minmax.ActivationRanges().run(session)
         yield session
 
 

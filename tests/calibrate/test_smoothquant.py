@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdeploy.calibrate.methods.minmax import weight_ranges as find_weight_ranges
-from qdeploy.calibrate.methods.smoothquant import migrate_outliers, migration_factors, weight_ranges
+from qdeploy.calibrate.methods.minmax import WeightRanges
+from qdeploy.calibrate.methods.smoothquant import MigrateOutliers, migration_factors, weight_ranges
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.smoothing import FLOOR, relative_factors, smooth
 from qdeploy.model.inputs import denoise
@@ -112,7 +112,7 @@ def session_ranges(session: Session, chosen: dict[str, QuantizedLayer]) -> dict[
 def test_layers_that_read_one_tensor_share_their_factors(tmp_path: Path) -> None:
     """They share an input quantizer, so one tensor has to come out of all."""
     with calibrating(tiny_unet(), DATA, tmp_path / "out") as session:
-        migrate_outliers(session)
+        MigrateOutliers().run(session)
         layers = quantized_layers(session.denoiser)
     for path in session.structure.attentions:
         query, key, value = (layers[f"{path}.to_{name}"] for name in "qkv")
@@ -125,7 +125,7 @@ def test_layers_that_read_one_tensor_share_their_factors(tmp_path: Path) -> None
 @pytest.mark.parametrize("which", ["linear", "all"])
 def test_only_the_layers_asked_for_are_smoothed(tmp_path: Path, which: str) -> None:
     with calibrating(tiny_unet(), DATA, tmp_path / "out") as session:
-        migrate_outliers(session, layers=which)
+        MigrateOutliers(layers=which).run(session)
         for layer in quantized_layers(session.denoiser).values():
             wanted = which == "all" or isinstance(layer.inner, nn.Linear)
             assert (layer.smoothing is not None) == wanted
@@ -136,7 +136,7 @@ def test_the_whole_network_keeps_its_function(tmp_path: Path) -> None:
     with torch.no_grad():
         before = denoise(tiny_unet(), inputs)
         with calibrating(tiny_unet(), DATA, tmp_path / "out") as session:
-            migrate_outliers(session, layers="all")
+            MigrateOutliers(layers="all").run(session)
             with session.teacher():
                 assert torch.equal(denoise(session.denoiser, inputs), before)
             for layer in quantized_layers(session.denoiser).values():
@@ -149,7 +149,7 @@ def test_ranges_are_those_of_what_was_smoothed_before(tmp_path: Path) -> None:
     with calibrating(tiny_unet(), DATA, tmp_path / "out") as session:
         layer = quantized_layers(session.denoiser)["mid_block.resnets.0.conv2"]
         smooth(layer, torch.linspace(1, 9, 16))
-        migrate_outliers(session, alpha=1.0, layers="all")
+        MigrateOutliers(alpha=1.0, layers="all").run(session)
         seen: list[Tensor] = []
         handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         with torch.no_grad(), session.teacher():
@@ -163,7 +163,7 @@ def test_the_ranges_come_from_full_precision_and_nothing_is_left_behind(tmp_path
     with calibrating(tiny_unet(), DATA, tmp_path / "out") as session:
         layers = quantized_layers(session.denoiser)
         before = session_ranges(session, layers)
-        migrate_outliers(session, alpha=1.0)
+        MigrateOutliers(alpha=1.0).run(session)
         assert all(layer.quantized and not layer._forward_pre_hooks for layer in layers.values())
         after = session_ranges(session, layers)
     for path, layer in layers.items():
@@ -173,7 +173,7 @@ def test_the_ranges_come_from_full_precision_and_nothing_is_left_behind(tmp_path
 
 def test_factors_survive_an_interruption(tmp_path: Path) -> None:
     with calibrating(tiny_unet(), DATA, tmp_path / "out") as session:
-        migrate_outliers(session)
+        MigrateOutliers().run(session)
         state = read_state(session.denoiser)
     with calibrating(tiny_unet(), DATA, tmp_path / "other") as session:
         write_state(session.denoiser, state, code_shapes(session.denoiser))
@@ -189,15 +189,15 @@ def test_impossible_options_are_refused(tmp_path: Path, option: str, value: obje
         calibrating(tiny_unet(), DATA, tmp_path / "out") as session,
         pytest.raises(UsageError, match="migrate"),
     ):
-        migrate_outliers(session, **{option: value})  # type: ignore[arg-type]
+        MigrateOutliers(**{option: value}).run(session)  # type: ignore[arg-type]
 
 
 def test_scales_come_after_smoothing(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="list it before"):
         check_stages([("weight-ranges", {}), ("migrate-outliers", {})])
     with calibrating(tiny_unet(), DATA, tmp_path / "out") as session:
-        migrate_outliers(session, layers="all")
-        find_weight_ranges(session)
+        MigrateOutliers(layers="all").run(session)
+        WeightRanges().run(session)
         for layer in quantized_layers(session.denoiser).values():
             for quantizer, weight in layer.weight_pairs():
                 assert torch.allclose(quantizer.scale * 127, weight.abs().flatten(1).amax(1), rtol=0.01)

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from qdeploy.calibrate import rounding
 from qdeploy.calibrate.methods import tfmq
-from qdeploy.calibrate.methods.minmax import round_to_nearest, weight_ranges
-from qdeploy.calibrate.methods.qdiffusion import round_weights
+from qdeploy.calibrate.methods.minmax import WeightRanges, round_to_nearest
+from qdeploy.calibrate.methods.qdiffusion import AdaRound
 from qdeploy.calibrate.methods.tfmq import (
+    FiniteSetRanges,
     TemporalProblem,
+    TemporalRounding,
+    TemporalSelection,
     cosine,
-    finite_set_ranges,
     mismatches,
     relative_error,
-    temporal_rounding,
-    temporal_selection,
 )
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.staged import run_stages
@@ -127,7 +127,7 @@ def test_the_problem_is_the_block_over_every_timestep_of_training(tmp_path: Path
 def test_the_error_is_summed_over_features_and_values_and_averaged_over_timesteps(tmp_path: Path) -> None:
     """Equation 8; trap 9 would divide it by a size that depends on the layer."""
     with opened(tmp_path / "out") as session:
-        weight_ranges(session)
+        WeightRanges().run(session)
         problem = TemporalProblem.open(session)
         rows = torch.tensor([3, 50])
         with session.weights_only():
@@ -144,7 +144,7 @@ def rounded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """TIAR at W4 alone: errors, cosines and mismatches with codes to nearest, and with the learned ones."""
     found: dict[str, Any] = {"loss": [], "cosine": [], "mismatches": []}
     with opened(tmp_path_factory.mktemp("rounded") / "out") as session:
-        weight_ranges(session, finder="lp")
+        WeightRanges(finder="lp").run(session)
         problem, target = TemporalProblem.open(session), exact(session)
 
         def look() -> None:
@@ -155,7 +155,7 @@ def rounded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             found["mismatches"].append(sum(int(mismatches(value[n], target[n]).sum()) for n in target))
 
         look()
-        temporal_rounding(session)
+        TemporalRounding().run(session)
         look()
         found["session"] = session
     return found
@@ -205,14 +205,14 @@ def test_a_mismatch_is_a_feature_that_looks_like_another_timesteps() -> None:
 def test_reconstructing_the_blocks_leaves_the_temporal_block_alone(tmp_path: Path) -> None:
     """T6. The released Q-Diffusion learns g_i inside each residual block, to the wrong target."""
     with opened(tmp_path / "out", effort=BRIEF) as session:
-        weight_ranges(session)
+        WeightRanges().run(session)
         session.stage = "1-temporal-rounding"
-        temporal_rounding(session)
+        TemporalRounding().run(session)
         block = set(block_of(session))
         before = codes_of(session)
         assert {name.partition(".weight.")[0] for name in before} == block
         session.stage = "2-round-weights"
-        round_weights(session)
+        AdaRound().run(session)
         after = codes_of(session)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert len(after) > len(before)
@@ -228,13 +228,13 @@ def test_put_back_the_trap_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return [pair for layer in layers for pair in layer.weight_pairs()]
 
     with opened(tmp_path / "out", effort=effort) as session:
-        weight_ranges(session)
+        WeightRanges().run(session)
         session.stage = "1-temporal-rounding"
-        temporal_rounding(session)
+        TemporalRounding().run(session)
         before = codes_of(session)
         monkeypatch.setattr(qdiffusion, "undecided", everything)
         session.stage = "2-round-weights"
-        round_weights(session)
+        AdaRound().run(session)
         after = codes_of(session)
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
@@ -262,8 +262,8 @@ def activations_of(session: Session) -> dict[str, list[Tensor]]:
 def test_no_activation_of_any_timestep_is_clipped(tmp_path: Path, activations: str, target: str) -> None:
     """T2: |x_hat - x| <= delta_t, half of it but for the rounding of the zero point; for every timestep."""
     with opened(tmp_path / "out", activations=activations, target=target) as session:
-        weight_ranges(session)
-        finite_set_ranges(session)
+        WeightRanges().run(session)
+        FiniteSetRanges().run(session)
         timesteps = session.all_timesteps()
         for path, seen in activations_of(session).items():
             (quantizer,) = block_of(session)[path].activation_quantizers
@@ -278,8 +278,8 @@ def test_no_activation_of_any_timestep_is_clipped(tmp_path: Path, activations: s
 def test_every_timestep_has_its_own_min_and_max_and_together_they_beat_one_range(tmp_path: Path) -> None:
     """T2: the sum of squared errors over all timesteps, beside one min-max range for all of them."""
     with opened(tmp_path / "out", activations="uint8", target="openvino") as session:
-        weight_ranges(session)
-        finite_set_ranges(session)
+        WeightRanges().run(session)
+        FiniteSetRanges().run(session)
         for path, seen in activations_of(session).items():
             (quantizer,) = block_of(session)[path].activation_quantizers
             low = torch.stack([x.min() for x in seen])
@@ -395,13 +395,13 @@ def test_a_tie_goes_to_the_table_and_modes_overrule(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: float, mode: str, chosen: str
 ) -> None:
     with opened(tmp_path / "out") as session:
-        weight_ranges(session)
-        finite_set_ranges(session)
+        WeightRanges().run(session)
+        FiniteSetRanges().run(session)
         calls = iter([block, 1.0] * len(session.structure.time.features))
         monkeypatch.setattr(
             tfmq, "relative_error", lambda value, target: torch.full((len(value),), next(calls))
         )
-        temporal_selection(session, mode=mode)
+        TemporalSelection(mode=mode).run(session)
         report = read_json(session.draft.content / session.component / "temporal.json")["features"]
         assert {told["chosen"] for told in report.values()} == {chosen}
         tables = [block_of(session)[name].table is not None for name in report]
@@ -413,7 +413,7 @@ def test_an_unknown_mode_is_refused(tmp_path: Path) -> None:
         opened(tmp_path / "out") as session,
         pytest.raises(UsageError, match="choose from selected, block, cache"),
     ):
-        temporal_selection(session, mode="magic")
+        TemporalSelection(mode="magic").run(session)
 
 
 # -- the whole method --------------------------------------------------------------------------------------
@@ -506,13 +506,13 @@ def test_a_feature_that_a_recipe_excludes_is_left_as_it_is(tmp_path: Path) -> No
 # -- coverage ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", [temporal_rounding, finite_set_ranges, temporal_selection])
+@pytest.mark.parametrize("stage", [TemporalRounding, FiniteSetRanges, TemporalSelection])
 def test_a_coverage_without_temporal_layers_is_refused(tmp_path: Path, stage: Any) -> None:
     with (
         opened(tmp_path / "out", coverage="portable") as session,
         pytest.raises(UsageError, match=r"portable quantizes nothing .*choose --coverage portable-time"),
     ):
-        stage(session)
+        stage().run(session)
 
 
 def test_the_method_brings_a_coverage_of_its_own(tmp_path: Path) -> None:
@@ -554,15 +554,15 @@ def test_layers_whose_input_stays_float_have_no_quantizer(tmp_path: Path) -> Non
             path for path, layer in quantized_layers(session.denoiser).items() if not layer.input_quantizers
         }
         assert bare == {"time_embedding.linear_2", "down_blocks.0.resnets.0.conv1"}
-        weight_ranges(session)
+        WeightRanges().run(session)
         for layer in quantized_layers(session.denoiser).values():
             round_to_nearest(layer)
-        finite_set_ranges(session)
+        FiniteSetRanges().run(session)
         assert torch.isfinite(denoise(session.denoiser, DATA.inputs([0, 1]))).all()
 
 
 def test_weights_alone_have_no_finite_set(tmp_path: Path) -> None:
     with opened(tmp_path / "out", activations="none") as session:
-        weight_ranges(session)
-        finite_set_ranges(session)
+        WeightRanges().run(session)
+        FiniteSetRanges().run(session)
         assert not any(layer.input_quantizers for layer in quantized_layers(session.denoiser).values())

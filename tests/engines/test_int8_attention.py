@@ -11,7 +11,7 @@ import qdeploy
 from qdeploy.engines.build import load_engine
 from qdeploy.engines.placement import place
 from qdeploy.recipe.formats import int8, uint8
-from qdeploy.recipe.recipe import resolve_recipe
+from qdeploy.recipe.resolve import resolve_recipe
 from qdeploy.store.artifact import Artifact
 from qdeploy.store.probe import read_probe
 from qdeploy.system.errors import UsageError

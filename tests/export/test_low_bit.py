@@ -80,8 +80,8 @@ class Case:
         self.weights, self.path = weights, folder / "model.onnx"
         recipe = {"weights": weights, "activations": CASES[weights], "target": "tensorrt"}
         with calibrating(self.denoiser, self.data, folder / "checkpoint", **recipe) as session:
-            minmax.weight_ranges(session, finder="lp")
-            minmax.activation_ranges(session, finder="lp")
+            minmax.WeightRanges(finder="lp").run(session)
+            minmax.ActivationRanges(finder="lp").run(session)
             for layer in quantized_layers(self.denoiser).values():
                 minmax.round_to_nearest(layer)
         self.state, self.shapes = read_state(self.denoiser), code_shapes(self.denoiser)
@@ -177,8 +177,8 @@ def test_rounding_is_learned_within_blocks(tmp_path: Path) -> None:
     with calibrating(
         network, data, tmp_path / "x", weights="int4b64", activations="none", target="tensorrt"
     ) as session:
-        minmax.weight_ranges(session, finder="minmax")
-        qdiffusion.round_weights(session, lr=0.05)
+        minmax.WeightRanges(finder="minmax").run(session)
+        qdiffusion.AdaRound(lr=0.05).run(session)
     learned = 0
     for layer in quantized_layers(network).values():
         for quantizer, weight in layer.weight_pairs():

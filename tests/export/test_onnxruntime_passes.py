@@ -314,8 +314,8 @@ def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp(request.param)
     denoiser, data = tiny_unet((16, 32)), MemoryRows.noisy(images=6)
     with calibrating(denoiser, data, folder / "checkpoint", weights=request.param) as session:
-        minmax.weight_ranges(session, finder="lp")
-        minmax.activation_ranges(session, finder="lp")
+        minmax.WeightRanges(finder="lp").run(session)
+        minmax.ActivationRanges(finder="lp").run(session)
         for layer in quantized_layers(denoiser).values():
             minmax.round_to_nearest(layer)
     rows = data.inputs(list(range(0, len(data), 4)))

@@ -58,8 +58,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exported]:
     """W4A8 of a small U-Net: split shortcuts, tied q, k, v, convolutions and linear layers."""
     folder, denoiser = tmp_path_factory.mktemp("trace"), tiny_unet()
     with calibrating(denoiser, DATA, folder / "checkpoint", weights="int4") as session:
-        minmax.weight_ranges(session, finder="lp")
-        minmax.activation_ranges(session)
+        minmax.WeightRanges(finder="lp").run(session)
+        minmax.ActivationRanges().run(session)
         for layer in quantized_layers(denoiser).values():
             minmax.round_to_nearest(layer)
         yield Exported(denoiser, session, folder / "model.onnx")

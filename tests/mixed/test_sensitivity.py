@@ -13,7 +13,7 @@ from click.testing import Result
 from torch import nn
 
 import qdeploy
-from qdeploy.mixed import run
+from qdeploy.mixed import sensitivity as run
 from qdeploy.mixed.estimate import first_order
 from qdeploy.mixed.measure import Exact
 from qdeploy.mixed.options import Option, Subject, quantized_to
@@ -91,10 +91,10 @@ def test_first_order_is_exact_where_the_rest_of_the_network_is_linear(tmp_path: 
         activations="int8",
         target="simulated",
     ) as session:
-        from qdeploy.calibrate.methods.minmax import activation_ranges, weight_ranges
+        from qdeploy.calibrate.methods.minmax import ActivationRanges, WeightRanges
 
-        weight_ranges(session)
-        activation_ranges(session)
+        WeightRanges().run(session)
+        ActivationRanges().run(session)
         layers = quantized_layers(session.denoiser)
         subjects = [
             Subject(path, layer, {"int4": quantized_to(layer, FORMATS["int4"], "minmax")})

@@ -147,8 +147,8 @@ def test_in_a_network_every_operand_gets_its_range(tmp_path: Path) -> None:
     with calibrating(
         tiny_unet(), MemoryRows.noisy(), tmp_path / "out", coverage="qdiffusion-paper"
     ) as session:
-        minmax.weight_ranges(session)
-        minmax.activation_ranges(session)
+        minmax.WeightRanges().run(session)
+        minmax.ActivationRanges().run(session)
         found = dict(quantizers(session.denoiser))
         assert session.structure.attentions
         for path in session.structure.attentions:

@@ -53,9 +53,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 @contextmanager
 def calibrated(model: Model, output: Path, **recipe: Any) -> Iterator[Session]:
     with calibrating(model.load(), DATA, output, **recipe) as session:
-        minmax.weight_ranges(session)
+        minmax.WeightRanges().run(session)
         if session.recipe.activations != "none":
-            minmax.activation_ranges(session)
+            minmax.ActivationRanges().run(session)
         for layer in quantized_layers(session.denoiser).values():
             minmax.round_to_nearest(layer)
         yield session

@@ -14,7 +14,8 @@ from qdeploy.quant.layer import quantized_layers
 from qdeploy.quant.state import packed_bytes, read_state
 from qdeploy.recipe.formats import FORMATS
 from qdeploy.recipe.layer_formats import parse_overrides
-from qdeploy.recipe.recipe import Recipe, resolve_recipe
+from qdeploy.recipe.recipe import Recipe
+from qdeploy.recipe.resolve import resolve_recipe
 from qdeploy.system.errors import InvalidInputError, UsageError
 from tests.helpers import MemoryRows, calibrating, tiny_unet
 
@@ -83,10 +84,8 @@ def test_a_pattern_that_means_no_layer_is_refused() -> None:
 def test_layers_get_their_formats_and_their_codes_take_as_many_bits(tmp_path: Path, recipe: Recipe) -> None:
     chosen = {"weights": recipe.weights, "activations": recipe.activations, "layers": recipe.layers}
     with calibrating(tiny_unet(), MemoryRows.noisy(), tmp_path / "c", **chosen) as session:
-        from qdeploy.recipe.stages import stages
-
-        for name, options in session.recipe.stages:
-            stages()[name].run(session, **options)
+        for stage in session.recipe.stages:
+            stage.run(session)
         layers = quantized_layers(session.denoiser)
         assert set(session.left.values()) <= {"as the recipe says"}
         assert not any(path.startswith("mid_block") for path in layers)

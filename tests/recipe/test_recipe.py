@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from qdeploy.recipe.recipe import Recipe, presets, resolve_recipe
+from qdeploy.recipe.recipe import Recipe
+from qdeploy.recipe.resolve import presets, resolve_recipe
 from qdeploy.recipe.stages import methods, stages
 from qdeploy.recipe.targets import TARGETS
 from qdeploy.system.errors import InvalidInputError, UsageError
@@ -50,13 +51,15 @@ def test_what_the_caller_gives_goes_before_the_preset() -> None:
 
 def test_another_method_brings_its_own_stages() -> None:
     recipe = resolve_recipe("w8a8-minmax", method="qdiffusion")
-    assert [name for name, _ in recipe.stages] == [name for name, _ in methods()["qdiffusion"].stages]
+    assert recipe.stages == tuple(methods()["qdiffusion"].stages)
 
 
 def test_a_resolved_recipe_states_every_option_of_every_stage() -> None:
     for name in methods():
-        for stage, options in resolve_recipe(method=name).stages:
-            assert options.keys() == stages()[stage].options.keys()
+        for written in resolve_recipe(method=name).to_json()["stages"]:
+            ((stage, options),) = written.items()
+            decided = {key for key, value in stages()[stage].defaults().items() if value is not None}
+            assert options.keys() == decided
 
 
 def test_stages_of_several_papers_combine(tmp_path: Path) -> None:
@@ -66,8 +69,8 @@ def test_stages_of_several_papers_combine(tmp_path: Path) -> None:
         "  - activation-ranges:\n      finder: percentile\n",
     )
     recipe = resolve_recipe(own)
-    assert [name for name, _ in recipe.stages] == ["weight-ranges", "round-weights", "activation-ranges"]
-    assert recipe.stages[2][1] == {"finder": "percentile", "channelwise": False}
+    assert [stage.name for stage in recipe.stages] == ["weight-ranges", "round-weights", "activation-ranges"]
+    assert recipe.stages[2].options == {"finder": "percentile", "channelwise": False}
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from qdeploy.network.roles import find_structure
 from qdeploy.quant.insert import quantize_structure
 from qdeploy.quant.layer import quantized_layers
 from qdeploy.quant.quantizers import ActivationQuantizer
-from qdeploy.recipe.recipe import resolve_recipe
+from qdeploy.recipe.resolve import resolve_recipe
 from qdeploy.sampling.sample import sample
 from qdeploy.store.artifact import Artifact
 from qdeploy.store.timesteps import check_timestep, explain_schedule

@@ -11,7 +11,7 @@ import pytest
 from qdeploy.evaluate.cached_json import remembered
 from qdeploy.evaluate.summary import DemoResult, summary_notes, summary_rows
 from qdeploy.model.folder import open_model
-from qdeploy.recipe.recipe import presets
+from qdeploy.recipe.resolve import presets
 from qdeploy.system.progress import verbosity
 from qdeploy.system.tables import MISSING
 from qdeploy.workflows.demo import _Work, variants

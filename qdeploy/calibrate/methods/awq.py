@@ -12,14 +12,17 @@ factor of its own, which engines fuse, instead of being folded into what comes b
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from qdeploy.calibrate.methods.minmax import ActivationRanges, WeightRanges
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.smoothing import look_at_inputs, smooth, smoothing_groups
 from qdeploy.quant.layer import QuantizedLayer
 from qdeploy.quant.ranges import WEIGHT_FINDERS, check_finder
+from qdeploy.recipe.effort import Effort
 from qdeploy.recipe.stages import RESULTS, Method, Stage
 from qdeploy.system.errors import UsageError
 from qdeploy.system.progress import say
@@ -27,36 +30,56 @@ from qdeploy.system.progress import say
 TOKENS = 1024  # rows of a layer's input that its error is measured on
 
 
-def scale_salient(session: Session, *, grid: int = 20, finder: str = "minmax") -> None:
+@dataclass(frozen=True)
+class ScaleSalient(Stage):
     """Scale the input channels of linear layers so that their quantized weights serve their inputs best.
 
-    Args:
-        session: the calibration.
+    Attributes:
         grid: how many alphas from 0 up to, not including, 1 are tried.
         finder: how the ranges of weights are found in the trials; as the stage that finds them afterwards.
-
-    Raises:
-        UsageError: an impossible grid or finder.
     """
-    check_finder(finder, WEIGHT_FINDERS)
-    if grid < 1:
-        raise UsageError(f"the grid of scale-salient must be at least 1, not {grid}")
 
-    def compute() -> None:
-        alphas = []
-        for groups in _batches(smoothing_groups(session, linear=True), session.max_memory):
-            for group, x in zip(groups, _inputs(session, groups), strict=True):
-                alpha, factors = best_factors(group, x, grid, finder)
-                alphas += [alpha] * len(group)
-                for layer in group:
-                    smooth(layer, factors)
-        if alphas:
-            mean = sum(alphas) / len(alphas)
-            say(
-                f"{len(alphas)} of {len(session.layers)} quantized layers are scaled, alpha {mean:.2f} on average"
-            )
+    name = "scale-salient"
+    description = "scaling of linear layers' input channels by what their inputs hold"
+    paper = "AWQ, Lin et al., MLSys 2024, arXiv 2306.00978"
+    spoils = RESULTS
 
-    session.once("salient", compute)
+    grid: int = 20
+    finder: str = "minmax"
+
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            UsageError: an impossible grid or finder.
+        """
+        super().__post_init__()
+        check_finder(self.finder, WEIGHT_FINDERS)
+        if self.grid < 1:
+            raise UsageError(f"the grid of scale-salient must be at least 1, not {self.grid}")
+
+    def run(self, session: Session) -> None:
+        """Set the smoothing of linear layers."""
+
+        def compute() -> None:
+            alphas = []
+            for groups in _batches(smoothing_groups(session, linear=True), session.max_memory):
+                for group, x in zip(groups, _inputs(session, groups), strict=True):
+                    alpha, factors = best_factors(group, x, self.grid, self.finder)
+                    alphas += [alpha] * len(group)
+                    for layer in group:
+                        smooth(layer, factors)
+            if alphas:
+                mean = sum(alphas) / len(alphas)
+                say(
+                    f"{len(alphas)} of {len(session.layers)} quantized layers are scaled, alpha {mean:.2f} on average"
+                )
+
+        session.once("salient", compute)
+
+    def cost(self, units: int, effort: Effort) -> tuple[float, float]:
+        """As of `Stage.cost`."""
+        return 1.5, 0
 
 
 def best_factors(group: list[QuantizedLayer], x: Tensor, grid: int, finder: str) -> tuple[float, Tensor]:
@@ -122,24 +145,13 @@ def _inputs(session: Session, groups: list[list[QuantizedLayer]]) -> list[Tensor
     return [torch.cat(seen[id(group[0])]) for group in groups]
 
 
-STAGES = (
-    Stage(
-        "scale-salient",
-        scale_salient,
-        "scaling of linear layers' input channels by what their inputs hold",
-        lambda options, units, effort: (1.5, 0),
-        paper="AWQ, Lin et al., MLSys 2024, arXiv 2306.00978",
-        spoils=RESULTS,
-    ),
-)
-
 METHOD = Method(
     "awq",
     "AWQ, Lin et al., MLSys 2024, arXiv 2306.00978",
     "weights of salient input channels are scaled before they are rounded; min-max ranges",
     (
-        ("scale-salient", {}),
-        ("weight-ranges", {"finder": "minmax"}),
-        ("activation-ranges", {"finder": "minmax"}),
+        ScaleSalient(),
+        WeightRanges("minmax"),
+        ActivationRanges("minmax"),
     ),
 )

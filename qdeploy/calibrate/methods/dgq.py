@@ -41,6 +41,8 @@ from qdeploy.calibrate.input_groups import (
     reads_some_channels,
     reference_dimension,
 )
+from qdeploy.calibrate.methods.minmax import ActivationRanges, WeightRanges
+from qdeploy.calibrate.methods.qdiffusion import AdaRound
 from qdeploy.calibrate.rounding_noise import LEAST_GAIN, rounding_noise
 from qdeploy.calibrate.session import Session
 from qdeploy.quant.layer import QuantizedLayer
@@ -75,52 +77,79 @@ class Plan:
         return tuple(torch.bincount(self.labels).tolist())
 
 
-def group_channels(
-    session: Session, *, groups: int = 2, form: str = "auto", check: bool = True, choose: bool = False
-) -> None:
+@dataclass(frozen=True)
+class GroupChannels(Stage):
     """Give the input channels of every layer scales by groups, in a form that engines run.
 
-    Layers that quantize the halves of a concatenation on their own are left as they are.
+    Layers that quantize the halves of a concatenation on their own are left as they are. Running it raises
+    `UsageError` for an impossible number of groups, or where there are no activations to group.
 
-    Args:
-        session: the calibration.
+    Attributes:
         groups: G, how many groups at most; 1 changes nothing.
         form: ``fold``, ``split``, or ``auto``: fold for weights of eight bits, split for fewer.
         check: leave layers whose estimated noise would not fall.
         choose: leave layers whose tokens or pixels differ more than their channels, as the paper's code does.
-
-    Raises:
-        UsageError: an unknown form, an impossible number of groups, or no activations to group.
     """
-    number_format = activation_format(session, "group-channels")
-    form = _form(form, session)
-    families = layer_families(session)
-    whole = [
-        (layers[0].path, modules[0]) for layers, modules in families if not reads_some_channels(modules[0])
-    ]
-    check_groups(groups, {path: module.weight.shape[1] for path, module in whole})
-    firsts = {layers[0].path: modules[0] for layers, modules in families}
-    measured = session.draft.step(
-        f"{session.stage}-measured", lambda: watch(session, firsts, session.teacher(), "channel ranges")
-    )
-    plans = {
-        layers[0].path: _plan(
-            session, modules, of_layer(measured, layers[0].path), groups, form, check, choose
+
+    name = "group-channels"
+    description = "scales for groups of input channels, folded into weights or as convolutions of their own"
+    paper = "DGQ, arXiv 2501.04304"
+    spoils = (WEIGHT_SCALES, ACTIVATION_SCALES)
+
+    groups: int = 2
+    form: str = "auto"
+    check: bool = True
+    choose: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            UsageError: an unknown form.
+        """
+        super().__post_init__()
+        if self.form not in FORMS:
+            raise UsageError(f"unknown form {self.form!r} of group-channels: choose from {', '.join(FORMS)}")
+
+    def run(self, session: Session) -> None:
+        """Fold or split the weights of layers, and write the report of groups."""
+        number_format = activation_format(session, "group-channels")
+        form = _form(self.form, session)
+        families = layer_families(session)
+        whole = [
+            (layers[0].path, modules[0])
+            for layers, modules in families
+            if not reads_some_channels(modules[0])
+        ]
+        check_groups(self.groups, {path: module.weight.shape[1] for path, module in whole})
+        firsts = {layers[0].path: modules[0] for layers, modules in families}
+        measured = session.draft.step(
+            f"{session.stage}-measured", lambda: watch(session, firsts, session.teacher(), "channel ranges")
         )
-        for layers, modules in families
-    }
+        plans = {
+            layers[0].path: _plan(
+                session,
+                modules,
+                of_layer(measured, layers[0].path),
+                self.groups,
+                form,
+                self.check,
+                self.choose,
+            )
+            for layers, modules in families
+        }
 
-    def compute() -> None:
-        for layers, modules in families:
-            plan = plans[layers[0].path]
-            if not plan.left:
-                _fold(modules, plan) if form == "fold" else _split(modules, plan)
+        def compute() -> None:
+            for layers, modules in families:
+                plan = plans[layers[0].path]
+                if not plan.left:
+                    _fold(modules, plan) if form == "fold" else _split(modules, plan)
 
-    session.once("groups", compute)
-    report = _channel_report(families, plans, measured, number_format, form, groups)
-    session.draft.json(f"{session.component}/groups.json", report)
-    session.report["groups"] = report["counts"]
-    say(f"groups of channels: {report['counts']['grouped']} of {len(session.layers)} layers, form {form}")
+        session.once("groups", compute)
+        report = _channel_report(families, plans, measured, number_format, form, self.groups)
+        session.draft.json(f"{session.component}/groups.json", report)
+        session.report["groups"] = report["counts"]
+        say(f"groups of channels: {report['counts']['grouped']} of {len(session.layers)} layers, form {form}")
 
 
 def _plan(
@@ -210,31 +239,18 @@ def _channel_report(
 
 
 def _form(form: str, session: Session) -> str:
-    if form not in FORMS:
-        raise UsageError(f"unknown form {form!r} of group-channels: choose from {', '.join(FORMS)}")
     weights = parse_format(session.recipe.weights)
     return ("fold" if weights and weights.bits >= 8 else "split") if form == "auto" else form
 
-
-STAGES = (
-    Stage(
-        "group-channels",
-        group_channels,
-        "scales for groups of input channels, folded into weights or as convolutions of their own",
-        lambda options, units, effort: (1, 0),
-        paper="DGQ, arXiv 2501.04304",
-        spoils=(WEIGHT_SCALES, ACTIVATION_SCALES),
-    ),
-)
 
 METHOD = Method(
     "dgq",
     "DGQ, Ryu et al., ICLR 2025, arXiv 2501.04304",
     "groups of channels with scales of their own, where that lowers the noise; AdaRound",
     (
-        ("group-channels", {}),
-        ("weight-ranges", {"finder": "lp"}),
-        ("round-weights", {}),
-        ("activation-ranges", {"finder": "minmax"}),
+        GroupChannels(),
+        WeightRanges("lp"),
+        AdaRound(),
+        ActivationRanges("minmax"),
     ),
 )

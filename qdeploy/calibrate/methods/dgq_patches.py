@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,51 +34,77 @@ from qdeploy.system.progress import say
 ALONG = ("auto", ROWS, PIXELS)
 
 
-def group_patches(session: Session, *, groups: int = 8, along: str = "auto") -> None:
+@dataclass(frozen=True)
+class GroupPatches(Stage):
     """Give rows or columns of convolutions' im2col matrices scales by groups.
 
     A scale of a pixel holds for the number of pixels that was calibrated: it locks the resolution. Layers that
     quantize the halves of a concatenation, and those whose channels or tokens have groups, are left as they are.
+    Running it raises `UsageError` for an impossible number of groups, or where there are no activations to group.
 
-    Args:
-        session: the calibration.
+    Attributes:
         groups: G, how many groups at most; 1 changes nothing.
         along: ``rows``, ``pixels``, or ``auto``: those whose ranges differ more, summed over timesteps.
-
-    Raises:
-        UsageError: an impossible number of groups, an unknown dimension, or no activations to group.
     """
-    activation_format(session, "group-patches")
-    check_groups(groups, {})
-    if along not in ALONG:
-        raise UsageError(f"unknown dimension {along!r} of group-patches: choose from {', '.join(ALONG)}")
-    families = {layers[0].path: modules for layers, modules in layer_families(session)}
-    left = {path: reason for path, modules in families.items() if (reason := _unfit(modules))}
-    free = {path: modules[0] for path, modules in families.items() if path not in left}
-    measured = session.draft.step(
-        f"{session.stage}-measured", lambda: watch(session, free, session.weights_only(), "patch ranges")
+
+    name = "group-patches"
+    description = (
+        "scales for groups of rows or pixels of convolutions' im2col matrices, as DGQ's code; simulated"
     )
-    plans: dict[str, tuple[str, Tensor]] = {}
-    for path in free:
-        found = of_layer(measured, path)
-        dimension = chosen_dimension(found, (ROWS, PIXELS) if along == "auto" else (along,))
-        if dimension is None:
-            left[path] = "the number of pixels changes"
-            continue
-        labels = labels_along(session, found, dimension, groups)
-        if int(labels.max()) == 0:
-            left[path] = "one group"
-        else:
-            plans[path] = dimension, labels
+    paper = "DGQ, arXiv 2501.04304"
+    needs = (ACTIVATION_SCALES,)
+    gives = (ACTIVATION_SCALES,)
 
-    def compute() -> None:
-        for path, (dimension, labels) in plans.items():
-            quantizer = free[path].quantize_patches()
-            give_shares(quantizer, of_layer(measured, path), dimension, labels, AXES[dimension])
+    groups: int = 8
+    along: str = "auto"
 
-    session.once("groups", compute)
-    counts = _report(session, families, plans, left)
-    say(f"groups of patches: {counts['simulated']} convolutions, simulated")
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            UsageError: an unknown dimension.
+        """
+        super().__post_init__()
+        if self.along not in ALONG:
+            raise UsageError(
+                f"unknown dimension {self.along!r} of group-patches: choose from {', '.join(ALONG)}"
+            )
+
+    def run(self, session: Session) -> None:
+        """Give convolutions quantizers along their patches."""
+        activation_format(session, "group-patches")
+        check_groups(self.groups, {})
+        families = {layers[0].path: modules for layers, modules in layer_families(session)}
+        left = {path: reason for path, modules in families.items() if (reason := _unfit(modules))}
+        free = {path: modules[0] for path, modules in families.items() if path not in left}
+        measured = session.draft.step(
+            f"{session.stage}-measured", lambda: watch(session, free, session.weights_only(), "patch ranges")
+        )
+        plans: dict[str, tuple[str, Tensor]] = {}
+        for path in free:
+            found = of_layer(measured, path)
+            dimension = chosen_dimension(found, (ROWS, PIXELS) if self.along == "auto" else (self.along,))
+            if dimension is None:
+                left[path] = "the number of pixels changes"
+                continue
+            labels = labels_along(session, found, dimension, self.groups)
+            if int(labels.max()) == 0:
+                left[path] = "one group"
+            else:
+                plans[path] = dimension, labels
+
+        def compute() -> None:
+            for path, (dimension, labels) in plans.items():
+                quantizer = free[path].quantize_patches()
+                give_shares(quantizer, of_layer(measured, path), dimension, labels, AXES[dimension])
+
+        session.once("groups", compute)
+        counts = _report(session, families, plans, left)
+        say(f"groups of patches: {counts['simulated']} convolutions, simulated")
+
+    def simulated(self) -> str:
+        """Why no engine can run the result."""
+        return "" if self.groups == 1 else SIMULATED
 
 
 def _unfit(modules: list[QuantizedLayer]) -> str:
@@ -125,17 +152,3 @@ def _report(
     session.draft.json(name, {**known, "patches": {"counts": counts, "layers": layers}})
     session.report["patch_groups"] = counts
     return counts
-
-
-STAGES = (
-    Stage(
-        "group-patches",
-        group_patches,
-        "scales for groups of rows or pixels of convolutions' im2col matrices, as DGQ's code; simulated",
-        lambda options, units, effort: (1, 0),
-        paper="DGQ, arXiv 2501.04304",
-        needs=(ACTIVATION_SCALES,),
-        gives=(ACTIVATION_SCALES,),
-        simulated=lambda options: "" if options["groups"] == 1 else SIMULATED,
-    ),
-)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from safetensors.torch import load_file
@@ -12,44 +13,66 @@ from qdeploy.calibrate.session import Session
 from qdeploy.quant.layer import quantized_layers
 from qdeploy.quant.quantizers import WeightQuantizer
 from qdeploy.quant.state import code_shapes, quantizers, read_state, unpack
+from qdeploy.recipe.effort import Effort
 from qdeploy.recipe.recipe import Recipe
 from qdeploy.recipe.stages import ROUNDINGS, WEIGHT_SCALES, Stage
 from qdeploy.store.artifact import Artifact, open_artifact
 from qdeploy.system.errors import InvalidInputError, UsageError
 
 
-def load_weights(session: Session, *, checkpoint: str = "") -> None:
+@dataclass(frozen=True)
+class LoadWeights(Stage):
     """Take scales and roundings of all weights from a checkpoint of the same model.
 
-    Args:
-        session: the calibration.
+    Running it raises `InvalidInputError` where that is no checkpoint, was made from another model, or its
+    weights have another format or coverage.
+
+    Attributes:
         checkpoint: its folder.
-
-    Raises:
-        UsageError: none is named.
-        InvalidInputError: it is no checkpoint, was made from another model, or its weights have another
-            format or coverage.
     """
-    if not checkpoint:
-        raise UsageError("the stage load-weights needs the checkpoint to load from")
-    source = open_artifact(checkpoint, "checkpoint")
-    _check_alike(session, source)
-    stored = load_file(source.path / session.component / "quantized.safetensors")
-    shapes = code_shapes(session.denoiser)
 
-    _check_channels(session, stored, checkpoint)
+    name = "load-weights"
+    description = "scales and roundings of weights from another checkpoint"
+    gives = (WEIGHT_SCALES, ROUNDINGS)
 
-    def compute() -> None:
-        for name, quantizer in quantizers(session.denoiser):
-            if not isinstance(quantizer, WeightQuantizer):
-                continue
-            if f"{name}.codes" not in stored:
-                raise InvalidInputError(f"{checkpoint} does not quantize {name}: calibrate with its coverage")
-            quantizer.set(stored[f"{name}.scale"], stored[f"{name}.zero_point"])
-            codes = unpack(stored[f"{name}.codes"], quantizer.format, shapes[name])
-            quantizer.codes = codes.to(quantizer.scale.device)
+    checkpoint: str = ""
 
-    session.once("weights", compute)
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            UsageError: no checkpoint is named.
+        """
+        super().__post_init__()
+        if not self.checkpoint:
+            raise UsageError("the stage load-weights needs the checkpoint to load from")
+
+    def run(self, session: Session) -> None:
+        """Set scales and codes of all weights."""
+        source = open_artifact(self.checkpoint, "checkpoint")
+        _check_alike(session, source)
+        stored = load_file(source.path / session.component / "quantized.safetensors")
+        shapes = code_shapes(session.denoiser)
+
+        _check_channels(session, stored, self.checkpoint)
+
+        def compute() -> None:
+            for name, quantizer in quantizers(session.denoiser):
+                if not isinstance(quantizer, WeightQuantizer):
+                    continue
+                if f"{name}.codes" not in stored:
+                    raise InvalidInputError(
+                        f"{self.checkpoint} does not quantize {name}: calibrate with its coverage"
+                    )
+                quantizer.set(stored[f"{name}.scale"], stored[f"{name}.zero_point"])
+                codes = unpack(stored[f"{name}.codes"], quantizer.format, shapes[name])
+                quantizer.codes = codes.to(quantizer.scale.device)
+
+        session.once("weights", compute)
+
+    def cost(self, units: int, effort: Effort) -> tuple[float, float]:
+        """As of `Stage.cost`."""
+        return 0, 0
 
 
 def _check_alike(session: Session, source: Artifact) -> None:
@@ -80,14 +103,3 @@ def _check_channels(session: Session, stored: Mapping[str, Tensor], checkpoint: 
                     f"the weights of {path} in {checkpoint} were made for another {name.rpartition('.')[2]} of "
                     "its channels"
                 )
-
-
-STAGES = (
-    Stage(
-        "load-weights",
-        load_weights,
-        "scales and roundings of weights from another checkpoint",
-        lambda options, units, effort: (0, 0),
-        gives=(WEIGHT_SCALES, ROUNDINGS),
-    ),
-)

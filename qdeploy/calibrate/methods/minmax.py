@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -16,54 +17,99 @@ from qdeploy.quant.quantizers import ActivationQuantizer
 from qdeploy.quant.ranges import ACTIVATION_FINDERS, WEIGHT_FINDERS, Summary, check_finder
 from qdeploy.quant.state import quantizers
 from qdeploy.quant.time_ranges import ranges_by_timestep
+from qdeploy.recipe.effort import Effort
 from qdeploy.recipe.formats import Format
 from qdeploy.recipe.stages import ACTIVATION_SCALES, WEIGHT_SCALES, Method, Stage
 from qdeploy.system.progress import track
 
 
-def weight_ranges(session: Session, *, finder: str = "minmax") -> None:
+@dataclass(frozen=True)
+class WeightRanges(Stage):
     """Find the scale of every output channel of every weight.
 
-    Args:
-        session: the calibration.
-        finder: ``minmax`` or ``lp``.
+    Attributes:
+        finder: ``minmax``, or ``lp`` for least error.
     """
-    check_finder(finder, WEIGHT_FINDERS)
 
-    def compute() -> None:
-        for layer in track(list(quantized_layers(session.denoiser).values()), "weight ranges"):
-            for quantizer, weight in layer.weight_pairs():
-                quantizer.set(*WEIGHT_FINDERS[finder](weight, quantizer.format))
+    name = "weight-ranges"
+    description = "scales of weights, per output channel"
+    gives = (WEIGHT_SCALES,)
 
-    session.once("weights", compute)
+    finder: str = "minmax"
+
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            UsageError: an unknown finder.
+        """
+        super().__post_init__()
+        check_finder(self.finder, WEIGHT_FINDERS)
+
+    def run(self, session: Session) -> None:
+        """Set the scale of every weight quantizer."""
+
+        def compute() -> None:
+            for layer in track(list(quantized_layers(session.denoiser).values()), "weight ranges"):
+                for quantizer, weight in layer.weight_pairs():
+                    quantizer.set(*WEIGHT_FINDERS[self.finder](weight, quantizer.format))
+
+        session.once("weights", compute)
+
+    def cost(self, units: int, effort: Effort) -> tuple[float, float]:
+        """A search takes about half a pass over the rows; extremes take seconds."""
+        return 0 if self.finder == "minmax" else 0.5, 0
 
 
-def activation_ranges(session: Session, *, finder: str = "minmax", channelwise: bool = False) -> None:
+@dataclass(frozen=True)
+class ActivationRanges(Stage):
     """Find the scale of every quantized activation, in one pass over the calibration rows.
 
     Where the recipe wants groups of timesteps, each group gets a scale of its own. The range of every
     quantized tensor at every timestep is kept with the checkpoint.
 
-    Args:
-        session: the calibration.
+    Attributes:
         finder: ``minmax``, ``percentile``, ``running`` or ``lp``.
         channelwise: give each channel of a layer's input a scale of its own, by ``minmax`` or ``lp``: a
             simulation.
     """
-    check_finder(finder, WEIGHT_FINDERS if channelwise else ACTIVATION_FINDERS)
 
-    def compute() -> None:
-        seen = observe(session, session.rows(), channelwise)
-        ranges = ranges_by_timestep({name: summary for name, _, summary in seen})
-        session.keep_ranges(ranges)
-        edges = find_edges(session.recipe.timestep_groups, ranges)
-        for _, quantizer, summary in seen:
-            axis = summary.axis if isinstance(summary, ChannelSummary) else None
-            found = [_find(part, finder, quantizer.format) for part in summary.groups(edges)]
-            scales, zeros = zip(*found, strict=True)
-            quantizer.set(torch.stack(scales), torch.stack(zeros), edges, axis)
+    name = "activation-ranges"
+    description = "scales of layer inputs, per tensor"
+    needs = (WEIGHT_SCALES,)
+    gives = (ACTIVATION_SCALES,)
 
-    session.once("activations", compute)
+    finder: str = "minmax"
+    channelwise: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            UsageError: an unknown finder, or one that finds no scales by channel.
+        """
+        super().__post_init__()
+        check_finder(self.finder, WEIGHT_FINDERS if self.channelwise else ACTIVATION_FINDERS)
+
+    def run(self, session: Session) -> None:
+        """Set the scale of every activation quantizer, and keep the ranges with the checkpoint."""
+
+        def compute() -> None:
+            seen = observe(session, session.rows(), self.channelwise)
+            ranges = ranges_by_timestep({name: summary for name, _, summary in seen})
+            session.keep_ranges(ranges)
+            edges = find_edges(session.recipe.timestep_groups, ranges)
+            for _, quantizer, summary in seen:
+                axis = summary.axis if isinstance(summary, ChannelSummary) else None
+                found = [_find(part, self.finder, quantizer.format) for part in summary.groups(edges)]
+                scales, zeros = zip(*found, strict=True)
+                quantizer.set(torch.stack(scales), torch.stack(zeros), edges, axis)
+
+        session.once("activations", compute)
+
+    def simulated(self) -> str:
+        """Why no engine can run the result."""
+        return "no engine has a scale for each input channel" if self.channelwise else ""
 
 
 def _find(summary: Summary, finder: str, number_format: Format) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,31 +178,9 @@ def round_to_nearest(layer: QuantizedLayer) -> None:
             quantizer.codes = quantizer.nearest(weight)
 
 
-STAGES = (
-    Stage(
-        "weight-ranges",
-        weight_ranges,
-        "scales of weights, per output channel",
-        # a search takes about half a pass over the rows; extremes take seconds
-        lambda options, units, effort: (0 if options["finder"] == "minmax" else 0.5, 0),
-        gives=(WEIGHT_SCALES,),
-    ),
-    Stage(
-        "activation-ranges",
-        activation_ranges,
-        "scales of layer inputs, per tensor",
-        lambda options, units, effort: (1, 0),
-        needs=(WEIGHT_SCALES,),
-        gives=(ACTIVATION_SCALES,),
-        simulated=lambda options: (
-            "no engine has a scale for each input channel" * bool(options["channelwise"])
-        ),
-    ),
-)
-
 METHOD = Method(
     "minmax",
     "Krishnamoorthi 2018, arXiv 1806.08342",
     "min-max ranges and rounding to nearest: the baseline",
-    (("weight-ranges", {"finder": "minmax"}), ("activation-ranges", {"finder": "minmax"})),
+    (WeightRanges("minmax"), ActivationRanges("minmax")),
 )

@@ -17,10 +17,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from qdeploy.calibrate.methods.minmax import ActivationRanges, WeightRanges
 from qdeploy.calibrate.reconstruct import UnitProblem, optimize
 from qdeploy.calibrate.rounding import default_rate, learn_rounding, undecided
 from qdeploy.calibrate.session import Session
@@ -28,35 +30,68 @@ from qdeploy.network.roles import Layer
 from qdeploy.quant.layer import QuantizedLayer
 from qdeploy.quant.quantizers import ActivationQuantizer
 from qdeploy.quant.state import quantizers
+from qdeploy.recipe.effort import Effort
 from qdeploy.recipe.stages import ACTIVATION_SCALES, ROUNDINGS, WEIGHT_SCALES, Method, Stage
+from qdeploy.system.errors import UsageError
 from qdeploy.system.progress import say, track
 
 
-def round_weights(session: Session, *, weight: float = 0.01, warmup: float = 0.2, lr: float = 0.0) -> None:
-    """Learn the rounding of every weight, unit by unit (AdaRound).
+@dataclass(frozen=True)
+class AdaRound(Stage):
+    """Learn the rounding of every weight, unit by unit (AdaRound, Nagel et al., ICML 2020, arXiv 2004.10568).
 
     Weights whose rounding an earlier stage has decided stay as they are: TFMQ-DM keeps its temporal
     information block out of the blocks that it reaches into (section 3.1).
 
-    Args:
-        session: the calibration.
+    Attributes:
         weight: lambda, the weight of the rounding regulariser.
         warmup: share of the steps without regulariser.
         lr: Adam's learning rate; 0 chooses the paper's 1e-3, raised where there are fewer steps.
+        steps: of the optimiser for each unit; None leaves it to the effort.
     """
-    steps = session.effort.rounding
-    rate = lr or default_rate(steps)
-    for number, (unit, layers) in enumerate(track(list(session.units.items()), "rounding")):
 
-        def compute(unit: str = unit, layers: list[Layer] = layers) -> None:
-            modules = session.quantized(layers)
-            if not undecided(modules):
-                return
-            with session.weights_only(), session.problem(unit, nullcontext) as problem:
-                gain = _round_unit(session, problem, modules, f"round/{unit}", steps, rate, weight, warmup)
-            say(f"  {unit}: {gain:.2f} times the error of rounding to nearest", level=2)
+    name = "round-weights"
+    description = "AdaRound by reconstruction of units"
+    needs = (WEIGHT_SCALES,)
+    gives = (ROUNDINGS,)
+    uniform = True
 
-        session.once(f"{number:04d}", compute, prefix=unit)
+    weight: float = 0.01
+    warmup: float = 0.2
+    lr: float = 0.0
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            UsageError: fewer than one step.
+        """
+        super().__post_init__()
+        if self.steps is not None and self.steps < 1:
+            raise UsageError(f"the steps of round-weights must be at least 1, not {self.steps}")
+
+    def run(self, session: Session) -> None:
+        """Decide the codes of all weights."""
+        steps = self.steps or session.effort.rounding
+        rate = self.lr or default_rate(steps)
+        for number, (unit, layers) in enumerate(track(list(session.units.items()), "rounding")):
+
+            def compute(unit: str = unit, layers: list[Layer] = layers) -> None:
+                modules = session.quantized(layers)
+                if not undecided(modules):
+                    return
+                with session.weights_only(), session.problem(unit, nullcontext) as problem:
+                    gain = _round_unit(
+                        session, problem, modules, f"round/{unit}", steps, rate, self.weight, self.warmup
+                    )
+                say(f"  {unit}: {gain:.2f} times the error of rounding to nearest", level=2)
+
+            session.once(f"{number:04d}", compute, prefix=unit)
+
+    def cost(self, units: int, effort: Effort) -> tuple[float, float]:
+        """As of `Stage.cost`."""
+        return units, self.steps or effort.rounding
 
 
 def _round_unit(
@@ -82,28 +117,43 @@ def _round_unit(
     )
 
 
-def learn_scales(session: Session, *, lr: float = 0.01, p: float = 2.4) -> None:
+@dataclass(frozen=True)
+class LearnScales(Stage):
     """Learn the steps of activations, unit by unit, with the weights fixed (LSQ, Esser et al. 2020).
 
     A unit keeps its new steps only if they lower its error on rows that were not learned from.
 
-    Args:
-        session: the calibration.
+    Attributes:
         lr: Adam's learning rate for the logarithm of a step.
         p: exponent of the output error.
     """
-    if session.recipe.activations == "none":
-        return
-    kept = 0
-    for number, unit in enumerate(track(list(session.units), "activation scales")):
 
-        def compute(unit: str = unit) -> None:
-            nonlocal kept
-            with session.problem(unit, nullcontext) as problem:
-                kept += _learn_unit(session, problem, unit, lr, p)
+    name = "learn-scales"
+    description = "learned steps of activations, kept if unseen rows agree"
+    needs = (ACTIVATION_SCALES,)
+    gives = (ACTIVATION_SCALES,)
 
-        session.once(f"{number:04d}", compute, prefix=unit)
-    say(f"learned activation scales were kept in {kept} of {len(session.units)} units", level=2)
+    lr: float = 0.01
+    p: float = 2.4
+
+    def run(self, session: Session) -> None:
+        """Change the scales of activations."""
+        if session.recipe.activations == "none":
+            return
+        kept = 0
+        for number, unit in enumerate(track(list(session.units), "activation scales")):
+
+            def compute(unit: str = unit) -> None:
+                nonlocal kept
+                with session.problem(unit, nullcontext) as problem:
+                    kept += _learn_unit(session, problem, unit, self.lr, self.p)
+
+            session.once(f"{number:04d}", compute, prefix=unit)
+        say(f"learned activation scales were kept in {kept} of {len(session.units)} units", level=2)
+
+    def cost(self, units: int, effort: Effort) -> tuple[float, float]:
+        """As of `Stage.cost`."""
+        return units, effort.scales
 
 
 def _learn_unit(session: Session, problem: UnitProblem, unit: str, lr: float, p: float) -> bool:
@@ -140,34 +190,14 @@ def _follow(log: nn.Parameter) -> Callable[[nn.Module, tuple[torch.Tensor, ...]]
     return before
 
 
-STAGES = (
-    Stage(
-        "round-weights",
-        round_weights,
-        "AdaRound by reconstruction of units",
-        lambda options, units, effort: (units, effort.rounding),
-        needs=(WEIGHT_SCALES,),
-        gives=(ROUNDINGS,),
-        uniform=True,
-    ),
-    Stage(
-        "learn-scales",
-        learn_scales,
-        "learned steps of activations, kept if unseen rows agree",
-        lambda options, units, effort: (units, effort.scales),
-        needs=(ACTIVATION_SCALES,),
-        gives=(ACTIVATION_SCALES,),
-    ),
-)
-
 METHOD = Method(
     "qdiffusion",
     "Q-Diffusion, Li et al., ICCV 2023, arXiv 2302.04304",
     "trajectory calibration, split shortcuts, AdaRound by units, learned activation steps",
     (
-        ("weight-ranges", {"finder": "lp"}),
-        ("round-weights", {}),
-        ("activation-ranges", {"finder": "lp"}),
-        ("learn-scales", {}),
+        WeightRanges("lp"),
+        AdaRound(),
+        ActivationRanges("lp"),
+        LearnScales(),
     ),
 )

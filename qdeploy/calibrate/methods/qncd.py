@@ -19,18 +19,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qdeploy.calibrate.groups import CHANNELS, of_layer, watch
+from qdeploy.calibrate.methods.minmax import ActivationRanges, WeightRanges
+from qdeploy.calibrate.methods.qdiffusion import AdaRound
 from qdeploy.calibrate.rounding_noise import LEAST_GAIN, rounding_noise
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.smoothing import can_smooth, relative_factors, smooth
 from qdeploy.model.inputs import denoise
 from qdeploy.network.modulation import ADDITIVE, Modulation, find_modulations
 from qdeploy.quant.layer import QuantizedLayer, quantized_layers
+from qdeploy.recipe.effort import Effort
 from qdeploy.recipe.stages import ACTIVATION_SCALES, RESULTS, WEIGHT_SCALES, Method, Stage
 from qdeploy.store.correction_table import CORRECTION, CorrectionTable
 from qdeploy.system.progress import say, track
@@ -38,41 +42,55 @@ from qdeploy.system.progress import say, track
 EPSILON = 1e-3
 
 
-def smooth_embeddings(session: Session, *, strength: float = 1.0, check: bool = True) -> None:
+@dataclass(frozen=True)
+class SmoothEmbeddings(Stage):
     """Smooth the layers that read what the embedding was added to or scaled (section 3.1).
 
-    Args:
-        session: the calibration.
+    Attributes:
         strength: the exponent of S; 1 is the paper's, less leaves more to the weights.
         check: leave layers whose estimated rounding noise, of weights and input together, would not fall.
     """
-    layers = quantized_layers(session.denoiser)
 
-    def compute() -> None:
-        with torch.no_grad(), session.teacher():
-            places = find_modulations(session.denoiser, session.inputs(session.rows()[:1]))
-            outputs = _projections(session, {place.projection for place in places})
-        wanted: list[tuple[dict[str, QuantizedLayer], Tensor]] = []
-        for place in places:
-            factors = smoothing_factors(place, outputs[place.projection]).pow(strength)
-            readers = {path: layers[path] for path in place.layers if path in layers}
-            fitting = (
-                can_smooth(layer) and len(factors) == layer.weight.shape[1] for layer in readers.values()
+    name = "smooth-embeddings"
+    description = "smoothing of layers that read what the timestep's embedding was added to or scaled"
+    spoils = RESULTS
+
+    strength: float = 1.0
+    check: bool = True
+
+    def run(self, session: Session) -> None:
+        """Set the smoothing of layers that read an embedding."""
+        layers = quantized_layers(session.denoiser)
+
+        def compute() -> None:
+            with torch.no_grad(), session.teacher():
+                places = find_modulations(session.denoiser, session.inputs(session.rows()[:1]))
+                outputs = _projections(session, {place.projection for place in places})
+            wanted: list[tuple[dict[str, QuantizedLayer], Tensor]] = []
+            for place in places:
+                factors = smoothing_factors(place, outputs[place.projection]).pow(self.strength)
+                readers = {path: layers[path] for path in place.layers if path in layers}
+                fitting = (
+                    can_smooth(layer) and len(factors) == layer.weight.shape[1] for layer in readers.values()
+                )
+                if readers and all(fitting):
+                    wanted.append((readers, factors))
+            chosen = _quieter(session, wanted) if self.check else wanted
+            for readers, factors in chosen:
+                for layer in readers.values():
+                    smooth(layer, factors)
+            count, able = (sum(len(readers) for readers, _ in some) for some in (chosen, wanted))
+            session.report["smoothed_by_embedding"] = {"layers": count, "read_an_embedding": able}
+            say(
+                f"{count} of the {able} quantized layers that read the timestep's embedding are smoothed by it"
+                + (
+                    ""
+                    if count == able
+                    else "; for the others its factors are not worth what they do to weights"
+                )
             )
-            if readers and all(fitting):
-                wanted.append((readers, factors))
-        chosen = _quieter(session, wanted) if check else wanted
-        for readers, factors in chosen:
-            for layer in readers.values():
-                smooth(layer, factors)
-        count, able = (sum(len(readers) for readers, _ in some) for some in (chosen, wanted))
-        session.report["smoothed_by_embedding"] = {"layers": count, "read_an_embedding": able}
-        say(
-            f"{count} of the {able} quantized layers that read the timestep's embedding are smoothed by it"
-            + ("" if count == able else "; for the others its factors are not worth what they do to weights")
-        )
 
-    session.once("smoothing", compute)
+        session.once("smoothing", compute)
 
 
 def _quieter(
@@ -157,14 +175,30 @@ def _seen_outputs(session: Session, paths: set[str]) -> dict[str, Tensor]:
     return {path: torch.cat(outputs) for path, outputs in seen.items()}
 
 
-def measure_errors(session: Session, *, guard: float = 2.0) -> None:
+@dataclass(frozen=True)
+class MeasureErrors(Stage):
     """Measure the mean error of the prediction at every calibrated timestep, for each of its channels.
 
-    Args:
-        session: the calibration.
+    Attributes:
         guard: means within so many standard errors of 0 become 0: they are chance.
     """
-    session.draft.tensors(f"{session.component}/{CORRECTION}", lambda: _measured(session, guard).to_tensors())
+
+    name = "measure-errors"
+    description = "a table of the prediction's mean errors by timestep, for sample --correction table"
+    needs = (WEIGHT_SCALES, ACTIVATION_SCALES)
+    last = True
+
+    guard: float = 2.0
+
+    def run(self, session: Session) -> None:
+        """Write the correction table of the checkpoint."""
+        session.draft.tensors(
+            f"{session.component}/{CORRECTION}", lambda: _measured(session, self.guard).to_tensors()
+        )
+
+    def cost(self, units: int, effort: Effort) -> tuple[float, float]:
+        """As of `Stage.cost`."""
+        return 2, 0
 
 
 def _measured(session: Session, guard: float) -> CorrectionTable:
@@ -207,33 +241,15 @@ def mean_errors(errors: Tensor, timesteps: Tensor, prediction: str, guard: float
     return CorrectionTable(distinct, torch.stack(means).float(), prediction)
 
 
-STAGES = (
-    Stage(
-        "smooth-embeddings",
-        smooth_embeddings,
-        "smoothing of layers that read what the timestep's embedding was added to or scaled",
-        lambda options, units, effort: (1, 0),
-        spoils=RESULTS,
-    ),
-    Stage(
-        "measure-errors",
-        measure_errors,
-        "a table of the prediction's mean errors by timestep, for sample --correction table",
-        lambda options, units, effort: (2, 0),
-        needs=(WEIGHT_SCALES, ACTIVATION_SCALES),
-        last=True,
-    ),
-)
-
 METHOD = Method(
     "qncd",
     "QNCD, Chu et al., ACM MM 2024, arXiv 2403.19140",
     "smoothing by the timestep's embedding, AdaRound, a table that corrects the prediction's mean error",
     (
-        ("smooth-embeddings", {}),
-        ("weight-ranges", {"finder": "lp"}),
-        ("round-weights", {}),
-        ("activation-ranges", {"finder": "lp"}),
-        ("measure-errors", {}),
+        SmoothEmbeddings(),
+        WeightRanges("lp"),
+        AdaRound(),
+        ActivationRanges("lp"),
+        MeasureErrors(),
     ),
 )

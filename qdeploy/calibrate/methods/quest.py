@@ -27,13 +27,14 @@ Departures from the released code, each for a reason:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from qdeploy.calibrate.learning import journal_of, learn
-from qdeploy.calibrate.methods.minmax import round_to_nearest
+from qdeploy.calibrate.methods.minmax import ActivationRanges, WeightRanges, round_to_nearest
+from qdeploy.calibrate.methods.qdiffusion import AdaRound
 from qdeploy.calibrate.prediction_loss import Losses
 from qdeploy.calibrate.session import HELD_OUT, Session
 from qdeploy.calibrate.tuning import Tuning
@@ -46,107 +47,141 @@ from qdeploy.system.errors import UsageError
 from qdeploy.system.progress import say
 
 
-def align_time(
-    session: Session,
-    *,
-    reach: float = 1.0,
-    reach_scales: float = 0.1,
-    local: float = 1.0,
-    overall: float = 2.0,
-    steps: int = -1,
-    micro_batch: int = 8,
-) -> None:
+@dataclass(frozen=True)
+class _Alignment(Stage):
+    """Tune weights and scales that exist already."""
+
+    needs = (WEIGHT_SCALES, ACTIVATION_SCALES)
+    gives = (ROUNDINGS, ACTIVATION_SCALES)
+
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            UsageError: one makes no sense.
+        """
+        super().__post_init__()
+        for name in ("reach", "reach_scales", "local", "overall"):
+            if not (value := self.options.get(name, 0)) >= 0:
+                raise UsageError(f"the option {name} of {self.name} cannot be {value}: it is at least 0")
+        if (rows := self.options["micro_batch"]) < 1:
+            raise UsageError(f"a micro-batch holds at least one row, not {rows}")
+
+    def cost(self, units: int, effort: Effort) -> tuple[float, float]:
+        """The steps run teacher, student, gradient and recomputation; held-out rows are judged twice."""
+        return 4 / HELD_OUT, effort.tuning * 5 / 3
+
+
+@dataclass(frozen=True)
+class AlignTime(_Alignment):
     """Temporal layer alignment (section 3.3): the projections of the time embedding, and their inputs' scales.
 
-    Args:
-        session: the calibration.
+    Attributes:
         reach: how many steps of its grid a weight may move.
         reach_scales: how much the logarithm of a scale may change.
         local: weight of the layers' own errors.
         overall: weight of the error of the network's prediction.
         steps: of the optimiser; -1 leaves it to the effort.
         micro_batch: rows whose activations are held at a time.
-
-    Raises:
-        UsageError: an option makes no sense.
     """
-    features = _modules(session, session.structure.time.features)
-    layers = {path: layer for path, layer in features.items() if layer.table is None}
-    if not layers:
-        say(
-            f"align-time has nothing to align: with coverage {session.recipe.coverage} no temporal feature is "
-            "computed from quantized weights"
-        )
-        return
-    _align(session, layers, _time_scales(session), reach, reach_scales, local, overall, steps, micro_batch)
+
+    name = "align-time"
+    description = "tune the projections of the time embedding and their scales (QuEST's TLA)"
+
+    reach: float = 1.0
+    reach_scales: float = 0.1
+    local: float = 1.0
+    overall: float = 2.0
+    steps: int = -1
+    micro_batch: int = 8
+
+    def run(self, session: Session) -> None:
+        """Tune what temporal features are computed from."""
+        features = _modules(session, session.structure.time.features)
+        layers = {path: layer for path, layer in features.items() if layer.table is None}
+        if not layers:
+            say(
+                f"align-time has nothing to align: with coverage {session.recipe.coverage} no temporal feature is "
+                "computed from quantized weights"
+            )
+            return
+        _align(session, layers, _time_scales(session), **self.options)
 
 
-def align_attention(
-    session: Session,
-    *,
-    reach: float = 1.0,
-    reach_scales: float = 0.1,
-    local: float = 1.0,
-    overall: float = 2.0,
-    steps: int = -1,
-    micro_batch: int = 8,
-) -> None:
+@dataclass(frozen=True)
+class AlignAttention(_Alignment):
     """Critical module alignment (section 3.3): attention and feed-forward, and all scales but those of time.
 
-    Args:
-        session: the calibration.
-        reach: as of `align_time`, like all that follow.
-        reach_scales: likewise.
-        local: likewise.
-        overall: likewise.
-        steps: likewise.
-        micro_batch: likewise.
-
-    Raises:
-        UsageError: an option makes no sense.
+    Attributes:
+        reach: as of `AlignTime`, like all that follow.
+        reach_scales: how much the logarithm of a scale may change.
+        local: weight of the layers' own errors.
+        overall: weight of the error of the network's prediction.
+        steps: of the optimiser; -1 leaves it to the effort.
+        micro_batch: rows whose activations are held at a time.
     """
-    layers = _modules(session, [layer.path for layer in session.layers if layer.attention])
-    if not layers:
-        say("align-attention has nothing to align: no quantized layer belongs to an attention")
-        return
-    of_time = {id(quantizer) for quantizer in _time_scales(session).values()}
-    scales = {name: q for name, q in _scales(session).items() if id(q) not in of_time}
-    _align(session, layers, scales, reach, reach_scales, local, overall, steps, micro_batch)
+
+    name = "align-attention"
+    description = "tune attention and feed-forward, and all other activation scales (QuEST's CMA)"
+
+    reach: float = 1.0
+    reach_scales: float = 0.1
+    local: float = 1.0
+    overall: float = 2.0
+    steps: int = -1
+    micro_batch: int = 8
+
+    def run(self, session: Session) -> None:
+        """Tune the layers of attention and feed-forward."""
+        layers = _modules(session, [layer.path for layer in session.layers if layer.attention])
+        if not layers:
+            say("align-attention has nothing to align: no quantized layer belongs to an attention")
+            return
+        of_time = {id(quantizer) for quantizer in _time_scales(session).values()}
+        scales = {name: q for name, q in _scales(session).items() if id(q) not in of_time}
+        _align(session, layers, scales, **self.options)
 
 
-def align_end(
-    session: Session,
-    *,
-    reach: float = 1.0,
-    reach_scales: float = 0.1,
-    steps: int = -1,
-    micro_batch: int = 8,
-) -> None:
+@dataclass(frozen=True)
+class AlignEnd(_Alignment):
     """The last unit and its scales against ``L_G`` alone: what reconstruction by units cannot see.
 
     A unit's own error says nothing of what reads it. Behind the last one only the float end of the network
     follows, which may amplify the one direction in which the unit errs.
 
-    Args:
-        session: the calibration.
-        reach: as of `align_time`, like all that follow.
-        reach_scales: likewise.
-        steps: likewise.
-        micro_batch: likewise.
-
-    Raises:
-        UsageError: an option makes no sense.
+    Attributes:
+        reach: how many steps of its grid a weight may move.
+        reach_scales: how much the logarithm of a scale may change.
+        steps: of the optimiser; -1 leaves it to the effort.
+        micro_batch: rows whose activations are held at a time.
     """
-    last = list(session.units.values())[-1]
-    layers = _modules(session, [layer.path for layer in last])
-    scales = _scales_of(session, layers)
-    _align(session, layers, scales, reach, reach_scales, 0.0, 1.0, steps, micro_batch)
+
+    name = "align-end"
+    description = (
+        "tune the last unit and its activation scales against the prediction (QuEST's global loss alone)"
+    )
+
+    reach: float = 1.0
+    reach_scales: float = 0.1
+    steps: int = -1
+    micro_batch: int = 8
+
+    def run(self, session: Session) -> None:
+        """Tune the last unit."""
+        last = list(session.units.values())[-1]
+        layers = _modules(session, [layer.path for layer in last])
+        _align(session, layers, _scales_of(session, layers), **self.options, local=0.0, overall=1.0)
+
+    def cost(self, units: int, effort: Effort) -> tuple[float, float]:
+        """As of the others, but the gradient ends where it has hardly begun."""
+        return 4 / HELD_OUT, effort.tuning * 2.5 / 3
 
 
 def _align(
     session: Session,
     layers: Mapping[str, QuantizedLayer],
     scales: Mapping[str, ActivationQuantizer],
+    *,
     reach: float,
     reach_scales: float,
     local: float,
@@ -154,12 +189,6 @@ def _align(
     steps: int,
     micro_batch: int,
 ) -> None:
-    given = {"reach": reach, "reach_scales": reach_scales, "local": local, "overall": overall}
-    for name, value in given.items():
-        if not value >= 0:
-            raise UsageError(f"the option {name} of an alignment cannot be {value}: it is at least 0")
-    if micro_batch < 1:
-        raise UsageError(f"a micro-batch holds at least one row, not {micro_batch}")
     steps = session.effort.tuning if steps < 0 else steps
     outcome = f"{session.stage}-outcome"
 
@@ -239,56 +268,16 @@ def _scales_of(session: Session, layers: Mapping[str, QuantizedLayer]) -> dict[s
     return {name: quantizer for name, quantizer in _scales(session).items() if id(quantizer) in theirs}
 
 
-def _cost(options: Mapping[str, Any], units: int, effort: Effort) -> tuple[float, float]:
-    """The steps run teacher, student, gradient and recomputation; held-out rows are judged twice."""
-    return 4 / HELD_OUT, effort.tuning * 5 / 3
-
-
-def _cost_of_the_end(options: Mapping[str, Any], units: int, effort: Effort) -> tuple[float, float]:
-    """Likewise, but the gradient ends where it has hardly begun."""
-    return 4 / HELD_OUT, effort.tuning * 2.5 / 3
-
-
-def _alignment(
-    name: str,
-    run: Callable[..., None],
-    description: str,
-    cost: Callable[[Mapping[str, Any], int, Effort], tuple[float, float]] = _cost,
-) -> Stage:
-    """A stage that tunes weights and scales which are there already."""
-    scales, results = (WEIGHT_SCALES, ACTIVATION_SCALES), (ROUNDINGS, ACTIVATION_SCALES)
-    return Stage(name, run, description, cost, needs=scales, gives=results)
-
-
-STAGES = (
-    _alignment(
-        "align-time",
-        align_time,
-        "tune the projections of the time embedding and their scales (QuEST's TLA)",
-    ),
-    _alignment(
-        "align-attention",
-        align_attention,
-        "tune attention and feed-forward, and all other activation scales (QuEST's CMA)",
-    ),
-    _alignment(
-        "align-end",
-        align_end,
-        "tune the last unit and its activation scales against the prediction (QuEST's global loss alone)",
-        _cost_of_the_end,
-    ),
-)
-
 METHOD = Method(
     "quest",
     "QuEST, Wang et al., ICCV 2025, arXiv 2402.03666",
     "AdaRound, then a few per cent of the weights tuned: the time projections, then attention and feed-forward",
     (
-        ("weight-ranges", {"finder": "lp"}),
-        ("round-weights", {}),
-        ("activation-ranges", {"finder": "lp"}),
-        ("align-time", {}),
-        ("align-attention", {}),
+        WeightRanges("lp"),
+        AdaRound(),
+        ActivationRanges("lp"),
+        AlignTime(),
+        AlignAttention(),
     ),
     coverage="portable-time",
 )

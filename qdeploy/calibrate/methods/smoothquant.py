@@ -7,9 +7,12 @@ an activation function; engines fuse it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from qdeploy.calibrate.methods.minmax import ActivationRanges, WeightRanges
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.smoothing import look_at_inputs, smooth, smoothing_groups
 from qdeploy.quant.layer import QuantizedLayer
@@ -20,34 +23,52 @@ from qdeploy.system.progress import say
 LAYERS = ("linear", "all")
 
 
-def migrate_outliers(session: Session, *, alpha: float = 0.5, layers: str = "linear") -> None:
+@dataclass(frozen=True)
+class MigrateOutliers(Stage):
     """Smooth layers by the ranges of their inputs and weights (section 4).
 
-    Args:
-        session: the calibration.
+    Attributes:
         alpha: how much of the difficulty migrates from activations to weights, 0 to 1.
         layers: ``linear``, or ``all`` for convolutions too.
-
-    Raises:
-        UsageError: an impossible alpha or word.
     """
-    if not 0 <= alpha <= 1:
-        raise UsageError(f"the alpha of migrate-outliers must be from 0 to 1, not {alpha}")
-    if layers not in LAYERS:
-        raise UsageError(f"migrate-outliers smooths {' or '.join(LAYERS)}, not {layers!r}")
 
-    def compute() -> None:
-        groups = smoothing_groups(session, linear=layers == "linear")
-        seen = _channel_ranges(session, groups)
-        for group, activations in zip(groups, seen, strict=True):
-            weights = torch.stack([weight_ranges(layer) for layer in group]).amax(0)
-            factors = migration_factors(activations, weights, alpha)
-            for layer in group:
-                smooth(layer, factors)
-        count = sum(map(len, groups))
-        say(f"{count} of {len(session.layers)} quantized layers are smoothed, alpha {alpha:g}")
+    name = "migrate-outliers"
+    description = "smoothing of layers by the ranges of their input channels"
+    paper = "SmoothQuant, Xiao et al., ICML 2023, arXiv 2211.10438"
+    spoils = RESULTS
 
-    session.once("smoothing", compute)
+    alpha: float = 0.5
+    layers: str = "linear"
+
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            UsageError: an impossible alpha or word.
+        """
+        super().__post_init__()
+        if not 0 <= self.alpha <= 1:
+            raise UsageError(f"the alpha of migrate-outliers must be from 0 to 1, not {self.alpha}")
+        if self.layers not in LAYERS:
+            raise UsageError(f"migrate-outliers smooths {' or '.join(LAYERS)}, not {self.layers!r}")
+
+    def run(self, session: Session) -> None:
+        """Set the smoothing of layers."""
+
+        def compute() -> None:
+            groups = smoothing_groups(session, linear=self.layers == "linear")
+            seen = _channel_ranges(session, groups)
+            for group, activations in zip(groups, seen, strict=True):
+                weights = torch.stack([weight_ranges(layer) for layer in group]).amax(0)
+                factors = migration_factors(activations, weights, self.alpha)
+                for layer in group:
+                    smooth(layer, factors)
+            count = sum(map(len, groups))
+            say(
+                f"{count} of {len(session.layers)} quantized self.layers are smoothed, self.alpha {self.alpha:g}"
+            )
+
+        session.once("smoothing", compute)
 
 
 def migration_factors(activations: Tensor, weights: Tensor, alpha: float) -> Tensor:
@@ -83,24 +104,13 @@ def _channel_ranges(session: Session, groups: list[list[QuantizedLayer]]) -> lis
     return found
 
 
-STAGES = (
-    Stage(
-        "migrate-outliers",
-        migrate_outliers,
-        "smoothing of layers by the ranges of their input channels",
-        lambda options, units, effort: (1, 0),
-        paper="SmoothQuant, Xiao et al., ICML 2023, arXiv 2211.10438",
-        spoils=RESULTS,
-    ),
-)
-
 METHOD = Method(
     "smoothquant",
     "SmoothQuant, Xiao et al., ICML 2023, arXiv 2211.10438",
     "outliers of activations migrate to weights; min-max ranges",
     (
-        ("migrate-outliers", {}),
-        ("weight-ranges", {"finder": "minmax"}),
-        ("activation-ranges", {"finder": "minmax"}),
+        MigrateOutliers(),
+        WeightRanges("minmax"),
+        ActivationRanges("minmax"),
     ),
 )

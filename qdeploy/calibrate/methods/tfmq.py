@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qdeploy.calibrate.methods.minmax import ActivationRanges, WeightRanges
+from qdeploy.calibrate.methods.qdiffusion import AdaRound
 from qdeploy.calibrate.rounding import default_rate, learn_rounding, undecided
 from qdeploy.calibrate.session import HELD_OUT, Session
 from qdeploy.network.current_timestep import clock_of, midpoints
@@ -84,121 +86,157 @@ class TemporalProblem:
             return float(self.error(self.judge, p))
 
 
-def temporal_rounding(
-    session: Session, *, weight: float = 0.01, warmup: float = 0.2, lr: float = 0.0
-) -> None:
+@dataclass(frozen=True)
+class TemporalRounding(Stage):
     """Learn the rounding of the temporal information block (TIAR, section 3.1, equation 8).
 
-    Args:
-        session: the calibration.
+    Attributes:
         weight: lambda, the weight of the rounding regulariser.
         warmup: share of the steps without regulariser.
         lr: Adam's learning rate; 0 chooses the paper's 1e-3, raised where there are fewer steps.
     """
-    layers = _block(session)
-    steps = session.effort.rounding
 
-    def compute() -> None:
-        gain = learn_rounding(
-            TemporalProblem.open(session),
-            undecided(layers.values()),
-            steps=steps,
-            batch=session.effort.batch,
-            lr=lr or default_rate(steps),
-            generator=session.generator("temporal"),
-            weight=weight,
-            warmup=warmup,
-        )
-        say(f"  temporal information block: {gain:.2f} times the error of rounding to nearest", level=2)
+    name = "temporal-rounding"
+    description = "AdaRound of the temporal information block, over all timesteps"
+    needs = (WEIGHT_SCALES,)
+    gives = (ROUNDINGS,)
+    uniform = True
 
-    session.once("block", compute)
+    weight: float = 0.01
+    warmup: float = 0.2
+    lr: float = 0.0
+
+    def run(self, session: Session) -> None:
+        """Decide the codes of the block."""
+        layers = _block(session)
+        steps = session.effort.rounding
+
+        def compute() -> None:
+            gain = learn_rounding(
+                TemporalProblem.open(session),
+                undecided(layers.values()),
+                steps=steps,
+                batch=session.effort.batch,
+                lr=self.lr or default_rate(steps),
+                generator=session.generator("temporal"),
+                weight=self.weight,
+                warmup=self.warmup,
+            )
+            say(f"  temporal information block: {gain:.2f} times the error of rounding to nearest", level=2)
+
+        session.once("block", compute)
 
 
-def finite_set_ranges(session: Session) -> None:
+@dataclass(frozen=True)
+class FiniteSetRanges(Stage):
     """A scale and, where the format has one, a zero point for every timestep (section 3.2).
 
     For every quantized activation of the temporal information block: the smallest and largest value at that
     timestep, weights quantized and activations float.
     """
-    layers = _block(session)
-    if not any(layer.input_quantizers for layer in layers.values()):
-        return
 
-    def compute() -> None:
-        timesteps = session.all_timesteps()
-        edges = midpoints(timesteps.float())
-        found: _Extremes = {q: ([], []) for layer in layers.values() for q in layer.activation_quantizers}
-        with torch.no_grad(), session.weights_only(), _watched(found):
-            session.structure.time(session.denoiser, timesteps.to(session.device))
-        for quantizer, (lows, highs) in found.items():
-            low, high = torch.stack(lows), torch.stack(highs)
-            # a tensor that several layers read is seen once for each of them, at every timestep
-            low, high = low.view(len(timesteps), -1).amin(1), high.view(len(timesteps), -1).amax(1)
-            quantizer.set(*to_scale(low, high, quantizer.format), edges)
+    name = "finite-set-ranges"
+    description = "scale and zero point of the time path's activations for every timestep"
+    needs = (WEIGHT_SCALES,)
 
-    session.once("finite-set", compute)
+    def run(self, session: Session) -> None:
+        """Set the scales of the block's activations."""
+        layers = _block(session)
+        if not any(layer.input_quantizers for layer in layers.values()):
+            return
+
+        def compute() -> None:
+            timesteps = session.all_timesteps()
+            edges = midpoints(timesteps.float())
+            found: _Extremes = {q: ([], []) for layer in layers.values() for q in layer.activation_quantizers}
+            with torch.no_grad(), session.weights_only(), _watched(found):
+                session.structure.time(session.denoiser, timesteps.to(session.device))
+            for quantizer, (lows, highs) in found.items():
+                low, high = torch.stack(lows), torch.stack(highs)
+                # a tensor that several layers read is seen once for each of them, at every timestep
+                low, high = low.view(len(timesteps), -1).amin(1), high.view(len(timesteps), -1).amax(1)
+                quantizer.set(*to_scale(low, high, quantizer.format), edges)
+
+        session.once("finite-set", compute)
 
 
-def temporal_selection(session: Session, *, mode: str = "selected") -> None:
+@dataclass(frozen=True)
+class TemporalSelection(Stage):
     """Choose for every feature between the quantized block and a quantized table of the feature.
 
     What is compared is the relative error of the feature, averaged over all timesteps; it is kept with the
     checkpoint. The table has a scale and a zero point for every timestep; a tie goes to the table, which
     costs nothing at run time.
 
-    Args:
-        session: the calibration.
+    Attributes:
         mode: ``selected``; ``block`` or ``cache`` to have the one or the other for every feature.
-
-    Raises:
-        UsageError: there is no such mode.
     """
-    if mode not in MODES:
-        raise UsageError(f"unknown mode {mode!r} of temporal-selection: choose from {', '.join(MODES)}")
-    layers = _block(session)
-    time = session.structure.time
-    features = [name for name in time.features if name in layers]
 
-    def compare() -> dict[str, Tensor]:
-        timesteps = session.all_timesteps().to(session.device)
-        with torch.no_grad():
-            block = time(session.denoiser, timesteps)
-            with session.teacher():
-                exact = time(session.denoiser, timesteps)
-        found: dict[str, Tensor] = {"timesteps": timesteps.float().cpu()}
+    name = "temporal-selection"
+    description = "each temporal feature from the quantized block or from a table, whichever is closer"
+    needs = (WEIGHT_SCALES,)
+    uniform = True
+
+    mode: str = "selected"
+
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            UsageError: there is no such mode.
+        """
+        super().__post_init__()
+        if self.mode not in MODES:
+            raise UsageError(
+                f"unknown mode {self.mode!r} of temporal-selection: choose from {', '.join(MODES)}"
+            )
+
+    def run(self, session: Session) -> None:
+        """Replace features by tables where those are closer, and write the report."""
+        layers = _block(session)
+        time = session.structure.time
+        features = [name for name in time.features if name in layers]
+
+        def compare() -> dict[str, Tensor]:
+            timesteps = session.all_timesteps().to(session.device)
+            with torch.no_grad():
+                block = time(session.denoiser, timesteps)
+                with session.teacher():
+                    exact = time(session.denoiser, timesteps)
+            found: dict[str, Tensor] = {"timesteps": timesteps.float().cpu()}
+            for name in features:
+                target = exact[name]
+                table = _table(session, layers[name], target)
+                for kind, value in (("block", block[name]), ("cache", table.values())):
+                    found[f"{name}.{kind}.error"] = relative_error(value, target).cpu()
+                    found[f"{name}.{kind}.cosine"] = cosine(value, target).cpu()
+                found[f"{name}.block.mismatches"] = mismatches(block[name], target).sum().cpu()
+            return found
+
+        compared = session.draft.step(f"{session.stage}-compared", compare)
+        report = {}
         for name in features:
-            target = exact[name]
-            table = _table(session, layers[name], target)
-            for kind, value in (("block", block[name]), ("cache", table.values())):
-                found[f"{name}.{kind}.error"] = relative_error(value, target).cpu()
-                found[f"{name}.{kind}.cosine"] = cosine(value, target).cpu()
-            found[f"{name}.block.mismatches"] = mismatches(block[name], target).sum().cpu()
-        return found
+            errors = {kind: float(compared[f"{name}.{kind}.error"].mean()) for kind in ("block", "cache")}
+            best = "block" if errors["block"] < errors["cache"] else "cache"
+            report[name] = {
+                "chosen": best if self.mode == "selected" else self.mode,
+                "relative_error": errors,
+                "worst_cosine": {k: float(compared[f"{name}.{k}.cosine"].min()) for k in ("block", "cache")},
+                "mismatched_timesteps": int(compared[f"{name}.block.mismatches"]),
+            }
 
-    compared = session.draft.step(f"{session.stage}-compared", compare)
-    report = {}
-    for name in features:
-        errors = {kind: float(compared[f"{name}.{kind}.error"].mean()) for kind in ("block", "cache")}
-        best = "block" if errors["block"] < errors["cache"] else "cache"
-        report[name] = {
-            "chosen": best if mode == "selected" else mode,
-            "relative_error": errors,
-            "worst_cosine": {k: float(compared[f"{name}.{k}.cosine"].min()) for k in ("block", "cache")},
-            "mismatched_timesteps": int(compared[f"{name}.block.mismatches"]),
-        }
+        def compute() -> None:
+            timesteps = session.all_timesteps().to(session.device)
+            with torch.no_grad(), session.teacher():
+                exact = time(session.denoiser, timesteps)
+            for name, told in report.items():
+                if told["chosen"] == "cache":
+                    layers[name].table = _table(session, layers[name], exact[name])
 
-    def compute() -> None:
-        timesteps = session.all_timesteps().to(session.device)
-        with torch.no_grad(), session.teacher():
-            exact = time(session.denoiser, timesteps)
-        for name, told in report.items():
-            if told["chosen"] == "cache":
-                layers[name].table = _table(session, layers[name], exact[name])
-
-    session.once("selection", compute)
-    session.draft.json(f"{session.component}/temporal.json", {"mode": mode, "features": report})
-    cached = sum(told["chosen"] == "cache" for told in report.values())
-    say(f"temporal features: {cached} of {len(report)} are read from tables, the others computed")
+        session.once("selection", compute)
+        session.draft.json(f"{session.component}/temporal.json", {"mode": self.mode, "features": report})
+        cached = sum(told["chosen"] == "cache" for told in report.values())
+        say(f"temporal features: {cached} of {len(report)} are read from tables, the others computed")
 
 
 def relative_error(value: Tensor, target: Tensor) -> Tensor:
@@ -259,44 +297,17 @@ def _watched(found: _Extremes) -> Iterator[None]:
             handle.remove()
 
 
-STAGES = (
-    Stage(
-        "temporal-rounding",
-        temporal_rounding,
-        "AdaRound of the temporal information block, over all timesteps",
-        lambda options, units, effort: (1, 0),
-        needs=(WEIGHT_SCALES,),
-        gives=(ROUNDINGS,),
-        uniform=True,
-    ),
-    Stage(
-        "finite-set-ranges",
-        finite_set_ranges,
-        "scale and zero point of the time path's activations for every timestep",
-        lambda options, units, effort: (1, 0),
-        needs=(WEIGHT_SCALES,),
-    ),
-    Stage(
-        "temporal-selection",
-        temporal_selection,
-        "each temporal feature from the quantized block or from a table, whichever is closer",
-        lambda options, units, effort: (1, 0),
-        needs=(WEIGHT_SCALES,),
-        uniform=True,
-    ),
-)
-
 METHOD = Method(
     "tfmq",
     "TFMQ-DM, Huang et al., CVPR 2024, arXiv 2311.16503; TPAMI 2025, arXiv 2407.19547",
     "the time path as one block, with a range for every timestep, or tables; AdaRound elsewhere",
     (
-        ("weight-ranges", {"finder": "lp"}),
-        ("temporal-rounding", {}),
-        ("round-weights", {}),
-        ("activation-ranges", {"finder": "running"}),
-        ("finite-set-ranges", {}),
-        ("temporal-selection", {}),
+        WeightRanges("lp"),
+        TemporalRounding(),
+        AdaRound(),
+        ActivationRanges("running"),
+        FiniteSetRanges(),
+        TemporalSelection(),
     ),
     coverage="portable-time",
 )
