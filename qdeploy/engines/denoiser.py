@@ -16,6 +16,7 @@ from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.utils.outputs import BaseOutput
 from torch import Tensor, nn
 
+from qdeploy.engines.refusals import refusal
 from qdeploy.system.errors import CapabilityError, InvalidInputError
 
 # Parameters of the diffusers classes that say how to answer, not what to compute.
@@ -80,14 +81,14 @@ class EngineDenoiser(diffusers.ModelMixin, ConfigMixin):
         self._internal_dict: Any = FrozenDict(engine.config)
         signature = inspect.signature(original.forward)
         self.signature = signature.replace(parameters=list(signature.parameters.values())[1:])
-        # Something for ``pipe.to("cuda")`` to move.
+        # Something for ``pipe.to("cuda", torch.bfloat16)`` to move and cast.
         self._place: Tensor
-        self.register_buffer("_place", torch.empty(0), persistent=False)
+        self.register_buffer("_place", torch.empty(0, dtype=torch.float32), persistent=False)
 
     @property
     def dtype(self) -> torch.dtype:
-        """What goes in and comes out, whatever the engine computes in."""
-        return torch.float32
+        """Follows ``pipe.to``; a prediction has the dtype of the sample that it was made from."""
+        return self._place.dtype
 
     @property
     def device(self) -> torch.device:
@@ -104,7 +105,11 @@ class EngineDenoiser(diffusers.ModelMixin, ConfigMixin):
             given = self.signature.bind(*args, **kwargs).arguments
         except TypeError as error:
             raise InvalidInputError(f"{self._original.__name__}: {error}") from error
-        result = self.engine(self._with_rows(self._flatten(given)))
+        flat = self._with_rows(self._flatten(given))
+        result = self.engine(flat)
+        sample = flat.get(next(iter(self.signature.parameters)))
+        if sample is not None and sample.is_floating_point():
+            result = result.to(sample.dtype)
         return DenoiserOutput(sample=result) if given.get("return_dict", True) else (result,)
 
     def _flatten(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -163,6 +168,8 @@ class EngineDenoiser(diffusers.ModelMixin, ConfigMixin):
         except AttributeError:
             if name.startswith("_") or "_original" not in self.__dict__:
                 raise
+            if (refused := refusal(self._original, name, self.engine.path)) is not None:
+                return refused
             found = self._hollow._modules.get(name)
             if found is None:
                 raise

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from io import BytesIO
 from statistics import median
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from qdeploy.engines.base import Engine, Kernel, Port, why
 from qdeploy.engines.blobs import LARGEST_BYTES, Blobs
 from qdeploy.engines.openvino_graph import MODEL, build
+from qdeploy.engines.pool import Pool
 from qdeploy.engines.registry import Backend
 from qdeploy.system.errors import CapabilityError, InvalidInputError
 from qdeploy.system.machine import WIDE, has_bf16, int8_sums_saturate
@@ -32,10 +34,28 @@ _ENDINGS = re.compile(r"(/WithoutBiases|/DequantizationMultiply|/fused_weights|_
 _PRODUCT = re.compile(r"/MatMul/\d+$")
 
 
+@dataclass(frozen=True)
+class _Compiled:
+    """The model compiled for one set of input shapes.
+
+    Attributes:
+        model: OpenVINO's compiled model.
+        imported: whether an earlier process compiled it.
+        shape: of the output.
+        requests: inference requests, one for each thread that calls at the same time.
+    """
+
+    model: Any
+    imported: bool
+    shape: tuple[int, ...]
+    requests: Pool[Any]
+
+
 class OpenVINOEngine(Engine):
     """An IR on OpenVINO's CPU plugin, compiled for the shapes it meets.
 
-    Shapes are fixed before compiling: static kernels are faster, and the plugin can lay out memory ahead.
+    Shapes are fixed before compiling: static kernels are faster, and the plugin can lay out memory ahead. Any
+    number of threads may call it at the same time.
 
     Args:
         artifact: the engine's folder.
@@ -84,22 +104,23 @@ class OpenVINOEngine(Engine):
         weights = artifact.path / self.component / MODEL.replace(".xml", ".bin")
         small = weights.is_file() and weights.stat().st_size <= LARGEST_BYTES
         self._blobs = Blobs(files, f"openvino {openvino.__version__}") if files and small else None
-        # Shapes whose model an earlier process compiled.
-        self._imported: set[tuple[tuple[int, ...], ...]] = set()
-        self._requests: OrderedDict[tuple[tuple[int, ...], ...], tuple[Any, tuple[int, ...]]] = OrderedDict()
+        # One thread at a time compiles; each runs inference requests of its own.
+        self._lock = RLock()
+        self._compiled: OrderedDict[tuple[tuple[int, ...], ...], _Compiled] = OrderedDict()
 
-    def _request(self, inputs: dict[str, Tensor]) -> tuple[Any, tuple[int, ...]]:
-        """The inference request for these shapes, compiled at first sight; and the output's shape."""
+    def _for(self, inputs: dict[str, Tensor]) -> _Compiled:
+        """The model for the shapes of these inputs, compiled at first sight."""
         key = tuple(tuple(inputs[name].shape) for name in self.ports)
-        if key in self._requests:
-            self._requests.move_to_end(key)
-            return self._requests[key]
-        compiled, imported = self._kept(inputs)
-        (self._imported.add if imported else self._imported.discard)(key)
-        self._requests[key] = compiled.create_infer_request(), tuple(compiled.output(0).shape)
-        if len(self._requests) > KEPT_SHAPES:
-            self._requests.popitem(last=False)
-        return self._requests[key]
+        with self._lock:
+            if key in self._compiled:
+                self._compiled.move_to_end(key)
+                return self._compiled[key]
+            model, imported = self._kept(inputs)
+            shape = tuple(model.output(0).shape)
+            self._compiled[key] = _Compiled(model, imported, shape, Pool(model.create_infer_request))
+            if len(self._compiled) > KEPT_SHAPES:
+                self._compiled.popitem(last=False)
+            return self._compiled[key]
 
     def _kept(self, inputs: dict[str, Tensor]) -> tuple[Any, bool]:
         """The compiled model from an earlier process, else compiled now and kept for the next; and which it is."""
@@ -131,29 +152,31 @@ class OpenVINOEngine(Engine):
     def _run(self, inputs: dict[str, Tensor]) -> Tensor:
         import torch
 
-        request, shape = self._request(inputs)
-        output = torch.empty(shape, dtype=torch.float32)
-        # Both sides read and write the same memory; nothing is copied.
-        for name, x in inputs.items():
-            request.set_tensor(name, _shared(x))
-        request.set_output_tensor(0, _shared(output))
-        request.infer()
+        compiled = self._for(inputs)
+        output = torch.empty(compiled.shape, dtype=torch.float32)
+        with compiled.requests.take() as request:
+            # Both sides read and write the same memory; nothing is copied.
+            for name, x in inputs.items():
+                request.set_tensor(name, _shared(x))
+            request.set_output_tensor(0, _shared(output))
+            request.infer()
         return output
 
     def _kernels(self, inputs: dict[str, Tensor], calls: int) -> list[Kernel]:
-        compiled = self._request(inputs)[0].get_compiled_model()
-        if calls:
-            compiled = self._compile(inputs, PERF_COUNT="YES")
-        elif tuple(tuple(inputs[name].shape) for name in self.ports) in self._imported:
-            # A compiled model that was kept has lost the names of layers that were fused.
-            compiled = self._compile(inputs)
+        found = self._for(inputs)
+        compiled = found.model
+        # A compiled model that was kept from an earlier process has lost the names of layers that were fused.
+        if calls or found.imported:
+            with self._lock:
+                compiled = self._compile(inputs, **({"PERF_COUNT": "YES"} if calls else {}))
         executed = compiled.get_runtime_model()
         kernels = [kernel for op in executed.get_ordered_ops() if (kernel := kernel_of(op)) is not None]
         times = _kernel_times(compiled, inputs, calls) if calls else {}
         return [replace(kernel, ms=times.get(kernel.name)) for kernel in kernels]
 
     def close(self) -> None:
-        self._requests.clear()
+        with self._lock:
+            self._compiled.clear()
 
 
 def _kernel_times(compiled: Any, inputs: dict[str, Tensor], calls: int) -> dict[str, float]:

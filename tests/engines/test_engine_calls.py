@@ -111,9 +111,9 @@ def test_openvino_compiles_once_for_each_shape_and_keeps_few(engine_folder: Path
         t = torch.tensor(1.0)
         for _ in range(2):
             engine({"sample": example_inputs(2)["sample"], "timestep": t})
-        request = next(iter(engine._requests.values()))
-        assert len(engine._requests) == 1
+        first = next(iter(engine._compiled.values()))
+        assert len(engine._compiled) == 1
         for rows in range(3, 3 + KEPT_SHAPES):
             engine({"sample": example_inputs(rows)["sample"], "timestep": t})
-        assert len(engine._requests) == KEPT_SHAPES
-        assert request not in engine._requests.values()
+        assert len(engine._compiled) == KEPT_SHAPES
+        assert first not in engine._compiled.values()

@@ -92,6 +92,47 @@ def test_prompts_and_guidance_reach_the_engine(
             pipeline(height=32, width=32, **arguments)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_pipeline_in_16_bits_runs_on_it_and_stays_in_16_bits(
+    stable_diffusion: Path, stable_diffusion_engine: Artifact, dtype: torch.dtype
+) -> None:
+    """The VAE of such a pipeline takes nothing but latents of its dtype."""
+    load = diffusers.StableDiffusionPipeline.from_pretrained
+    arguments = {"prompt": ["a cat", "two dogs"], "num_inference_steps": 3, "guidance_scale": 4.0}
+    full = images(load(stable_diffusion, safety_checker=None), **arguments)
+    stock = images(load(stable_diffusion, safety_checker=None, torch_dtype=dtype), **arguments)
+    with load_engine(stable_diffusion_engine) as engine:
+        given = load(stable_diffusion, safety_checker=None, torch_dtype=dtype, unet=engine.as_denoiser())
+        moved = load(stable_diffusion, safety_checker=None)
+        moved.unet = engine.as_denoiser()
+        moved.to(dtype)
+        assert moved.unet.dtype == dtype
+        assert moved.to(torch.float32).unet.dtype == torch.float32
+        moved.to(dtype)
+        for pipeline in (given, moved):
+            mine = images(pipeline, **arguments)
+            # The U-Net computes in f32 here, so that it is at least as near as the pipeline that does not.
+            assert (mine - full).square().mean() < 2 * (stock - full).square().mean()
+
+
+def test_a_lora_is_refused_with_what_to_do_instead(
+    stable_diffusion: Path, stable_diffusion_engine: Artifact, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    weights = {
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight": torch.zeros(1, 16),
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_B.weight": torch.zeros(16, 1),
+    }
+    save_file(weights, tmp_path / "pytorch_lora_weights.safetensors")
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(stable_diffusion, safety_checker=None)
+    with load_engine(stable_diffusion_engine) as engine:
+        pipeline.unet = engine.as_denoiser()
+        pytest.importorskip("peft")
+        with pytest.raises(CapabilityError, match="fuse the LoRA into the model first"):
+            pipeline.load_lora_weights(tmp_path)
+
+
 # -- the contract, without a pipeline ----------------------------------------------------------------------
 
 
@@ -168,6 +209,37 @@ def test_residuals_adapters_and_scales_are_refused_but_their_absence_is_not(
         del call["encoder_hidden_states"]
         with pytest.raises(InvalidInputError, match="encoder_hidden_states"):
             unet(**call)
+
+
+def test_methods_that_change_the_network_are_refused_in_a_sentence(
+    stable_diffusion_engine: Artifact,
+) -> None:
+    with load_engine(stable_diffusion_engine) as engine:
+        unet = engine.as_denoiser()
+        for method, arguments, message in (
+            ("load_lora_adapter", ({},), "fuse the LoRA into the model first"),
+            ("enable_freeu", (0.9, 0.2, 1.2, 1.4), "FreeU"),
+            ("set_attn_processor", (None,), "its graph is finished"),
+            ("fuse_qkv_projections", (), "its graph is finished"),
+        ):
+            with pytest.raises(CapabilityError, match=message) as error:
+                getattr(unet, method)(*arguments)
+            assert method in str(error.value)
+            assert error.value.exit_code == 4
+        # What undoes these has nothing to undo, and pipelines without a method go on without it.
+        unet.disable_freeu()
+        unet.unload_lora()
+        assert not hasattr(unet, "set_attention_slice")
+        assert not hasattr(unet, "load_nothing_of_the_kind")
+
+
+def test_predictions_come_in_the_dtype_of_the_sample(denoiser: EngineDenoiser) -> None:
+    inputs = example_inputs(2)
+    rounded = inputs["sample"].bfloat16()
+    exact = denoiser(rounded.float(), inputs["timestep"]).sample
+    found = denoiser(rounded, inputs["timestep"]).sample
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, exact.bfloat16())
 
 
 def test_it_cannot_be_saved_as_weights(denoiser: EngineDenoiser, tmp_path: Path) -> None:
