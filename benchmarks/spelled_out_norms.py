@@ -7,7 +7,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from qdeploy.export.graph import constant
-from qdeploy.export.writer import Writer
+from qdeploy.export.graph.writer import Writer
 
 
 class SpelledOutNorms(InPlacePass):

@@ -195,13 +195,12 @@ def _check_wishes(backend: Backend, wishes: dict[str, Any]) -> None:
 
 def _sums(graph: Path) -> int:
     """How many bits the sums of int8 products need in the engine of a graph; says what stays in floats here."""
-    import onnx_ir as ir
-
+    from qdeploy.export.graph import read
     from qdeploy.export.passes.narrow_sums import overflowing
 
     try:
-        layers = [layer.name for _, layer in overflowing(ir.load(graph))]
-    except Exception:  # the backend will say what is wrong with the file
+        layers = [layer.name for _, layer in overflowing(read(graph))]
+    except InvalidInputError:  # the backend will say what is wrong with the file
         return NARROW
     if not layers:
         return NARROW

@@ -80,11 +80,11 @@ def _put(file: Path, place: Path) -> None:
 
 def _where(onnx_path: Path, message: str) -> str:
     """Names of the first nodes of the operations that a message speaks of."""
-    import onnx
+    from qdeploy.export.graph import read
 
     try:
-        nodes = onnx.load(onnx_path, load_external_data=False).graph.node
-    except Exception:  # the message tells already that the file cannot be read
+        nodes = list(read(onnx_path).graph)
+    except InvalidInputError:  # the message says already that the file cannot be read
         return ""
     spoken = set(re.findall(r"[\w.]+", message))
     found = [node.name for node in nodes if f"{node.domain}.{node.op_type}".lstrip(".") in spoken]

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qdeploy.engines.base import Engine
 from qdeploy.engines.placement.switches import Switch
-from qdeploy.export.writer import Writer
+from qdeploy.export.graph.writer import Writer
 from qdeploy.system.progress import track
 
 if TYPE_CHECKING:

@@ -16,11 +16,11 @@ from qdeploy.engines.measure import repeat_rows, row_by_row, single_rows
 from qdeploy.engines.placement.assign import Noise, least, quantizing_times, times_by_product
 from qdeploy.engines.placement.decision import ALL, CHOSEN, NONE, Decision, Placement, reason
 from qdeploy.engines.placement.noise import GATES, noise_of_each, with_gates
-from qdeploy.engines.placement.switches import Switch, find_switches, read_model, take_out
+from qdeploy.engines.placement.switches import Switch, find_switches, take_out
 from qdeploy.engines.registry import Backend, find_backend
 from qdeploy.engines.timing import take_turns
-from qdeploy.export.graph import save
-from qdeploy.export.macs import WEIGHTED, graph_macs, graph_shapes
+from qdeploy.export.graph import read, save
+from qdeploy.export.graph.network import Network
 from qdeploy.store.artifact import Artifact
 from qdeploy.store.builder import Draft
 from qdeploy.store.probe import read_probe
@@ -57,7 +57,8 @@ class Placer:
         self._inputs, self._reference, _ = read_probe(source.path)
         self._batch = repeat_rows(self._inputs, int(facts["batch"]))
         self._shapes = {name: [] if name == "timestep" else list(x.shape) for name, x in self._batch.items()}
-        self._macs = graph_macs(self._graph, self._shapes)
+        self._network = Network(self._graph, self._shapes)
+        self._macs = self._network.macs()
 
     def search(self, min_sqnr: float | None) -> Placement:
         """The fastest engine whose median SQNR to full precision is at least ``min_sqnr`` dB on the probe.
@@ -66,7 +67,7 @@ class Placer:
             UsageError: the graph has no quantizers.
             CheckFailed: even without any quantizer the SQNR is less.
         """
-        switches = find_switches(read_model(self._graph))
+        switches = find_switches(read(self._graph))
         if not switches:
             raise UsageError(
                 f"--optimize-for decides about quantizers of activations, and {self._source.path} has none"
@@ -123,7 +124,7 @@ class Placer:
     def _noise(self, switches: Sequence[Switch]) -> Noise:
         """Errors of all quantizers, each alone, simulated in float."""
         path = self._work / "gated" / self._component / "model.onnx"
-        model = read_model(self._graph)
+        model = read(self._graph)
         save(with_gates(model, switches), path)
         oracle = find_backend("onnxruntime")
         rows = single_rows(self._inputs)
@@ -192,16 +193,15 @@ class Placer:
 
     def _families(self, switches: Sequence[Switch]) -> dict[str, list[int]]:
         """Quantizers whose layers do the same work at the same size: by operation, kernel and output."""
-        nodes, shapes = graph_shapes(self._graph, self._shapes)
         kinds: dict[str, str] = {}
-        for node in nodes:
-            if node.op_type in WEIGHTED:
-                w, y = shapes[node.input[1]], shapes[node.output[0]]
-                conv = node.op_type.startswith("Conv")
-                size = "x".join(map(str, y[2:] if conv else y[-2:-1]))
-                kinds[node.name] = (
-                    f"{node.op_type} {'x'.join(map(str, w[2:])) + ' ' if conv else ''}at {size}"
-                )
+        for layer in self._network.layers:
+            w, y = (self._network.shape(value) for value in (layer.node.inputs[1], layer.node.outputs[0]))
+            assert w is not None
+            assert y is not None
+            conv = layer.node.op_type.startswith("Conv")
+            size = "x".join(map(str, y[2:] if conv else y[-2:-1]))
+            kernel = "x".join(map(str, w[2:])) + " " if conv else ""
+            kinds[layer.node.name or ""] = f"{layer.node.op_type} {kernel}at {size}"
         families: dict[str, list[int]] = {}
         for index, switch in enumerate(switches):
             families.setdefault(kinds[switch.products[0]], []).append(index)
@@ -259,7 +259,7 @@ class Placer:
 
     def _placed(self, floats: Sequence[str]) -> Path:
         path = self._work / "placed" / self._component / "model.onnx"
-        save(take_out(read_model(self._graph), set(floats)), path)
+        save(take_out(read(self._graph), set(floats)), path)
         return path
 
     def _build(self, floats: Sequence[str]) -> Engine:

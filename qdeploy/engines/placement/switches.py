@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 
 import onnx_ir as ir
 
-from qdeploy.export.macs import MOVES, WEIGHTED
-from qdeploy.export.writer import Writer
-from qdeploy.system.errors import InvalidInputError
+from qdeploy.export.graph import MOVES, WEIGHTED, label, upstream
+from qdeploy.export.graph.quantizer import dequantized, read_quantizer
+from qdeploy.export.graph.writer import Writer
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 
@@ -30,18 +29,6 @@ class Switch:
     products: tuple[str, ...]
 
 
-def read_model(path: Path) -> ir.Model:
-    """A graph, its weights left in their files.
-
-    Raises:
-        InvalidInputError: it is no ONNX graph.
-    """
-    try:
-        return ir.load(path)
-    except Exception as error:  # protobuf's errors have no common base
-        raise InvalidInputError(f"{path} is damaged or no ONNX graph") from error
-
-
 def find_switches(model: ir.Model) -> list[Switch]:
     """All quantizers of activations that products read, in the graph's order.
 
@@ -52,7 +39,7 @@ def find_switches(model: ir.Model) -> list[Switch]:
         pairs = _pairs(node)
         products = tuple(dict.fromkeys(name for pair in pairs for name in _products(pair.outputs[0])))
         if products:
-            found.append(Switch(_name(node), (_name(node), *map(_name, pairs)), products))
+            found.append(Switch(label(node), (label(node), *map(label, pairs)), products))
     return found
 
 
@@ -74,7 +61,7 @@ def take_out(model: ir.Model, names: Collection[str]) -> ir.Model:
         if switch.name in names:
             freed.update(switch.products)
     for node in list(model.graph):
-        if _name(node) not in names:
+        if label(node) not in names:
             continue
         (source,) = node.inputs[:1]
         assert source is not None
@@ -83,7 +70,7 @@ def take_out(model: ir.Model, names: Collection[str]) -> ir.Model:
             model.graph.remove(pair, safe=True)
         model.graph.remove(node, safe=True)
     for node in list(model.graph):
-        if _name(node) in freed:
+        if label(node) in freed:
             for value in node.inputs:
                 _unpack(model, value)
     return model
@@ -103,7 +90,7 @@ def _products(value: ir.Value) -> list[str]:
     found = []
     for use in value.uses():
         if use.node.op_type in WEIGHTED:
-            found.append(_name(use.node))
+            found.append(label(use.node))
         elif use.node.op_type in MOVES:
             found.extend(_products(use.node.outputs[0]))
     return found
@@ -111,33 +98,7 @@ def _products(value: ir.Value) -> list[str]:
 
 def _unpack(model: ir.Model, value: ir.Value | None) -> None:
     """Replace the integers that a product reads as weights by the floats that they stand for."""
-    while value is not None and value.producer() is not None:
-        node = value.producer()
-        assert node is not None
-        if node.op_type == DEQUANTIZE:
-            constants = [None if x is None else ir.convenience.get_const_tensor(x) for x in node.inputs]
-            if constants[0] is not None:
-                _fold(model, node, constants)
-            return
-        if node.op_type not in MOVES:
-            return
-        value = node.inputs[0]
-
-
-def _fold(model: ir.Model, node: ir.Node, constants: Sequence[ir.TensorProtocol | None]) -> None:
-    import numpy as np
-    from onnx.reference import ReferenceEvaluator
-
-    feeds = {
-        str(value.name): tensor.numpy()
-        for value, tensor in zip(node.inputs, constants, strict=True)
-        if value is not None and tensor is not None
-    }
-    (output,) = ReferenceEvaluator(ir.to_proto(node)).run(None, feeds)
-    result = np.asarray(output, np.float32)
-    write = Writer(model, node)
-    write.replace(node.outputs[0], write.constant(result, f"{_name(node)}/float"))
-
-
-def _name(node: ir.Node) -> str:
-    return node.name or node.outputs[0].name or ""
+    found = read_quantizer(upstream(value))
+    if found is not None and not found.quantizes and (floats := dequantized(found)) is not None:
+        write = Writer(model, found.node)
+        write.replace(found.output, write.constant(floats, f"{label(found.node)}/float"))

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 
+import onnx_ir as ir
+
 from qdeploy.engines.tensorrt.graph import Graph
 from qdeploy.engines.tensorrt.options import GIB, Options
 from qdeploy.engines.tensorrt.profiles import Profile
-from qdeploy.export.macs import graph_shapes
+from qdeploy.export.graph.network import Network
 from qdeploy.system.errors import InvalidInputError
 from qdeploy.system.gpu import Gpu
 from qdeploy.system.progress import say
@@ -27,17 +29,23 @@ def activation_peak(path: Path, shapes: Mapping[str, Sequence[int]], itemsize: i
         path: the ONNX file.
         shapes: shapes of all inputs.
         itemsize: bytes of an element.
+
+    Raises:
+        InvalidInputError: the file is no ONNX graph, or the shapes contradict each other.
     """
-    nodes, sizes = graph_shapes(path, shapes)
-    last = {name: index for index, node in enumerate(nodes) for name in node.input}
-    alive: dict[str, int] = {}
+    network = Network(path, shapes)
+    if network.contradiction is not None:
+        raise InvalidInputError(network.contradiction)
+    last = {value: index for index, node in enumerate(network.nodes) for value in node.inputs}
+    alive: dict[ir.Value, int] = {}
     peak = 0
-    for index, node in enumerate(nodes):
-        alive |= {name: prod(sizes[name]) * itemsize for name in node.output if name in sizes}
+    for index, node in enumerate(network.nodes):
+        sizes = {value: network.shape(value) for value in node.outputs}
+        alive |= {value: prod(size) * itemsize for value, size in sizes.items() if size is not None}
         peak = max(peak, sum(alive.values()))
-        for name in (*node.input, *node.output):
-            if name in alive and last.get(name, len(nodes)) <= index:
-                del alive[name]
+        for value in (*node.inputs, *node.outputs):
+            if value in alive and last.get(value, len(network.nodes)) <= index:
+                del alive[value]
     return peak
 
 

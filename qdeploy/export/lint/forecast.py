@@ -8,8 +8,9 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qdeploy.export.lint.network import COMMUTES, Layer, Network
-from qdeploy.export.lint.quantizer import FP8, INT4, INT8, Quantizer
+from qdeploy.export.graph.network import Layer, Network
+from qdeploy.export.graph.nodes import MOVES, upstream
+from qdeploy.export.graph.quantizer import FP8, INT4, INT8, Quantizer
 
 KINDS = {INT8: "int8", FP8: "fp8", INT4: "int4"}
 RATE = {"int8": 2.0, "fp8": 2.0}  # multiplications per second on tensor cores, relative to 16 bits
@@ -124,9 +125,7 @@ def _kind(net: Network, layer: Layer) -> str:
 def _why_float(net: Network, layer: Layer) -> str:
     for side, what in ((0, "input"), (1, "weight")):
         if layer.between[side] and layer.sources[side] is None:
-            names = ", ".join(
-                dict.fromkeys(n.op_type for n in layer.between[side] if n.op_type not in COMMUTES)
-            )
+            names = ", ".join(dict.fromkeys(n.op_type for n in layer.between[side] if n.op_type not in MOVES))
             return f"{names} between the DQ and its {what}"
     x, w = layer.sources
     if x is not None and w is not None:
@@ -143,12 +142,12 @@ def _why_unfused(net: Network, q: Quantizer) -> str | None:
     if net.root(q.data) is not None:
         return None
     if not q.quantizes:
-        readers = [node.op_type for node, _ in net.users(q.output, COMMUTES)]
+        readers = [node.op_type for node, _ in net.users(q.output, MOVES)]
         others = [
             op for op in readers if op not in ("Conv", "ConvTranspose", "Gemm", "MatMul", "QuantizeLinear")
         ]
         return f"read in floats by {', '.join(sorted(set(others)))}" if others else None
-    first = net.before(q.data, COMMUTES)
+    first = upstream(q.data, MOVES)
     if first is None:
         return "it quantizes an input of the graph"
     if first.op_type in _NO_KERNEL:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from qdeploy.export.lint.scope import Shape
+from qdeploy.export.graph.shapes import Shape
 from qdeploy.system.errors import UsageError
 
 

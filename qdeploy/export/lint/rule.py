@@ -12,7 +12,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, NamedTuple
 
-from qdeploy.export.lint.network import Network
+from qdeploy.export.graph.network import Network
 from qdeploy.export.lint.scope import Scope
 
 E, W, I = "E", "W", "I"  # noqa: E741 - the letters that people read in the output

@@ -13,10 +13,10 @@ import onnx_ir as ir
 from onnx_ir.passes import Sequential
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
-from qdeploy.export.graph import LARGE, save
+from qdeploy.export.graph import LARGE, label, save
+from qdeploy.export.graph.network import Network
 from qdeploy.export.lint.fixes import fixes
 from qdeploy.export.lint.forecast import forecast
-from qdeploy.export.lint.network import Network
 from qdeploy.export.lint.options import parse_shapes, parse_version
 from qdeploy.export.lint.rule import SEVERITIES, E, Hit, Rule, rules
 from qdeploy.export.lint.scope import Scope
@@ -137,7 +137,7 @@ def lint(
         parse_shapes(shapes) if shapes else {},
     )
     path = graph_file(Path(source))
-    net = Network(path, scope)
+    net = Network(path, scope.optimal)
     _check_weights(net)
     fixed: dict[str, int] = {}
     if fix is not None:
@@ -152,7 +152,7 @@ def lint(
                 )
             fixed = mend(net.model, before, scope)
         _save(net.model, output)
-        net = Network(output, scope)
+        net = Network(output, scope.optimal)
     with _explained(net):
         findings, macs = find(net, scope), forecast(net).to_json()
     return Report(str(source), scope, findings, macs, fixed, str(fix) if fix is not None else None)
@@ -247,7 +247,7 @@ def _check_weights(net: Network) -> None:
 def _finding(rule: Rule, hit: Hit, waiver: str | None) -> Finding:
     where = hit.where
     if isinstance(where, ir.Node):
-        where = where.name or where.outputs[0].name
+        where = label(where)
     elif isinstance(where, ir.Value):
         where = where.name
     return Finding(rule.id, hit.severity or rule.severity, str(where), hit.message, rule.verified, waiver)

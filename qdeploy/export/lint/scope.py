@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-Shape = tuple[int, ...]
+from qdeploy.export.graph.shapes import Shape
 
 
 @dataclass(frozen=True)
@@ -22,3 +22,8 @@ class Scope:
     tensorrt: tuple[int, int] = (11, 4)
     compute_capability: tuple[int, int] | None = None
     profile: dict[str, tuple[Shape, Shape, Shape]] = field(default_factory=dict)
+
+    @property
+    def optimal(self) -> dict[str, Shape]:
+        """The optimal shape of each input that the profile names."""
+        return {name: shape for name, (_, shape, _) in self.profile.items()}

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from qdeploy.export.graph import constant
-from qdeploy.export.writer import Writer
+from qdeploy.export.graph.writer import Writer
 
 OPSET = 21  # from here on, gamma and beta are per channel
 
@@ -84,7 +84,7 @@ def _sizes(node: ir.Node) -> list[int] | None:
 def _replace(model: ir.Model, node: ir.Node, sizes: list[int], norms: bool) -> None:
     channels, *space = sizes
     groups = node.attributes["num_groups"].as_int()
-    epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
+    epsilon = node.attributes.get_float("epsilon", 1e-5)
     members = channels // groups
     x = node.inputs[0]
     assert x is not None

@@ -9,9 +9,9 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from qdeploy.export.graph import constant, producer
-from qdeploy.export.integer_operands import Operands, operands
+from qdeploy.export.graph.operands import Operands, operands
+from qdeploy.export.graph.writer import Writer
 from qdeploy.export.passes.integer_products import integer_product
-from qdeploy.export.writer import Writer
 
 TO_LAST, TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 
@@ -23,7 +23,7 @@ class GatheredConvolutions(InPlacePass):
     gathered pixels [rows, positions, kernel * in] and the weight [kernel * in, out] computes the same 32-bit sums
     and gives them as floats. A Gather along the pixels of a channels-last tensor copies whole channel vectors.
 
-    1. The operands are as of `qdeploy.export.integer_operands.operands`; the convolution has one group, two
+    1. The operands are as of `qdeploy.export.graph.operands.operands`; the convolution has one group, two
        spatial axes of known size, and no ``auto_pad``.
     2. Kernels of one pixel with stride 1 need no Gather: the product reads the tensor as it is.
     3. Otherwise one pixel that holds the zero point stands behind the pixels if the kernel leaves the image, and
@@ -51,7 +51,7 @@ class _Geometry:
     @classmethod
     def of(cls, node: ir.Node, kernel: tuple[int, ...]) -> _Geometry:
         def ints(name: str, default: tuple[int, ...]) -> tuple[int, ...]:
-            return tuple(node.attributes[name].as_ints()) if name in node.attributes else default
+            return tuple(node.attributes.get_ints(name, default))
 
         return cls(kernel, ints("strides", (1, 1)), ints("pads", (0, 0, 0, 0)), ints("dilations", (1, 1)))
 
@@ -77,11 +77,11 @@ class _Geometry:
 def _rewrite(model: ir.Model, node: ir.Node) -> bool:
     found = operands(node, 0)
     image = _size(node.inputs[0])
-    group = node.attributes["group"].as_int() if "group" in node.attributes else 1
+    group = node.attributes.get_int("group", 1)
     bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
     if found is None or found.weight.ndim != 4 or image is None or group != 1:
         return False
-    if "auto_pad" in node.attributes and node.attributes["auto_pad"].as_string() != "NOTSET":
+    if node.attributes.get_string("auto_pad", "NOTSET") != "NOTSET":
         return False
     if len(node.inputs) > 2 and node.inputs[2] is not None and bias is None:
         return False
@@ -170,7 +170,7 @@ def _padded(node: ir.Node, grid: np.ndarray) -> np.ndarray | None:
     """A grid of pixels as a Pad of zeros makes it, -1 where there was nothing."""
     pads = constant(node.inputs[1])
     value = constant(node.inputs[2]) if len(node.inputs) > 2 else None
-    mode = node.attributes["mode"].as_string() if "mode" in node.attributes else "constant"
+    mode = node.attributes.get_string("mode", "constant")
     if mode != "constant" or pads is None or len(pads) != 8 or (value is not None and value.any()):
         return None
     if len(node.inputs) > 2 and node.inputs[2] is not None and value is None:
@@ -182,10 +182,7 @@ def _padded(node: ir.Node, grid: np.ndarray) -> np.ndarray | None:
 
 def _enlarged(node: ir.Node, grid: np.ndarray, image: tuple[int, int]) -> np.ndarray | None:
     """A grid of pixels as a Resize to the nearest pixel repeats them, by whole factors."""
-
-    def text(name: str, default: str) -> str:
-        return node.attributes[name].as_string() if name in node.attributes else default
-
+    text = node.attributes.get_string
     factors = [large // small for large, small in zip(image, grid.shape, strict=True)]
     if any(small * f != large for small, f, large in zip(grid.shape, factors, image, strict=True)):
         return None

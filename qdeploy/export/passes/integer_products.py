@@ -6,11 +6,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
-from qdeploy.export.graph import constant
-from qdeploy.export.integer_operands import Operands, operands
-from qdeploy.export.writer import MICROSOFT, Writer
-
-PRODUCT = "MatMulIntegerToFloat"
+from qdeploy.export.graph import INTEGER_PRODUCT, constant
+from qdeploy.export.graph.operands import Operands, operands
+from qdeploy.export.graph.writer import MICROSOFT, Writer
 
 
 class IntegerProducts(InPlacePass):
@@ -19,7 +17,7 @@ class IntegerProducts(InPlacePass):
     It multiplies the codes in integers, and multiplies the 32-bit sums by both scales: the product that Q/DQ
     describe, without rounding anything but the last float operation.
 
-    1. The operands are as of `qdeploy.export.integer_operands.operands`, the weight a matrix.
+    1. The operands are as of `qdeploy.export.graph.operands.operands`, the weight a matrix.
     2. A Gemm has alpha = beta = 1 and does not transpose its left input.
     3. The bias joins it: the Gemm's, or that of an Add that alone reads the MatMul, if it is a constant with one
        entry per output feature.
@@ -35,11 +33,11 @@ class IntegerProducts(InPlacePass):
 
 
 def _rewrite(model: ir.Model, node: ir.Node) -> bool:
-    transposed = _is_set(node, "transB")
+    left, transposed = (node.attributes.get_int(name, 0) for name in ("transA", "transB"))
     found = operands(node, 0 if transposed else 1)
-    if found is None or found.weight.ndim != 2 or _is_set(node, "transA"):
+    if found is None or found.weight.ndim != 2 or left:
         return False
-    if any(name in node.attributes and node.attributes[name].as_float() != 1 for name in ("alpha", "beta")):
+    if any(node.attributes.get_float(name, 1.0) != 1 for name in ("alpha", "beta")):
         return False
     bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
     if len(node.inputs) > 2 and node.inputs[2] is not None and not _fits(bias, found):
@@ -75,7 +73,7 @@ def integer_product(
         shape: of the result, if known.
     """
     return write.node(
-        PRODUCT,
+        INTEGER_PRODUCT,
         codes,
         write.constant(weight, found.names[0]),
         found.scale,
@@ -101,7 +99,3 @@ def _with_bias(node: ir.Node, found: Operands) -> tuple[ir.Node, np.ndarray | No
 
 def _fits(bias: np.ndarray | None, found: Operands) -> bool:
     return bias is not None and bias.ndim == 1 and bias.shape == found.weight_scale.shape
-
-
-def _is_set(node: ir.Node, name: str) -> bool:
-    return name in node.attributes and node.attributes[name].as_int() != 0

@@ -7,6 +7,7 @@ from collections import Counter
 
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from qdeploy.export.graph import WEIGHTED_OPS
 
@@ -37,30 +38,25 @@ class Names(InPlacePass):
                 base = path or f"{_module(node)}/{node.op_type}".lstrip("/")
                 node.name = f"{base}/{used[base]}"
                 used[base] += 1
-        for node in model.graph:
-            node.metadata_props.clear()
-            node.doc_string = None
-            for value in node.outputs:
-                value.metadata_props.clear()
+        ClearMetadataAndDocStringPass()(model)
+        values = (output for node in model.graph for output in node.outputs)
+        for value in (*values, *model.graph.initializers.values(), *model.graph.inputs, *model.graph.outputs):
+            value.metadata_props.clear()
         for traced, initializer in list(model.graph.initializers.items()):
-            initializer.metadata_props.clear()
             name = tensor_name(traced)
             if name != traced and name not in model.graph.initializers:
                 model.graph.initializers.pop(traced)
                 initializer.name = name
                 model.graph.initializers[name] = initializer
-        for value in (*model.graph.inputs, *model.graph.outputs):
-            value.metadata_props.clear()
-        model.graph.metadata_props.clear()
         model.metadata_props.clear()
         model.graph.name = "denoiser"
-        model.doc_string = model.graph.doc_string = None
+        model.doc_string = None
         return PassResult(model, True)
 
 
 def tensor_name(traced: str) -> str:
     """The checkpoint's name of a traced parameter or buffer."""
-    before, stored_anew, _ = traced.rpartition("/")  # as `qdeploy.export.writer` names constants
+    before, stored_anew, _ = traced.rpartition("/")  # as `qdeploy.export.graph.writer` names constants
     if stored_anew and ".weight" in before:
         traced = before
     name = traced.removeprefix(_ROOT).replace(".inner.", ".")

@@ -46,7 +46,7 @@ def _parts(node: ir.Node) -> list[ir.Value] | None:
     rank = node.inputs[0].shape.rank() if node.inputs[0] is not None and node.inputs[0].shape else None
     if rank is None or len(concat.inputs) != len(node.outputs):
         return None
-    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+    axis = node.attributes.get_int("axis", 0)
     if axis % rank != concat.attributes["axis"].as_int() % rank:
         return None
     parts = [part for part in concat.inputs if part is not None]

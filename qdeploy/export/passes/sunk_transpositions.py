@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from qdeploy.export.graph import constant, producer
-from qdeploy.export.writer import Writer
+from qdeploy.export.graph.writer import Writer
 
 _UNARY = (
     "Sigmoid", "Tanh", "Relu", "Erf", "Gelu", "Sqrt", "Exp", "Neg", "Abs", "Cast", "HardSigmoid", "HardSwish", "Elu",
@@ -58,7 +58,7 @@ def to_last(rank: int) -> list[int]:
 
 
 def _permutation(node: ir.Node) -> list[int]:
-    return list(node.attributes["perm"].as_ints()) if "perm" in node.attributes else []
+    return list(node.attributes.get_ints("perm", []))
 
 
 def _behind(value: ir.Value | None) -> ir.Value | None:
@@ -199,9 +199,9 @@ def _reshaped(model: ir.Model, node: ir.Node) -> bool:
     write = Writer(model, node)
     if all(size == 1 for size in before[2:]):
         # Without positions both orders are one.
-        sizes = constant(node.inputs[1])
-        if sizes is None or sizes[0] != 0:
+        if not _keeps_rows(node):
             return False
+        sizes = constant(node.inputs[1])
         write.replace(output, _reshape(write, last, sizes.tolist(), after))
         return True
     known = all(isinstance(size, int) for size in (*before[1:], *after[1:]))

@@ -27,7 +27,7 @@ class TransposedWeights(InPlacePass):
         for node in list(model.graph):
             if node.op_type != "Transpose" or node.outputs[0].is_graph_output():
                 continue
-            if "perm" in node.attributes and tuple(node.attributes["perm"].as_ints()) != (1, 0):
+            if tuple(node.attributes.get_ints("perm", (1, 0))) != (1, 0):
                 continue
             dequantize = producer(node.inputs[0])
             if dequantize is None or dequantize.op_type != "DequantizeLinear":

@@ -9,11 +9,10 @@ import onnx
 import openvino
 import pytest
 
+from qdeploy.export.graph.network import Network
 from qdeploy.export.lint.forecast import forecast
-from qdeploy.export.lint.network import Network
 from qdeploy.export.lint.options import parse_shapes
 from qdeploy.export.lint.run import Finding, lint
-from qdeploy.export.lint.scope import Scope
 from qdeploy.system.errors import InvalidInputError, UsageError
 from tests.export.lint.fixtures import (
     BEHIND,
@@ -138,7 +137,7 @@ def test_a_cast_between_dq_and_layer_makes_it_float(tmp_path: Path) -> None:
     body = qdq("xf", "x") + "xd = Cast<to=10>(xf) w = DequantizeLinear<axis=0>(W8, swh, zw) "
     model = graph(body + "y = Conv<pads=[1,1,1,1]>(xd, w, bh)", outputs="float16[a,b,c,d] y")
     assert "Cast" in found(model, tmp_path, "TRT023")[0].message
-    said = forecast(Network(tmp_path / "graph.onnx", Scope()))
+    said = forecast(Network(tmp_path / "graph.onnx"))
     assert said.shares == {"fp16": 1.0}
     assert "Cast between the DQ and its input" in said.floats[0].why
 
@@ -247,7 +246,7 @@ def test_multiplications_are_counted_by_type(tmp_path: Path) -> None:
     """One convolution in int8 and one of the same size in floats: half and half, at best 4/3."""
     body = GOOD.replace("y =", "a =") + " y = Conv<pads=[1,1,1,1]>(a, Wf)"
     onnx.save(graph(body), tmp_path / "graph.onnx")
-    said = forecast(Network(tmp_path / "graph.onnx", Scope()))
+    said = forecast(Network(tmp_path / "graph.onnx"))
     assert said.total == 2 * 16 * 8 * 8 * 16 * 9
     assert said.shares == {"int8": 0.5, "fp32": 0.5}
     assert said.bound == pytest.approx(4 / 3)
@@ -258,11 +257,11 @@ def test_multiplications_are_counted_by_type(tmp_path: Path) -> None:
 def test_a_tensor_that_is_also_read_in_floats_needs_a_kernel(tmp_path: Path) -> None:
     body = "a = Tanh(x) " + qdq("xd", "a") + WEIGHT + CONV1 + "y = Add(y1, a)"
     onnx.save(graph(body), tmp_path / "graph.onnx")
-    said = forecast(Network(tmp_path / "graph.onnx", Scope()))
+    said = forecast(Network(tmp_path / "graph.onnx"))
     assert [pair.why for pair in said.kernels] == ["its tensor is also read in floats by Add"]
     fused = "a = Tanh(x) " + qdq("xd", "a") + WEIGHT + CONV
     onnx.save(graph(fused), tmp_path / "graph.onnx")
-    assert not forecast(Network(tmp_path / "graph.onnx", Scope())).kernels
+    assert not forecast(Network(tmp_path / "graph.onnx")).kernels
 
 
 # -- OpenVINO ----------------------------------------------------------------------------------------------

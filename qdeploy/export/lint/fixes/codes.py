@@ -2,39 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import PassResult
 
+from qdeploy.export.graph import store
+from qdeploy.export.graph.quantizer import INT8, Quantizer, dequantized, quantizers, readable, spread
 from qdeploy.export.lint.fixes import Fix
-from qdeploy.export.lint.quantizer import INT8, Quantizer, read_quantizer, readable
-
-
-def quantizers(model: ir.Model) -> Iterator[Quantizer]:
-    """All Q and DQ of a graph; the list stays whole while nodes go."""
-    for node in list(model.graph):
-        data = node.inputs[0] if node.inputs else None
-        rank = data.shape.rank() if data is not None and data.shape is not None else None
-        if found := read_quantizer(node, rank):
-            yield found
-
-
-def store(model: ir.Model, name: str, array: Any) -> ir.Value:
-    """A new initializer; a name that is taken gets a number."""
-    taken, count = model.graph.initializers, 0
-    unique = name
-    while unique in taken:
-        count += 1
-        unique = f"{name}.{count}"
-    tensor = ir.tensor(array, name=unique)
-    value = ir.Value(
-        name=unique, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
-    taken[unique] = value
-    return value
 
 
 class NamedCodes(Fix):
@@ -122,11 +96,11 @@ class StoredCodes(Fix):
             # Without a zero point the standard and TensorRT disagree on the type.
             if q.codes != INT8 or q.blocked or q.zero_point is None or readable(q.zero_point) is None:
                 continue
-            shape = [1] * values.ndim
-            if scales.size > 1:
-                shape[q.axis] = -1
-            zeros = readable(q.zero_point).astype(np.float32).reshape(shape)
-            codes = np.rint(values.astype(np.float32) / scales.astype(np.float32).reshape(shape)) + zeros
+            scales, zeros = (
+                spread(q, numbers.astype(np.float32), values.shape)
+                for numbers in (scales, readable(q.zero_point))
+            )
+            codes = np.rint(values.astype(np.float32) / scales) + zeros
             stored = store(model, f"{q.data.name}.codes", np.clip(codes, -128, 127).astype(np.int8))
             ir.convenience.replace_all_uses_with(q.output, stored)
             model.graph.remove(q.node, safe=True)
@@ -146,17 +120,13 @@ class StoredBias(Fix):
     def call(self, model: ir.Model) -> PassResult:
         modified = False
         for q in quantizers(model):
-            codes, scales = readable(q.data), readable(q.scale)
-            if q.quantizes or codes is None or scales is None or codes.ndim != 1 or q.blocked:
+            values = None if q.quantizes or q.blocked else dequantized(q)
+            if values is None or values.ndim != 1:
                 continue
             uses = [(node, position) for node, position in q.output.uses() if position == 2]
             if not uses or any(node.op_type not in ("Conv", "ConvTranspose", "Gemm") for node, _ in uses):
                 continue
-            zeros = readable(q.zero_point) if q.zero_point is not None else np.zeros(1, codes.dtype)
-            if zeros is None:
-                continue
-            values = (codes.astype(np.int64) - zeros).astype(np.float32) * scales.astype(np.float32)
-            stored = store(model, f"{q.data.name}.float", values.astype(scales.dtype))
+            stored = store(model, f"{q.data.name}.float", values.astype(q.scales.dtype))
             for node, position in uses:
                 node.replace_input_with(position, stored)
             modified = True

@@ -6,14 +6,12 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import PassResult
 
-from qdeploy.export.graph import producer
+from qdeploy.export.graph import MOVES, WEIGHTED, producer, store
+from qdeploy.export.graph.quantizer import Quantizer, quantizers, read_quantizer, readable
 from qdeploy.export.lint.fixes import Fix
-from qdeploy.export.lint.fixes.codes import quantizers, store
-from qdeploy.export.lint.quantizer import Quantizer, read_quantizer, readable
 
 # They move numbers and compute none: rounding before or after is the same.
-_MOVES = ("Slice", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Expand", "Gather")
-_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_MOVES = (*MOVES, "Slice", "Expand", "Gather")
 
 
 class StepsBeforeQuantizer(Fix):
@@ -51,7 +49,7 @@ def _reaches_layer(step: ir.Node) -> bool:
     others, node = step.op_type not in ("Transpose", "Reshape"), step
     while len(uses := list(node.outputs[0].uses())) == 1:
         node = uses[0][0]
-        if node.op_type in _LAYERS:
+        if node.op_type in WEIGHTED:
             return others
         if node.op_type not in (*_MOVES, "Cast", "Pad", "Mul", "Div"):
             return False
@@ -61,7 +59,7 @@ def _reaches_layer(step: ir.Node) -> bool:
 
 def _moves(step: ir.Node, q: Quantizer) -> bool:
     if step.op_type == "Pad":
-        mode = step.attributes["mode"].as_string() if "mode" in step.attributes else "constant"
+        mode = step.attributes.get_string("mode", "constant")
         value = (
             readable(step.inputs[2]) if len(step.inputs) > 2 and step.inputs[2] is not None else np.zeros(1)
         )
@@ -73,14 +71,12 @@ def _moves(step: ir.Node, q: Quantizer) -> bool:
 
 
 def _swap(dequantize: Quantizer, step: ir.Node) -> bool:
-    node = producer(dequantize.data)
-    quantize = read_quantizer(node, None) if node is not None else None
+    quantize = read_quantizer(producer(dequantize.data))
     if quantize is None or not quantize.quantizes or len(list(quantize.output.uses())) != 1:
         return False
     if dequantize.per_channel or dequantize.blocked or not quantize.same_grid(dequantize):
         return False
-    first = producer(quantize.data)
-    earlier = read_quantizer(first, None) if first is not None else None
+    earlier = read_quantizer(producer(quantize.data))
     if earlier is not None and earlier.same_grid(quantize):
         return False  # a repeated pair: without it the step goes before the first Q
     moved, source = step.outputs[0], quantize.data
@@ -117,8 +113,7 @@ class RepeatedPairs(Fix):
     def call(self, model: ir.Model) -> PassResult:
         modified = False
         for q in quantizers(model):
-            node = producer(q.data)
-            before = read_quantizer(node, None) if node is not None else None
+            before = read_quantizer(producer(q.data))
             if not q.quantizes or before is None or before.quantizes or q.output.is_graph_output():
                 continue
             # Along an axis, equal numbers still have to belong to equal channels.

@@ -8,9 +8,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import PassResult
 
+from qdeploy.export.graph import store
+from qdeploy.export.graph.quantizer import quantizers, readable
 from qdeploy.export.lint.fixes import Fix
-from qdeploy.export.lint.fixes.codes import quantizers, store
-from qdeploy.export.lint.quantizer import readable
 from qdeploy.export.lint.rules.graph import foldable_node
 from qdeploy.export.lint.rules.types import parser_limits
 
@@ -101,8 +101,7 @@ def _computed(model: ir.Model, node: ir.Node) -> list[Any] | None:
         shape = node.inputs[0].shape if node.inputs[0] is not None else None
         if shape is None or not shape.is_static():
             return None
-        begin = node.attributes["start"].as_int() if "start" in node.attributes else 0
-        end = node.attributes["end"].as_int() if "end" in node.attributes else None
+        begin, end = node.attributes.get_int("start", 0), node.attributes.get_int("end")
         return [np.array(shape.numpy()[begin:end], np.int64)]
     feed = {value.name or "": readable(value) for value in node.inputs if value is not None}
     run = ReferenceEvaluator(ir.to_proto(node), opsets=dict(model.opset_imports))

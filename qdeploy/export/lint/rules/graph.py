@@ -6,8 +6,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from qdeploy.export.lint.network import FLOATS, Network
-from qdeploy.export.lint.quantizer import DEQUANTIZE, QUANTIZE
+from qdeploy.export.graph.network import FLOATS, Network
+from qdeploy.export.graph.nodes import stored
+from qdeploy.export.graph.quantizer import DEQUANTIZE, QUANTIZE
 from qdeploy.export.lint.rule import E, Hit, Hits, W, rule
 from qdeploy.export.lint.scope import Scope
 
@@ -120,15 +121,9 @@ def fragile_norm(net: Network, scope: Scope) -> Hits:
     for node in net.nodes:
         if node.op_type == "ReduceMean" and _is_variance(node):
             yield Hit(node, "a normalization in pieces: export with LayerNormalization (opset 17)")
-        epsilon = node.attributes.get("epsilon")
-        if (
-            epsilon is not None
-            and net.dtype(node.inputs[0]) == ir.DataType.FLOAT16
-            and epsilon.as_float() < 6e-8
-        ):
-            yield Hit(
-                node, f"epsilon {epsilon.as_float():g} is 0 in FP16: normalize in FLOAT, between two Casts"
-            )
+        epsilon = node.attributes.get_float("epsilon", 1.0)
+        if epsilon < 6e-8 and net.dtype(node.inputs[0]) == ir.DataType.FLOAT16:
+            yield Hit(node, f"epsilon {epsilon:g} is 0 in FP16: normalize in FLOAT, between two Casts")
 
 
 def _is_variance(node: ir.Node) -> bool:
@@ -174,7 +169,7 @@ def foldable_node(node: ir.Node) -> str | None:
         and source.shape.is_static()
     ):
         return "the shape of a tensor of fixed shape: store it"
-    if all(value is None or ir.convenience.get_const_tensor(value) is not None for value in node.inputs):
+    if all(value is None or stored(value) for value in node.inputs):
         return f"{node.op_type} of constants: store its result"
     return None
 

@@ -8,8 +8,9 @@ from math import prod
 
 import onnx_ir as ir
 
-from qdeploy.export.lint.network import COMMUTES, Layer, Network
-from qdeploy.export.lint.quantizer import FP8, INT8
+from qdeploy.export.graph.network import Layer, Network
+from qdeploy.export.graph.nodes import MOVES, stored
+from qdeploy.export.graph.quantizer import FP8, INT8
 from qdeploy.export.lint.rule import Hit, Hits, W, rule
 from qdeploy.export.lint.scope import Scope
 from qdeploy.recipe.kernel_limits import thin_conv, thin_float_conv, thin_product
@@ -33,7 +34,7 @@ def narrow_convolution(net: Network, scope: Scope) -> Hits:
         weight = net.shape(layer.node.inputs[1])
         if layer.node.op_type != "Conv" or layer.low_bit is None or weight is None:
             continue
-        group = layer.node.attributes["group"].as_int() if "group" in layer.node.attributes else 1
+        group = layer.node.attributes.get_int("group", 1)
         if layer.low_bit == FP8 and thin_float_conv(weight, group):
             yield Hit(layer.node, f"an fp8 convolution of weight {weight}: leave it in floats")
         elif layer.low_bit == INT8 and thin_conv(weight, group, _on_graph_input(net, layer)):
@@ -69,8 +70,7 @@ def product_size(net: Network, layer: Layer) -> tuple[int, int, int] | None:
     x, y = net.shape(layer.node.inputs[0]), net.shape(layer.node.outputs[0])
     if not x or not y:
         return None
-    transposed = layer.node.attributes.get("transA")
-    inner = x[0] if transposed is not None and transposed.as_int() else x[-1]
+    inner = x[0] if layer.node.attributes.get_int("transA", 0) else x[-1]
     rows = prod(y[:-1]) if layer.weight is not None else (y[-2] if len(y) > 1 else 1)
     return rows, y[-1], inner
 
@@ -78,7 +78,7 @@ def product_size(net: Network, layer: Layer) -> tuple[int, int, int] | None:
 def attentions(net: Network) -> Iterator[Attention]:
     """Every softmax(q k) v of the graph."""
     products = {id(layer.node): layer for layer in net.layers if layer.weight is None}
-    steps = (*COMMUTES, "Cast", "Add", "Mul", "Div", "QuantizeLinear", "DequantizeLinear")
+    steps = (*MOVES, "Cast", "Add", "Mul", "Div", "QuantizeLinear", "DequantizeLinear")
     for softmax in net.nodes:
         if softmax.op_type != "Softmax":
             continue
@@ -86,7 +86,7 @@ def attentions(net: Network) -> Iterator[Attention]:
         value = softmax.inputs[0]
         while value is not None and (node := value.producer()) is not None and node.op_type in steps:
             between.append(node)
-            value = next((x for x in node.inputs if x is not None and not net.stored(x)), None)
+            value = next((x for x in node.inputs if x is not None and not stored(x)), None)
         scores = products.get(id(value.producer())) if value is not None else None
         for user, position in net.users(softmax.outputs[0], steps):
             mix = products.get(id(user))
@@ -139,5 +139,5 @@ def fp8_attention(net: Network, scope: Scope) -> Hits:
 def scaled_scores(net: Network, scope: Scope) -> Hits:
     for attention in attentions(net):
         for node in attention.between:
-            if node.op_type in ("Mul", "Div") and any(net.stored(x) for x in node.inputs):
+            if node.op_type in ("Mul", "Div") and any(stored(x) for x in node.inputs):
                 yield Hit(node, "scales the scores: multiply q (or k) before the product instead")

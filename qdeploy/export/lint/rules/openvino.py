@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from qdeploy.export.lint.network import COMMUTES, Network
-from qdeploy.export.lint.quantizer import INT8
+from qdeploy.export.graph.network import Network
+from qdeploy.export.graph.nodes import MOVES, upstream
+from qdeploy.export.graph.quantizer import INT8
 from qdeploy.export.lint.rule import E, Hit, Hits, rule
 from qdeploy.export.lint.scope import Scope
 
@@ -23,10 +24,10 @@ def conv_after_concat(net: Network, scope: Scope) -> Hits:
         if layer.node.op_type != "Conv" or weight is None or weight.codes != INT8:
             continue
         behind = layer.sources[0] is not None
-        steps = (*COMMUTES, "Relu", "QuantizeLinear", "DequantizeLinear")
-        concat = net.before(layer.node.inputs[0], steps)
+        steps = (*MOVES, "Relu", "QuantizeLinear", "DequantizeLinear")
+        concat = upstream(layer.node.inputs[0], steps)
         if concat is None or concat.op_type != "Concat":
             continue
-        before = [(q := net.quantizer(net.before(x, COMMUTES))) and not q.quantizes for x in concat.inputs]
+        before = [(q := net.quantizer(upstream(x, MOVES))) and not q.quantizes for x in concat.inputs]
         if behind or all(before):
             yield Hit(layer.node, "split it: one Conv for each part of the Concat, and an Add")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qdeploy.export.lint.network import COMMUTES, Network
-from qdeploy.export.lint.quantizer import FP8, INT8, Quantizer
+from qdeploy.export.graph.network import Network
+from qdeploy.export.graph.nodes import MOVES, WEIGHTED, stored, upstream
+from qdeploy.export.graph.quantizer import FP8, INT8, Quantizer
 from qdeploy.export.lint.rule import Hit, Hits, W, rule
 from qdeploy.export.lint.scope import Scope
 
-WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 NORMS = (
     "GroupNormalization",
     "LayerNormalization",
@@ -62,7 +62,7 @@ def half_quantized(net: Network, scope: Scope) -> Hits:
 def between(net: Network, scope: Scope) -> Hits:
     for layer in net.layers:
         for side in (0, 1):
-            if others := [step for step in layer.between[side] if step.op_type not in COMMUTES]:
+            if others := [step for step in layer.between[side] if step.op_type not in MOVES]:
                 names = ", ".join(step.op_type for step in others)
                 yield Hit(others[0], f"{names} between DQ and {layer.node.name}: move it before the Q")
 
@@ -77,17 +77,17 @@ def between(net: Network, scope: Scope) -> Hits:
 def residual(net: Network, scope: Scope) -> Hits:
     low_bit = {id(layer.node) for layer in net.layers if layer.low_bit}
     for node in net.nodes:
-        if node.op_type != "Add" or any(net.stored(x) or x is None for x in node.inputs):
+        if node.op_type != "Add" or any(stored(x) or x is None for x in node.inputs):
             continue
-        quantized = [(q := net.quantizer(net.before(x, COMMUTES))) and not q.quantizes for x in node.inputs]
-        layers = [net.before(x, (*COMMUTES, *_PAIR)) for x in node.inputs]
+        quantized = [(q := net.quantizer(upstream(x, MOVES))) and not q.quantizes for x in node.inputs]
+        layers = [upstream(x, (*MOVES, *_PAIR)) for x in node.inputs]
         of_layers = [layer is not None and layer.op_type in WEIGHTED for layer in layers]
         wrong = [q for q, of_layer in zip(quantized, of_layers) if q and of_layer]
         if len(wrong) > (1 if all(of_layers) else 0):
             yield Hit(node, "the layer's branch is quantized: quantize the skipped branch only")
         into_integers = any(
             (q := net.quantizer(user)) and q.quantizes
-            for user, _ in net.users(node.outputs[0], (*COMMUTES, *POINTWISE))
+            for user, _ in net.users(node.outputs[0], (*MOVES, *POINTWISE))
         )
         if into_integers and not any(quantized) and any(id(layer) in low_bit for layer in layers):
             yield Hit(node, "between two quantized layers, the skipped branch is float: quantize it")
@@ -105,9 +105,7 @@ def concat_scales(net: Network, scope: Scope) -> Hits:
         if node.op_type != "Concat":
             continue
         after = [
-            q
-            for user, _ in net.users(node.outputs[0], COMMUTES)
-            if (q := net.quantizer(user)) and q.quantizes
+            q for user, _ in net.users(node.outputs[0], MOVES) if (q := net.quantizer(user)) and q.quantizes
         ]
         inputs = [net.dequantizer(x)[0] for x in node.inputs]
         if any(q is not None and not q.same_grid(other) for other in after for q in inputs):
@@ -126,7 +124,7 @@ def concat_scales(net: Network, scope: Scope) -> Hits:
 def several_scales(net: Network, scope: Scope) -> Hits:
     readers: dict[str, list[Quantizer]] = {}
     for q in net.quantizers:
-        if q.quantizes and not net.stored(q.data):
+        if q.quantizes and not stored(q.data):
             readers.setdefault(q.data.name or "", []).append(q)
     for value, several in readers.items():
         if any(not q.same_grid(several[0]) for q in several[1:]):
@@ -144,7 +142,7 @@ def several_scales(net: Network, scope: Scope) -> Hits:
 )
 def before_norm(net: Network, scope: Scope) -> Hits:
     for q in net.quantizers:
-        readers = [] if q.quantizes else [node.op_type for node, _ in net.users(q.output, COMMUTES)]
+        readers = [] if q.quantizes else [node.op_type for node, _ in net.users(q.output, MOVES)]
         # SiLU is x * sigmoid(x): a Mul counts beside what makes it one.
         if all(op in (*NORMS, *ACTIVATIONS, "Mul") for op in readers) and {*readers} - {"Mul"}:
             yield Hit(q.node, f"feeds {readers[0]} only: take Q and DQ away")
@@ -164,7 +162,7 @@ def useless_pair(net: Network, scope: Scope) -> Hits:
             if before is not None and not before.quantizes and q.same_grid(before):
                 yield Hit(q.node, "quantizes what a DQ of the same scale gave: read its codes")
             continue
-        readers = list(net.users(q.output, COMMUTES))
+        readers = list(net.users(q.output, MOVES))
         known = (*USES, *NORMS, *ACTIVATIONS)
         if q.codes in (INT8, FP8) and not any(_low_bit_use(net, node, known) for node, _ in readers):
             yield Hit(q.node, "nothing behind it computes in low bits: take Q and DQ away")
@@ -175,7 +173,7 @@ def _low_bit_use(net: Network, node: ir.Node, known: tuple[str, ...]) -> bool:
     if node.op_type in known or net.quantizer(node):
         return True
     return node.op_type in ("Cast", "Mul", "Div") and any(
-        user.op_type in WEIGHTED for user, _ in net.users(node.outputs[0], COMMUTES)
+        user.op_type in WEIGHTED for user, _ in net.users(node.outputs[0], MOVES)
     )
 
 

@@ -6,14 +6,16 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qdeploy.export.lint.network import FLOATS, Network
-from qdeploy.export.lint.quantizer import (
+from qdeploy.export.graph.network import FLOATS, Network
+from qdeploy.export.graph.nodes import stored
+from qdeploy.export.graph.quantizer import (
     FP4,
     FP8,
     INT4,
     INT8,
     SIXTEEN_BIT,
     Quantizer,
+    readable,
 )
 from qdeploy.export.lint.rule import E, Hit, Hits, W, rule
 from qdeploy.export.lint.scope import Scope
@@ -27,7 +29,7 @@ def nonzero_zero_point(net: Network, scope: Scope) -> Hits:
         if q.zero_point is None:
             continue
         root = net.root(q.zero_point)  # a Constant, or a Constant that is cast
-        zeros = net.constant(root)
+        zeros = readable(root)
         if root is None:
             yield Hit(q.node, "the zero point is computed: make it an initializer of zeros")
         elif zeros is not None and (found := zeros.astype("float64")[zeros.astype("float64") != 0]).size:
@@ -75,7 +77,7 @@ def missing_zero_point(net: Network, scope: Scope) -> Hits:
 )
 def impossible_scale(net: Network, scope: Scope) -> Hits:
     for q in net.quantizers:
-        scales = net.constant(q.scale)
+        scales = readable(q.scale)
         if scales is None:
             continue
         values = scales.astype("float64")
@@ -95,7 +97,7 @@ def impossible_scale(net: Network, scope: Scope) -> Hits:
 )
 def computed_scale(net: Network, scope: Scope) -> Hits:
     for q in net.quantizers:
-        if q.scale is not None and not net.stored(q.scale) and not q.node.op_type.startswith("TRT_"):
+        if q.scale is not None and not stored(q.scale) and not q.node.op_type.startswith("TRT_"):
             severity = W if scope.tensorrt >= (11, 0) else E
             yield Hit(q.node, "the scale is computed by the graph: store it as an initializer", severity)
 
@@ -103,7 +105,7 @@ def computed_scale(net: Network, scope: Scope) -> Hits:
 @rule("TRT006", E, "a 1-D scale is as long as its axis", "the importer checks it", "IMP")
 def scale_length(net: Network, scope: Scope) -> Hits:
     for q in net.quantizers:
-        shape, scales = net.shape(q.data), net.constant(q.scale)
+        shape, scales = net.shape(q.data), readable(q.scale)
         if shape is None or scales is None or scales.ndim != 1 or scales.size == 1 or q.blocked:
             continue
         if q.axis >= len(shape) or shape[q.axis] != scales.size:
@@ -121,7 +123,7 @@ def activation_per_channel(net: Network, scope: Scope) -> Hits:
 @rule("TRT009", E, "zero points are as many as scales, of the codes' type", "the importer checks it", "IMP")
 def zero_point_shape(net: Network, scope: Scope) -> Hits:
     for q in net.quantizers:
-        zeros, scales = net.constant(q.zero_point), net.constant(q.scale)
+        zeros, scales = readable(q.zero_point), readable(q.scale)
         if zeros is None or scales is None:
             continue
         if zeros.size != scales.size:
@@ -163,10 +165,10 @@ def coarse_scale(net: Network, scope: Scope) -> Hits:
     import numpy as np
 
     for q in net.quantizers:
-        kind, stored = net.dtype(q.scale), net.constant(q.scale)
+        kind, stored = net.dtype(q.scale), readable(q.scale)
         if kind not in SIXTEEN_BIT:
             continue
-        exact = net.constant(net.root(q.scale)) if stored is None else stored
+        exact = readable(net.root(q.scale)) if stored is None else stored
         if exact is None:
             continue
         exact = exact.astype(np.float64)

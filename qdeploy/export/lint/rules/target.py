@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
+from qdeploy.export.graph.network import Network
+from qdeploy.export.graph.quantizer import FP4, FP8, INT8
+from qdeploy.export.graph.shapes import infer
 from qdeploy.export.lint.forecast import forecast
-from qdeploy.export.lint.network import Network
-from qdeploy.export.lint.quantizer import FP4, FP8, INT8
 from qdeploy.export.lint.rule import E, Hit, Hits, I, rule
 from qdeploy.export.lint.scope import Scope
-from qdeploy.export.lint.shapes import derive
 from qdeploy.system.errors import InvalidInputError
 
 LARGEST = 5  # islands and reasons that people are shown; programs get all
@@ -70,7 +70,7 @@ def profile(net: Network, scope: Scope) -> Hits:
 def _fits(net: Network, scope: Scope) -> Hits:
     for which, kind in enumerate(("min", "opt", "max")):
         try:
-            derive(net.skeleton, {name: sizes[which] for name, sizes in scope.profile.items()}, strict=True)
+            infer(net.model, {name: sizes[which] for name, sizes in scope.profile.items()}, strict=True)
         except InvalidInputError:
             what = f"the {kind} shapes do not fit through the network"
             yield Hit("shapes", f"{what}: sizes have to divide by what it halves them")

@@ -6,8 +6,8 @@ from collections import Counter
 
 import onnx_ir as ir
 
-from qdeploy.export.lint.network import FLOATS, Network
-from qdeploy.export.lint.quantizer import FOUR_BIT, FP4, FP8, SIXTEEN_BIT
+from qdeploy.export.graph.network import FLOATS, Network
+from qdeploy.export.graph.quantizer import FOUR_BIT, FP4, FP8, SIXTEEN_BIT
 from qdeploy.export.lint.rule import E, Hit, Hits, W, rule
 from qdeploy.export.lint.scope import Scope
 

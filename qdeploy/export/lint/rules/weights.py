@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qdeploy.export.lint.network import COMMUTES, Layer, Network
-from qdeploy.export.lint.quantizer import FOUR_BIT, FP8, INT4, INT8, Quantizer, scale_rank
+from qdeploy.export.graph.network import Layer, Network
+from qdeploy.export.graph.nodes import MOVES, stored
+from qdeploy.export.graph.quantizer import FOUR_BIT, FP8, INT4, INT8, Quantizer, readable, scale_rank
 from qdeploy.export.lint.rule import E, Hit, Hits, W, rule
 from qdeploy.export.lint.scope import Scope
 
@@ -35,8 +36,7 @@ def _output_axis(node: ir.Node, rank: int) -> int:
     if node.op_type == "Conv":
         return 0
     if node.op_type == "Gemm":
-        transposed = node.attributes.get("transB")
-        return 0 if transposed is not None and transposed.as_int() else 1
+        return 0 if node.attributes.get_int("transB", 0) else 1
     return 1 if node.op_type == "ConvTranspose" else rank - 1
 
 
@@ -58,7 +58,7 @@ def _back(steps: tuple[ir.Node, ...], axis: int) -> int | None:
 )
 def block_shape(net: Network, scope: Scope) -> Hits:
     for q in _blocked(net):
-        shape, scales = net.shape(q.data), net.constant(q.scale)
+        shape, scales = net.shape(q.data), readable(q.scale)
         if q.codes == INT8:
             yield Hit(q.node, "int8 codes have no block scales: use one per output channel")
         if shape is None or scales is None:
@@ -114,10 +114,10 @@ def int4_place(net: Network, scope: Scope) -> Hits:
     for q in net.quantizers:
         if q.codes not in (INT4, ir.DataType.UINT4):
             continue
-        if q.quantizes or not net.stored(q.data):
+        if q.quantizes or not stored(q.data):
             yield Hit(q.node, "int4 codes that are computed: store the weight's codes behind a DQ")
             continue
-        for node, position in net.users(q.output, COMMUTES):
+        for node, position in net.users(q.output, MOVES):
             if node.op_type.startswith("Conv"):
                 yield Hit(q.node, f"an int4 weight of a {node.op_type}: store the codes as int8", W)
             elif node.op_type not in ("MatMul", "Gemm") or position != 1:
@@ -136,7 +136,7 @@ def int4_place(net: Network, scope: Scope) -> Hits:
 def quantized_bias(net: Network, scope: Scope) -> Hits:
     for layer in net.layers:
         bias = layer.node.inputs[2] if len(layer.node.inputs) > 2 else None
-        if bias is None or net.stored(bias):
+        if bias is None or stored(bias):
             continue
         if net.root(bias) is not None:
             yield Hit(layer.node, "the bias comes through Q or DQ or a move: store its float values")
@@ -156,7 +156,7 @@ def quantized_bias(net: Network, scope: Scope) -> Hits:
 )
 def float_weight(net: Network, scope: Scope) -> Hits:
     for q in net.quantizers:
-        if q.quantizes and net.stored(q.data):
+        if q.quantizes and stored(q.data):
             yield Hit(q.node, "a float constant goes through Q: store its codes behind the DQ")
 
 

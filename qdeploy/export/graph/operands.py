@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qdeploy.export.graph import block_size, constant, producer
+from qdeploy.export.graph.nodes import constant, producer
+from qdeploy.export.graph.quantizer import INT8, Quantizer, read_quantizer, zeros_of
 
 
 @dataclass(frozen=True)
@@ -48,31 +49,26 @@ def operands(node: ir.Node, output_axis: int) -> Operands | None:
         None where activations are not uint8 with one constant scale, or the weight is not constant int8 codes
         with scales along that axis and without a zero point other than 0.
     """
-    left, right = producer(node.inputs[0]), producer(node.inputs[1])
-    if not all(
-        n is not None and n.op_type == "DequantizeLinear" and not block_size(n) for n in (left, right)
-    ):
+    x, w = (_dequantizer(value) for value in node.inputs[:2])
+    if x is None or w is None or x.data.dtype != ir.DataType.UINT8:
         return None
-    assert left is not None
-    assert right is not None
-    codes, scale, zero = (*left.inputs, None)[:3]
-    if codes is None or codes.dtype != ir.DataType.UINT8 or zero is None or constant(zero) is None:
+    if x.scale is None or x.zero_point is None or constant(x.zero_point) is None:
         return None
-    if scale is None or constant(scale) is None or constant(scale).size != 1:
+    if constant(x.scale) is None or constant(x.scale).size != 1:
         return None
-    stored, weight_scale = constant(right.inputs[0]), constant(right.inputs[1])
-    if stored is None or stored.dtype != np.int8 or weight_scale is None:
+    stored, scales = constant(w.data), constant(w.scale)
+    if stored is None or w.codes != INT8 or scales is None or zeros_of(w) != {0}:
         return None
-    zeros = constant(right.inputs[2]) if len(right.inputs) > 2 else None
-    if len(right.inputs) > 2 and right.inputs[2] is not None and (zeros is None or zeros.any()):
+    if scales.size > 1 and w.axis % stored.ndim != output_axis:
         return None
-    axis = right.attributes["axis"].as_int() if "axis" in right.attributes else 1
-    if weight_scale.size > 1 and axis % stored.ndim != output_axis:
-        return None
-    scales = np.broadcast_to(weight_scale.reshape(-1), (stored.shape[output_axis],))
-    names = (_name(right.inputs[0], "weight"), _name(right.inputs[1], "weight.scale"))
-    return Operands(codes, scale, zero, stored, scales, names)
+    scales = np.broadcast_to(scales.reshape(-1), (stored.shape[output_axis],))
+    names = (w.data.name or "weight", (w.scale.name if w.scale else None) or "weight.scale")
+    return Operands(x.data, x.scale, x.zero_point, stored, scales, names)
 
 
-def _name(value: ir.Value | None, default: str) -> str:
-    return (value.name if value is not None else None) or default
+def _dequantizer(value: ir.Value | None) -> Quantizer | None:
+    """The DequantizeLinear without blocks that computes a value, if one does."""
+    node = producer(value)
+    found = read_quantizer(node)
+    standard = node is not None and node.op_type == "DequantizeLinear"
+    return found if found is not None and standard and not found.block_size else None

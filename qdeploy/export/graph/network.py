@@ -1,24 +1,22 @@
-"""A graph as rules ask about it: shapes, types, constants, quantizers, weighted layers."""
+"""A whole graph: shapes, types, quantizers and weighted layers, for one choice of its inputs' shapes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
-from qdeploy.export.lint.quantizer import Quantizer, read_quantizer, readable
-from qdeploy.export.lint.scope import Scope, Shape
-from qdeploy.export.lint.shapes import count_batch_as_one, derive, skeleton
-from qdeploy.export.macs import WEIGHTED, macs_of
+from qdeploy.export.graph.file import read
+from qdeploy.export.graph.nodes import INTEGER_PRODUCT, MOVES, WEIGHTED, stored
+from qdeploy.export.graph.quantizer import DataType, Quantizer, read_quantizer
+from qdeploy.export.graph.shapes import Known, batch_of_one, infer
 from qdeploy.system.errors import InvalidInputError
 
-# What TensorRT moves a Q upstream of, or a DQ downstream of, so that a quantized region grows.
-COMMUTES = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity")
-FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+FLOATS = (DataType.FLOAT, DataType.FLOAT16, DataType.BFLOAT16, DataType.DOUBLE)
 
 
 @dataclass(frozen=True)
@@ -56,58 +54,44 @@ class Network:
 
     Args:
         path: an ONNX file.
-        scope: its profile gives the shapes; without one, axes named like an input's first count as 1.
+        shapes: shapes of its inputs; without one, axes named like an input's first count as 1.
+
+    Attributes:
+        model: the graph; types that could be inferred are written into it.
+        contradiction: what is wrong with the shapes, if something is.
 
     Raises:
         InvalidInputError: the file is no ONNX graph.
     """
 
-    def __init__(self, path: Path, scope: Scope) -> None:
-        import onnx
-        import onnx.inliner
-
-        self.path, self.scope = path, scope
-        try:
-            proto = onnx.load(path, load_external_data=False)
-            if proto.functions:
-                proto = onnx.inliner.inline_local_functions(proto)
-            self.model = ir.from_proto(proto)
-            self.model.graph.sort()  # refuses cycles, in which every walk below would be lost
-        except Exception as error:  # protobuf's and the reader's errors have no common base
-            raise InvalidInputError(f"{path} is damaged or no ONNX graph") from error
-        if not proto.ir_version or not len(self.model.graph):
-            raise InvalidInputError(f"{path} is damaged or no ONNX graph: it holds no node")
-        ir.external_data.set_base_dir(self.model.graph, path.parent)
-        self.skeleton = skeleton(proto)
+    def __init__(self, path: Path, shapes: Mapping[str, Sequence[int]] | None = None) -> None:
+        self.path, self.model = path, read(path)
         self.contradiction: str | None = None
-        self._types: dict[str, tuple[ir.DataType | None, Shape | None]] = {}
-        optimal = {name: opt for name, (_, opt, _) in scope.profile.items()}
-        light = skeleton(proto)
-        count_batch_as_one(light)
+        self._known: Known = {}
         try:
-            self._types = derive(light, optimal)
+            self._known = infer(self.model, {**batch_of_one(self.model), **(shapes or {})})
         except InvalidInputError as error:
             self.contradiction = str(error)
         self._write_types()
 
     def _write_types(self) -> None:
-        """Give the graph's own values the types that were derived; TensorRT's operators tell theirs."""
+        """Write the inferred types into the graph; those of TensorRT's operators follow from their names."""
         for node in self.model.graph:
             for value in node.outputs:
                 kind = self.dtype(value)
                 if node.op_type.startswith("TRT_") and (q := self.quantizer(node)):
                     kind = q.codes if q.quantizes else self.dtype(q.scale)
-                    self._types[value.name or ""] = (kind, self.shape(value))
+                    self._known[value.name or ""] = (kind, self.shape(value))
                 if kind is not None:
                     value.dtype = kind
 
     def shape(self, value: ir.Value | None) -> tuple[int, ...] | None:
-        """A value's shape at the optimal profile, if it can be derived."""
+        """A value's shape, if it can be inferred."""
         if value is None:
             return None
         if value.const_value is not None:
             return tuple(value.const_value.shape.numpy())
-        return self._types.get(value.name or "", (None, None))[1]
+        return self._known.get(value.name or "", (None, None))[1]
 
     def dtype(self, value: ir.Value | None) -> ir.DataType | None:
         """A value's type, if it is known."""
@@ -115,12 +99,8 @@ class Network:
             return None
         if value.const_value is not None:
             return value.const_value.dtype
-        inferred = self._types.get(value.name or "", (None, None))[0]
+        inferred = self._known.get(value.name or "", (None, None))[0]
         return inferred if inferred is not None else value.dtype
-
-    def constant(self, value: ir.Value | None) -> Any:
-        """A constant's numbers; None if it is computed, or if its data is cut short."""
-        return readable(value)
 
     @cached_property
     def nodes(self) -> list[ir.Node]:
@@ -144,15 +124,11 @@ class Network:
         """All Q and DQ."""
         return [found for node in self.nodes if (found := self.quantizer(node))]
 
-    def stored(self, value: ir.Value | None) -> bool:
-        """Whether a value is an initializer or a Constant."""
-        return value is not None and ir.convenience.get_const_tensor(value) is not None
-
     def root(self, value: ir.Value | None) -> ir.Value | None:
         """The initializer that a value is made from, through Q, DQ, Cast and moves; else None."""
-        while value is not None and not self.stored(value):
+        while value is not None and not stored(value):
             node = value.producer()
-            if node is None or not (node.op_type in (*COMMUTES, "Cast") or self.quantizer(node)):
+            if node is None or not (node.op_type in (*MOVES, "Cast") or self.quantizer(node)):
                 return None
             value = node.inputs[0]
         return value
@@ -163,10 +139,10 @@ class Network:
         while value is not None and (node := value.producer()) is not None:
             if found := self.quantizer(node):
                 return (None if found.quantizes else found), tuple(between)
-            computed = [x for x in node.inputs if x is not None and not self.stored(x)]
+            computed = [x for x in node.inputs if x is not None and not stored(x)]
             if node.op_type == "Concat":
                 return self._joined(node), tuple(between)
-            if len(computed) != 1 or node.op_type not in (*COMMUTES, "Cast", "Mul", "Div", "Slice", "Pad"):
+            if len(computed) != 1 or node.op_type not in (*MOVES, "Cast", "Mul", "Div", "Slice", "Pad"):
                 break
             between.append(node)
             value = computed[0]
@@ -176,7 +152,7 @@ class Network:
         """The first DQ before a Concat, if all have one scale: TensorRT then moves it behind the Concat."""
         found = [self.dequantizer(value) for value in concat.inputs]
         first = found[0][0]
-        if first is None or any(step.op_type not in COMMUTES for _, steps in found for step in steps):
+        if first is None or any(step.op_type not in MOVES for _, steps in found for step in steps):
             return None
         return first if all(q is not None and q.same_grid(first) for q, _ in found) else None
 
@@ -188,16 +164,40 @@ class Network:
     def _layer(self, node: ir.Node) -> Layer:
         sources, between = zip(*(self.dequantizer(value) for value in node.inputs[:2]))
         straight = [
-            source if all(step.op_type in COMMUTES for step in steps) else None
+            source if all(step.op_type in MOVES for step in steps) else None
             for source, steps in zip(sources, between)
         ]
         return Layer(node, tuple(straight), between, self.root(node.inputs[1]), self._macs(node))  # type: ignore[arg-type]
 
     def _macs(self, node: ir.Node) -> int | None:
-        shapes = [self.shape(value) for value in (*node.inputs[:2], node.outputs[0])]
-        if any(shape is None for shape in shapes):
+        x, w, y = (self.shape(value) for value in (*node.inputs[:2], node.outputs[0]))
+        if x is None or w is None or y is None:
             return None
-        return macs_of(ir.to_proto(node), *(shape for shape in shapes if shape is not None))
+        if node.op_type == "Conv":
+            return prod(y) * prod(w[1:])
+        if node.op_type == "ConvTranspose":
+            return prod(x) * prod(w[1:])
+        return prod(y) * (x[0] if node.attributes.get_int("transA", 0) else x[-1])
+
+    def macs(self) -> dict[str, int]:
+        """Multiply-accumulates of every product by the name of its node, attention and integer products included.
+
+        Raises:
+            InvalidInputError: the size of a node cannot be inferred, or the inputs' shapes contradict each other.
+        """
+        if self.contradiction is not None:
+            raise InvalidInputError(self.contradiction)
+        counts: dict[str, int] = {}
+        for node in self.nodes:
+            if node.op_type in (*WEIGHTED, INTEGER_PRODUCT, "MatMulInteger"):
+                if (count := self._macs(node)) is None:
+                    unknown = next(x for x in (*node.inputs[:2], *node.outputs) if self.shape(x) is None)
+                    raise InvalidInputError(
+                        f"the size of {node.name} in {self.path.name} is unknown: "
+                        f"{unknown.name if unknown else 'an input'} has no shape"
+                    )
+                counts[node.name or ""] = count
+        return counts
 
     def users(self, value: ir.Value, through: tuple[str, ...] = ()) -> Iterator[tuple[ir.Node, int]]:
         """The nodes that read a value and at which input, looking through some operators."""
@@ -206,11 +206,3 @@ class Network:
                 yield from self.users(node.outputs[0], through)
             else:
                 yield node, position
-
-    def before(self, value: ir.Value | None, through: tuple[str, ...]) -> ir.Node | None:
-        """The node that computes a value, looking through some operators."""
-        node = value.producer() if value is not None else None
-        while node is not None and node.op_type in through:
-            value = next((x for x in node.inputs if x is not None and not self.stored(x)), None)
-            node = value.producer() if value is not None else None
-        return node

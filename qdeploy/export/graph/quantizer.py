@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
-from qdeploy.export.graph import constant
+from qdeploy.export.graph.nodes import block_size, constant
 
 DataType = ir.DataType
 # Operators that map floats to codes, and back; the type of the codes where the operator's name says it.
@@ -85,7 +87,7 @@ class Quantizer:
     @property
     def block_size(self) -> int:
         """Elements that share a scale along the axis; 0 unless it is blocked."""
-        return _int(self.node, "block_size", 0)
+        return block_size(self.node)
 
     @property
     def blocked(self) -> bool:
@@ -102,7 +104,7 @@ class Quantizer:
     @property
     def axis(self) -> int:
         """The axis of its scales, counted from the front where the rank is known. The default is 1."""
-        axis = _int(self.node, "axis", 1)
+        axis = int(self.node.attributes.get_int("axis", 1))
         return axis % self.rank if self.rank and -self.rank <= axis < self.rank else axis
 
     def same_grid(self, other: Quantizer) -> bool:
@@ -115,11 +117,46 @@ class Quantizer:
         return zeros_of(self) == zeros_of(other) and (not self.per_channel or self.axis == other.axis)
 
 
-def read_quantizer(node: ir.Node, rank: int | None) -> Quantizer | None:
-    """The quantizer that a node is, if it is one."""
-    if node.op_type not in (*QUANTIZE, *DEQUANTIZE) or not node.inputs or node.inputs[0] is None:
+def read_quantizer(node: ir.Node | None, rank: int | None = None) -> Quantizer | None:
+    """The quantizer that a node is, if it is one; by default the rank is that of the shape in the graph."""
+    if node is None or node.op_type not in (*QUANTIZE, *DEQUANTIZE) or not node.inputs:
         return None
+    data = node.inputs[0]
+    if data is None:
+        return None
+    if rank is None and data.shape is not None:
+        rank = data.shape.rank()
     return Quantizer(node, _codes(node), rank)
+
+
+def quantizers(model: ir.Model) -> Iterator[Quantizer]:
+    """All Q and DQ of a graph; nodes may be removed meanwhile."""
+    for node in list(model.graph):
+        if found := read_quantizer(node):
+            yield found
+
+
+def dequantized(quantizer: Quantizer) -> Any:
+    """The float32 values that a DQ computes from constants, bit for bit; None if one of them is not constant.
+
+    The difference of code and zero point is exact, and the product with the scale is rounded once.
+    """
+    codes, scales = readable(quantizer.data), quantizer.scales
+    zeros = np.zeros(1) if quantizer.zero_point is None else readable(quantizer.zero_point)
+    if codes is None or scales is None or zeros is None:
+        return None
+    difference = codes.astype(np.float64) - spread(quantizer, zeros.astype(np.float64), codes.shape)
+    return difference.astype(np.float32) * spread(quantizer, scales.astype(np.float32), codes.shape)
+
+
+def spread(quantizer: Quantizer, numbers: Any, shape: tuple[int, ...]) -> Any:
+    """Scales or zero points of a quantizer, in a shape that broadcasts over data of ``shape``."""
+    if numbers.size == 1:
+        return numbers.reshape(())
+    axis = quantizer.axis % len(shape)
+    if quantizer.block_size:
+        return numbers.repeat(quantizer.block_size, axis).take(range(shape[axis]), axis)
+    return numbers.reshape([-1 if each == axis else 1 for each in range(len(shape))])
 
 
 def scale_rank(quantizer: Quantizer) -> int | None:
@@ -140,11 +177,6 @@ def zeros_of(quantizer: Quantizer) -> set[int] | None:
     return None if values is None else {int(value) for value in values.astype("float32").flatten()}
 
 
-def _int(node: ir.Node, name: str, default: int) -> int:
-    attribute = node.attributes.get(name)
-    return default if attribute is None else int(attribute.as_int())
-
-
 def _codes(node: ir.Node) -> DataType | None:
     named = QUANTIZE.get(node.op_type) or DEQUANTIZE.get(node.op_type)
     if named is not None:
@@ -153,7 +185,7 @@ def _codes(node: ir.Node) -> DataType | None:
     if zero_point is not None and zero_point.dtype is not None:
         return zero_point.dtype
     if node.op_type in QUANTIZE:
-        return DataType(_int(node, "output_dtype", 0) or INT8)
+        return DataType(node.attributes.get_int("output_dtype", 0) or INT8)
     data = node.inputs[0]
     before = data.producer() if data is not None else None
     if before is not None and before.op_type in QUANTIZE:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from qdeploy.export.graph.nodes import add_initializer
+
 MICROSOFT = "com.microsoft"  # ONNX Runtime's own operators
 
 
@@ -69,13 +71,8 @@ class Writer:
         array = np.ascontiguousarray(array) if np.ndim(array) else np.asarray(array)
         described = f"{array.dtype.str}{array.shape}".encode()
         name = f"{name}/{sha256(described + array.tobytes()).hexdigest()[:12]}"
-        initializers = self.model.graph.initializers
-        if name not in initializers:
-            tensor = ir.tensor(array, name=name)
-            initializers[name] = ir.Value(
-                name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-            )
-        return initializers[name]
+        existing = self.model.graph.initializers.get(name)
+        return add_initializer(self.model, name, array) if existing is None else existing
 
     def replace(self, old: ir.Value, new: ir.Value) -> None:
         """Let all users of a value, the graph's outputs included, read another; and remove its node."""
