@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qdeploy.store.files import write_atomically, write_text
-from qdeploy.system.tables import MISSING, markdown_table, number, text_table
+from qdeploy.system.tables import MISSING, Table, number
 
 COLUMNS = [
     *("contender", "ms", "p10 to p90", "CPU ms", "vs fp32", "vs bf16", "SQNR dB", "worst", "int8 MACs"),
@@ -26,12 +26,12 @@ def write_report(found: dict[str, Any], place: Path) -> None:
     kernels = _kernels(found)
     note = _note(found)
     left_out = "".join(f"- {name} is left out: {reason}\n" for name, reason in found["skipped"].items())
-    write_text(place / "table.md", f"{markdown_table(COLUMNS, table)}\n{note}\n\n{left_out}")
+    write_text(place / "table.md", f"{Table(COLUMNS, table).markdown()}\n{note}\n\n{left_out}")
     if kernels[1]:
-        write_text(place / "kernels.md", markdown_table(*kernels))
-    print(text_table(COLUMNS, table))
+        write_text(place / "kernels.md", Table(*kernels).markdown())
+    print(Table(COLUMNS, table).text())
     if kernels[1]:
-        print(text_table(*kernels))
+        print(Table(*kernels).text())
     print(note)
     _picture(found, place / "speed.png")
 

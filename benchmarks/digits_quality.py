@@ -28,7 +28,7 @@ from qdeploy.store.artifact import Artifact
 from qdeploy.store.files import write_json, write_text
 from qdeploy.system.machine import machine
 from qdeploy.system.progress import say
-from qdeploy.system.tables import MISSING, markdown_table, text_table
+from qdeploy.system.tables import MISSING, Table
 from qdeploy.workflows.calibrate import calibrate
 
 METHODS = ("minmax", "qdiffusion")
@@ -142,9 +142,9 @@ def main() -> None:
     note = f"{arguments.samples} images, DDIM {STEPS} steps; mean ± deviation over {arguments.seeds} calibrations"
     results = {"note": note, "machine": machine(), "summary": summarize(runs), "runs": runs}
     write_json(arguments.output / "results.json", results)
-    text = f"{markdown_table(columns, rows)}\n{note}\n"
+    text = f"{Table(columns, rows).markdown()}\n{note}\n"
     write_text(arguments.output / "table.md", text)
-    print(text_table(columns, rows))
+    print(Table(columns, rows).text())
     print(note)
 
 

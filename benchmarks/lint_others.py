@@ -30,7 +30,7 @@ from qdeploy.export.run import export
 from qdeploy.store.artifact import Artifact
 from qdeploy.store.files import write_json, write_text
 from qdeploy.system.progress import say
-from qdeploy.system.tables import markdown_table, text_table
+from qdeploy.system.tables import Table
 from qdeploy.workflows.calibrate import calibrate
 
 HEADER = ("quantizer", "rejected (E)", "slow or inaccurate (W)", "int8 MACs", "own kernels", "after --fix")
@@ -214,8 +214,8 @@ def main() -> None:
     cells, results["qdeploy"] = row_of("qdeploy, target tensorrt", ours.path)
     table.append(cells)
     write_json(output / "lint.json", results)
-    write_text(output / "lint.md", markdown_table(HEADER, table))
-    print(text_table(HEADER, table))
+    write_text(output / "lint.md", Table(HEADER, table).markdown())
+    print(Table(HEADER, table).text())
 
 
 if __name__ == "__main__":

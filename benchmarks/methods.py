@@ -49,7 +49,7 @@ from qdeploy.store.artifact import Artifact, open_artifact
 from qdeploy.store.correction_table import CORRECTION
 from qdeploy.store.files import write_json
 from qdeploy.system.progress import say
-from qdeploy.system.tables import text_table
+from qdeploy.system.tables import Table
 
 BACKEND = "openvino"
 # Formats of weights and activations, and what it must run on.
@@ -267,7 +267,7 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     (arguments.output / "cost").mkdir(parents=True, exist_ok=True)
-    print(text_table(*table_of(measure(arguments))))
+    print(Table(*table_of(measure(arguments))).text())
 
 
 if __name__ == "__main__":

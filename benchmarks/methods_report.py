@@ -18,7 +18,7 @@ from qdeploy.evaluate.thresholds import look_up
 from qdeploy.model.folder import read_json
 from qdeploy.store.files import write_json, write_text
 from qdeploy.system.machine import machine
-from qdeploy.system.tables import MISSING, markdown_table
+from qdeploy.system.tables import MISSING, Table
 
 Result = dict[str, Any]
 FULL_PRECISION = "full precision"
@@ -102,7 +102,7 @@ def _cell(name: str, members: Sequence[Result], side: str) -> str:
 def write_results(output: Path, results: Sequence[Result], note: str) -> None:
     """``results.json``, ``table.md`` and ``methods.png`` of what there is so far."""
     write_json(output / "results.json", {"note": note, "machine": machine(), "results": list(results)})
-    write_text(output / "table.md", f"{markdown_table(*table_of(results))}\n{note}\n")
+    write_text(output / "table.md", f"{Table(*table_of(results)).markdown()}\n{note}\n")
     _draw(results, output / "methods.png")
 
 

@@ -39,7 +39,7 @@ from qdeploy.store.probe import read_probe
 from qdeploy.system.decibels import distance
 from qdeploy.system.machine import machine
 from qdeploy.system.progress import say
-from qdeploy.system.tables import markdown_table, text_table
+from qdeploy.system.tables import Table
 from qdeploy.workflows.calibrate import calibrate
 
 OURS, RIVAL = "qdeploy W8A8", "static, all operators"
@@ -248,9 +248,9 @@ def main() -> None:
     )
     told = "\n".join(kinds)
     write_text(
-        arguments.output / f"{arguments.shape}.md", f"{markdown_table(COLUMNS, cells)}\n{note}\n\n{told}\n"
+        arguments.output / f"{arguments.shape}.md", f"{Table(COLUMNS, cells).markdown()}\n{note}\n\n{told}\n"
     )
-    print(text_table(COLUMNS, cells))
+    print(Table(COLUMNS, cells).text())
     print(f"{note}\n{told}")
 
 

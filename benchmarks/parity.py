@@ -34,7 +34,7 @@ from qdeploy.quant.quantizers import ActivationQuantizer
 from qdeploy.store.artifact import Artifact, open_artifact
 from qdeploy.store.probe import read_probe
 from qdeploy.system.decibels import decibels, powers, sqnr_db
-from qdeploy.system.tables import text_table
+from qdeploy.system.tables import Table
 
 HEADER = ("quantizer", "of", "floats apart, dB", "codes that differ", "by chance", "steps")
 
@@ -135,7 +135,7 @@ def growth_table(growth: list[dict[str, Any]]) -> str:
         + [str(growth[i]["steps"])]
         for i in chosen
     ]
-    return text_table(HEADER, rows)
+    return Table(HEADER, rows).text()
 
 
 def main() -> None:

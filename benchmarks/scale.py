@@ -23,7 +23,7 @@ from resource import RUSAGE_CHILDREN, getrusage
 from typing import Any
 
 from qdeploy.store.files import write_json, write_text
-from qdeploy.system.tables import MISSING, markdown_table, number, text_table
+from qdeploy.system.tables import MISSING, Table, number
 
 STAGES = (*("model", "collect", "calibrate", "export", "build-engine", "check", "benchmark", "export-fp32"),)
 # Where a verb says beforehand what it will take: "about 3 min, 10.3 GB".
@@ -180,8 +180,8 @@ def main() -> None:
     )
     weights -= sum(path.stat().st_size for path in (folder / arguments.shape / "vae").glob("diffusion*"))
     table = [cells(stage, rows[stage], weights) for stage in STAGES if stage in rows]
-    write_text(folder / f"{arguments.shape}-scale.md", markdown_table(COLUMNS, table))
-    print(text_table(COLUMNS, table))
+    write_text(folder / f"{arguments.shape}-scale.md", Table(COLUMNS, table).markdown())
+    print(Table(COLUMNS, table).text())
     print(f"weights: {weights / 1e9:.2f} GB in float32")
 
 

@@ -32,7 +32,7 @@ from qdeploy.store.files import write_json, write_text
 from qdeploy.store.probe import read_probe
 from qdeploy.system.machine import machine
 from qdeploy.system.progress import say, track
-from qdeploy.system.tables import MISSING, markdown_table, text_table
+from qdeploy.system.tables import MISSING, Table
 from qdeploy.workflows.calibrate import calibrate
 
 GROUPS = 4
@@ -182,8 +182,8 @@ def main() -> None:
     write_json(
         arguments.output / f"{arguments.shape}.json", {"note": note, "machine": machine(), "rows": records}
     )
-    write_text(arguments.output / f"{arguments.shape}.md", f"{markdown_table(COLUMNS, cells)}\n{note}\n")
-    print(text_table(COLUMNS, cells))
+    write_text(arguments.output / f"{arguments.shape}.md", f"{Table(COLUMNS, cells).markdown()}\n{note}\n")
+    print(Table(COLUMNS, cells).text())
     print(note)
 
 

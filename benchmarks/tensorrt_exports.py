@@ -36,7 +36,7 @@ from qdeploy.store.files import write_json, write_text
 from qdeploy.store.probe import read_probe
 from qdeploy.system.decibels import distance
 from qdeploy.system.progress import say
-from qdeploy.system.tables import markdown_table, number, text_table
+from qdeploy.system.tables import Table, number
 from qdeploy.workflows.calibrate import calibrate
 
 FORMATS = {
@@ -209,8 +209,8 @@ def main() -> None:
                 rows[key] = measure(shape, name, kind, arguments.output)
                 write_json(file, rows)
     table = [cells(row) for row in rows.values()]
-    write_text(arguments.output / "exports.md", markdown_table(COLUMNS, table))
-    print(text_table(COLUMNS, table))
+    write_text(arguments.output / "exports.md", Table(COLUMNS, table).markdown())
+    print(Table(COLUMNS, table).text())
 
 
 if __name__ == "__main__":

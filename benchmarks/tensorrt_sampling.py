@@ -153,7 +153,7 @@ def run(model: Path, onnx: Path, output: Path, options: dict[str, Any]) -> dict[
 
 def table(result: dict[str, Any]) -> str:
     """The numbers for a page, in Markdown."""
-    from qdeploy.system.tables import markdown_table
+    from qdeploy.system.tables import Table
 
     by = {(row["engine"], row["batch"]): row for row in result["steps"]}
     speed = {(row["engine"], row["batch"]): row for row in result["pipelines"]}
@@ -175,7 +175,7 @@ def table(result: dict[str, Any]) -> str:
             ]
         )
     columns = ["engine", "batch", "ms per step", "p95", "vs fp16", "images/s", "int8 MACs", "SM MHz", "MiB"]
-    return markdown_table(columns, rows)
+    return Table(columns, rows).markdown()
 
 
 @click.command()

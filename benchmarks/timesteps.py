@@ -32,7 +32,7 @@ from qdeploy.store.artifact import Artifact
 from qdeploy.store.files import write_json, write_text
 from qdeploy.system.machine import machine
 from qdeploy.system.progress import say
-from qdeploy.system.tables import MISSING, markdown_table, text_table
+from qdeploy.system.tables import MISSING, Table
 from qdeploy.workflows.calibrate import calibrate
 
 STEPS, GROUPS = 50, 4
@@ -226,8 +226,8 @@ def main() -> None:
         f"mean ± deviation over {len(arguments.seeds)} calibrations"
     )
     write_json(arguments.output / "results.json", {"note": note, "machine": machine(), "runs": runs})
-    write_text(arguments.output / "table.md", f"{markdown_table(columns, rows)}\n{note}\n")
-    print(text_table(columns, rows))
+    write_text(arguments.output / "table.md", f"{Table(columns, rows).markdown()}\n{note}\n")
+    print(Table(columns, rows).text())
     print(note)
 
 

@@ -27,7 +27,7 @@ from qdeploy.system.errors import UsageError
 from qdeploy.system.machine import machine
 from qdeploy.system.memory import physical_memory
 from qdeploy.system.progress import say
-from qdeploy.system.tables import MISSING, markdown_table, number, text_table
+from qdeploy.system.tables import Table, amount, number, percentage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,8 +72,8 @@ class BenchmarkResult:
         """The batch sizes, ascending."""
         return sorted({result["batch"] for result in self.results})
 
-    def rows(self) -> tuple[list[str], list[list[str]]]:
-        """Columns and rows of the table."""
+    def rows(self) -> Table:
+        """A row for each engine and batch size."""
         # On CPUs 16 bits are bf16, on GPUs f16.
         half = next((kind for kind in HALVES.values() if any(f"vs {kind}" in r for r in self.ratios)), HALF)
         columns = [
@@ -99,23 +99,23 @@ class BenchmarkResult:
                     str(result["batch"]),
                     number(result["ms"]["median"], 3),
                     number(result["ms"]["p95"], 3),
-                    *(MISSING if ratio is None else f"{ratio:.2f}x" for ratio in ratios),
+                    *(amount(ratio, 2, "x") for ratio in ratios),
                     number(result["size_mb"]),
-                    f"{result['int8_mac_share']:.0%}",
+                    percentage(result["int8_mac_share"]),
                 ]
             )
-        return columns, rows
+        return Table(columns, rows)
 
     def table(self) -> str:
         """The result for people."""
         where = self.conditions["machine"]
         threads = self.conditions["threads"] or "all"
         note = f"{where['cpu']} ({', '.join(where['features'])}), {where['cores']} cores, threads: {threads}"
-        return f"{text_table(*self.rows())}\n{note}"
+        return f"{self.rows().text()}\n{note}"
 
     def markdown(self) -> str:
         """The table in Markdown."""
-        return markdown_table(*self.rows())
+        return self.rows().markdown()
 
 
 def benchmark(

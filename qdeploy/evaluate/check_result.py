@@ -10,7 +10,7 @@ from typing import Any
 from qdeploy.evaluate.over_time import timestep_table
 from qdeploy.evaluate.thresholds import THRESHOLDS, look_up, parity_floor, rows_out_of_parity
 from qdeploy.store.artifact import Artifact
-from qdeploy.system.tables import number, text_table
+from qdeploy.system.tables import Table, number
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class CheckResult:
         verdict = "passed" if self.passed else "\n".join(f"failed: {failure}" for failure in self.failures)
         if quality["source"] == "probe":
             verdict += "\nimages were not compared: name the full-precision model with --reference"
-        parts = [text_table([str(self.subject.path), ""], rows)]
+        parts = [Table([str(self.subject.path), ""], rows).text()]
         if self.before is not None:
             parts.append(timestep_table(self.before["sqnr_db"], quality["sqnr_db"]))
         if self.pictures:

@@ -13,7 +13,7 @@ from qdeploy.store.artifact import Artifact
 from qdeploy.store.files import explained_os_errors
 from qdeploy.system.errors import InvalidInputError
 from qdeploy.system.progress import say
-from qdeploy.system.tables import number, text_table
+from qdeploy.system.tables import Table, number
 
 
 def open_before(path: str | Path | Artifact, subject: Subject) -> Subject:
@@ -52,7 +52,7 @@ def timestep_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
         (t, number(one), number(other), number(None if one is None else other - one))
         for t, (one, other) in pairs.items()
     ]
-    return text_table(["SQNR at timestep, dB", "before", "after", "gain"], rows)
+    return Table(["SQNR at timestep, dB", "before", "after", "gain"], rows).text()
 
 
 def draw(

@@ -9,7 +9,7 @@ from typing import Any
 
 from qdeploy.evaluate.baselines import FULL, HALF
 from qdeploy.store.artifact import Artifact
-from qdeploy.system.tables import MISSING, markdown_table, number, text_table
+from qdeploy.system.tables import Cell, Table, amount, number, percentage
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,7 @@ class DemoResult:
 
     Attributes:
         path: the output folder.
-        columns: of the table.
-        rows: of the table, a line for each engine.
+        engines: the table, a row for each engine.
         stages: seconds of each stage.
         checks: what `qdeploy.check` measured, by engine.
         benchmark: what `qdeploy.benchmark` measured.
@@ -27,8 +26,7 @@ class DemoResult:
     """
 
     path: Path
-    columns: list[str]
-    rows: list[list[str]]
+    engines: Table
     stages: dict[str, float]
     checks: dict[str, dict[str, Any]]
     benchmark: dict[str, Any]
@@ -42,13 +40,11 @@ class DemoResult:
     @property
     def table(self) -> str:
         """The result for the terminal."""
-        return "\n".join([text_table(self.columns, self.rows), *self.notes])
+        return "\n".join([self.engines.text(), *self.notes])
 
     def markdown(self) -> str:
         """The result in Markdown."""
-        return (
-            "\n".join([markdown_table(self.columns, self.rows), *(f"{note}  " for note in self.notes)]) + "\n"
-        )
+        return "\n".join([self.engines.markdown(), *(f"{note}  " for note in self.notes)]) + "\n"
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of ``qdeploy demo --json``."""
@@ -62,14 +58,14 @@ class DemoResult:
         }
 
 
-def summary_rows(
+def summary_table(
     engines: Mapping[str, Artifact],
     titles: Mapping[str, str],
     checks: Mapping[str, Mapping[str, Any]],
     speed: Mapping[str, Any],
     batch: int,
-) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of a table with one row for each engine.
+) -> Table:
+    """A table with one row for each engine.
 
     Args:
         engines: by name; ``f32`` and ``bf16`` are the baselines.
@@ -99,7 +95,7 @@ def summary_rows(
         "int8 MACs",
         "parity dB",
     ]
-    rows = []
+    rows: list[list[Cell | str]] = []
     for name in engines:
         result, check = results[name], checks.get(name)
         quality = check["quality"] if check else {}
@@ -113,16 +109,16 @@ def summary_rows(
                 titles[name],
                 number(result["size_mb"], 1),
                 number(result["ms"]["median"]),
-                *(MISSING if ratio is None else f"{ratio:.2f}x" for ratio in ratios),
+                *(amount(ratio, 2, "x") for ratio in ratios),
                 number(sqnr.get("median"), 1),
                 number(sqnr.get("worst"), 1),
                 number(quality.get("psnr_db"), 1),
                 number(fd),
-                f"{result['int8_mac_share']:.0%}",
+                percentage(result["int8_mac_share"]),
                 number(check["parity"]["sqnr_db"] if check else None, 1),
             ]
         )
-    return columns, rows
+    return Table(columns, rows)
 
 
 def summary_notes(checks: Mapping[str, Mapping[str, Any]], speed: Mapping[str, Any]) -> list[str]:

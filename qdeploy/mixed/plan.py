@@ -28,7 +28,7 @@ from qdeploy.store.files import write_text
 from qdeploy.store.paths import cache_folder
 from qdeploy.system.errors import InvalidInputError, UsageError
 from qdeploy.system.hashing import sha256_of
-from qdeploy.system.tables import number, text_table
+from qdeploy.system.tables import Table, number
 
 POINTS = 9
 RECIPE, BUDGET = "recipe.yaml", "budget.json"
@@ -70,7 +70,7 @@ class BudgetPlan:
         rows = [(f"all {name}", *_cells(point)) for name, point in self.uniform.items()]
         rows += [("budget", *_cells(point)) for point in self.curve]
         rows += [("chosen", *_cells(self.chosen))]
-        return text_table(["weights", "MB", "G bit-operations", "SQNR foretold, dB"], rows)
+        return Table(["weights", "MB", "G bit-operations", "SQNR foretold, dB"], rows).text()
 
     def write(self, draft: Draft, component: str) -> None:
         """Add ``budget.json``, with the size that was reached, and ``recipe.yaml`` to a finished checkpoint."""

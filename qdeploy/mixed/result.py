@@ -9,7 +9,7 @@ from qdeploy.mixed.plan import BUDGET
 from qdeploy.mixed.ranking import TOP, LayerHarm, harm_db, score
 from qdeploy.mixed.sensitivity import SENSITIVITY
 from qdeploy.store.artifact import Artifact
-from qdeploy.system.tables import number, text_table
+from qdeploy.system.tables import Table, number
 
 
 def read_sensitivity(artifact: Artifact) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def table(artifact: Artifact) -> str:
         cheap = score(layer.cheap, **ranked_by)
         cells = (number(None if harm is None else harm_db(harm), 1) for harm in (*shown, inputs, cheap))
         rows.append([layer.path, str(layer.count), *cells])
-    lines = [text_table(columns, rows)]
+    lines = [Table(columns, rows).text()]
     if "agreement" in report:
         found = report["agreement"]
         lines.append(

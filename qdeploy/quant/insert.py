@@ -5,18 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from qdeploy.network.current_timestep import attach_clock
 from qdeploy.network.roles import Layer, Structure
 from qdeploy.quant.attention import AttentionQuantizers, quantize_attention
-from qdeploy.quant.layer import (
-    QuantizedLayer,
-    quantized_layers,
-    replace_module,
-)
+from qdeploy.quant.layer import QuantizedLayer, quantized_layers, replace_module
 from qdeploy.quant.quantizers import ActivationQuantizer
 from qdeploy.recipe.coverage import covered, find_coverage, float_inputs
 from qdeploy.recipe.formats import BLOCKS, Format, uint8
@@ -25,9 +20,6 @@ from qdeploy.recipe.layer_formats import check_overrides
 from qdeploy.recipe.recipe import Recipe
 from qdeploy.recipe.targets import find_target
 from qdeploy.system.errors import UsageError
-
-if TYPE_CHECKING:
-    pass
 
 
 def quantize_structure(denoiser: nn.Module, structure: Structure, recipe: Recipe) -> list[Layer]:
@@ -76,7 +68,7 @@ def left_in_float(denoiser: nn.Module, structure: Structure, recipe: Recipe) -> 
         reason = _unfit(module, layer if coverage.split else replace(layer, split=()), weights)
         # temporal layers need no kernel: they end in a table
         if not reason and not layer.temporal and not find_target(recipe.target).thin:
-            reason = "too thin to gain" if _thin(module, layer, weights) else ""
+            reason = "too thin to gain" if too_thin(module, layer, weights) else ""
         if reason:
             left[layer.path] = reason
     return left
@@ -105,7 +97,7 @@ def set_clock(denoiser: nn.Module) -> None:
             module.clock = clock
 
 
-def _thin(module: nn.Module, layer: Layer, weights: Format | None = None) -> bool:
+def too_thin(module: nn.Module, layer: Layer, weights: Format | None = None) -> bool:
     """Whether a layer, or a half of it that is quantized on its own, is too thin to gain."""
     weight = module.get_parameter("weight")
     parts = [(weight.shape[0], inner, *weight.shape[2:]) for inner in layer.split or weight.shape[1:2]]

@@ -19,7 +19,7 @@ from qdeploy.evaluate.baselines import FULL, HALF, baseline_engine, baseline_pre
 from qdeploy.evaluate.cached_json import remembered
 from qdeploy.evaluate.image_grid import image_grid
 from qdeploy.evaluate.quality import Plan, Trajectories
-from qdeploy.evaluate.summary import DemoResult, summary_notes, summary_rows
+from qdeploy.evaluate.summary import DemoResult, summary_notes, summary_table
 from qdeploy.model.folder import Model, open_model
 from qdeploy.store.artifact import Artifact
 from qdeploy.store.files import explained_os_errors, write_json, write_text
@@ -93,13 +93,13 @@ def demo(
     titles = {FULL: "full precision", HALF: "16-bit"}
     titles |= {name: variant.title for name, variant in work.variants.items()}
     page = work.report(checks, speed)
-    columns, rows = summary_rows(engines, titles, checks, speed, BATCH)
+    table = summary_table(engines, titles, checks, speed, BATCH)
     notes = [
         *summary_notes(checks, speed),
         f"images of the same seeds: {work.output / 'grid.png'}",
         f"everything on one page: {page}",
     ]
-    result = DemoResult(work.output, columns, rows, work.stages, checks, speed, notes)
+    result = DemoResult(work.output, table, work.stages, checks, speed, notes)
     write_json(work.output / "results.json", result.to_json())
     write_text(work.output / "table.md", result.markdown())
     return result

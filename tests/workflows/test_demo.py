@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qdeploy.evaluate.cached_json import remembered
-from qdeploy.evaluate.summary import DemoResult, summary_notes, summary_rows
+from qdeploy.evaluate.summary import DemoResult, summary_notes, summary_table
 from qdeploy.model.folder import open_model
 from qdeploy.recipe.resolve import presets
 from qdeploy.system.progress import verbosity
@@ -113,19 +113,20 @@ def test_the_table_has_a_row_for_each_engine() -> None:
         "machine": {"cpu": "abacus", "cores": 2},
         "threads": 1,
     }
-    columns, rows = summary_rows(engines, {name: name.upper() for name in names}, checks, speed, 16)
-    assert "FD-local, 8 images" in columns
-    table = {row[0]: dict(zip(columns, row, strict=True)) for row in rows}
-    assert list(table) == ["F32", "BF16", "W8A8"]
-    assert table["F32"]["FD-local, 8 images"] == "5.50"
-    assert table["F32"]["SQNR dB, median"] == table["F32"]["parity dB"] == MISSING
-    assert table["W8A8"]["ms per step, 16 images"] == "16.00"
-    assert table["W8A8"]["vs f32"] == "1.50x"
-    assert table["W8A8"]["vs bf16"] == "1.25x"
+    table = summary_table(engines, {name: name.upper() for name in names}, checks, speed, 16)
+    assert "FD-local, 8 images" in table.columns
+    shown = [[cell.text for cell in row] for row in table.cells]
+    by_engine = {row[0]: dict(zip(table.columns, row, strict=True)) for row in shown}
+    assert list(by_engine) == ["F32", "BF16", "W8A8"]
+    assert by_engine["F32"]["FD-local, 8 images"] == "5.50"
+    assert by_engine["F32"]["SQNR dB, median"] == by_engine["F32"]["parity dB"] == MISSING
+    assert by_engine["W8A8"]["ms per step, 16 images"] == "16.00"
+    assert by_engine["W8A8"]["vs f32"] == "1.50x"
+    assert by_engine["W8A8"]["vs bf16"] == "1.25x"
     notes = summary_notes(checks, speed)
     assert "abacus" in notes[0]
     assert "check w8a8: the parity in dB is 3.00, below 40.00" in notes
-    result = DemoResult(Path("demo"), columns, rows, {"collect": 1.0}, checks, speed, notes)
+    result = DemoResult(Path("demo"), table, {"collect": 1.0}, checks, speed, notes)
     assert not result.passed
     assert result.to_json()["seconds"] == 1.0
     assert "W8A8" in result.table

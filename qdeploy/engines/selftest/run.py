@@ -17,7 +17,7 @@ from qdeploy.engines.selftest.graphs import CHANNELS, FORMATS, PATTERNS, SIZE, F
 from qdeploy.store.artifact import Artifact
 from qdeploy.system.errors import QDeployError, UsageError
 from qdeploy.system.progress import track
-from qdeploy.system.tables import text_table
+from qdeploy.system.tables import Table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,7 +96,7 @@ class Report:
             for case in self.cases
         ]
         title = f"{self.backend} {self.version}, {self.precision}"
-        return f"{title}\n{text_table(['format', 'graph', 'result', 'dB', 'in int8', 'kernels'], rows)}"
+        return f"{title}\n{Table(['format', 'graph', 'result', 'dB', 'in int8', 'kernels'], rows).text()}"
 
     @property
     def failures(self) -> str:

@@ -1,65 +1,15 @@
-"""The tables of a report: cells with what they are sorted by."""
+"""The tables of a report."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from qdeploy.evaluate.report_page.content import Content, describe
 from qdeploy.evaluate.thresholds import THRESHOLDS, look_up
 from qdeploy.mixed.options import ACTIVATIONS, WEIGHTS
 from qdeploy.mixed.ranking import LayerHarm, harm_db
-from qdeploy.system.tables import MISSING, number
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A cell of a table.
-
-    Attributes:
-        text: what is read.
-        sort: what rows are sorted by; the text if None.
-        bar: length of a bar behind it, from 0 to 1.
-        tone: ``good``, ``bad`` or nothing.
-        code: whether it is a name of the program.
-    """
-
-    text: str
-    sort: float | None = None
-    bar: float | None = None
-    tone: str = ""
-    code: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table; the first column names the row."""
-
-    caption: str
-    columns: list[str]
-    rows: list[list[Cell]]
-
-    @property
-    def numeric(self) -> list[bool]:
-        """Of each column, whether it holds numbers; names that carry an order are none."""
-        return [
-            index > 0 and any(row[index].sort is not None for row in self.rows)
-            for index in range(len(self.columns))
-        ]
-
-
-def amount(value: float | None, digits: int = 1, suffix: str = "", bar: float | None = None) -> Cell:
-    """A number, or a dash, which sorts last."""
-    if value is None:
-        return Cell(MISSING)
-    return Cell(f"{number(value, digits)}{suffix}", float(value), bar)
-
-
-def verdict(passed: bool | None) -> Cell:
-    """Passed, failed or not checked."""
-    words = {True: ("passed", "good"), False: ("failed", "bad"), None: ("not checked", "")}
-    return Cell(words[passed][0], None, None, words[passed][1])
+from qdeploy.system.tables import MISSING, Cell, Table, amount, number, percentage, verdict
 
 
 def summary_table(content: Content) -> Table:
@@ -95,7 +45,7 @@ def summary_table(content: Content) -> Table:
     batch = next((result["batch"] for result in timed.values()), 1)
     speed = [f"ms, batch {batch}", *(f"vs {kind}" for kind in kinds), "MB", "int8 MACs"] if timed else []
     columns = ["", "check", *speed, "SQNR dB", "worst SQNR dB", "PSNR dB", "parity dB"]
-    return Table("Everything in one table", columns, rows)
+    return Table(columns, rows, "Everything in one table")
 
 
 def _speed_cells(content: Content, result: Mapping[str, Any] | None, kinds: list[str]) -> list[Cell]:
@@ -108,7 +58,7 @@ def _speed_cells(content: Content, result: Mapping[str, Any] | None, kinds: list
         amount(result["ms"]["median"], 2),
         *(amount(ratios[kind][0] if kind in ratios else None, 2, "×") for kind in kinds),  # noqa: RUF001
         amount(result["size_mb"]),
-        Cell(f"{result['int8_mac_share']:.0%}", result["int8_mac_share"]),
+        percentage(result["int8_mac_share"]),
     ]
 
 
@@ -132,7 +82,7 @@ def threshold_table(content: Content) -> Table:
             ]
             rows.append(cells)
     columns = ["", "what", "measured", "demanded", "verdict"]
-    return Table("Thresholds of the checks", columns, rows)
+    return Table(columns, rows, "Thresholds of the checks")
 
 
 def metric_table(content: Content) -> Table:
@@ -143,7 +93,7 @@ def metric_table(content: Content) -> Table:
     }
     names = list(dict.fromkeys(metric for values in told.values() for metric in values))
     rows = [[Cell(metric), *(amount(values.get(metric), 3) for values in told.values())] for metric in names]
-    return Table("Every metric", ["", *told], rows)
+    return Table(["", *told], rows, "Every metric")
 
 
 _CONDITIONS = {"samples", "inference_steps", "seed"}  # told below the table
@@ -171,7 +121,7 @@ def layer_table(name: str, errors: Mapping[str, Any]) -> Table:
         for place, layer in enumerate(errors["layers"])
     ]
     columns = ["layer", "own error, SQNR dB", "piled up, SQNR dB"]
-    return Table(f"Error by layer of {name}", columns, rows)
+    return Table(columns, rows, f"Error by layer of {name}")
 
 
 def sensitivity_table(layers: Sequence[LayerHarm]) -> Table:
@@ -187,7 +137,7 @@ def sensitivity_table(layers: Sequence[LayerHarm]) -> Table:
         cells = [amount(None if harm is None else harm_db(harm), 1) for harm in found]
         rows.append([Cell(layer.path, code=True), amount(layer.count, 0), *cells])
     caption = "SQNR of the prediction with one layer quantized alone"
-    return Table(caption, ["layer", "weights", *(column for _, _, column in kinds)], rows)
+    return Table(["layer", "weights", *(column for _, _, column in kinds)], rows, caption)
 
 
 def speed_table(content: Content) -> Table:
@@ -209,11 +159,11 @@ def speed_table(content: Content) -> Table:
                 amount(result["ms"]["median"], 3, bar=result["ms"]["median"] / slowest[result["batch"]]),
                 amount(result["ms"]["p95"], 3),
                 *(_ratio_cell(ratios.get(kind)) for kind in kinds),
-                Cell(f"{result['int8_mac_share']:.0%}", result["int8_mac_share"]),
+                percentage(result["int8_mac_share"]),
             ]
         )
     columns = ["", "batch", "ms", "ms, 95 %", *(f"vs {kind} (quartiles)" for kind in kinds), "int8 MACs"]
-    return Table("Speed beside 16 bits and full precision", columns, rows)
+    return Table(columns, rows, "Speed beside 16 bits and full precision")
 
 
 def _ratio_cell(told: tuple[float, list[float] | None] | None) -> Cell:
@@ -244,7 +194,7 @@ def kernel_table(content: Content) -> Table:
             cells.append(amount(told["ms"] if told else None, 3, bar=share))
         rows.append(cells)
     columns = ["type of kernel", *(f"{name}, ms" for name in content.kernels)]
-    return Table("Time by type of kernel", columns, rows)
+    return Table(columns, rows, "Time by type of kernel")
 
 
 def size_table(content: Content) -> Table:
@@ -259,7 +209,7 @@ def size_table(content: Content) -> Table:
             rows.append([Cell(subject.name), Cell(artifact.kind), amount(megabytes, 2)])
     most = max((row[2].sort or 0.0 for row in rows), default=0.0) or 1.0
     rows = [[*row[:2], Cell(row[2].text, row[2].sort, (row[2].sort or 0.0) / most)] for row in rows]
-    return Table("Sizes on disk", ["", "what", "MB"], rows)
+    return Table(["", "what", "MB"], rows, "Sizes on disk")
 
 
 def provenance_table(content: Content) -> Table:
@@ -273,4 +223,4 @@ def provenance_table(content: Content) -> Table:
         rows.append([Cell(subject.name), Cell("made as"), Cell(describe(subject))])
         rows.append([Cell(subject.name), Cell("qdeploy"), Cell(str(artifact.manifest["version"]))])
         rows.append([Cell(subject.name), Cell("seed"), Cell(str(artifact.manifest["seed"]))])
-    return Table("Identities (SHA-256), versions and seeds", ["", "what", "value"], rows)
+    return Table(["", "what", "value"], rows, "Identities (SHA-256), versions and seeds")

@@ -11,7 +11,6 @@ import pytest
 from click.testing import Result
 from torch import nn
 
-from qdeploy.calibrate.session import _thin
 from qdeploy.calibration_set.collect import collect
 from qdeploy.export.lint.rule import rules
 from qdeploy.export.lint.run import graph_file, lint
@@ -20,6 +19,7 @@ from qdeploy.export.lint.waivers import WAIVERS
 from qdeploy.export.macs import graph_macs, meant_int8
 from qdeploy.export.run import export
 from qdeploy.network.roles import Layer
+from qdeploy.quant.insert import too_thin
 from qdeploy.recipe.kernel_limits import CHANNELS
 from qdeploy.store.artifact import Artifact
 from qdeploy.workflows.calibrate import calibrate
@@ -115,7 +115,7 @@ def test_what_is_left_in_floats_for_tensorrt(
 ) -> None:
     macs = rows * module.get_parameter("weight").numel()
     layer = Layer("x", 0, "x", "x", split, False, False, False, macs)
-    assert _thin(module, layer) == thin
+    assert too_thin(module, layer) == thin
 
 
 def test_waivers_speak_of_rules() -> None:
