@@ -81,7 +81,7 @@ def grouped(x: Tensor, labels: Tensor, number_format: Format) -> Tensor:
 
 
 def test_one_group_is_min_max_per_tensor_and_c_groups_are_channels_of_their_own() -> None:
-    """T11."""
+    """P15."""
     x = spread_input()
     assert torch.equal(labels_of(x, 1), torch.zeros(WIDTH, dtype=torch.int64))
     assert len(labels_of(x, WIDTH).unique()) == WIDTH
@@ -91,7 +91,7 @@ def test_one_group_is_min_max_per_tensor_and_c_groups_are_channels_of_their_own(
 
 @pytest.mark.parametrize("number_format", [int8, uint8], ids=lambda f: f.name)
 def test_more_groups_mean_less_error(number_format: Format) -> None:
-    """T11."""
+    """P15."""
     x = spread_input()
     errors = [
         float((x - grouped(x, labels_of(x, groups), number_format)).square().mean())
@@ -102,7 +102,7 @@ def test_more_groups_mean_less_error(number_format: Format) -> None:
 
 
 def test_an_outlier_channel_is_alone_in_its_group() -> None:
-    """T12."""
+    """P16."""
     x = torch.randn(64, 16, generator=seeded())
     x[:, 5] *= 50
     labels = labels_of(x, 2)
@@ -112,7 +112,7 @@ def test_an_outlier_channel_is_alone_in_its_group() -> None:
 
 @pytest.mark.parametrize("groups", [2, 3, 8])
 def test_no_group_is_empty(groups: int) -> None:
-    """Trap 18: where fewer ranges differ than there are groups, the code gives some the range [0, 1]."""
+    """DGQ-4: where fewer ranges differ than there are groups, the code gives some the range [0, 1]."""
     low, high = -torch.tensor([1.0, 1, 1, 5, 5, 1]), torch.tensor([1.0, 1, 1, 5, 5, 1])
     labels = cluster(low, high, groups, seeded())
     assert labels.tolist() == [0, 0, 0, 1, 1, 0]
@@ -130,7 +130,7 @@ def test_groups_depend_on_the_seed_alone() -> None:
 
 @pytest.mark.parametrize("number_format", [int8, uint8], ids=lambda f: f.name)
 def test_zero_is_a_code_although_a_group_never_saw_it(number_format: Format) -> None:
-    """Trap 17: a group's range may exclude zero; its zero point then is no code, and padding is not exact."""
+    """DGQ-3: a group's range may exclude zero; its zero point then is no code, and padding is not exact."""
     low, high = torch.tensor([5.0, 5.5, -9.0, 1.0]), torch.tensor([6.0, 6.5, -8.0, 2.0])
     labels = torch.tensor([0, 0, 1, 2])
     shares = relative_spans(low, high, labels, number_format.symmetric)
@@ -162,7 +162,7 @@ def dimension(inner: nn.Module, x: Tensor) -> str | None:
 
 
 def test_planted_outliers_decide_the_dimension() -> None:
-    """T12."""
+    """P16."""
     x = torch.randn(8, 10, 16, generator=seeded())
     channel, token = x.clone(), x.clone()
     channel[..., 3] *= 50
@@ -191,7 +191,7 @@ def test_rows_and_pixels_are_those_of_im2col(options: dict[str, int]) -> None:
 
 
 def test_inputs_of_two_axes_are_seen_in_every_row() -> None:
-    """Trap 23: the code leaves them with the first batch's range, and never groups them."""
+    """DGQ-9: the code leaves them with the first batch's range, and never groups them."""
     seen = Watch(nn.Linear(4, 2), torch.tensor([1.0, 2.0]))
     x = torch.randn(6, 4, generator=seeded())
     for half, t in ((x[:3], 1.0), (x[3:], 2.0)):
@@ -238,7 +238,7 @@ def calibrated(layer: QuantizedLayer, x: Tensor) -> QuantizedLayer:
 def test_a_rewrite_is_grouped_quantization_with_the_float_weight(
     inner: nn.Module, form: str, groups: int
 ) -> None:
-    """T13."""
+    """P17."""
     x = spread_input()
     labels = labels_of(x, groups)
     spans = relative_spans(x.amin(0), x.amax(0), labels, True)
@@ -253,7 +253,7 @@ def test_a_rewrite_is_grouped_quantization_with_the_float_weight(
 
 @pytest.mark.parametrize("form", ["fold", "split"])
 def test_the_order_of_channels_means_nothing(inner: nn.Module, form: str) -> None:
-    """T13."""
+    """P17."""
     x, mixed = spread_input(), torch.randperm(WIDTH, generator=seeded())
     other = type(inner)(*((WIDTH, 7) if isinstance(inner, nn.Linear) else (WIDTH, 7, 3)))
     if isinstance(other, nn.Conv2d):
@@ -328,7 +328,7 @@ def test_layers_that_read_one_tensor_share_factors_and_quantizers(tmp_path: Path
 
 @pytest.mark.parametrize("mode", ["teacher", "weights_only"])
 def test_ranges_are_those_of_float_activations(tmp_path: Path, mode: str) -> None:
-    """Trap 22: the code records them behind layers whose own scales are still a first guess."""
+    """DGQ-8: the code records them behind layers whose own scales are still a first guess."""
     with calibrating(tiny_unet(), DATA, tmp_path / "out", method="dgq") as session:
         layers = {layer.path: quantized_layers(session.denoiser)[layer.path] for layer in session.layers}
         fine = watch(session, layers, getattr(session, mode)(), "")
@@ -341,7 +341,7 @@ def test_ranges_are_those_of_float_activations(tmp_path: Path, mode: str) -> Non
 
 
 def test_one_group_changes_nothing(tmp_path: Path) -> None:
-    """Trap 25: one group is per-tensor quantization, and says so."""
+    """DGQ-11: one group is per-tensor quantization, and says so."""
     with calibrating(tiny_unet(), DATA, tmp_path / "out", method="dgq") as session:
         before = read_state(session.denoiser)
         dgq.GroupChannels(groups=1).run(session)
@@ -385,7 +385,7 @@ def test_a_stopped_run_continues_with_the_same_groups(tmp_path: Path, form: str,
 
 
 def test_groups_of_timesteps_scale_all_groups_of_channels(tmp_path: Path) -> None:
-    """Trap 18: dimension, groups and ratios stay; one factor varies with the timestep, by its value."""
+    """DGQ-4: dimension, groups and ratios stay; one factor varies with the timestep, by its value."""
     with calibrating(tiny_unet(), DATA, tmp_path / "out", method="dgq", timestep_groups=2) as session:
         dgq.GroupChannels(form="split", check=False).run(session)
         minmax.WeightRanges().run(session)
@@ -401,7 +401,7 @@ def test_groups_of_timesteps_scale_all_groups_of_channels(tmp_path: Path) -> Non
 
 
 def test_every_timestep_of_plms_finds_the_scale_that_it_was_calibrated_with() -> None:
-    """T16, traps 15 and 16: counting calls, one is off behind the timestep that PLMS asks for twice."""
+    """P20, DGQ-1 and DGQ-2: counting calls, one is off behind the timestep that PLMS asks for twice."""
     from diffusers import PNDMScheduler
 
     scheduler = PNDMScheduler(skip_prk_steps=True, steps_offset=1)
@@ -429,7 +429,7 @@ def token_layer(number_format: Format, groups: int) -> tuple[QuantizedLayer, Ten
 
 
 def test_scales_of_tokens_are_multiplied_back_behind_the_sum() -> None:
-    """T13, section 3.1: a scale of a token stands outside of the sum."""
+    """P17, section 3.1: a scale of a token stands outside of the sum."""
     layer, x, labels = token_layer(int8, 2)
     assert labels.tolist() == [0, 0, 1, 0, 0, 0]
     expected = layer.inner(
@@ -581,7 +581,7 @@ def test_the_paper_preset_groups_and_takes_logarithms(artifacts: dict[str, Artif
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fold", "split"])
 def test_engines_compute_it_in_int8(artifacts: dict[str, Artifact], tmp_path: Path, name: str) -> None:
-    """T21, T22: static scales, zero points of zero, one quantizer for q, k and v, and no kernel in float."""
+    """P25, P26: static scales, zero points of zero, one quantizer for q, k and v, and no kernel in float."""
     bundle = qdeploy.export(artifacts[name], tmp_path / "onnx", components=False)
     graph = ir.load(bundle.file("unet/model.onnx")).graph
     quantizing = [node for node in graph if node.op_type in ("QuantizeLinear", "DequantizeLinear")]

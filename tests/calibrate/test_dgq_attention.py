@@ -28,7 +28,7 @@ def seeded() -> torch.Generator:
 
 @pytest.mark.parametrize("bits", [4, 6, 8])
 def test_logarithmic_codes_are_within_half_a_step(bits: int) -> None:
-    """T14, trap 21: dequantization is 2^-q."""
+    """P18, DGQ-7: dequantization is 2^-q."""
     largest = torch.tensor(0.7)
     a = torch.cat(
         [largest * torch.exp2(-torch.linspace(0, 2**bits - 1.51, 2000, dtype=torch.float64)).float()]
@@ -41,7 +41,7 @@ def test_logarithmic_codes_are_within_half_a_step(bits: int) -> None:
 
 
 def test_what_is_too_small_for_a_code_is_zero() -> None:
-    """Trap 20, T3: at four bits the code's smallest step gives thousands of keys 2^-15 of the largest."""
+    """DGQ-6, P7: at four bits the code's smallest step gives thousands of keys 2^-15 of the largest."""
     a = torch.full((1, 1, 1, 4096), 1e-9)
     a[..., 0] = 1.0
     quantized = log_quantize(a, 4)
@@ -51,7 +51,7 @@ def test_what_is_too_small_for_a_code_is_zero() -> None:
 
 
 def test_the_largest_probability_is_the_samples_own() -> None:
-    """Trap 19, T14: the code takes that of the batch, so images depend on each other."""
+    """DGQ-5, P18: the code takes that of the batch, so images depend on each other."""
     a = torch.rand(3, 2, 4, 5, generator=seeded())
     a[1] *= 0.1
     alone = log_quantize(a[1:2], 8)
@@ -60,7 +60,7 @@ def test_the_largest_probability_is_the_samples_own() -> None:
 
 
 def test_the_start_token_on_its_own_is_the_same_product() -> None:
-    """T15."""
+    """P19."""
     a = torch.randn(2, 3, 7, 9, generator=seeded()).softmax(-1)
     v = torch.randn(2, 3, 9, 4, generator=seeded())
     assert torch.allclose(split_start(a, v), a @ v, atol=1e-6)

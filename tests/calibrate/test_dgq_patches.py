@@ -108,7 +108,7 @@ def test_the_unfolded_product_is_the_convolution(options: dict[str, Any], along:
 def test_it_is_the_quantized_im2col_matrix_times_the_weight(
     options: dict[str, Any], along: str, number_format: Format
 ) -> None:
-    """T11, T13: the definition, with the matrix formed."""
+    """P15, P17: the definition, with the matrix formed."""
     inner, x = convolution(**options), picture() * torch.logspace(-1, 1, 4)[:, None, None]
     layer, labels = grouped(inner, x, along, 3, number_format)
     assert len(labels.unique()) == 3
@@ -120,7 +120,7 @@ def test_it_is_the_quantized_im2col_matrix_times_the_weight(
 def test_one_group_quantizes_to_the_values_of_one_scale_bit_for_bit(
     along: str, number_format: Format
 ) -> None:
-    """T11: padding is a code too (trap 17), so that it does not matter whether it is quantized."""
+    """P15: padding is a code too (DGQ-3), so that it does not matter whether it is quantized."""
     inner, x = convolution(padding=1), picture() + 0.5
     layer, labels = grouped(inner, x, along, 1, number_format)
     assert not labels.any()
@@ -136,7 +136,7 @@ def test_one_group_quantizes_to_the_values_of_one_scale_bit_for_bit(
 
 @pytest.mark.parametrize(("along", "place"), [(PIXELS, (slice(None), slice(None), 3, 5)), (ROWS, None)])
 def test_planted_outliers_are_isolated_and_cost_the_rest_nothing(along: str, place: Any) -> None:
-    """T12: pixels that stand out; channels do for rows, in all kernel positions that see them."""
+    """P16: pixels that stand out; channels do for rows, in all kernel positions that see them."""
     x = picture(8)
     x[place if place else (slice(None), 2)] *= 50
     inner = convolution(padding=1)
@@ -245,7 +245,7 @@ def patched(session: Any) -> dict[str, QuantizedLayer]:
 
 
 def test_one_group_of_patches_is_one_scale_bit_for_bit(tmp_path: Path) -> None:
-    """T11, trap 25: one group is per-tensor quantization, says so, and is no simulation."""
+    """P15, DGQ-11: one group is per-tensor quantization, says so, and is no simulation."""
     one = staged(tmp_path / "one", groups=1)
     with calibrating(tiny_unet(), DATA, tmp_path / "none", **RECIPE, stages=RANGES) as plain:
         run_stages(plain)
@@ -276,7 +276,7 @@ def test_the_dimension_can_be_given(tmp_path: Path, along: str) -> None:
 
 @pytest.mark.parametrize("along", [ROWS, PIXELS])
 def test_a_network_with_planted_outliers_gains(tmp_path: Path, along: str) -> None:
-    """T12: one pixel, or one channel, behind every normalisation is twenty times as large; the rest is closer."""
+    """P16: one pixel, or one channel, behind every normalisation is twenty times as large; the rest is closer."""
     where: Any = (..., 5, 5) if along == PIXELS else (slice(None), 1)
     data = MemoryRows.noisy(size=16)
 
@@ -305,7 +305,7 @@ def test_a_network_with_planted_outliers_gains(tmp_path: Path, along: str) -> No
 
 
 def test_groups_of_timesteps_scale_all_groups_of_patches(tmp_path: Path) -> None:
-    """Trap 18: dimension and groups stay over timesteps; one factor varies, by the timestep's value."""
+    """DGQ-4: dimension and groups stay over timesteps; one factor varies, by the timestep's value."""
     session = staged(tmp_path / "out", groups=3, timestep_groups=2)
     found = patched(session)
     assert found

@@ -190,7 +190,7 @@ def test_tied_layers_share_one_quantizer_and_split_ones_have_two(finished: Sessi
 
 
 def test_every_row_is_observed_once_with_float_activations(tmp_path: Path) -> None:
-    """Trap 10 for range finding; and the ranges are those of inputs from layers with quantized weights."""
+    """QD-10 for range finding; and the ranges are those of inputs from layers with quantized weights."""
     with calibrating(tiny_unet(), DATA, tmp_path / "out") as session:
         minmax.WeightRanges().run(session)
         rows = session.rows()
@@ -251,7 +251,7 @@ def rounded(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., None]], 
 
 
 def test_units_are_rounded_in_execution_order_each_once(tmp_path: Path, rounded: Any) -> None:
-    """Trap 5: in another order a unit's inputs come from units that are not done."""
+    """QD-5: in another order a unit's inputs come from units that are not done."""
     visited: list[str] = []
 
     def look(session: Session, problem: UnitProblem, unit: str) -> None:
@@ -288,7 +288,7 @@ def decided(layer: nn.Module) -> bool:
 
 
 def test_dropout_is_off_throughout(uninterrupted: Session) -> None:
-    """Trap 2. The network has a dropout of 0.1: were it on, two runs of a unit would differ."""
+    """QD-2. The network has a dropout of 0.1: were it on, two runs of a unit would differ."""
     assert uninterrupted.report["dropouts"]
     assert not any(uninterrupted.report["dropouts"])
     assert not any(module.training for module in uninterrupted.denoiser.modules())
@@ -348,7 +348,7 @@ def prepared(session: Session) -> None:
 
 @pytest.mark.parametrize("lr", [0.01, 3.0])
 def test_learned_scales_stay_positive_and_are_kept_only_if_better(tmp_path: Path, lr: float) -> None:
-    """Trap 12: steps that are learned as they are can cross zero; a wild learning rate provokes it."""
+    """QD-12: steps that are learned as they are can cross zero; a wild learning rate provokes it."""
     used: list[float] = []
     with calibrating(tiny_unet(), DATA, tmp_path / "out", SHORT, weights="int4") as session:
         prepared(session)
@@ -369,7 +369,7 @@ def test_learned_scales_stay_positive_and_are_kept_only_if_better(tmp_path: Path
 def test_scales_that_got_worse_are_put_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: float
 ) -> None:
-    """Trap 11: learning can diverge; what it leaves then must not reach the checkpoint."""
+    """QD-11: learning can diverge; what it leaves then must not reach the checkpoint."""
 
     def diverge(problem: UnitProblem, parameters: list[nn.Parameter], *args: Any, **kwargs: Any) -> None:
         with torch.no_grad():
@@ -387,7 +387,7 @@ def test_scales_that_got_worse_are_put_back(
 
 
 def test_scales_see_quantized_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trap 11: the released code learns them from the float network's inputs."""
+    """QD-11: the released code learns them from the float network's inputs."""
     seen = 0
 
     def spy(session: Session, problem: UnitProblem, unit: str, lr: float, p: float) -> bool:

@@ -144,7 +144,7 @@ def test_layers_that_read_one_modulated_tensor_are_found_together() -> None:
 
 
 def test_additive_factors_follow_the_standardised_embedding() -> None:
-    """Trap 29: S of the code is gamma times a clamped n, so it is negative or 0 with gamma."""
+    """QNCD-2: S of the code is gamma times a clamped n, so it is negative or 0 with gamma."""
     embedding, gamma = torch.randn(50, 8), torch.tensor([2.0, -2, 1, -1, 0.5, -0.5, 0, 3])
     place = Modulation(ADDITIVE, "e", 0, 8, gamma=gamma, groups=2, eps=1e-5)
     grouped = embedding.view(50, 2, 4)
@@ -157,7 +157,7 @@ def test_additive_factors_follow_the_standardised_embedding() -> None:
 
 
 def test_scale_shift_factors_are_the_mean_of_one_plus_scale() -> None:
-    """Trap 29: the code leaves out the 1, and normalises twice."""
+    """QNCD-2: the code leaves out the 1, and normalises twice."""
     output = torch.randn(40, 12) - 1
     place = Modulation(SCALE_SHIFT, "e", 4, 4)
     expected = (1 + output[:, 4:8]).abs().mean(0)
@@ -168,7 +168,7 @@ def test_scale_shift_factors_are_the_mean_of_one_plus_scale() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bias", [0.0, 0.7])
 def test_without_an_embedding_nothing_is_smoothed(tmp_path: Path, kind: str, bias: float) -> None:
-    """T17: S is 1 throughout where the embedding is the same for all channels."""
+    """P21: S is 1 throughout where the embedding is the same for all channels."""
     denoiser = KINDS[kind]()
     for place in find_modulations(denoiser, DATA.inputs([0])):
         projection: Any = denoiser.get_submodule(place.projection)
@@ -183,7 +183,7 @@ def test_without_an_embedding_nothing_is_smoothed(tmp_path: Path, kind: str, bia
 
 
 def test_factors_come_from_the_timesteps_and_not_from_the_rows(tmp_path: Path) -> None:
-    """Trap 29: the code takes the first sample of each batch. 30: with another random t at every start."""
+    """QNCD-2: the code takes the first sample of each batch. QNCD-3: with another random t at every start."""
     found = []
     for number, data in enumerate((DATA, MemoryRows.noisy(images=5, steps=3))):
         with calibrating(tiny_unet(), data, tmp_path / str(number)) as session:
@@ -229,7 +229,7 @@ def test_strength_is_an_exponent(tmp_path: Path, strength: float) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_smoothing_changes_nothing_in_full_precision(tmp_path: Path, kind: str) -> None:
-    """T17 and trap 28: the code's full precision divides its input and not its weight."""
+    """P21 and QNCD-1: the code's full precision divides its input and not its weight."""
     inputs = DATA.inputs(range(6))
     with torch.no_grad():
         before = denoise(KINDS[kind](), inputs)
@@ -247,7 +247,7 @@ def test_smoothing_changes_nothing_in_full_precision(tmp_path: Path, kind: str) 
 
 
 def test_rounding_is_learned_for_the_smoothed_weight(tmp_path: Path) -> None:
-    """Trap 28: the code's roundings start from the weight that was not smoothed."""
+    """QNCD-1: the code's roundings start from the weight that was not smoothed."""
     with calibrating(tiny_unet(), DATA, tmp_path / "out", weights="int4") as session:
         layer = quantized_layers(session.denoiser)["mid_block.resnets.0.conv2"]
         smooth(layer, torch.linspace(1, 30, layer.weight.shape[1]))
@@ -282,7 +282,7 @@ def layer_errors(tmp_path: Path, weights: str, smoothing: dict[str, Any] | None)
 
 
 def test_smoothing_is_kept_where_it_lowers_the_error_of_a_layer(tmp_path: Path) -> None:
-    """T18: with eight bits it helps some layers, with four it helps none, and the check knows which."""
+    """P22: with eight bits it helps some layers, with four it helps none, and the check knows which."""
     plain = layer_errors(tmp_path / "plain", "int8", None)
     checked = layer_errors(tmp_path / "checked", "int8", {})
     changed = [path for path in plain if checked[path] != plain[path]]
@@ -377,7 +377,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 
 def test_a_loaded_checkpoint_is_smoothed_by_what_was_stored(checkpoint: Artifact) -> None:
-    """Trap 30: the code computes another S when it loads than the one that is in the weights."""
+    """QNCD-3: the code computes another S when it loads than the one that is in the weights."""
     probe = load_file(checkpoint.file(PROBE))
     inputs = {name.removeprefix("input."): x for name, x in probe.items() if name.startswith("input.")}
     denoiser = load_checkpoint(checkpoint)

@@ -159,7 +159,7 @@ def test_options_that_make_no_sense_are_refused(tmp_path: Path, option: dict[str
 def test_no_step_and_no_reach_leave_every_code_and_scale(
     tmp_path: Path, stage: str, nothing: dict[str, Any]
 ) -> None:
-    """T8; and trap 9's cousin: a weight that begins anywhere else than at its decided code would lose it."""
+    """P12; and QUEST-9's cousin: a weight that begins anywhere else than at its decided code would lose it."""
     with prepared(tmp_path / "out") as session:
         before = read_state(session.denoiser)
         STAGES[stage](**nothing).run(session)
@@ -172,7 +172,7 @@ def test_no_step_and_no_reach_leave_every_code_and_scale(
 def test_only_weights_of_the_role_move_and_the_teacher_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    """T8 and T9: others keep codes and scales; weight scales are frozen everywhere."""
+    """P12 and P13: others keep codes and scales; weight scales are frozen everywhere."""
     monkeypatch.setattr(Losses, "judged", lambda *args: 1.0)  # keep whatever comes
     with prepared(tmp_path / "out") as session:
         teacher, before = digest(session), read_state(session.denoiser)
@@ -210,7 +210,7 @@ def digest(session: Session) -> str:
 
 
 def test_rounding_follows_a_weight_that_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trap 9: decisions that stay while a weight crosses to another code push it the wrong way."""
+    """QUEST-9: decisions that stay while a weight crosses to another code push it the wrong way."""
     monkeypatch.setattr(Losses, "judged", lambda *args: 1.0)
     with prepared(tmp_path / "out") as session:
         quest.AlignAttention(steps=3, reach=4.0).run(session)
@@ -223,7 +223,7 @@ def test_rounding_follows_a_weight_that_moves(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("number_format", [int4, uint4])
 def test_codes_stay_on_their_grid_wherever_a_weight_goes(number_format: Any) -> None:
-    """T1."""
+    """P6."""
     quantizer = WeightQuantizer(number_format, 3)
     quantizer.set(torch.tensor([0.1, 1.0, 7.0]), torch.full((3,), int(not number_format.symmetric) * 5))
     quantizer.codes = torch.full((3, 4), number_format.qmax, dtype=torch.int16)
@@ -239,7 +239,7 @@ def test_codes_stay_on_their_grid_wherever_a_weight_goes(number_format: Any) -> 
 
 
 def test_scales_stay_positive_and_zero_stays_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """T1 for activations: steps that are learned as they are can cross zero under a wild rate."""
+    """P6 for activations: steps that are learned as they are can cross zero under a wild rate."""
     monkeypatch.setattr(Losses, "judged", lambda *args: 1.0)
     with prepared(tmp_path / "out", activations="uint8", target="openvino") as session:
         quest.AlignAttention(steps=2, reach_scales=8.0).run(session)
@@ -257,7 +257,7 @@ def test_scales_stay_positive_and_zero_stays_zero(tmp_path: Path, monkeypatch: p
 def test_what_worsens_the_prediction_is_put_back_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], bad: float
 ) -> None:
-    """T9. The reference code keeps whatever its last epoch left."""
+    """P13. The reference code keeps whatever its last epoch left."""
 
     def diverge(session: Session, tuning: Tuning, *args: Any, **kwargs: Any) -> None:
         with torch.no_grad():
@@ -357,7 +357,7 @@ def test_memory_is_bounded_and_the_gradient_the_same(tmp_path: Path, recipe: dic
 
 
 def test_every_group_of_timesteps_learns_its_scale(tmp_path: Path) -> None:
-    """Traps 2 and 7: a step that is not found leaves the scales of another, and one entry gets all the data."""
+    """QUEST-2 and QUEST-7: a step that is not found leaves the scales of another, and one entry gets all the data."""
     with prepared(tmp_path / "out", timestep_groups=2) as session:
         found = gradients(session, recompute=True)
         banked = [name for name, q in quest._scales(session).items() if q.banked]
@@ -375,7 +375,7 @@ def test_one_scale_serves_all_timesteps_unless_the_recipe_says_else(tmp_path: Pa
 
 
 def test_dropout_is_off_while_weights_are_tuned(tmp_path: Path) -> None:
-    """Trap 14."""
+    """QUEST-11."""
     modes: list[bool] = []
     with prepared(tmp_path / "out") as session:
         for module in session.denoiser.modules():
@@ -393,7 +393,7 @@ def test_dropout_is_off_while_weights_are_tuned(tmp_path: Path) -> None:
 def test_a_stopped_alignment_goes_on_at_its_step_and_ends_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
-    """Stages of three steps; trap 10: what is done is not done again."""
+    """Stages of three steps; QUEST-10: what is done is not done again."""
     stock, made, limit = Losses.__call__, 0, stop
 
     def counting(self: Losses, rows: Sequence[int]) -> Tensor:
@@ -423,7 +423,7 @@ def test_a_stopped_alignment_goes_on_at_its_step_and_ends_the_same(
 
 
 def test_a_tuned_checkpoint_needs_no_calibration_data(tmp_path: Path) -> None:
-    """T10: what is loaded gives the same bits at every timestep, scales of q, k, v and softmax included."""
+    """P14: what is loaded gives the same bits at every timestep, scales of q, k, v and softmax included."""
     model = open_model(ddpm_folder(tmp_path / "ddpm"))
     recipe = {"coverage": "qdiffusion-paper", "weights": "uint4", "target": "simulated"}
     with prepared(tmp_path / "out", model.load(), **recipe) as session:
@@ -487,7 +487,7 @@ def test_tuning_grows_with_the_effort() -> None:
 
 
 def test_ranges_of_channels_do_not_depend_on_how_often_they_are_seen() -> None:
-    """T4, trap 6: the reference's running statistics mix the last channel's scalar into all the others."""
+    """P8, QUEST-6: the reference's running statistics mix the last channel's scalar into all the others."""
     x = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor(
         [1.0, 30.0, 0.01]
     ).view(3, 1, 1)

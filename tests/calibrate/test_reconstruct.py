@@ -65,7 +65,7 @@ def equal(first: Any, second: Any) -> bool:
 def test_recorded_inputs_are_those_of_the_quantized_network_at_that_point(
     session: Session, unit: str
 ) -> None:
-    """Units before it are quantized, and the batch is as it was (trap 11: not the float network's inputs)."""
+    """Units before it are quantized, and the batch is as it was (QD-11: not the float network's inputs)."""
     rows = session.rows()
     recorded = recorder(session).inputs(session.denoiser.get_submodule(unit))
     for start in range(0, len(rows), 5):
@@ -88,7 +88,7 @@ def test_targets_are_those_of_the_full_precision_network(session: Session) -> No
 
 @pytest.mark.parametrize("rows", [1, 4, 5, 13])
 def test_no_row_is_dropped_where_the_batch_does_not_divide_them(session: Session, rows: int) -> None:
-    """Trap 10: the released code drops the rows of the last, smaller batch."""
+    """QD-10: the released code drops the rows of the last, smaller batch."""
     unit = session.denoiser.get_submodule(RESNET)
     chosen = session.rows()[:rows]
     outputs = recorder(session, chosen).outputs(unit)
@@ -131,7 +131,7 @@ def test_rows_come_back_in_the_order_asked_for(session: Session) -> None:
 
 
 def test_dropout_is_off_while_recording(session: Session) -> None:
-    """Trap 2: the released code leaves the network in training mode; its dropout of 0.1 is active."""
+    """QD-2: the released code leaves the network in training mode; its dropout of 0.1 is active."""
     unit = session.denoiser.get_submodule(RESNET)
     first, second = (recorder(session).outputs(unit).tensors for _ in range(2))
     assert equal(first, second)
@@ -181,7 +181,7 @@ def test_mapped_files_go_when_the_unit_is_done(session: Session, fails: bool) ->
 
 @pytest.mark.parametrize("coverage", ["portable", "qdiffusion-paper"])
 def test_attention_is_one_unit_whose_maps_are_never_recorded(tmp_path: Path, coverage: str) -> None:
-    """Trap 8: maps of [rows, heads, N, N] took 300 GB; a unit without parameters crashed the optimiser."""
+    """QD-8: maps of [rows, heads, N, N] took 300 GB; a unit without parameters crashed the optimiser."""
     tokens = 16  # 4x4 pixels, and no other size in this network but channels
     with calibrating(
         tiny_unet((8, 24)), MemoryRows.noisy(), tmp_path / "checkpoint", coverage=coverage
@@ -205,7 +205,7 @@ def test_attention_is_one_unit_whose_maps_are_never_recorded(tmp_path: Path, cov
 
 @pytest.mark.parametrize("p", [2.0, 2.4])
 def test_images_and_tokens_weigh_the_same(p: float) -> None:
-    """Trap 9: axis 1 holds the channels of images, but the tokens of [rows, tokens, features]."""
+    """QD-9: axis 1 holds the channels of images, but the tokens of [rows, tokens, features]."""
     y, y_hat = torch.randn(2, 3, 6, 4, 5, generator=torch.Generator().manual_seed(0))
     images = output_error(y_hat, y, p)
     tokens = output_error(y_hat.flatten(2).transpose(1, 2), y.flatten(2).transpose(1, 2), p)

@@ -156,7 +156,7 @@ def learn(problem: UnitProblem, layer: QuantizedLayer, steps: int = STEPS) -> fl
 def test_roundings_settle_in_every_part_so_that_hardening_changes_nothing(
     number_format: Format, split: tuple[int, ...], spied: list[AdaRound]
 ) -> None:
-    """Trap 1: a regulariser that leaves out the second half of a split layer leaves it undecided."""
+    """QD-1: a regulariser that leaves out the second half of a split layer leaves it undecided."""
     problem, layer = correlated_problem(number_format, split)
     learn(problem, layer)
     assert len(spied) == max(1, len(split))

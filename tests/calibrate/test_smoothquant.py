@@ -66,7 +66,7 @@ def test_factors_are_ratios_positive_and_bounded() -> None:
 @pytest.mark.parametrize("kind", OPERATORS)
 @pytest.mark.parametrize("weights", [int8, int4])
 def test_planted_outliers_cost_less(kind: str, weights: Format) -> None:
-    """T18: the input's range shrinks, and so does the error of weight and activation together."""
+    """P22: the input's range shrinks, and so does the error of weight and activation together."""
     layer, x = seeded(kind)
     expected = layer(x)
     plain = minmax_layer(layer, x, weights, int8)

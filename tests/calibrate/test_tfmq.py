@@ -109,11 +109,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Session:
     return session
 
 
-# -- T1, T3: temporal information aware reconstruction -----------------------------------------------------
+# -- P1, P3: temporal information aware reconstruction -----------------------------------------------------
 
 
 def test_the_problem_is_the_block_over_every_timestep_of_training(tmp_path: Path) -> None:
-    """T1: its targets are the float network's features; and what is judged by is not learned from."""
+    """P1: its targets are the float network's features; and what is judged by is not learned from."""
     with opened(tmp_path / "out") as session:
         problem = TemporalProblem.open(session)
         expected = torch.cat([torch.arange(TRAINED), torch.tensor([334, 666, 999])])
@@ -125,7 +125,7 @@ def test_the_problem_is_the_block_over_every_timestep_of_training(tmp_path: Path
 
 
 def test_the_error_is_summed_over_features_and_values_and_averaged_over_timesteps(tmp_path: Path) -> None:
-    """Equation 8; trap 9 would divide it by a size that depends on the layer."""
+    """Equation 8; QD-9 would divide it by a size that depends on the layer."""
     with opened(tmp_path / "out") as session:
         WeightRanges().run(session)
         problem = TemporalProblem.open(session)
@@ -162,14 +162,14 @@ def rounded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_learned_rounding_is_nearer_than_nearest(rounded: dict[str, Any]) -> None:
-    """T3: on the timesteps that were learned from, and on those that were not."""
+    """P3: on the timesteps that were learned from, and on those that were not."""
     nearest, learned = rounded["loss"]
     assert learned[0] < 0.8 * nearest[0]
     assert learned[1] < 0.8 * nearest[1]
 
 
 def test_the_worst_cosine_increases_and_mismatches_do_not(rounded: dict[str, Any]) -> None:
-    """T3, over all timesteps and features."""
+    """P3, over all timesteps and features."""
     assert rounded["cosine"][1] > rounded["cosine"][0]
     before, after = rounded["mismatches"]
     assert before > 0
@@ -199,11 +199,11 @@ def test_a_mismatch_is_a_feature_that_looks_like_another_timesteps() -> None:
     assert mismatches(value, target).tolist() == [False, False, True, False]
 
 
-# -- T6: frozen --------------------------------------------------------------------------------------------
+# -- P5: frozen --------------------------------------------------------------------------------------------
 
 
 def test_reconstructing_the_blocks_leaves_the_temporal_block_alone(tmp_path: Path) -> None:
-    """T6. The released Q-Diffusion learns g_i inside each residual block, to the wrong target."""
+    """P5. The released Q-Diffusion learns g_i inside each residual block, to the wrong target."""
     with opened(tmp_path / "out", effort=BRIEF) as session:
         WeightRanges().run(session)
         session.stage = "1-temporal-rounding"
@@ -239,7 +239,7 @@ def test_put_back_the_trap_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
-# -- T2: finite set calibration ----------------------------------------------------------------------------
+# -- P2: finite set calibration ----------------------------------------------------------------------------
 
 
 def activations_of(session: Session) -> dict[str, list[Tensor]]:
@@ -260,7 +260,7 @@ def activations_of(session: Session) -> dict[str, list[Tensor]]:
 
 @pytest.mark.parametrize(("activations", "target"), [("int8", "portable"), ("uint8", "openvino")])
 def test_no_activation_of_any_timestep_is_clipped(tmp_path: Path, activations: str, target: str) -> None:
-    """T2: |x_hat - x| <= delta_t, half of it but for the rounding of the zero point; for every timestep."""
+    """P2: |x_hat - x| <= delta_t, half of it but for the rounding of the zero point; for every timestep."""
     with opened(tmp_path / "out", activations=activations, target=target) as session:
         WeightRanges().run(session)
         FiniteSetRanges().run(session)
@@ -276,7 +276,7 @@ def test_no_activation_of_any_timestep_is_clipped(tmp_path: Path, activations: s
 
 
 def test_every_timestep_has_its_own_min_and_max_and_together_they_beat_one_range(tmp_path: Path) -> None:
-    """T2: the sum of squared errors over all timesteps, beside one min-max range for all of them."""
+    """P2: the sum of squared errors over all timesteps, beside one min-max range for all of them."""
     with opened(tmp_path / "out", activations="uint8", target="openvino") as session:
         WeightRanges().run(session)
         FiniteSetRanges().run(session)
@@ -296,7 +296,7 @@ def test_every_timestep_has_its_own_min_and_max_and_together_they_beat_one_range
 
 
 def test_where_all_timesteps_are_alike_it_is_one_static_range() -> None:
-    """T2, the reduction: a bank of equal parameters gives the static quantizer's bits."""
+    """P2, the reduction: a bank of equal parameters gives the static quantizer's bits."""
     x = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     banked, static = ActivationQuantizer(uint8), ActivationQuantizer(uint8)
     banked.clock = Clock()
@@ -316,7 +316,7 @@ def test_shared_quantizers_cover_what_every_reader_sees(finished: Session) -> No
     assert all(len(layer.activation_quantizers[0].scale) == len(timesteps) for layer in projections)
 
 
-# -- T4: tables --------------------------------------------------------------------------------------------
+# -- P4: tables --------------------------------------------------------------------------------------------
 
 
 def clocked(features: Tensor, storage: str) -> FeatureTable:
@@ -324,7 +324,7 @@ def clocked(features: Tensor, storage: str) -> FeatureTable:
 
 
 def test_a_table_in_float_gives_the_networks_own_output(tmp_path: Path) -> None:
-    """T4: with an fp32 table of float features, the prediction of the full-precision network."""
+    """P4: with an fp32 table of float features, the prediction of the full-precision network."""
     network = tiny_unet()
     with opened(tmp_path / "out", network, coverage="portable-time") as session:
         reference_features = exact(session)
@@ -343,7 +343,7 @@ def test_a_table_in_float_gives_the_networks_own_output(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number_format", [int8, uint8])
 def test_a_quantized_table_is_off_by_half_a_step_at_most(number_format: Any) -> None:
-    """T4: each timestep has a step of its own, so small features are no worse than large ones."""
+    """P4: each timestep has a step of its own, so small features are no worse than large ones."""
     values = torch.randn(9, 2, 5, generator=torch.Generator().manual_seed(0))
     values *= torch.logspace(-4, 4, 9).view(9, 1, 1)
     table = FeatureTable.quantized(values, midpoints(torch.arange(9.0)), None, number_format)
@@ -365,7 +365,7 @@ def test_a_table_is_read_by_the_rows_timesteps() -> None:
 
 
 def test_selection_takes_the_nearer_of_block_and_table(finished: Session) -> None:
-    """T4: argmin for every feature, and never more than the smaller error."""
+    """P4: argmin for every feature, and never more than the smaller error."""
     report = read_json(finished.draft.content / finished.component / "temporal.json")
     assert report["mode"] == "selected"
     assert set(report["features"]) == set(finished.structure.time.features)
@@ -523,7 +523,7 @@ def test_the_method_brings_a_coverage_of_its_own(tmp_path: Path) -> None:
 
 
 def test_the_papers_coverage_is_that_of_its_released_code() -> None:
-    """Trap 21 finds these by index, which breaks for other architectures; here they have roles.
+    """TFMQ-2 finds these by index, which breaks for other architectures; here they have roles.
 
     Float: the first layer of h, conv_in, conv_out, shortcuts and downsampling. Float inputs: h's second
     layer and the first convolution of the first residual block.

@@ -220,7 +220,7 @@ def test_one_group_is_stored_as_a_plain_scale_and_gives_the_same_bits(number_for
 
 
 def test_each_row_has_the_scale_of_its_timestep() -> None:
-    """T6, of the quantizer alone: restored, it is fake quantization with the row's own scale."""
+    """P10, of the quantizer alone: restored, it is fake quantization with the row's own scale."""
     quantizer, x = bank(), activations(5)
     timesteps = torch.tensor([999.0, 10.0, 600.0, 250.0, 250.5])
     with at(quantizer, timesteps):
@@ -233,7 +233,7 @@ def test_each_row_has_the_scale_of_its_timestep() -> None:
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("kind", ["conv", "linear", "split"])
 def test_hoisted_is_the_direct_form_for_every_timestep(kind: str, frozen: bool) -> None:
-    """T6: conv(fq_s[t](x)) + b, with the factor s[t] / s0 between the product and the bias."""
+    """P10: conv(fq_s[t](x)) + b, with the factor s[t] / s0 between the product and the bias."""
     torch.manual_seed(0)
     inner: nn.Module = nn.Linear(6, 4) if kind == "linear" else nn.Conv2d(6, 4, 3, padding=1)
     split = (2, 4) if kind == "split" else ()
@@ -383,7 +383,7 @@ def test_one_group_is_bit_identical_to_none(tmp_path: Path, recipe: dict[str, An
 
 
 def test_one_scale_for_all_is_no_better_than_the_bank(tmp_path: Path) -> None:
-    """T7, for every quantized tensor: noise summed over rows, with the scales that min-max found."""
+    """P11, for every quantized tensor: noise summed over rows, with the scales that min-max found."""
     session, collapsed = calibrated(tmp_path, groups=4), calibrated(tmp_path, groups=1)
     noise: dict[str, list[float]] = {}
     for one in (session, collapsed):
@@ -407,7 +407,7 @@ def test_one_scale_for_all_is_no_better_than_the_bank(tmp_path: Path) -> None:
 
 
 def test_the_prediction_is_no_worse_with_a_bank(tmp_path: Path) -> None:
-    """T7, of the whole network."""
+    """P11, of the whole network."""
     errors = []
     for groups in (1, 6):
         session = calibrated(tmp_path, groups=groups)

@@ -46,7 +46,7 @@ def test_averages_are_weighted_by_multiplications() -> None:
 
 
 def test_float_islands_count(collected: tuple[Path, Any], tmp_path: Path) -> None:
-    """T23: W4A8 in name is more in fact, by what stayed in float."""
+    """P27: W4A8 in name is more in fact, by what stayed in float."""
     checkpoint = calibrated(collected, tmp_path / "out", weights="int4")
     found = effective_bits(checkpoint)
     every = operations(checkpoint)

@@ -81,7 +81,7 @@ def test_the_table_holds_every_feature_of_every_timestep(family: str) -> None:
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_network_computes_the_same_with_it(family: str, storage: str) -> None:
-    """T4: fp32 exactly; fp16 and int8 as near as their rounding."""
+    """P4: fp32 exactly; fp16 and int8 as near as their rounding."""
     network, inputs = make(family)
     deployed = torch.tensor([0, 1, 437, 999])
     other = tabled(family, storage, deployed)[0]
@@ -228,7 +228,7 @@ def test_all_tables_of_a_graph_are_looked_up_once(graph: Graph) -> None:
 
 
 def test_onnx_runtime_computes_the_networks_own_function(graph: Graph) -> None:
-    """T4, end to end on timesteps of training: beside the network that still computes its time path."""
+    """P4, end to end on timesteps of training: beside the network that still computes its time path."""
     with torch.no_grad():
         for timestep in SOME:
             given = graph.inputs | {"timestep": torch.tensor([timestep])}

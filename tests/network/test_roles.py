@@ -146,7 +146,7 @@ def other(x: Tensor) -> Tensor:
 def test_each_layer_is_in_one_unit_and_units_run_one_after_the_other(
     case: Case, structure: Structure
 ) -> None:
-    """Trap 5: a walk over the module tree meets up blocks in reverse, and attention after all blocks."""
+    """QD-5: a walk over the module tree meets up blocks in reverse, and attention after all blocks."""
     network, inputs = case
     listed = [layer for unit in structure.units.values() for layer in unit]
     assert listed == sorted(structure.layers, key=listed.index)

@@ -66,7 +66,7 @@ def other_conditions(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-# -- T1: bit for bit ---------------------------------------------------------------------------------------
+# -- P1: bit for bit ---------------------------------------------------------------------------------------
 
 
 def test_features_are_the_networks_own_bit_for_bit(

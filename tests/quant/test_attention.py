@@ -91,7 +91,7 @@ def test_q_k_v_and_the_softmax_output_are_quantized_and_the_scale_comes_after_th
 
 
 def test_probabilities_of_zero_and_one_are_codes_of_an_unsigned_grid(tmp_path: Path) -> None:
-    """T3. Trap 5: a sign bit that comes with the activations' format is lost on probabilities."""
+    """P7. QUEST-5: a sign bit that comes with the activations' format is lost on probabilities."""
     with calibrating(
         tiny_unet(), MemoryRows.noisy(), tmp_path / "out", coverage="qdiffusion-paper", activations="int8"
     ) as session:
@@ -143,7 +143,7 @@ def test_a_failing_call_ends_the_interception() -> None:
 
 
 def test_in_a_network_every_operand_gets_its_range(tmp_path: Path) -> None:
-    """Trap 7: the released running statistics skip the operands of attention products."""
+    """QD-7: the released running statistics skip the operands of attention products."""
     with calibrating(
         tiny_unet(), MemoryRows.noisy(), tmp_path / "out", coverage="qdiffusion-paper"
     ) as session:

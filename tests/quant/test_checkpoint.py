@@ -94,7 +94,7 @@ def test_what_is_loaded_computes_the_same_bits(made: tuple[Session, Artifact]) -
 def test_loading_runs_no_network_and_needs_no_flags(
     made: tuple[Session, Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Trap 13: the released code creates split quantizers in a dry run, and its keys depend on flags."""
+    """QD-13: the released code creates split quantizers in a dry run, and its keys depend on flags."""
     session, artifact = made
 
     def run(*args: Any, **kwargs: Any) -> None:
@@ -137,7 +137,7 @@ def test_the_probe_holds_what_the_network_gave(made: tuple[Session, Artifact]) -
 
 
 def test_codes_take_as_many_bits_as_their_format_has(made: tuple[Session, Artifact], model: Model) -> None:
-    """Trap 14: the released code stores float weights and float roundings, more than the float model."""
+    """QD-14: the released code stores float weights and float roundings, more than the float model."""
     session, artifact = made
     tensors = load_file(artifact.file(f"{model.name}/quantized.safetensors"))
     bits = parse_format(session.recipe.weights).bits  # type: ignore[union-attr]

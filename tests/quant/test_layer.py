@@ -150,7 +150,7 @@ def test_decided_codes_compute_what_nearest_computed(number_format: Format) -> N
 
 
 def test_scales_are_kept_in_full_whatever_they_come_in() -> None:
-    """Trap 24: in half precision zero points beyond 2048 and small scales are not exact."""
+    """DGQ-10: in half precision zero points beyond 2048 and small scales are not exact."""
     quantizer = ActivationQuantizer(uint8)
     scale, zero = torch.tensor(1e-7, dtype=torch.float64), torch.tensor(201.0, dtype=torch.float16)
     quantizer.set(scale, zero)

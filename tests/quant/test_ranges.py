@@ -55,7 +55,7 @@ def drifting_rows(rows: int = 160) -> Tensor:
 @all_formats
 @all_finders
 def test_codes_lie_on_the_grid_of_their_bits(finder: Finder, number_format: Format) -> None:
-    """T1. Traps 3, 4, 8: 8 bits that forget the sign have 514 levels; a search that does loses half the range."""
+    """P6. QUEST-3, QUEST-4, QUEST-8: 8 bits that forget the sign have 514 levels; a search that does loses half the range."""
     for offset in (0.0, 5.0, -5.0):  # ranges that lie on both sides of zero, and on one
         rows = torch.randn(64, 400, generator=torch.Generator().manual_seed(1)) + offset
         scale, zero = finder(summary_of(rows), number_format)
@@ -97,7 +97,7 @@ def test_symmetric_formats_have_zero_point_0_and_use_their_range_symmetrically(n
 @all_formats
 @pytest.mark.parametrize(("low", "high"), [(5.0, 6.0), (-6.0, -5.0), (5.0, 5.0), (-1e-6, 1e-6), (0.0, 0.0)])
 def test_ranges_that_do_not_span_zero_do_not_saturate(number_format: Format, low: float, high: float) -> None:
-    """Trap 4: a step from the raw range with a zero point from the clamped one cuts [5, 6] off at 1."""
+    """QD-4: a step from the raw range with a zero point from the clamped one cuts [5, 6] off at 1."""
     x = torch.linspace(low, high, 101)
     scale, zero = to_scale(x.min(), x.max(), number_format)
     error = (quantized(x, scale, zero, number_format) - x).abs().max()
@@ -145,7 +145,7 @@ def test_the_lp_search_never_scores_worse_than_minmax(number_format: Format) -> 
 
 @all_formats
 def test_the_lp_search_chooses_the_best_of_its_80_candidates(number_format: Format) -> None:
-    """Trap 3: a search on another grid than the one that is used later misses the best candidate.
+    """QD-3: a search on another grid than the one that is used later misses the best candidate.
 
     The oracle is a loop over candidates in numpy that knows nothing of the library's operators.
     """
@@ -185,7 +185,7 @@ def test_shrinks_are_those_of_the_released_code() -> None:
 @all_finders
 @pytest.mark.parametrize("number_format", [int8, uint8, int4, uint4], ids=lambda f: f.name)
 def test_a_range_does_not_depend_on_the_order_of_the_rows(finder: Finder, number_format: Format) -> None:
-    """Trap 6: calibration rows are sorted by timestep; an average over batches keeps the last few only."""
+    """QD-6: calibration rows are sorted by timestep; an average over batches keeps the last few only."""
     rows = drifting_rows()
     shuffled = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
     found = [finder(summary_of(order), number_format) for order in (rows, rows.flip(0), shuffled)]

@@ -91,7 +91,7 @@ SAMPLERS = ["DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "DPMSolv
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("step", [6, 16, 26, 36, 46])
 def test_a_perfect_network_is_estimated_as_perfect(kind: str, step: int) -> None:
-    """T19: without the guard |mu| stays below 4 sqrt(2 - 2 rho) / sqrt(n)."""
+    """P23: without the guard |mu| stays below 4 sqrt(2 - 2 rho) / sqrt(n)."""
     scheduler = schedule(kind=kind)
     estimator = OnlineCorrection(scheduler, every=1, guard=0.0)
     denoiser = Oracle(scheduler, kind)
@@ -106,7 +106,7 @@ def test_a_perfect_network_is_estimated_as_perfect(kind: str, step: int) -> None
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_images_of_a_perfect_network_stay_as_they_are(kind: str) -> None:
-    """T19: what could be chance is no error, so nothing changes at all."""
+    """P23: what could be chance is no error, so nothing changes at all."""
     scheduler = schedule(kind=kind)
     plain = run(Oracle(scheduler, kind), scheduler, noise(1, 2))
     correction = OnlineCorrection(scheduler)
@@ -117,7 +117,7 @@ def test_images_of_a_perfect_network_stay_as_they_are(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("bias", [0.3, -0.2])
 def test_a_constant_error_is_estimated(kind: str, bias: float) -> None:
-    """T19, at one call: of an error c the estimate keeps at least sqrt(1 - rho^2) and at most all."""
+    """P23, at one call: of an error c the estimate keeps at least sqrt(1 - rho^2) and at most all."""
     scheduler = schedule(kind=kind)
     correction = OnlineCorrection(scheduler, every=1)
     denoiser = Oracle(scheduler, kind, bias)
@@ -164,7 +164,7 @@ def test_from_the_first_estimate_on_the_error_is_gone(name: str) -> None:
 
 @pytest.mark.parametrize("every", [1, 4, 10, 60])
 def test_extra_calls_are_those_of_the_interval(every: int) -> None:
-    """T20: 50 steps and an interval of 10 take 5 extra calls."""
+    """P24: 50 steps and an interval of 10 take 5 extra calls."""
     scheduler = schedule()
     denoiser = Oracle(scheduler)
     correction = OnlineCorrection(scheduler, every=every)
@@ -176,7 +176,7 @@ def test_extra_calls_are_those_of_the_interval(every: int) -> None:
 
 @pytest.mark.parametrize("steps", [STEPS, 1])
 def test_nothing_is_kept_from_one_image_to_the_next(steps: int) -> None:
-    """Trap 31: the code corrects the first steps of an image by the error of the one before."""
+    """QNCD-4: the code corrects the first steps of an image by the error of the one before."""
     scheduler = schedule()
     corrected = Corrected(
         Oracle(scheduler, bias=0.3), OnlineCorrection(scheduler, every=1 if steps == 1 else 10)
@@ -196,7 +196,7 @@ def test_nothing_is_kept_from_one_image_to_the_next(steps: int) -> None:
 
 
 def test_a_batch_of_two_is_two_batches_of_one() -> None:
-    """Trap 31: the code takes one mean over the batch."""
+    """QNCD-4: the code takes one mean over the batch."""
     scheduler = schedule()
 
     def sampled(seeds: tuple[int, ...], images: list[int]) -> Tensor:
@@ -209,7 +209,7 @@ def test_a_batch_of_two_is_two_batches_of_one() -> None:
 
 
 def test_torch_s_own_generator_is_left_alone() -> None:
-    """Trap 31: the code draws from it, and so changes what a seed gives."""
+    """QNCD-4: the code draws from it, and so changes what a seed gives."""
     scheduler = schedule()
     before = torch.get_rng_state()
     run(Corrected(Oracle(scheduler), OnlineCorrection(scheduler, every=2)), scheduler, noise(1))
@@ -238,7 +238,7 @@ def test_both_halves_under_guidance_get_one_correction() -> None:
 
 
 def test_every_call_of_a_step_is_corrected() -> None:
-    """Trap 33: the code leaves the second evaluation of the first step of PLMS as it is."""
+    """QNCD-5: the code leaves the second evaluation of the first step of PLMS as it is."""
     scheduler = schedule("PNDMScheduler", steps=10)
     table = CorrectionTable(torch.tensor([0.0, 999.0]), torch.tensor([[0.25] * 3, [0.25] * 3]), "epsilon")
     scheduler = diffusers.PNDMScheduler(skip_prk_steps=True)

@@ -116,7 +116,7 @@ def run(folder: Path, denoiser: nn.Module, scheduler: str, steps: int) -> list[t
 def test_every_call_uses_the_entry_of_the_timestep_it_is_passed(
     small: Path, unconditional: nn.Module, scheduler: str, steps: int
 ) -> None:
-    """T5. Trap of QuEST (1): sets were reselected every ``i % 10`` calls, whatever the steps."""
+    """P9. QUEST-1: sets were reselected every ``i % 10`` calls, whatever the steps."""
     calls = run(small, unconditional, scheduler, steps)
     assert len(calls) >= steps
     for timestep, used in calls:
@@ -153,7 +153,7 @@ def test_plms_calls_once_more_than_it_has_steps_and_never_with_another_calls_sca
 
 
 def test_a_schedule_that_was_calibrated_uses_every_entry_once(small_sd: Path, text: nn.Module) -> None:
-    """T5: the number of distinct sets in use is that of the calibrated steps."""
+    """P9: the number of distinct sets in use is that of the calibrated steps."""
     calls = run(small_sd, text, "ddim", 20)
     assert sorted(entry for _, used in calls for entry in used) == list(range(20))
 
@@ -164,7 +164,7 @@ def test_a_schedule_that_was_calibrated_uses_every_entry_once(small_sd: Path, te
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("scheduler", ["ddim", "pndm", "dpm++", "euler"])
 def test_every_timestep_of_every_schedule_has_an_entry(small_sd: Path, scheduler: str, steps: int) -> None:
-    """T5: the lookup is total, and nearest, for all samplers and steps."""
+    """P9: the lookup is total, and nearest, for all samplers and steps."""
     chosen = make_scheduler(scheduler, open_model(small_sd).scheduler())
     try:
         chosen.set_timesteps(steps)
@@ -185,7 +185,7 @@ def ldm_schedule(steps: int) -> list[int]:
 
 @pytest.mark.parametrize("steps", STEPS)
 def test_the_reference_formula_misses_entries_where_steps_do_not_divide_1000(steps: int) -> None:
-    """Trap 16: ``(S - 1) - (t - 1) // (1000 // S)`` leaves the table for S = 30 and 400; the lookup does not."""
+    """TFMQ-1: ``(S - 1) - (t - 1) // (1000 // S)`` leaves the table for S = 30 and 400; the lookup does not."""
     schedule = ldm_schedule(steps)
     formula = [(steps - 1) - (t - 1) // (1000 // steps) for t in schedule]
     in_table = all(0 <= entry < steps for entry in formula)
