@@ -25,16 +25,16 @@ UNKNOWN = "unknown"
 
 @dataclass(frozen=True)
 class Kernel:
-    """Something the runtime executed, in the runtime's own words.
+    """One operation that a runtime executed, as the runtime reports it.
 
     Attributes:
         name: the runtime's name for it.
         layers: names of the graph's nodes that it computes.
         kind: the runtime's type of operation, such as ``Convolution``.
         precision: what it multiplies or moves: ``int8``, ``f32``, ``bf16`` ...; `UNKNOWN` where the
-            runtime does not tell.
+            runtime does not report it.
         type: the implementation that ran, such as ``brgconv_avx512_I8``.
-        ms: median time of a call in milliseconds; None where it was not asked for, or the runtime does not tell.
+        ms: median time of a call in milliseconds; None if it was not measured or not reported.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Port:
-    """An input of a graph: its dtype by torch's name, and its shape, None where any size is welcome."""
+    """An input of a graph: its dtype by torch's name, and its shape, None for an axis of any size."""
 
     dtype: str
     shape: tuple[int | None, ...]
@@ -71,7 +71,7 @@ class Engine(ABC):
 
     Attributes:
         backend: name of the backend.
-        device: where its inputs have to lie, as torch calls it.
+        device: the torch device that its inputs have to be on.
         path: the engine's folder.
         component: ``unet`` or ``transformer``, the denoiser's name in a pipeline.
         precision: what everything that is not int8 is computed in, ``f32`` or ``bf16``.
@@ -99,13 +99,13 @@ class Engine(ABC):
                 has one entry per row; rows of different t take one call per distinct t.
 
         Returns:
-            ``[batch, ...]``, float32, a tensor of its own, where the inputs lie.
+            ``[batch, ...]``, float32, a new tensor on the device of the inputs.
 
         Raises:
             InvalidInputError: an input is missing, unknown, or of a shape that the graph cannot take.
         """
         ready = self._prepare(inputs)
-        # Pipelines keep the timestep where they like.
+        # A pipeline may keep the timestep on another device.
         home = next((x.device for name, x in inputs.items() if name != "timestep"), None)
         return self._grouped(ready).to(home)
 
@@ -141,15 +141,15 @@ class Engine(ABC):
 
     @abstractmethod
     def _kernels(self, inputs: dict[str, Tensor], calls: int) -> list[Kernel]:
-        """What the runtime executes for inputs as `_run` gets them, timed over some calls if there are any."""
+        """What the runtime executes for the inputs of `_run`, timed over ``calls`` calls if not 0."""
 
     def kernels(self, inputs: Mapping[str, Tensor], *, calls: int = 0) -> list[Kernel]:
         """What the runtime executes for these inputs, read from the runtime itself.
 
         Args:
-            inputs: as of a call.
-            calls: of how many calls each kernel's time is told; 0 for no times. Looking at the clock around
-                every kernel slows a call down, so their sum is somewhat above an engine's latency.
+            inputs: those of a call.
+            calls: number of calls that each kernel is timed over; 0 for no times. Timing every kernel slows a
+                call down, so that their sum is somewhat above the engine's latency.
 
         Raises:
             InvalidInputError: as in a call.
@@ -166,13 +166,13 @@ class Engine(ABC):
         return (time.perf_counter() - began) * 1e3
 
     def as_denoiser(self) -> EngineDenoiser:
-        """The engine in the shape of a diffusers model, for ``pipe.unet`` or ``pipe.transformer``."""
+        """The engine as a diffusers model, for ``pipe.unet`` or ``pipe.transformer``."""
         from qdeploy.engines.denoiser import EngineDenoiser
 
         return EngineDenoiser(self)
 
     def close(self) -> None:  # noqa: B027 - a runtime without anything to free need not override it
-        """Free what the runtime holds. The engine cannot be called afterwards."""
+        """Release the runtime's resources. The engine cannot be called afterwards."""
 
     def __enter__(self) -> Engine:
         return self
@@ -220,6 +220,6 @@ class Engine(ABC):
 
 
 def why(error: BaseException) -> str:
-    """The telling line of a runtime's long message: the last one."""
+    """The last line of a runtime's message, which states the cause."""
     lines = [line.strip(" -\t") for line in str(error).splitlines()]
     return next((line for line in reversed(lines) if line), type(error).__name__).rstrip(".")

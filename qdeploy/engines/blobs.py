@@ -1,4 +1,4 @@
-"""Compiled models, kept from one process to the next: one file per graph, shapes, options, runtime and processor."""
+"""A cache of compiled models: one file per graph, shapes, options, runtime and processor."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from qdeploy.store.paths import cache_folder
 from qdeploy.system.machine import cpu_identity, cpu_model
 from qdeploy.system.progress import say
 
-# All blobs together; those that were not used for longest go first.
+# All blobs together; the least recently used ones are deleted first.
 MOST_BYTES = 4 * 2**30
 # A blob is in memory twice while it is written: larger ones are compiled each time.
 LARGEST_BYTES = 2**30
 
 
 class Blobs:
-    """The blobs of one model.
+    """The compiled models (blobs) of one graph.
 
-    A blob is code for the processor that it was compiled on, and may compute nonsense or stop on another. Its
-    name and its head therefore hold what it was compiled from and for, and its head the hash of what follows.
-    Whatever does not fit is compiled again. Files appear whole, by renaming, so that processes that compile
-    the same model at once only do the work twice.
+    A blob is code for the processor that it was compiled on; on another it may fail or compute wrong results. Its
+    name and its header therefore hold what it was compiled from and for, and its header the hash of the rest.
+    A blob that does not match is compiled again. Files are renamed into place when complete, so that processes
+    that compile the same model at the same time only do the work twice.
 
     Args:
         model: what identifies the graph: hashes of its files.
@@ -55,7 +55,7 @@ class Blobs:
         return blob
 
     def write(self, request: Mapping[str, Any], blob: bytes) -> None:
-        """Keep a blob; a cache that cannot be written is said and left alone."""
+        """Store a blob; a cache that cannot be written to is reported and otherwise ignored."""
         if len(blob) > LARGEST_BYTES:
             return
         data = self._head(request, blob) + b"\n" + blob
@@ -70,7 +70,7 @@ class Blobs:
             say(f"{self.folder} cannot keep compiled models: {error.strerror or error}")
 
     def drop(self, request: Mapping[str, Any]) -> None:
-        """Forget a blob that turned out to be of no use."""
+        """Delete a blob that cannot be used."""
         self._path(request).unlink(missing_ok=True)
 
     def _path(self, request: Mapping[str, Any]) -> Path:
@@ -81,14 +81,14 @@ class Blobs:
         return _digest(self._model | {"request": dict(request)}), _digest(cpu_identity())
 
     def _head(self, request: Mapping[str, Any], blob: bytes) -> bytes:
-        """One line of JSON that a blob has to begin with."""
-        told = {
+        """The line of JSON that a valid blob begins with."""
+        header = {
             **self._model,
             "request": dict(request),
             "processor": cpu_identity(),
             "sha256": sha256(blob).hexdigest(),
         }
-        return json.dumps(told, sort_keys=True).encode()
+        return json.dumps(header, sort_keys=True).encode()
 
     def _tell_of_others(self, graph: str) -> None:
         for path in self.folder.glob(f"{graph}-*.blob"):

@@ -32,7 +32,7 @@ from qdeploy.system.machine import (
 )
 from qdeploy.system.progress import say
 
-# Facts that an engine hands on from its bundle.
+# Facts that an engine takes over from its bundle.
 _CARRIED = (
     "component", "class", "model_sha256", "precision", "weights", "activations", "target",
     "timesteps", "timestep_scales", "time_table", "correction", "base_model",
@@ -59,7 +59,7 @@ def build_engine(
 
     Args:
         bundle: an artifact of kind ``onnx``.
-        output: the engine's folder; beside the working directory's other artifacts by default.
+        output: the engine's folder; by default a folder in the working directory.
         backend: name of a backend, or ``auto`` for the fastest that is installed.
         precision: what everything that is not int8 is computed in, ``f32``, ``bf16`` or, on GPUs, ``f16``. By
             default ``f32``; with ``optimize_for``, 16 bits where the processor has them.
@@ -69,7 +69,7 @@ def build_engine(
             the others in ``precision``; None keeps them all.
         min_sqnr: with ``optimize_for``, the least median SQNR to full precision on the probe, in dB.
         overwrite: replace another artifact at ``output``.
-        wishes: options that only some backends have, as of `Backend.wishes`; None or False asks for nothing.
+        wishes: options that only some backends have, see `Backend.wishes`; None or False leaves an option out.
 
     Returns:
         An artifact of kind ``engine``, in the layout that the runtime's own diffusers pipelines open.
@@ -130,7 +130,7 @@ def build_engine(
         if quantized and chosen.narrow_sums:
             facts["int8_sums"] = _sums(graph)
         _convert(chosen, source, graph, draft, facts, wishes)
-        if "base_model" in facts:  # bundles of earlier versions do not know it
+        if "base_model" in facts:  # bundles of earlier versions have no such fact
             write_card(draft, facts)
         measured = _measure(chosen, draft, facts) | searched
         notes = {"source": source.manifest["notes"].get("source")}
@@ -172,7 +172,7 @@ def check_precision(backend: Backend, precision: str) -> None:
 def _check_goal(backend: Backend, optimize_for: str | None, min_sqnr: float | None) -> None:
     if optimize_for is None:
         if min_sqnr is not None:
-            raise UsageError("--min-sqnr limits what --optimize-for may do: give both")
+            raise UsageError("--min-sqnr limits what --optimize-for may do: set both, or neither")
         return
     if optimize_for != "latency":
         raise UsageError(f"an engine can be optimized for latency, not for {optimize_for!r}")
@@ -180,7 +180,7 @@ def _check_goal(backend: Backend, optimize_for: str | None, min_sqnr: float | No
         raise UsageError(f"the least SQNR is a number of dB, not {min_sqnr}")
     if backend.device != "cpu":
         raise UsageError(
-            f"--optimize-for is for CPUs: {backend.name} times int8 beside 16 bits itself when it builds"
+            f"--optimize-for is for CPUs: {backend.name} chooses between int8 and 16 bits itself when it builds"
         )
 
 
@@ -194,13 +194,13 @@ def _check_wishes(backend: Backend, wishes: dict[str, Any]) -> None:
 
 
 def _sums(graph: Path) -> int:
-    """How many bits the sums of int8 products need in the engine of a graph; says what stays in floats here."""
+    """Bits that the sums of int8 products need in the engine of a graph; reports the layers that stay in float."""
     from qdeploy.export.graph import read
     from qdeploy.export.passes.narrow_sums import overflowing
 
     try:
         layers = [layer.name for _, layer in overflowing(read(graph))]
-    except InvalidInputError:  # the backend will say what is wrong with the file
+    except InvalidInputError:  # the backend's own message will state what is wrong
         return NARROW
     if not layers:
         return NARROW
@@ -222,7 +222,7 @@ def _convert(
     facts: dict[str, Any],
     wishes: dict[str, Any],
 ) -> None:
-    """The runtime's files; those of the bundle that still matter; and the sizes of all layers."""
+    """Write the runtime's files, copy what is still needed of the bundle, and store the MACs of all layers."""
     component = facts["component"]
     if backend.wishes:
         wishes = wishes | {"precision": facts["engine_precision"], "batch": facts["batch"]}
@@ -238,7 +238,7 @@ def _convert(
 
 
 def _measure(backend: Backend, draft: Draft, facts: dict[str, Any]) -> dict[str, Any]:
-    """Run the engine as it stands in the draft: its speed, its kernels, its distance from the probe."""
+    """Measure the new engine: its latency, its kernels, and its distance from the probe's outputs."""
     manifest = {"kind": "engine", "facts": facts, "sha256": ""}
     inputs, reference, simulated = read_probe(draft.content)
     single = repeat_rows(inputs, 1)

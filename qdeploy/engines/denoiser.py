@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qdeploy.engines.refusals import refusal
 from qdeploy.system.errors import CapabilityError, InvalidInputError
 
-# Parameters of the diffusers classes that say how to answer, not what to compute.
+# Parameters of the diffusers classes that choose the form of the result, not what is computed.
 _MANNERS = ("return_dict",)
 
 
@@ -31,15 +31,15 @@ class DenoiserOutput(BaseOutput):
 
     @property
     def predicted_image_embedding(self) -> Tensor:
-        """The sample under the name that priors give it."""
+        """The sample under the name that prior models use."""
         return self.sample
 
 
 class Predictor(Protocol):
-    """What this needs of an engine.
+    """The part of an engine that this module needs.
 
     Attributes:
-        path: where it lies, for messages.
+        path: its folder, for messages.
         config: the denoiser's diffusers configuration.
     """
 
@@ -129,7 +129,7 @@ class EngineDenoiser(diffusers.ModelMixin, ConfigMixin):
         return flat
 
     def _with_rows(self, flat: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Inputs that a pipeline gives once for all rows, such as Flux's positions, repeated for each row."""
+        """Repeat for each row the inputs that a pipeline passes once for all rows, such as Flux's positions."""
         first = next(iter(self.signature.parameters))
         rows = len(flat[first]) if first in flat else 1
         for name, value in flat.items():
@@ -147,11 +147,11 @@ class EngineDenoiser(diffusers.ModelMixin, ConfigMixin):
                 "original model for this"
             )
 
-    # -- what pipelines ask of a denoiser beside calling it ------------------------------------------------
+    # -- what pipelines use of a denoiser besides calling it ------------------------------------------------
 
     @contextmanager
     def cache_context(self, name: str) -> Iterator[None]:
-        """Transformers' pipelines enter this around each call; an engine keeps nothing between calls."""
+        """Pipelines of transformers enter this context around each call; an engine has no cache between calls."""
         yield
 
     @cached_property

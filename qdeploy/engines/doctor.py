@@ -20,7 +20,7 @@ from qdeploy.system.machine import (
 )
 from qdeploy.version import __version__
 
-# Packages whose versions decide what works, by the names that pip knows.
+# Packages whose versions decide what works, by their names in pip.
 PACKAGES = (
     "torch", "diffusers", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt",
     "tensorrt-cu13-bindings", "polygraphy", "transformers", "numpy",
@@ -33,7 +33,7 @@ class Diagnosis:
 
     Attributes:
         machine: processor, its features, cores, memory, system, Python.
-        gpu: the GPU as its driver tells it, with the reason where there is none.
+        gpu: the GPU as its driver reports it, or the reason why none can be used.
         versions: of the packages that matter; None where one is not installed.
         backends: by name ``usable``, ``version``, ``precisions``, and ``problem`` where it is not usable.
         advice: sentences, one for each thing that could be better.
@@ -84,7 +84,7 @@ def doctor(require: str | None = None) -> Diagnosis:
 
     Raises:
         UsageError: there is no such backend.
-        CapabilityError: it is not usable; the message says why and how to change that.
+        CapabilityError: it is not usable; the message states the reason and the remedy.
     """
     if require is not None:
         if require not in backends():
@@ -141,9 +141,7 @@ def _advice(gpu: dict[str, Any]) -> list[str]:
     if gpu["name"] is not None and not backends()["tensorrt"].installed():
         advice.append("this GPU could run TensorRT engines: pip install 'qdeploy[tensorrt]'")
     if gpu["name"] is not None and "+cpu" in (_version("torch") or ""):
-        advice.append(
-            "this torch is built without CUDA: install the build that pytorch.org gives for the driver"
-        )
+        advice.append("this torch is built without CUDA: install the build for this driver from pytorch.org")
     if _version("onnxruntime") and _version("onnxruntime-gpu"):
         advice.append(
             "onnxruntime and onnxruntime-gpu overwrite each other's files: uninstall both, install one of them"

@@ -1,4 +1,4 @@
-"""Engines that are loaded when their turn comes, one at a time: to compare what does not fit into memory together."""
+"""Engines of which one at a time is loaded, to compare engines that do not fit into memory together."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Seat:
-    """Room for one loaded engine; whoever takes it makes the last one go.
+class EngineSlot:
+    """Keeps at most one engine loaded; opening another closes the previous one.
 
     Args:
         load: opens an engine.
@@ -24,49 +24,49 @@ class Seat:
         self._taken: tuple[str, Engine] | None = None
 
     def take(self, artifact: Artifact) -> Engine:
-        """The engine, loaded; it may be used until another one takes the seat."""
+        """The engine, loaded; it may be used until another one is opened."""
         if self._taken is None or self._taken[0] != artifact.sha256:
             self.leave()
             self._taken = (artifact.sha256, self._load(artifact))
         return self._taken[1]
 
     def leave(self) -> None:
-        """Free what the last one holds."""
+        """Close the engine that is loaded."""
         if self._taken is not None:
             self._taken[1].close()
             self._taken = None
 
 
 class EngineInTurn(Engine):
-    """An engine that is loaded by its first call, and again by the first one after another engine's.
+    """An engine that is loaded at its first call, and again at the first call after another engine was loaded.
 
     Args:
         artifact: the engine's folder.
-        seat: shared with those that it takes turns with.
+        slot: shared with the engines that it alternates with.
     """
 
-    def __init__(self, artifact: Artifact, seat: Seat) -> None:
+    def __init__(self, artifact: Artifact, slot: EngineSlot) -> None:
         super().__init__(artifact)
-        self._artifact, self._seat = artifact, seat
+        self._artifact, self._slot = artifact, slot
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """As of `Engine`."""
-        return self._seat.take(self._artifact)(inputs)
+        """See `Engine`."""
+        return self._slot.take(self._artifact)(inputs)
 
     def timed(self, inputs: Mapping[str, Tensor]) -> float:
-        """As of `Engine`; loading counts, so that a call should come before."""
-        return self._seat.take(self._artifact).timed(inputs)
+        """See `Engine`; the time includes loading, so call the engine once before."""
+        return self._slot.take(self._artifact).timed(inputs)
 
     def kernels(self, inputs: Mapping[str, Tensor], *, calls: int = 0) -> list[Kernel]:
-        """As of `Engine`."""
-        return self._seat.take(self._artifact).kernels(inputs, calls=calls)
+        """See `Engine`."""
+        return self._slot.take(self._artifact).kernels(inputs, calls=calls)
 
     def _run(self, inputs: dict[str, Tensor]) -> Tensor:
-        return self._seat.take(self._artifact)._run(inputs)
+        return self._slot.take(self._artifact)._run(inputs)
 
     def _kernels(self, inputs: dict[str, Tensor], calls: int) -> list[Kernel]:
-        return self._seat.take(self._artifact)._kernels(inputs, calls)
+        return self._slot.take(self._artifact)._kernels(inputs, calls)
 
     def close(self) -> None:
-        """Free the seat, whoever has it: the turns are over."""
-        self._seat.leave()
+        """Close whichever engine is loaded."""
+        self._slot.leave()

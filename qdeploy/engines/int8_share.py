@@ -12,16 +12,16 @@ if TYPE_CHECKING:
 def int8_mac_share(
     kernels: Sequence[Kernel], macs: Mapping[str, int], meant: set[str] | frozenset[str]
 ) -> dict[str, float]:
-    """Share of the multiplications that ran in int8, by what the runtime says that it executed.
+    """Share of the multiplications that ran in int8, from the kernels that the runtime reports.
 
     Args:
         kernels: what was executed.
-        macs: MACs by node, as of `graph_macs`.
-        meant: the nodes that were meant to run in int8, as of `meant_int8`.
+        macs: MACs by node, from `graph_macs`.
+        meant: the nodes that were quantized to run in int8, from `meant_int8`.
 
     Returns:
-        ``int8_mac_share`` of all MACs and ``int8_mac_share_of_meant`` of those meant; the latter is 1
-        where nothing was meant.
+        ``int8_mac_share`` of all MACs and ``int8_mac_share_of_meant`` of those of the nodes in ``meant``;
+        the latter is 1 where there are none.
     """
     ran = int8_layers(kernels)
     total, wanted = sum(macs.values()), sum(macs[name] for name in meant if name in macs)

@@ -1,4 +1,4 @@
-"""What an engine shows of itself: its speed, its kernels, and how near it is to what was calibrated."""
+"""Measurements of an engine: its latency, its kernels, and its distance from the calibrated network."""
 
 from __future__ import annotations
 

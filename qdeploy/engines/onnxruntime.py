@@ -40,7 +40,7 @@ _INT8_OPS = {
     "QLinearConv", "ConvInteger", "ConvIntegerToFloat", "QLinearMatMul", "MatMulInteger",
     "MatMulIntegerToFloat", "QGemm", "DynamicQuantizeMatMul", "QAttention",
 }  # fmt: skip
-# Endings that graph optimizations put behind the name of a node.
+# Suffixes that graph optimizations append to the name of a node.
 _ENDINGS = re.compile(r"(/MatMulAddFusion|_token_\d+)+/?$")
 
 
@@ -132,7 +132,7 @@ class ONNXRuntimeEngine(Engine):
 
 
 def _kernel(events: Sequence[dict[str, Any]]) -> Kernel:
-    """One executed node of the profile, by what is told of each of its calls."""
+    """One executed node, from the profile's entries for each of its calls."""
     event, times = events[0], [other["dur"] / 1e3 for other in events[1:]]
     name = str(event["name"]).removesuffix("_kernel_time")
     kind = str(event["args"]["op_name"])

@@ -1,8 +1,8 @@
 """TensorRT inside ONNX Runtime: a second way to the same kernels, by the package onnxruntime-gpu.
 
-ONNX Runtime hands the graph to TensorRT, which builds at the first call and keeps the plan beside the graph. What
+ONNX Runtime passes the graph to TensorRT, which builds at the first call and keeps the plan in a cache. What
 TensorRT does not take runs on the CUDA provider, which has no int8 convolution and computes it in float. Which
-kernels run inside TensorRT cannot be asked here; the backend ``tensorrt`` tells.
+kernels run inside TensorRT is not visible here; the backend ``tensorrt`` reports them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def provider_options(profile: dict[str, str], cache: Path) -> dict[str, Any]:
         cache: folder where plans and timings are kept.
     """
     options: dict[str, Any] = {
-        # Needed before TensorRT 11 where Q/DQ stand in the graph; ignored where types come from the graph alone.
+        # Needed before TensorRT 11 where the graph has Q/DQ; ignored where types come from the graph alone.
         "trt_int8_enable": True,
         "trt_engine_cache_enable": True,
         "trt_engine_cache_path": str(cache),
@@ -52,7 +52,7 @@ def provider_options(profile: dict[str, str], cache: Path) -> dict[str, Any]:
 
 
 def profile_strings(profile: Profile) -> dict[str, str]:
-    """A profile as the provider wants it: one string for each of ``min``, ``opt`` and ``max``."""
+    """A profile in the provider's form: one string for each of ``min``, ``opt`` and ``max``."""
 
     def join(which: str) -> str:
         return ",".join(f"{name}:{'x'.join(map(str, getattr(r, which)))}" for name, r in profile.items())
@@ -86,7 +86,7 @@ class ONNXRuntimeTensorRTEngine(plain.ONNXRuntimeEngine):
         super().__init__(artifact, threads)
 
     def _kernels(self, inputs: dict[str, Tensor], calls: int) -> list[Kernel]:
-        """Nodes of the profile; what TensorRT took is one of them and tells no more."""
+        """Nodes of the profile; the part that TensorRT runs is one node without details."""
         return [
             replace(k, precision=UNKNOWN) if k.kind.startswith("TRTKernel") else k
             for k in super()._kernels(inputs, calls)
@@ -96,7 +96,7 @@ class ONNXRuntimeTensorRTEngine(plain.ONNXRuntimeEngine):
 def build(
     onnx_path: Path, folder: Path, *, precision: str = "f32", batch: int = 1, shapes: str | None = None
 ) -> None:
-    """Lay down the graph in its precision, and the shapes that TensorRT shall tune for.
+    """Write the graph in its precision, and the shapes that TensorRT tunes for.
 
     Raises:
         UsageError: the shapes do not fit the graph, or are several profiles.
@@ -118,7 +118,7 @@ def build(
 
 
 def require() -> None:
-    """Make sure of a GPU and of an ONNX Runtime that has the provider.
+    """Check that there is a GPU and an ONNX Runtime with the provider.
 
     Raises:
         CapabilityError: one of them is missing.

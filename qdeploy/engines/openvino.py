@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 KEPT_SHAPES = 4
 
 _DTYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32", "boolean": "bool"}
-# Endings that OpenVINO's importer and its transformations put behind the name of an ONNX node.
+# Suffixes that OpenVINO's importer and transformations append to the name of an ONNX node.
 _ENDINGS = re.compile(r"(/WithoutBiases|/DequantizationMultiply|/fused_weights|_original)+$")
 # A product in the middle of what OpenVINO fuses to one kernel: attention's.
 _PRODUCT = re.compile(r"/MatMul/\d+$")
@@ -52,9 +52,9 @@ class _Compiled:
 
 
 class OpenVINOEngine(Engine):
-    """An IR on OpenVINO's CPU plugin, compiled for the shapes it meets.
+    """An IR on OpenVINO's CPU plugin, compiled for each new set of input shapes.
 
-    Shapes are fixed before compiling: static kernels are faster, and the plugin can lay out memory ahead. Any
+    Shapes are fixed before compiling: static kernels are faster, and the plugin can plan memory in advance. Any
     number of threads may call it at the same time.
 
     Args:
@@ -109,7 +109,7 @@ class OpenVINOEngine(Engine):
         self._compiled: OrderedDict[tuple[tuple[int, ...], ...], _Compiled] = OrderedDict()
 
     def _for(self, inputs: dict[str, Tensor]) -> _Compiled:
-        """The model for the shapes of these inputs, compiled at first sight."""
+        """The model for the shapes of these inputs, compiled when they are first seen."""
         key = tuple(tuple(inputs[name].shape) for name in self.ports)
         with self._lock:
             if key in self._compiled:
@@ -133,7 +133,7 @@ class OpenVINOEngine(Engine):
             try:
                 return self._core.import_model(BytesIO(blob), "CPU", self._options), True
             except RuntimeError:
-                say(f"OpenVINO does not take its own compiled model of {self.path}: compiling it again")
+                say(f"OpenVINO cannot load its compiled model of {self.path}: compiling it again")
                 self._blobs.drop(request)
         compiled, stream = self._compile(inputs), BytesIO()
         compiled.export_model(stream)
@@ -187,8 +187,8 @@ def _kernel_times(compiled: Any, inputs: dict[str, Tensor], calls: int) -> dict[
     times: dict[str, list[float]] = {}
     for call in range(calls + 1):
         request.infer()
-        for told in request.get_profiling_info() if call else ():  # the first call is slower
-            times.setdefault(told.node_name, []).append(told.real_time.total_seconds() * 1e3)
+        for entry in request.get_profiling_info() if call else ():  # the first call is slower
+            times.setdefault(entry.node_name, []).append(entry.real_time.total_seconds() * 1e3)
     return {name: round(median(values), 6) for name, values in times.items()}
 
 
@@ -200,20 +200,20 @@ def _shared(x: Tensor) -> Any:
 
 
 def kernel_of(op: Any) -> Kernel | None:
-    """What the plugin says of one operation of the executed graph; None for constants and ends."""
-    told = op.get_rt_info()
+    """The plugin's report of one executed operation; None for constants, inputs and outputs."""
+    info = op.get_rt_info()
 
-    def tell(key: str) -> str:
-        return str(told[key].astype(str)) if key in told else ""
+    def read(key: str) -> str:
+        return str(info[key].astype(str)) if key in info else ""
 
-    kind, implementation = tell("layerType"), tell("primitiveType")
+    kind, implementation = read("layerType"), read("primitiveType")
     if kind in ("Const", "Input", "Output"):
         return None
-    # runtimePrecision is that of the first input; the implementation's name tells the arithmetic.
-    precision = implementation.rpartition("_")[2].lower() or tell("runtimePrecision").lower()
-    names = [_ENDINGS.sub("", name) for name in tell("originalLayersNames").split(",") if name]
+    # runtimePrecision is that of the first input; the implementation's name contains the type of the arithmetic.
+    precision = implementation.rpartition("_")[2].lower() or read("runtimePrecision").lower()
+    names = [_ENDINGS.sub("", name) for name in read("originalLayersNames").split(",") if name]
     if kind == "Subgraph" and (fused := [name for name in names if _PRODUCT.search(name)]):
-        # In integers the first product of an attention goes by the name of the scaling behind it.
+        # In int8 the first product of an attention has the name of the scaling that follows it.
         names += [_PRODUCT.sub("/MatMul/0", name) for name in fused]
         kind = "Attention"
     return Kernel(

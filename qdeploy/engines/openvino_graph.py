@@ -59,7 +59,7 @@ def _adapted(onnx_path: Path, scratch: Path) -> Path:
 
     try:
         graph = ir.load(onnx_path)
-    except Exception:  # OpenVINO will say what is wrong with the file
+    except Exception:  # OpenVINO's own message will state what is wrong
         return onnx_path
     if not adapt(graph, (*CHANNELS_LAST, NarrowSums) if int8_sums_saturate() else CHANNELS_LAST):
         return onnx_path
@@ -79,15 +79,15 @@ def _put(file: Path, place: Path) -> None:
 
 
 def _where(onnx_path: Path, message: str) -> str:
-    """Names of the first nodes of the operations that a message speaks of."""
+    """Names of the first nodes whose operations a message mentions."""
     from qdeploy.export.graph import read
 
     try:
         nodes = list(read(onnx_path).graph)
-    except InvalidInputError:  # the message says already that the file cannot be read
+    except InvalidInputError:  # the message already states that the file cannot be read
         return ""
-    spoken = set(re.findall(r"[\w.]+", message))
-    found = [node.name for node in nodes if f"{node.domain}.{node.op_type}".lstrip(".") in spoken]
+    mentioned = set(re.findall(r"[\w.]+", message))
+    found = [node.name for node in nodes if f"{node.domain}.{node.op_type}".lstrip(".") in mentioned]
     return f", first in {found[0]!r}" if found else ""
 
 

@@ -1,6 +1,6 @@
 """The backends that engines are built for: one module of this package each, with a ``BACKEND``.
 
-Nothing else needs to know of a backend. Its module keeps the import of the runtime inside functions, so that
+No other module lists them. Its module keeps the import of the runtime inside functions, so that
 the list of backends can be read without any of them.
 """
 
@@ -32,7 +32,7 @@ class Backend:
         name: the word for ``--backend``.
         description: one line for people.
         package: the import name of the runtime.
-        install: what to tell pip to get it: the package, or an extra of qdeploy.
+        install: the argument of ``pip install``: the package, or an extra of qdeploy.
         precisions: what it can compute float operations in.
         build: writes the runtime's files for a ``model.onnx`` into a folder.
         load: the engine of a verified folder, with a number of threads or the runtime's own choice.
@@ -40,7 +40,7 @@ class Backend:
         device: where it computes, as torch calls it.
         wishes: names of further options of its builds; ``build`` takes them, ``precision`` and ``batch`` as
             keywords where there are any.
-        check: raises `CapabilityError` where the machine lacks what the backend needs beside its package.
+        check: raises `CapabilityError` where the machine lacks something that the backend needs besides its package.
         lacks: number formats (`qdeploy.recipe.formats`) that it has no kernels for.
         narrow_sums: whether its int8 products may overflow where `machine.int8_sums_saturate`, so that its
             builds leave some layers in floats there.
@@ -113,7 +113,7 @@ def find_backend(name: str = "auto", formats: Iterable[str] = ()) -> Backend:
 
     Args:
         name: a backend, or ``auto`` for the fastest that is installed.
-        formats: names of the number formats that it shall run.
+        formats: names of the number formats that it has to run.
 
     Raises:
         UsageError: there is no such backend.
@@ -132,7 +132,7 @@ def find_backend(name: str = "auto", formats: Iterable[str] = ()) -> Backend:
 def _named(name: str) -> Backend:
     if name == "auto":
         ranked = [backend for backend in backends().values() if backend.rank > 0]
-        # The last one asks for nothing but its package, so that its complaint is the one to follow.
+        # The last one needs only its package, so its error message is the most useful one.
         chosen = next((backend for backend in ranked if backend.available()), ranked[-1])
         chosen.require()
         return chosen

@@ -1,4 +1,4 @@
-"""Engines take turns in being timed."""
+"""Interleaved timing: engines are timed in turns."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def take_turns(
             break
         for name in order:
             turns[name].append(_turn(engines[name], inputs[name]))
-        order.append(order.pop(0))  # nobody always comes after the same one
+        order.append(order.pop(0))  # no engine always follows the same other one
     return turns
 
 

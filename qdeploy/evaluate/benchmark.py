@@ -15,7 +15,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from qdeploy.engines.base import Engine
-from qdeploy.engines.engine_slot import EngineInTurn, Seat
+from qdeploy.engines.engine_slot import EngineInTurn, EngineSlot
 from qdeploy.engines.measure import int8_shares, repeat_rows
 from qdeploy.engines.registry import find_backend
 from qdeploy.engines.timing import quantile, take_turns
@@ -199,8 +199,8 @@ def _engines(entrants: Sequence[Entrant], threads: int | None) -> Iterator[tuple
         yield from ((entrant.name, load(entrant.artifact)) for entrant in entrants)
         return
     say(f"{size / 1e9:.1f} GB of engines: each is loaded for its turn")
-    seat = Seat(load)
-    yield from ((entrant.name, EngineInTurn(entrant.artifact, seat)) for entrant in entrants)
+    slot = EngineSlot(load)
+    yield from ((entrant.name, EngineInTurn(entrant.artifact, slot)) for entrant in entrants)
 
 
 def _load(artifact: Artifact, threads: int | None) -> Engine:

@@ -95,7 +95,7 @@ def test_a_blob_that_the_runtime_refuses_is_compiled_again(
         assert engine._blobs.read(request) is not None
         engine._blobs.write(request, b"whole, and no model")
     assert torch.equal(called(artifact), first)
-    assert "does not take its own compiled model" in capsys.readouterr().err
+    assert "cannot load its compiled model" in capsys.readouterr().err
 
 
 def test_another_processor_compiles_for_itself_and_says_so(

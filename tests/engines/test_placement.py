@@ -227,7 +227,7 @@ def test_a_stopped_search_goes_on(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"min_sqnr": 30.0}, "give both"),
+        ({"min_sqnr": 30.0}, "set both"),
         ({"optimize_for": "size"}, "for latency, not for 'size'"),
         ({"optimize_for": "latency", "min_sqnr": float("nan")}, "a number of dB"),
     ],

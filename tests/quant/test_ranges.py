@@ -55,7 +55,7 @@ def drifting_rows(rows: int = 160) -> Tensor:
 @all_formats
 @all_finders
 def test_codes_lie_on_the_grid_of_their_bits(finder: Finder, number_format: Format) -> None:
-    """P6. QUEST-3, QUEST-8: 8 bits without regard to the sign have 514 levels. QUEST-4: a search loses half of them."""
+    """P6. QUEST-3, QUEST-8: 8 bits without regard to the sign have 514 levels. QUEST-4: a search loses half."""
     for offset in (0.0, 5.0, -5.0):  # ranges that lie on both sides of zero, and on one
         rows = torch.randn(64, 400, generator=torch.Generator().manual_seed(1)) + offset
         scale, zero = finder(summary_of(rows), number_format)

@@ -13,7 +13,7 @@ from qdeploy.system.decibels import decibels
 
 
 def least(looks: Sequence[Kernel]) -> Kernel:
-    """A kernel with the least of the times that were seen of it."""
+    """A kernel with the shortest of its measured times."""
     times = [kernel.ms for kernel in looks if kernel.ms is not None]
     return replace(looks[0], ms=min(times) if times else None)
 
@@ -37,7 +37,7 @@ def times_by_product(kernels: Sequence[Kernel], products: Mapping[str, int]) -> 
 
 
 def quantizing_times(kernels: Sequence[Kernel], switches: Sequence[Switch]) -> list[float]:
-    """Time in ms of the kernels that do nothing but quantize, by switch."""
+    """Time in ms of the kernels that only quantize, by switch."""
     times = []
     for switch in switches:
         names = set(switch.nodes)
@@ -73,7 +73,7 @@ def keep_within(gains: Sequence[float], noises: Sequence[float], allowance: floa
 
 @dataclass(frozen=True)
 class Noise:
-    """What quantizers do to the prediction, each alone.
+    """The error that each quantizer alone causes in the prediction.
 
     Attributes:
         signal: power of the full-precision prediction, by row.

@@ -1,4 +1,4 @@
-"""What a placement decided, and why, in numbers and words."""
+"""The result of a placement: what was decided for each quantizer, with the measurements behind it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ALL, CHOSEN, NONE = "every quantizer", "chosen", "16 bits"
 
 @dataclass(frozen=True)
 class Decision:
-    """What became of one quantizer, and why.
+    """The decision about one quantizer, and the reason.
 
     Attributes:
         quantizer: name of its QuantizeLinear.
@@ -22,7 +22,7 @@ class Decision:
         macs: their multiplications for one sample.
         int8_ms: their time behind the quantizer, the quantizing included where it has a kernel of its own.
         float_ms: their time without it.
-        saved_ms: what int8 saves in the whole engine: the family's saving, shared out by multiplications.
+        saved_ms: what int8 saves in the whole engine: the saving of its group of like layers, divided by MACs.
         alone_db: SQNR of the prediction if this were the only quantizer, median over rows.
         int8: whether it was kept.
         why: the reason.
@@ -58,18 +58,18 @@ class Placement:
     taken: str
 
     def to_json(self) -> dict[str, Any]:
-        """What ``measured`` of a manifest holds of it."""
+        """The entry in the ``measured`` part of a manifest."""
         return {
             "taken": self.taken,
-            "engines": {name: dict(told) for name, told in self.engines.items()},
+            "engines": {name: dict(measured) for name, measured in self.engines.items()},
             "decisions": [asdict(decision) for decision in self.decisions],
         }
 
-    def tell(self) -> None:
-        """Say what was measured, how much stays in int8, and with ``-v`` the reason of each decision."""
-        for name, told in self.engines.items():
+    def log(self) -> None:
+        """Print what was measured, how much stays in int8, and with ``-v`` the reason of each decision."""
+        for name, measured in self.engines.items():
             mark = " (taken)" if name == self.taken else ""
-            say(f"  {name}: {told['ms']:.2f} ms, {told['sqnr_db']:.1f} dB{mark}")
+            say(f"  {name}: {measured['ms']:.2f} ms, {measured['sqnr_db']:.1f} dB{mark}")
         total = sum(decision.macs for decision in self.decisions)
         int8 = [decision for decision in self.decisions if decision.int8]
         share = sum(decision.macs for decision in int8) / total
@@ -81,19 +81,19 @@ class Placement:
 
 
 def reason(stays: bool, chosen: bool, saved: float, taken: str) -> str:
-    """Why a quantizer stays or goes.
+    """Why a quantizer is kept or removed.
 
     Args:
-        stays: whether it stays.
+        stays: whether it is kept.
         chosen: whether the search would keep it.
         saved: what int8 saves there, in ms.
         taken: the engine that won.
     """
-    told = f"int8 {'saves' if saved > 0 else 'costs'} {abs(saved):.3f} ms"
+    saving = f"int8 {'saves' if saved > 0 else 'costs'} {abs(saved):.3f} ms"
     if taken == NONE:
-        return f"{told}, and the engine without any quantizer is no slower and more exact"
+        return f"{saving}, and the engine without any quantizer is no slower and more exact"
     if taken == ALL and not chosen:
-        return f"{told}, and the engine with every quantizer is no slower and more exact"
+        return f"{saving}, and the engine with every quantizer is no slower and more exact"
     if stays:
-        return told
-    return f"its error weighs more than the {saved:.3f} ms that int8 saves" if saved > 0 else told
+        return saving
+    return f"its error weighs more than the {saved:.3f} ms that int8 saves" if saved > 0 else saving

@@ -1,4 +1,4 @@
-"""The error that each quantizer causes at the network's prediction, alone."""
+"""The error that each quantizer alone causes in the network's prediction."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def with_gates(model: ir.Model, switches: Sequence[Switch]) -> ir.Model:
 def noise_of_each(
     engine: Engine, rows: Sequence[dict[str, Tensor]], count: int, step: Step
 ) -> tuple[Tensor, Tensor]:
-    """What every quantizer alone does to the prediction.
+    """The error that every quantizer alone causes in the prediction.
 
     Errors of rounding in different tensors are nearly independent, so that those of several quantizers add up.
 

@@ -1,4 +1,4 @@
-"""The search: measure errors and times, choose, build what was chosen, and believe only the stopwatch."""
+"""The search for a placement: measure errors and times, choose, build, and let measured latency decide."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from qdeploy.system.progress import say, track
 # Errors of single quantizers are measured on as many rows as this time allows, all of the probe's at most.
 _SECONDS = 120.0
 _LEAST_ROWS = 2
-# Kernels are timed over so many calls, so many times in turns: the least of the medians is what a kernel takes
-# when nothing else disturbs it.
+# Kernels are timed over so many calls, in so many interleaved rounds: the least of the medians is the time without
+# interference from other processes.
 _CALLS, _LOOKS = 5, 3
 _SAME = 0.02  # engines whose times differ by less are equally fast: the most exact of them is taken
 _TRIES = 6  # engines that are built to meet a least SQNR
@@ -43,9 +43,9 @@ class Placer:
     """Searches the placement of one bundle on one backend.
 
     Args:
-        backend: where the engine will run; it has to tell the times of its kernels.
+        backend: where the engine will run; it has to report the times of its kernels.
         source: the ONNX bundle.
-        draft: the engine in the making: keeps what was measured when the search is stopped.
+        draft: of the engine; keeps finished measurements, so that an interrupted search continues.
         facts: of the engine: ``component``, ``engine_precision``, ``batch``, ``threads``.
     """
 
@@ -80,17 +80,17 @@ class Placer:
                 NONE: stack.enter_context(self._build([switch.name for switch in switches])),
             }
             times, gains = self._times(engines, switches)
-            told = {name: self._sqnr(engine) for name, engine in engines.items()}
-            if min_sqnr is not None and told[NONE] < min_sqnr:
+            sqnr = {name: self._sqnr(engine) for name, engine in engines.items()}
+            if min_sqnr is not None and sqnr[NONE] < min_sqnr:
                 raise CheckFailed(
                     f"no placement of {self._source.path} reaches {min_sqnr:g} dB: with all activations in "
-                    f"{self._facts['engine_precision']} it is {told[NONE]:.1f} dB, which is left to weights"
+                    f"{self._facts['engine_precision']} it is {sqnr[NONE]:.1f} dB, from the quantized weights alone"
                 )
-            kept = self._choose(stack, engines, told, switches, gains, noise, min_sqnr)
+            kept = self._choose(stack, engines, sqnr, switches, gains, noise, min_sqnr)
             ms = self._race(engines)
-        able = [name for name in engines if min_sqnr is None or told[name] >= min_sqnr]
+        able = [name for name in engines if min_sqnr is None or sqnr[name] >= min_sqnr]
         close = [name for name in able if ms[name] <= (1 + _SAME) * min(ms[other] for other in able)]
-        taken = max(close, key=lambda name: told[name])
+        taken = max(close, key=lambda name: sqnr[name])
         here = {ALL: [True] * len(switches), NONE: [False] * len(switches), CHOSEN: kept}[taken]
         floats = tuple(switch.name for switch, stays in zip(switches, here, strict=True) if not stays)
         decisions = tuple(
@@ -110,13 +110,13 @@ class Placer:
         built = {
             name: {
                 "ms": round(ms[name], 4),
-                "sqnr_db": round(told[name], 2),
+                "sqnr_db": round(sqnr[name], 2),
             }
             for name in engines
         }
         graph = self._graph if not floats else self._placed(floats)
         placement = Placement(graph, floats, decisions, built, taken)
-        placement.tell()
+        placement.log()
         return placement
 
     # -- measurements --------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ class Placer:
             engine({**rows[0], **none})
             call = time.perf_counter() - began
             able = max(_LEAST_ROWS, min(len(rows), _SECONDS / (call * (len(switches) + 1))))
-            # A search that goes on measures the rows that it began with, however fast the machine is by then.
+            # A resumed search measures the rows that it began with, whatever the machine's speed is now.
             count = int(self._step("placement-rows", lambda: able))
             chosen = torch.linspace(0, len(rows) - 1, count).round().long().tolist()
             say(
@@ -158,8 +158,9 @@ class Placer:
     ) -> tuple[list[tuple[float, float]], list[float]]:
         """For each quantizer the kernels' times of its layers in int8 and in float; and what it saves, all in ms.
 
-        Kernels do not tell all: a layer in float may cost a change of layout that its neighbours have no part in.
-        So what int8 saves is measured on whole engines, each without one family of layers, and shared out.
+        The times of kernels are not enough: a layer in float may cost a change of memory layout elsewhere. So the
+        saving of int8 is measured on whole engines, each without the quantizers of one group of like layers,
+        and divided among the group.
         """
         looks: dict[str, list[list[Kernel]]] = {name: [] for name in engines}
         for _ in track(range(_LOOKS), "times of kernels"):
@@ -174,9 +175,9 @@ class Placer:
             for switch, own in zip(switches, quantizing, strict=True)
         ]
         families = self._families(switches)
-        say(f"{len(families)} families of layers in turns: {', '.join(families)}")
+        say(f"{len(families)} groups of like layers, timed in turns: {', '.join(families)}")
         gains = [0.0] * len(switches)
-        for name, members in track(families.items(), "families of layers"):
+        for name, members in track(families.items(), "groups of like layers"):
             saved = self._step(
                 f"placement-family-{name}", partial(self._saved, engines[ALL], switches, members)
             )
@@ -186,7 +187,7 @@ class Placer:
         return pairs, gains
 
     def _saved(self, every: Engine, switches: Sequence[Switch], members: Sequence[int]) -> float:
-        """Milliseconds that int8 saves in some layers: beside it, an engine without their quantizers."""
+        """Milliseconds that int8 saves in some layers, against an engine without their quantizers."""
         with self._build([switches[index].name for index in members]) as without:
             turns = self._turns({ALL: every, CHOSEN: without}, _FAMILY_SECONDS)
         return median(b - a for a, b in zip(turns[ALL], turns[CHOSEN], strict=True))
@@ -211,13 +212,13 @@ class Placer:
         self,
         stack: ExitStack,
         engines: dict[str, Engine],
-        told: dict[str, float],
+        sqnr: dict[str, float],
         switches: Sequence[Switch],
         gains: Sequence[float],
         noise: Noise,
         min_sqnr: float | None,
     ) -> list[bool]:
-        """Build the placement that saves most, with less and less error until it is exact enough."""
+        """Build the placement that saves most time, with a smaller allowance of error until its SQNR suffices."""
         aim = min_sqnr
         kept = [True] * len(switches)
         for _ in range(_TRIES):
@@ -228,7 +229,7 @@ class Placer:
             engine = stack.enter_context(self._build(out))
             reached = self._sqnr(engine)
             if min_sqnr is None or aim is None or reached >= min_sqnr:
-                engines[CHOSEN], told[CHOSEN] = engine, reached
+                engines[CHOSEN], sqnr[CHOSEN] = engine, reached
                 return kept
             aim += max(0.25, min_sqnr - reached)
         return [False] * len(switches)
@@ -243,7 +244,7 @@ class Placer:
         return {name: [median(turn) for turn in rounds] for name, rounds in turns.items()}
 
     def _step(self, name: str, compute: Callable[[], float]) -> float:
-        """A measured number, kept for the time that the search is stopped and goes on."""
+        """A measured number, stored so that an interrupted search continues."""
         import torch
 
         kept = self._draft.step(name, lambda: {"value": torch.tensor(compute(), dtype=torch.float64)})

@@ -1,4 +1,4 @@
-"""The quantizers of a graph that can be taken out, each on its own."""
+"""The quantizers of a graph that can be removed one by one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Switch:
 def find_switches(model: ir.Model) -> list[Switch]:
     """All quantizers of activations that products read, in the graph's order.
 
-    A quantizer whose integers anything but a DequantizeLinear reads is none: what reads them needs them.
+    A quantizer whose codes an operator other than DequantizeLinear reads cannot be removed, and is left out.
     """
     found = []
     for node in model.graph:

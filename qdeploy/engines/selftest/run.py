@@ -41,7 +41,7 @@ class Case:
         max_abs: largest difference.
         kernels: what ran, as name, kind, precision and implementation.
         int8: share of the weighted layers that ran in int8; None where none was meant to.
-        reason: what the backend said, or where it crashed.
+        reason: the backend's message, or where it crashed.
         seconds: of building and running.
     """
 
@@ -188,7 +188,7 @@ def _least(kind: Format, precision: str) -> float:
 
 
 def _artifact(folder: Path, precision: str, kind: Format) -> Artifact:
-    """An engine's folder, as far as loading looks at it."""
+    """A minimal engine folder, with what loading reads."""
     (folder / COMPONENT / "config.json").write_text(_CONFIG)
     facts = {
         "component": COMPONENT,
