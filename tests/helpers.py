@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdeploy.calibrate.reconstruct import Rows, UnitProblem
+from qdeploy.calibrate.reconstruct import RecordedRows, UnitProblem
 from qdeploy.calibrate.session import Session
 from qdeploy.model.inputs import denoise
 from qdeploy.network.roles import find_structure
@@ -156,8 +156,8 @@ def calibrating(
 
 def layer_problem(layer: QuantizedLayer, x: Tensor, y: Tensor, learn: int) -> UnitProblem:
     """The reconstruction problem of one layer: ``learn`` rows to learn from, the others to judge by."""
-    inputs = Rows([x], lambda tensors: ((tensors[0],), {}))
-    targets = Rows([y], lambda tensors: tensors[0])
+    inputs = RecordedRows([x], lambda tensors: ((tensors[0],), {}))
+    targets = RecordedRows([y], lambda tensors: tensors[0])
     rows = torch.arange(len(x))
     return UnitProblem(layer, inputs, targets, rows[:learn], rows[learn:])
 

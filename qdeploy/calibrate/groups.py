@@ -7,18 +7,18 @@ grouped is an index set: the pairs (min, max) of its members are close to each o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qdeploy.calibrate.observe_rows import observe_rows
 from qdeploy.calibrate.session import Session
-from qdeploy.model.inputs import denoise
+from qdeploy.network.current_timestep import attach_clock
+from qdeploy.network.observe import ModuleCall
 from qdeploy.quant.layer import QuantizedLayer
 from qdeploy.quant.patches import PIXELS, ROWS, shifted
-from qdeploy.system.progress import track
 
 CHANNELS, TOKENS = "channels", "tokens"
 _STARTS, _ROUNDS = 8, 100
@@ -93,7 +93,7 @@ def _im2col_extremes(inner: nn.Conv2d, x: Tensor) -> _Extremes:
     return {ROWS: (low, high), PIXELS: (every[:, 0].amin(0), every[:, 1].amax(0))}
 
 
-class Watch:
+class InputSpreads:
     """Collects the extremes and the mean square of one layer's input over all calibration rows."""
 
     def __init__(self, inner: nn.Module, timesteps: Tensor) -> None:
@@ -129,36 +129,34 @@ class Watch:
         return found
 
 
-def watch(session: Session, layers: Mapping[str, QuantizedLayer], mode: Any, what: str) -> dict[str, Tensor]:
+def input_spreads(
+    session: Session,
+    layers: Mapping[str, QuantizedLayer],
+    mode: Callable[[], AbstractContextManager[None]],
+    what: str,
+) -> dict[str, Tensor]:
     """What the inputs of some layers look like over the calibration rows; names are ``PATH:NAME``.
 
     Args:
         session: the calibration.
         layers: by path.
-        mode: context manager of the network's mode, such as ``session.teacher()``.
+        mode: of the network, such as ``session.teacher``.
         what: for the progress bar.
     """
-    rows = session.rows()
-    timesteps = session.data.timesteps[rows].float().unique()
-    found = {path: Watch(layer.inner, timesteps) for path, layer in layers.items()}
-    batch = session.batch
-    now = torch.zeros(0)
+    timesteps = session.data.timesteps[session.rows()].float().unique()
+    found = {path: InputSpreads(layer.inner, timesteps) for path, layer in layers.items()}
+    clock = attach_clock(session.denoiser)
 
-    def look(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda module, args: found[path].observe(args[0].detach(), now)
+    def before(call: ModuleCall) -> None:
+        assert clock.now is not None
+        found[call.name].observe(call.input, clock.now)
 
-    with torch.no_grad(), mode, ExitStack() as hooks:
-        for path, layer in layers.items():
-            hooks.callback(layer.register_forward_pre_hook(look(path)).remove)
-        for start in track(range(0, len(rows), batch), what):
-            inputs = session.inputs(rows[start : start + batch])
-            now = inputs["timestep"].float().flatten()
-            denoise(session.denoiser, inputs)
+    observe_rows(session, layers, what, before=before, mode=mode)
     return {f"{path}:{name}": value for path, seen in found.items() for name, value in seen.tensors().items()}
 
 
 def of_layer(measured: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
-    """What `watch` found for one layer, by name."""
+    """What `input_spreads` found for one layer, by name."""
     return {name.rpartition(":")[2]: x for name, x in measured.items() if name.rpartition(":")[0] == path}
 
 

@@ -82,7 +82,7 @@ def reference_dimension(found: Mapping[str, Tensor]) -> str | None:
 
 
 def labels_along(session: Session, found: Mapping[str, Tensor], dimension: str, groups: int) -> Tensor:
-    """[A] the group of each index of a dimension whose extremes `watch` found; at most so many groups."""
+    """[A] the group of each index of a dimension whose extremes `input_spreads` found; at most so many groups."""
     low, high = found[f"{dimension}.low"], found[f"{dimension}.high"]
     return cluster(low, high, groups, session.generator("groups", session.stage, str(len(low))))
 
@@ -94,7 +94,7 @@ def give_shares(
 
     Args:
         quantizer: has one scale, or one for each group of timesteps.
-        found: extremes along the dimension, as of `watch`.
+        found: extremes along the dimension, as of `input_spreads`.
         dimension: a name of them.
         labels: [A] the group of each index.
         axis: of what the quantizer is given.

@@ -6,7 +6,7 @@ The teacher is the same network with its own weights, which nothing here touches
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from qdeploy.calibrate.session import Session
 from qdeploy.model.inputs import denoise
 from qdeploy.network.current_timestep import clock_of
+from qdeploy.network.observe import ModuleCall, observing
 from qdeploy.quant.attention import intercepted
 
 
@@ -79,13 +80,10 @@ def outputs_of(denoiser: nn.Module, paths: Sequence[str]) -> Iterator[list[Tenso
     """Within, outputs of layers are gathered, one for each call, until the network has run once."""
     found: list[Tensor] = []
 
-    def after(module: nn.Module, args: Any, output: Tensor) -> None:
-        found.append(output)
+    def after(call: ModuleCall) -> None:
+        found.append(call.output)
 
-    with ExitStack() as stack:
-        for path in paths:
-            handle = denoiser.get_submodule(path).register_forward_hook(after)
-            stack.callback(handle.remove)
+    with observing({path: denoiser.get_submodule(path) for path in paths}, after=after):
         yield found
 
 

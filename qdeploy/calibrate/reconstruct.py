@@ -19,10 +19,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from qdeploy.model.inputs import denoise
 from qdeploy.network.current_timestep import Clock
+from qdeploy.network.observe import ModuleCall, observing
 
 
 @dataclass
-class Rows:
+class RecordedRows:
     """Tensors stored for many calibration rows, within a memory budget or else in a mapped file.
 
     Attributes:
@@ -42,7 +43,7 @@ class _Stop(Exception):
     """Ends a forward pass once the unit has been reached."""
 
 
-class Recorder:
+class UnitRecorder:
     """Records a unit's inputs or outputs over calibration rows.
 
     Args:
@@ -66,15 +67,15 @@ class Recorder:
         self.denoiser, self.load, self.rows, self.batch = denoiser, load, rows, batch
         self.scratch, self.budget = scratch, budget
 
-    def inputs(self, unit: nn.Module) -> Rows:
+    def inputs(self, unit: nn.Module) -> RecordedRows:
         """Positional and keyword arguments of the unit's call."""
         return self._record(unit, "inputs")
 
-    def outputs(self, unit: nn.Module) -> Rows:
+    def outputs(self, unit: nn.Module) -> RecordedRows:
         """What the unit returns."""
         return self._record(unit, "outputs")
 
-    def _record(self, unit: nn.Module, what: str) -> Rows:
+    def _record(self, unit: nn.Module, what: str) -> RecordedRows:
         stored: list[Tensor] = []
         kept: list[bool] = []
         constants: list[Any] = []
@@ -100,7 +101,7 @@ class Recorder:
             leaves = [next(left) if keep else constants[i] for i, keep in enumerate(kept)]
             return tree_unflatten(leaves, spec)
 
-        return Rows(stored, build)
+        return RecordedRows(stored, build)
 
     def _runs(self, unit: nn.Module, what: str) -> Iterator[tuple[int, int, Any]]:
         """First row, number of rows and what was seen: of one row alone, then of each batch."""
@@ -108,28 +109,20 @@ class Recorder:
         batches = [(0, self.rows[:1]), *((start, self.rows[start : start + self.batch]) for start in starts)]
         seen: list[Any] = []
 
-        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        def before(call: ModuleCall) -> None:
             if what == "inputs":
-                seen.append((args, kwargs))
+                seen.append((call.args, call.kwargs))
                 raise _Stop
 
-        def after(module: nn.Module, args: Any, output: Any) -> None:
-            seen.append(output)
+        def after(call: ModuleCall) -> None:
+            seen.append(call.output)
             raise _Stop
 
-        handles = [
-            unit.register_forward_pre_hook(before, with_kwargs=True),
-            unit.register_forward_hook(after),
-        ]
-        try:
-            for start, rows in batches:
-                assert not self.denoiser.training, "dropout must be off while activations are recorded"
-                with torch.no_grad(), suppress(_Stop):
-                    denoise(self.denoiser, self.load(rows))
-                yield start, len(rows), seen.pop()
-        finally:
-            for handle in handles:
-                handle.remove()
+        for start, rows in batches:
+            assert not self.denoiser.training, "dropout must be off while activations are recorded"
+            with observing({"unit": unit}, before, after), torch.no_grad(), suppress(_Stop):
+                denoise(self.denoiser, self.load(rows))
+            yield start, len(rows), seen.pop()
 
     def _allocate(self, what: str, tensors: list[Tensor]) -> list[Tensor]:
         shapes = [(len(self.rows), *tensor.shape[1:]) for tensor in tensors]
@@ -191,8 +184,8 @@ class UnitProblem:
     """A unit's recorded inputs and targets, split into rows to learn from and rows to judge by."""
 
     unit: nn.Module
-    inputs: Rows
-    targets: Rows
+    inputs: RecordedRows
+    targets: RecordedRows
     learn: Tensor
     judge: Tensor
     device: str = "cpu"
@@ -262,11 +255,11 @@ def optimize(
 
 @contextmanager
 def record_unit(
-    recorder: Recorder,
+    recorder: UnitRecorder,
     unit: nn.Module,
     teacher: Callable[[], AbstractContextManager[None]],
     student: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> Iterator[tuple[Rows, Rows]]:
+) -> Iterator[tuple[RecordedRows, RecordedRows]]:
     """A unit's student inputs and teacher outputs; files are removed at the end."""
     with teacher():
         targets = recorder.outputs(unit)

@@ -11,16 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qdeploy.calibrate.reconstruct import Recorder, UnitProblem, record_unit
+from qdeploy.calibrate.reconstruct import UnitProblem, UnitRecorder, record_unit
 from qdeploy.model.inputs import rows_at_once, sample_name
 from qdeploy.network.current_timestep import clock_of
 from qdeploy.network.roles import Layer, Structure
-from qdeploy.quant.layer import (
-    QuantizedLayer,
-    full_precision,
-    quantized_layers,
-    weights_only,
-)
+from qdeploy.quant.layer import QuantizedLayer, quantized_layers
+from qdeploy.quant.modes import full_precision, weights_only
 from qdeploy.quant.state import code_shapes, read_state, write_state
 from qdeploy.quant.time_ranges import RANGES
 from qdeploy.recipe.effort import Effort, find_effort
@@ -148,7 +144,7 @@ class Session:
     def problem(self, unit: str, student: Callable[[], Any]) -> Any:
         """Context manager: the reconstruction problem of a unit, its inputs from the ``student`` mode."""
         rows = self.rows()
-        recorder = Recorder(
+        recorder = UnitRecorder(
             self.denoiser,
             self.inputs,
             rows,
@@ -169,7 +165,7 @@ class Session:
 
 class _Problem:
     def __init__(
-        self, session: Session, unit: str, recorder: Recorder, rows: list[int], student: Callable[[], Any]
+        self, session: Session, unit: str, recorder: UnitRecorder, rows: list[int], student: Callable[[], Any]
     ) -> None:
         self.session, self.rows = session, rows
         self.unit = session.denoiser.get_submodule(unit)

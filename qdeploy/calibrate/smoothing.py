@@ -7,16 +7,12 @@ range of its output channels, whose scales share them. Stages only choose the fa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from qdeploy.model.inputs import denoise
 from qdeploy.quant.layer import QuantizedLayer, quantized_layers
-from qdeploy.system.progress import track
 
 if TYPE_CHECKING:
     from qdeploy.calibrate.session import Session
@@ -40,35 +36,6 @@ def smoothing_groups(session: Session, linear: bool) -> list[list[QuantizedLayer
         for group in groups.values()
         if all(can_smooth(layer) and (isinstance(layer.inner, nn.Linear) or not linear) for layer in group)
     ]
-
-
-def look_at_inputs(
-    session: Session,
-    groups: Sequence[Sequence[QuantizedLayer]],
-    see: Callable[[QuantizedLayer, Tensor], None],
-    what: str,
-) -> None:
-    """One pass over the calibration rows in full precision; a group's first layer is looked at for all of it.
-
-    Args:
-        session: the calibration.
-        groups: layers that read one tensor each.
-        see: is given a layer and its input, [rows, ...], call by call.
-        what: for the progress bar.
-    """
-
-    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-        assert isinstance(module, QuantizedLayer)
-        see(module, args[0].detach())
-
-    rows, batch = session.rows(), session.batch
-    with ExitStack() as stack:
-        for group in groups:
-            stack.callback(group[0].register_forward_pre_hook(before).remove)
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(session.teacher())
-        for start in track(range(0, len(rows), batch), what):
-            denoise(session.denoiser, session.inputs(rows[start : start + batch]))
 
 
 def smooth(layer: QuantizedLayer, factors: Tensor) -> None:

@@ -7,17 +7,16 @@ rounded self is what is kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from qdeploy.network.observe import ModuleCall, observing
 from qdeploy.quant.layer import QuantizedLayer
 from qdeploy.quant.operators import code_type, per_channel, round_through
 from qdeploy.quant.quantizers import ActivationQuantizer, WeightQuantizer
-
-_Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 
 
 class StraightThrough(nn.Module):
@@ -102,28 +101,24 @@ class Tuning:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Within, the student computes with the parameters, and the gradient reaches them."""
-        handles = []
+
+        def set_bias(call: ModuleCall) -> None:
+            assert isinstance(call.module, QuantizedLayer)
+            call.module.tuned_bias = self.bias(call.name)
+
         for path, layer in self.layers.items():
             for (quantizer, _), grid in zip(layer.weight_pairs(), self.weights[path], strict=True):
                 quantizer.rounding = grid
-            if path in self.biases:
-                handles.append(layer.register_forward_pre_hook(self._follow_bias(path)))
-        for name, log in self.logs.items():
-            handles.append(self.quantizers[name].register_forward_pre_hook(_follow(log)))
         try:
-            yield
+            with (
+                observing({path: self.layers[path] for path in self.biases}, set_bias),
+                learned_scales(self.quantizers, self.logs),
+            ):
+                yield
         finally:
-            for handle in handles:
-                handle.remove()
             for layer in self.layers.values():
                 for quantizer, _ in layer.weight_pairs():
                     quantizer.rounding = None
-
-    def _follow_bias(self, path: str) -> _Hook:
-        def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            module.tuned_bias = self.bias(path)
-
-        return before
 
     def decide(self) -> None:
         """Leave the network with what was learned: codes, tuned weights and biases, scales."""
@@ -144,11 +139,23 @@ class Tuning:
         return sum(int((grid.codes() != grid.begun).sum()) for grid in grids)
 
 
-def _follow(log: nn.Parameter) -> _Hook:
-    def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        module.scale = log.exp()
+@contextmanager
+def learned_scales(
+    quantizers: Mapping[str, ActivationQuantizer], logs: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Within, every call of a quantizer uses ``exp(log)`` as its scale, with gradient.
 
-    return before
+    Args:
+        quantizers: by any name.
+        logs: logarithms of their scales, shaped like them, under the same names.
+    """
+
+    def before(call: ModuleCall) -> None:
+        assert isinstance(call.module, ActivationQuantizer)
+        call.module.scale = logs[call.name].exp()
+
+    with observing(quantizers, before):
+        yield
 
 
 def _joined(layer: QuantizedLayer, parts: list[Tensor]) -> Tensor:

@@ -1,15 +1,16 @@
-"""What range the input of every layer has at each timestep, watched while a network samples."""
+"""What range the input of every layer has at each timestep, observed while a network samples."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qdeploy.network.roles import WEIGHTED
+from qdeploy.network.observe import ModuleCall, observing
+from qdeploy.network.tracer import WEIGHTED
 from qdeploy.quant.ranges import Summary
 from qdeploy.quant.time_ranges import ranges_by_timestep
 
@@ -21,34 +22,30 @@ class LayerRanges:
 
     Args:
         denoiser: the network.
-        timestep: that of the running call, or None if the call is not to be watched.
+        timestep: that of the running call, or None if the call is not to be observed.
     """
 
     def __init__(self, denoiser: nn.Module, timestep: Callable[[], float | None]) -> None:
         self._denoiser, self._timestep = denoiser, timestep
         self._seen: dict[str, list[tuple[float, Tensor]]] = {}
-        self._hooks: list[Any] = []
+        self._observers = ExitStack()
 
     def __enter__(self) -> LayerRanges:
-        for path, module in self._denoiser.named_modules():
-            if isinstance(module, WEIGHTED):
-                self._hooks.append(module.register_forward_pre_hook(self._watch(path)))
+        modules = self._denoiser.named_modules()
+        layers = {path: module for path, module in modules if isinstance(module, WEIGHTED)}
+        self._observers.enter_context(observing(layers, self._before))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        self._observers.close()
 
-    def _watch(self, path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-            timestep = self._timestep()
-            if timestep is not None and args and args[0].numel():
-                extremes = torch.stack(args[0].detach().aminmax())
-                self._seen.setdefault(path, []).append((timestep, extremes))
-
-        return before
+    def _before(self, call: ModuleCall) -> None:
+        timestep = self._timestep()
+        if timestep is not None and call.args and call.input.numel():
+            extremes = torch.stack(call.input.aminmax())
+            self._seen.setdefault(call.name, []).append((timestep, extremes))
 
     def tensors(self) -> dict[str, Tensor]:
         """The ranges by path, as of `ranges_by_timestep`; layers in the order of execution."""

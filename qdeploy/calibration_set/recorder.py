@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from qdeploy.calibration_set.batch import Batch
 from qdeploy.model.inputs import flatten_inputs, sample_name
+from qdeploy.network.observe import ModuleCall, observing
 from qdeploy.system.errors import InvalidInputError, UsageError
 
 
@@ -104,7 +106,7 @@ class Recorder:
         self._wanted: list[int] = []
         self._timestep: Tensor | None = None
         self._prediction: Tensor | None = None
-        self._hooks: list[Any] = []
+        self._observers = ExitStack()
         self._began = 0.0
 
     @property
@@ -118,10 +120,7 @@ class Recorder:
         return self._wanted[-1] + 1
 
     def __enter__(self) -> Recorder:
-        self._hooks = [
-            self.denoiser.register_forward_pre_hook(self._before, with_kwargs=True),
-            self.denoiser.register_forward_hook(self._after),
-        ]
+        self._observers.enter_context(observing({"denoiser": self.denoiser}, self._before, self._after))
         scheduler = self.pipeline.scheduler
         stock = scheduler.step
 
@@ -139,8 +138,7 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         del self.pipeline.scheduler.step
-        for hook in self._hooks:
-            hook.remove()
+        self._observers.close()
         if error is None and not self.complete:
             raise InvalidInputError(
                 f"{type(self.pipeline).__name__} called its denoiser {self.calls} times for a trajectory of "
@@ -148,8 +146,8 @@ class Recorder:
             )
         return kind is Recorded
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = flatten_inputs(module, args, kwargs)
+    def _before(self, call: ModuleCall) -> None:
+        inputs = flatten_inputs(call.module, call.args, call.kwargs)
         if not self.calls:
             self.total = len(self.pipeline.scheduler.timesteps)
             self._wanted = chosen_calls(self.total, self.steps)
@@ -161,12 +159,12 @@ class Recorder:
         self._wait_to_be_timed()
         self._began = time.perf_counter()
 
-    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _after(self, call: ModuleCall) -> None:
         self._wait_to_be_timed()
         self.seconds.append(time.perf_counter() - self._began)
         self.timestep = None
         if not self.calls:
-            first = output if isinstance(output, Tensor) else output[0]
+            first = call.output if isinstance(call.output, Tensor) else call.output[0]
             self._prediction = first.detach()
         self.calls += 1
         self._after_call(self)

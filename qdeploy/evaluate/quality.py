@@ -20,6 +20,7 @@ from qdeploy.model.folder import Model
 from qdeploy.model.inputs import denoise, flatten_inputs, sample_name
 from qdeploy.model.pipeline import generate
 from qdeploy.model.schedulers import make_scheduler
+from qdeploy.network.observe import ModuleCall, observing
 from qdeploy.system.errors import InvalidInputError, UsageError
 from qdeploy.system.hashing import sha256_of
 from qdeploy.system.progress import track
@@ -214,7 +215,7 @@ def _watching(
     """Keep what a denoiser is given and gives in ``steps`` of its calls."""
     seen, wanted, number = _Seen(), set[int](), -1
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(call: ModuleCall) -> None:
         nonlocal number
         number += 1
         if number == 0:
@@ -222,25 +223,19 @@ def _watching(
             wanted.update(chosen_calls(calls, min(steps, calls)))
         if number not in wanted:
             return
-        seen.samples.append((kwargs[sample] if sample in kwargs else args[0]).detach().clone())
+        given = call.kwargs[sample] if sample in call.kwargs else call.args[0]
+        seen.samples.append(given.detach().clone())
         if keep_inputs:
-            inputs = flatten_inputs(module, args, kwargs)
+            inputs = flatten_inputs(call.module, call.args, call.kwargs)
             seen.inputs.append({name: value.detach().clone() for name, value in inputs.items()})
 
-    def after(module: nn.Module, args: Any, output: Any) -> None:
+    def after(call: ModuleCall) -> None:
         if keep_inputs and number in wanted:
-            first = output if isinstance(output, Tensor) else output[0]
+            first = call.output if isinstance(call.output, Tensor) else call.output[0]
             seen.outputs.append(first.detach().clone())
 
-    hooks = [
-        denoiser.register_forward_pre_hook(before, with_kwargs=True),
-        denoiser.register_forward_hook(after),
-    ]
-    try:
+    with observing({"denoiser": denoiser}, before, after):
         yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager

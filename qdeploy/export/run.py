@@ -17,7 +17,7 @@ from qdeploy.export.time_table import TimeTable, needs_table, plan_table, tabula
 from qdeploy.model.card import write_card
 from qdeploy.model.folder import Model, open_if_there, open_model
 from qdeploy.quant.checkpoint import checkpoint_model, copy_pipeline_files, load_checkpoint, write_probe
-from qdeploy.quant.layer import freeze
+from qdeploy.quant.modes import freeze
 from qdeploy.quant.time_ranges import RANGES
 from qdeploy.recipe.recipe import Recipe
 from qdeploy.recipe.targets import TARGETS, find_target

@@ -20,10 +20,11 @@ from qdeploy.calibrate.session import Session
 from qdeploy.mixed.options import Subject
 from qdeploy.mixed.rows import Rows, row_powers
 from qdeploy.model.inputs import denoise
+from qdeploy.network.observe import ModuleCall, observing
 from qdeploy.system.progress import track
 
 BATCH = 8  # rows whose activations of all layers are kept for the backward passes
-Call = tuple[Tensor, Tensor]
+_InputOutput = tuple[Tensor, Tensor]
 
 
 def first_order(session: Session, rows: Rows, subjects: Sequence[Subject], probes: int) -> list[Tensor]:
@@ -63,26 +64,22 @@ def first_order(session: Session, rows: Rows, subjects: Sequence[Subject], probe
 
 
 @contextmanager
-def _recorded(layers: Sequence[nn.Module]) -> Iterator[dict[int, list[Call]]]:
+def _recorded(layers: Sequence[nn.Module]) -> Iterator[dict[int, list[_InputOutput]]]:
     """Inputs and outputs of every call of some layers; the outputs have gradients."""
-    calls: dict[int, list[Call]] = {id(layer): [] for layer in layers}
+    calls: dict[int, list[_InputOutput]] = {id(layer): [] for layer in layers}
     anchor = torch.zeros((), requires_grad=True)
 
-    def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        output = output if output.requires_grad else output + anchor.to(output)
-        calls[id(module)].append((args[0].detach(), output))
+    def after(call: ModuleCall) -> Tensor:
+        output: Tensor = call.output if call.output.requires_grad else call.output + anchor.to(call.output)
+        calls[id(call.module)].append((call.input, output))
         return output
 
-    handles = [layer.register_forward_hook(after) for layer in layers]
-    try:
-        with torch.enable_grad():
-            yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
+    observed = {str(number): layer for number, layer in enumerate(layers)}
+    with torch.enable_grad(), observing(observed, after=after):
+        yield calls
 
 
-def _errors(subject: Subject, calls: Sequence[Call]) -> list[list[Tensor]]:
+def _errors(subject: Subject, calls: Sequence[_InputOutput]) -> list[list[Tensor]]:
     """For every option the errors of every call's output."""
     errors = []
     for option in subject.options():

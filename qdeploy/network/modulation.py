@@ -11,19 +11,17 @@ a pointwise activation. Classes or texts may have entered the embedding before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from qdeploy.model.inputs import denoise
-from qdeploy.network.roles import is_layer
+from qdeploy.network.observe import ModuleCall
+from qdeploy.network.tracer import Tracer
 
 ADDITIVE, SCALE_SHIFT = "additive", "scale-shift"
 _POINTWISE = {
@@ -79,10 +77,11 @@ def find_modulations(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> tuple
     Returns:
         The places in execution order of their first layers.
     """
-    trace = _Trace()
-    with _observed(denoiser, trace), torch.no_grad(), trace:
-        denoise(denoiser, inputs)
-    return tuple(replace(mark.modulation, layers=tuple(mark.readers)) for mark in trace.found if mark.readers)
+    tracer = _ModulationTracer()
+    tracer.trace(denoiser, inputs)
+    return tuple(
+        replace(mark.modulation, layers=tuple(mark.readers)) for mark in tracer.found if mark.readers
+    )
 
 
 @dataclass(frozen=True)
@@ -106,26 +105,37 @@ class _Modulated:
     readers: list[str] = field(default_factory=list)
 
 
-class _Trace(TorchFunctionMode):
+class _ModulationTracer(Tracer):
+    """Follows what layers of the time path give, until a layer reads what it was added to or scaled."""
+
     def __init__(self) -> None:
         super().__init__()
         self.marks: Any = WeakIdKeyDictionary()
         self.found: list[_Modulated] = []
         self._held: list[Tensor] = []  # a freed storage could be taken for a projection's
-        self._inside = 0
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if not self._inside:
-            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            for tensor in tensors:
-                mark = self.marks.get(tensor)
-                if mark is not None:
-                    others = [other for other in tensors if other is not tensor]
-                    self._follow(func, mark, tensor, others, args, kwargs or {}, result)
-        return result
+    def operation(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> None:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        for tensor in tensors:
+            mark = self.marks.get(tensor)
+            if mark is not None:
+                others = [other for other in tensors if other is not tensor]
+                self._follow(function, mark, tensor, others, args, kwargs, result)
+
+    def layer_begins(self, call: ModuleCall) -> None:
+        mark = self.marks.get(call.args[0]) if call.args else None
+        if isinstance(mark, _Modulated) and mark.ready and call.name not in mark.readers:
+            mark.readers.append(call.name)
+
+    def layer_ends(self, call: ModuleCall) -> None:
+        # One row with nothing but channels: no sample comes this way.
+        output = call.output
+        if isinstance(output, Tensor) and output.numel() == max(output.shape):
+            self._held.append(output)
+            offset = int(output.storage_offset())
+            self.marks[output] = _Embedding(call.name, offset, _storage(output), 0, output.numel())
 
     def _follow(
         self,
@@ -176,41 +186,6 @@ class _Trace(TorchFunctionMode):
         self.marks[tensor] = mark
         self.found.append(mark)
 
-    def enter(self, path: str, args: tuple[Any, ...]) -> None:
-        self._inside += 1
-        mark = self.marks.get(args[0]) if args and self._inside == 1 else None
-        if isinstance(mark, _Modulated) and mark.ready and path not in mark.readers:
-            mark.readers.append(path)
-
-    def leave(self, path: str, output: Any) -> None:
-        self._inside -= 1
-        # One row with nothing but channels: no sample comes this way.
-        if not self._inside and isinstance(output, Tensor) and output.numel() == max(output.shape):
-            self._held.append(output)
-            offset = int(output.storage_offset())
-            self.marks[output] = _Embedding(path, offset, _storage(output), 0, output.numel())
-
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-@contextmanager
-def _observed(denoiser: nn.Module, trace: _Trace) -> Iterator[None]:
-    handles = []
-    for path, module in denoiser.named_modules():
-        if not is_layer(module):
-            continue
-
-        def before(module: nn.Module, args: Any, path: str = path) -> None:
-            trace.enter(path, args)
-
-        def after(module: nn.Module, args: Any, output: Any, path: str = path) -> None:
-            trace.leave(path, output)
-
-        handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from qdeploy.model.inputs import denoise
+from qdeploy.network.observe import ModuleCall
 from qdeploy.network.time_path import Tape, TimePart
+from qdeploy.network.tracer import Tracer
 
-WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Linear)
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
@@ -147,13 +145,8 @@ def _first_row(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**row, "timestep": inputs["timestep"].reshape(-1)[:1]}
 
 
-def is_layer(module: nn.Module) -> bool:
-    """Whether a module is one weighted layer, quantized or not."""
-    return isinstance(module, WEIGHTED) or hasattr(module, "weight_quantizers")
-
-
-class _Trace(TorchFunctionMode):
-    """Records layers, concatenations, attention and the time part while a network runs.
+class _StructureTracer(Tracer):
+    """Records layers, concatenations, attention and the time path.
 
     Of the tensors that pass, numbers are kept and no values, so that a run takes no more memory than without
     it; only what comes from the timestep alone, which is small, is kept to be compared.
@@ -168,43 +161,30 @@ class _Trace(TorchFunctionMode):
         self.inputs: list[int] = []  # numbers of the tensors that layers read
         self.outputs: dict[str, Tensor] = {}  # of layers that are in `from_time`, or were
         self.attentions: Counter[str] = Counter()
-        self.stack: list[str] = []
         self.given: dict[str, int | None] = {}  # numbers of the tensors that modules are given first
-        self._inside = 0  # layers are one operation of the tape, whatever they do inside
         self._parts: Any = WeakIdKeyDictionary()
         self._numbers: Any = WeakIdKeyDictionary()
         self._counter = itertools.count()
         self._called: set[str] = set()
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in (torch.cat, torch.concat, torch.concatenate) and isinstance(result, Tensor):
-            given: dict[str, Any] = {**dict(zip(("tensors", "dim"), args, strict=False)), **(kwargs or {})}
+    def operation(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> None:
+        if function in (torch.cat, torch.concat, torch.concatenate) and isinstance(result, Tensor):
+            given: dict[str, Any] = {**dict(zip(("tensors", "dim"), args, strict=False)), **kwargs}
             dim = int(given.get("dim", given.get("axis", 0)) or 0) % result.ndim
             self._parts[result] = (tuple(part.shape[dim] for part in given["tensors"]), dim)
-        if func is nn.functional.scaled_dot_product_attention and self.stack:
-            self.attentions[self.stack[-1]] += _product_macs(*_operands(args, kwargs or {}))
-        if not self._inside:
-            self.tape.listen(func, args, kwargs or {}, result)
-        return result
+        if function is nn.functional.scaled_dot_product_attention and self.running:
+            self.attentions[self.running[-1]] += _product_macs(*_operands(args, kwargs))
+        self.tape.record(function, args, kwargs, result)
 
-    def enter(self, path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.stack.append(path)
-        first = args[0] if args else None
-        self.given.setdefault(path, self._number(first) if isinstance(first, Tensor) else None)
-        self._inside += is_layer(module)
+    def module_begins(self, call: ModuleCall) -> None:
+        first = call.args[0] if call.args else None
+        self.given.setdefault(call.name, self._number(first) if isinstance(first, Tensor) else None)
 
-    def leave(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.stack.pop()
-        if not is_layer(module):
-            return
-        self._inside -= 1
-        if self._inside:
-            return
-        source = args[0]
-        self.tape.listen(path, args, {}, output)
+    def layer_ends(self, call: ModuleCall) -> None:
+        path, source, output = call.name, call.args[0], call.output
+        self.tape.record(path, call.args, {}, output)
         if path in self._called:
             if path in self.outputs and not torch.equal(self.outputs[path], output):
                 self.from_time.discard(path)  # one table cannot stand for both calls
@@ -214,7 +194,7 @@ class _Trace(TorchFunctionMode):
             self.from_time.add(path)
             self.outputs[path] = output
         self.inputs.append(self._number(source))
-        weight = cast(Tensor, module.weight)
+        weight = cast(Tensor, call.module.weight)
         macs = output[0].numel() * (weight[0].numel() if weight is not None else 0)
         spatial = source.ndim == output.ndim == 4
         self.layers.append(
@@ -223,7 +203,7 @@ class _Trace(TorchFunctionMode):
                 len(self.layers),
                 path,
                 path,
-                self._split(source, module),
+                self._split(source, call.module),
                 temporal=False,
                 first=False,
                 last=False,
@@ -256,31 +236,11 @@ def _product_macs(query: Tensor, key: Tensor, value: Tensor) -> int:
     return query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
 
 
-def _run(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> _Trace:
+def _run(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> _StructureTracer:
     others = [value for name, value in inputs.items() if name != "timestep"]
-    trace = _Trace(Tape(inputs["timestep"], others))
-    with _observed(denoiser, trace), torch.no_grad(), trace:
-        trace.result = denoise(denoiser, inputs)
-    return trace
-
-
-@contextmanager
-def _observed(denoiser: nn.Module, trace: _Trace) -> Iterator[None]:
-    handles = []
-    for path, module in denoiser.named_modules():
-
-        def before(module: nn.Module, args: Any, path: str = path) -> None:
-            trace.enter(path, module, args)
-
-        def after(module: nn.Module, args: Any, output: Any, path: str = path) -> None:
-            trace.leave(path, module, args, output)
-
-        handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    tracer = _StructureTracer(Tape(inputs["timestep"], others))
+    tracer.result = tracer.trace(denoiser, inputs)
+    return tracer
 
 
 def _same_timestep(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

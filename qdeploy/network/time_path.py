@@ -1,7 +1,7 @@
 """The part of a network that depends on the timestep alone, as a function that can be called by itself.
 
-A `Tape` listens to one forward pass and writes down every operation that only the timestep leads to. The
-`TimePart` that comes of it repeats these operations for other timesteps, through the network's own layers:
+A `Tape` records every operation of one forward pass whose inputs come from the timestep alone. The
+`TimePart` made from it repeats these operations for other timesteps, through the network's own layers:
 the temporal features of all timesteps, without the cost of the network (TFMQ-DM, arXiv 2311.16503,
 section 3.1: the time embedding h and the embedding projections g_i).
 """
@@ -102,7 +102,7 @@ class TimePart:
 
 @dataclass
 class Tape:
-    """Listens to one forward pass of one row.
+    """What is recorded of one forward pass of one row.
 
     Args:
         timestep: the tensor that the network is given as timestep.
@@ -122,14 +122,14 @@ class Tape:
         for tensor in self.others:
             self._foreign[tensor] = True
 
-    def listen(
+    def record(
         self,
         function: Callable[..., Any] | str,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         result: Any,
     ) -> None:
-        """Take note of an operation. What neither the timestep nor another input leads to is a constant."""
+        """Record an operation, if its inputs come from the timestep alone. What comes from no input is a constant."""
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if any(tensor in self._foreign for tensor in given):

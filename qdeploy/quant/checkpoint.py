@@ -28,7 +28,8 @@ from qdeploy.network.current_timestep import attach_clock
 from qdeploy.network.roles import Layer, Structure
 from qdeploy.quant.attention import AttentionQuantizers, quantize_attention
 from qdeploy.quant.insert import set_clock, share_inputs
-from qdeploy.quant.layer import QuantizedLayer, full_precision, quantized_layers, replace_module
+from qdeploy.quant.layer import QuantizedLayer, quantized_layers, replace_module
+from qdeploy.quant.modes import full_precision
 from qdeploy.quant.state import OF_LAYERS, read_state, write_state
 from qdeploy.recipe.formats import uint8
 from qdeploy.recipe.recipe import Recipe

@@ -1,21 +1,19 @@
 """Layers that compute as the engine will: integer weights, quantized inputs, float arithmetic between.
 
 A `QuantizedLayer` takes a weighted layer's place in the module tree. It still holds the original weight,
-so one network is both the full-precision teacher and the quantized student, switched by `full_precision`.
+so one network is both the full-precision teacher and the quantized student, switched by
+`qdeploy.quant.modes.full_precision`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from copy import deepcopy
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from qdeploy.network.current_timestep import clock_of
+from qdeploy.network.tracer import WrappedLayer
 from qdeploy.quant.feature_table import FeatureTable
 from qdeploy.quant.patches import PatchQuantizer, convolve
 from qdeploy.quant.quantizers import ActivationQuantizer, WeightQuantizer
@@ -23,7 +21,7 @@ from qdeploy.recipe.formats import Format
 from qdeploy.system.errors import CapabilityError
 
 
-class QuantizedLayer(nn.Module):
+class QuantizedLayer(WrappedLayer):
     """A convolution or linear layer with quantized weight and input.
 
     Args:
@@ -224,44 +222,3 @@ def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
     """Put ``module`` into the module tree at ``path``."""
     parent, _, name = path.rpartition(".")
     setattr(root.get_submodule(parent), name, module)
-
-
-def freeze(denoiser: nn.Module) -> None:
-    """Switch every quantizer to the operators that export writes; for a network that is only traced.
-
-    An engine has one timestep for all rows, so the clock then looks at the first only.
-
-    Shared quantizers are copied, since a tracer calls a shared tensor by any of its names. The exported
-    graph shares them again, under the first name.
-    """
-    for layer in quantized_layers(denoiser).values():
-        layer.input_quantizers = deepcopy(layer.input_quantizers)
-    clock = clock_of(denoiser)
-    if clock is not None:
-        clock.single = True
-    for module in denoiser.modules():
-        if isinstance(module, ActivationQuantizer | WeightQuantizer):
-            module.freeze()
-
-
-def full_precision(denoiser: nn.Module) -> AbstractContextManager[None]:
-    """Within, the network computes exactly as it did before it was quantized."""
-    return _switched_off([m for m in denoiser.modules() if hasattr(m, "quantized")], "quantized")
-
-
-def weights_only(denoiser: nn.Module) -> AbstractContextManager[None]:
-    """Within, weights are quantized and activations are not."""
-    return _switched_off([m for m in denoiser.modules() if hasattr(m, "enabled")], "enabled")
-
-
-@contextmanager
-def _switched_off(modules: Sequence[nn.Module], switch: str) -> Iterator[None]:
-    """Within, the attribute ``switch`` of every module is False; afterwards it is what it was."""
-    before = [getattr(module, switch) for module in modules]
-    for module in modules:
-        setattr(module, switch, False)
-    try:
-        yield
-    finally:
-        for module, value in zip(modules, before, strict=True):
-            setattr(module, switch, value)

@@ -15,6 +15,7 @@ from qdeploy.calibration_set.dataset import CalibrationSet
 from qdeploy.mixed.budget import parse_budget
 from qdeploy.model.card import base_model, write_card
 from qdeploy.model.folder import Model, open_model
+from qdeploy.quant.attention import AttentionQuantizers
 from qdeploy.quant.checkpoint import write_checkpoint, write_probe
 from qdeploy.recipe.recipe import Recipe
 from qdeploy.recipe.resolve import resolve_recipe
@@ -207,4 +208,4 @@ def by_reason(left: dict[str, str]) -> dict[str, list[str]]:
 
 def any_attention(session: Session) -> bool:
     """Whether this calibration quantizes attention products."""
-    return any(hasattr(module, "attend") for module in session.denoiser.modules())
+    return any(isinstance(module, AttentionQuantizers) for module in session.denoiser.modules())

@@ -18,11 +18,11 @@ import qdeploy
 from qdeploy.calibrate.groups import (
     CHANNELS,
     TOKENS,
-    Watch,
+    InputSpreads,
     cluster,
     extremes,
+    input_spreads,
     relative_spans,
-    watch,
 )
 from qdeploy.calibrate.input_groups import reference_dimension
 from qdeploy.calibrate.methods import dgq, dgq_attention, dgq_tokens, minmax
@@ -33,8 +33,9 @@ from qdeploy.model.inputs import denoise
 from qdeploy.network.current_timestep import Clock, midpoints
 from qdeploy.quant.attention import AttentionQuantizers
 from qdeploy.quant.checkpoint import load_checkpoint
-from qdeploy.quant.layer import QuantizedLayer, full_precision, quantized_layers
+from qdeploy.quant.layer import QuantizedLayer, quantized_layers
 from qdeploy.quant.log_attention import LogQuantizer
+from qdeploy.quant.modes import full_precision
 from qdeploy.quant.operators import fake_quantize
 from qdeploy.quant.patches import PIXELS, ROWS
 from qdeploy.quant.ranges import to_scale
@@ -156,7 +157,7 @@ def test_a_dead_channel_keeps_a_factor_of_use() -> None:
 
 
 def dimension(inner: nn.Module, x: Tensor) -> str | None:
-    seen = Watch(inner, torch.tensor([3.0]))
+    seen = InputSpreads(inner, torch.tensor([3.0]))
     seen.observe(x, torch.tensor([3.0]))
     return reference_dimension(seen.tensors())
 
@@ -192,7 +193,7 @@ def test_rows_and_pixels_are_those_of_im2col(options: dict[str, int]) -> None:
 
 def test_inputs_of_two_axes_are_seen_in_every_row() -> None:
     """DGQ-9: the code leaves them with the first batch's range, and never groups them."""
-    seen = Watch(nn.Linear(4, 2), torch.tensor([1.0, 2.0]))
+    seen = InputSpreads(nn.Linear(4, 2), torch.tensor([1.0, 2.0]))
     x = torch.randn(6, 4, generator=seeded())
     for half, t in ((x[:3], 1.0), (x[3:], 2.0)):
         seen.observe(half, torch.tensor([t]))
@@ -202,7 +203,7 @@ def test_inputs_of_two_axes_are_seen_in_every_row() -> None:
 
 
 def test_a_number_of_tokens_that_changes_is_no_dimension() -> None:
-    seen = Watch(nn.Linear(4, 2), torch.tensor([1.0]))
+    seen = InputSpreads(nn.Linear(4, 2), torch.tensor([1.0]))
     for tokens in (5, 6):
         seen.observe(torch.randn(2, tokens, 4, generator=seeded()), torch.tensor([1.0]))
     assert f"{TOKENS}.low" not in seen.tensors()
@@ -331,11 +332,11 @@ def test_ranges_are_those_of_float_activations(tmp_path: Path, mode: str) -> Non
     """DGQ-8: the code records them behind layers whose own scales are still a first guess."""
     with calibrating(tiny_unet(), DATA, tmp_path / "out", method="dgq") as session:
         layers = {layer.path: quantized_layers(session.denoiser)[layer.path] for layer in session.layers}
-        fine = watch(session, layers, getattr(session, mode)(), "")
+        fine = input_spreads(session, layers, getattr(session, mode), "")
         for layer in layers.values():
             for quantizer in layer.activation_quantizers:
                 quantizer.set(torch.tensor(50.0), torch.tensor(0))
-        crude = watch(session, layers, getattr(session, mode)(), "")
+        crude = input_spreads(session, layers, getattr(session, mode), "")
     assert all(torch.equal(fine[name], crude[name]) for name in fine)
     assert f"{session.layers[0].path}:{CHANNELS}.low" in fine
 
@@ -375,7 +376,7 @@ def test_a_stopped_run_continues_with_the_same_groups(tmp_path: Path, form: str,
         raise Stopped
 
     with monkeypatch.context() as patch:
-        patch.setattr(minmax, "observe", stop)
+        patch.setattr(minmax, "summarize", stop)
         with pytest.raises(Stopped):
             run(tmp_path / "out")
     found = run(tmp_path / "out")

@@ -18,7 +18,8 @@ from qdeploy.calibrate.methods import dgq_patches
 from qdeploy.calibrate.staged import run_stages
 from qdeploy.model.inputs import denoise
 from qdeploy.quant.checkpoint import load_checkpoint
-from qdeploy.quant.layer import QuantizedLayer, full_precision, quantized_layers, weights_only
+from qdeploy.quant.layer import QuantizedLayer, quantized_layers
+from qdeploy.quant.modes import full_precision, weights_only
 from qdeploy.quant.operators import fake_quantize
 from qdeploy.quant.patches import AXES, PIXELS, ROWS, PatchQuantizer, shifted
 from qdeploy.quant.ranges import to_scale

@@ -19,7 +19,8 @@ from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.staged import run_stages
 from qdeploy.model.inputs import denoise
 from qdeploy.network.roles import find_structure
-from qdeploy.quant.layer import full_precision, quantized_layers
+from qdeploy.quant.layer import quantized_layers
+from qdeploy.quant.modes import full_precision
 from qdeploy.quant.quantizers import ActivationQuantizer, WeightQuantizer
 from qdeploy.quant.state import quantizers, read_state
 from qdeploy.recipe.coverage import COVERAGES, covered, find_coverage
@@ -149,7 +150,7 @@ def test_sixteen_bits_everywhere_are_as_good_as_float(
         for layer in quantized_layers(session.denoiser).values():
             for quantizer, weight in zip(layer.weight_quantizers, layer.weight_parts(), strict=True):
                 quantizer.set(*minmax.WEIGHT_FINDERS["minmax"](weight, quantizer.format))  # type: ignore[operator]
-        for _, quantizer, summary in minmax.observe(session, session.rows()):
+        for _, quantizer, summary in minmax.summarize(session):
             quantizer.set(*minmax.ACTIVATION_FINDERS["minmax"](summary, quantizer.format))
         _, reference, quantized = predictions(session)
     assert relative(reference, quantized) < 1e-3
@@ -195,7 +196,7 @@ def test_every_row_is_observed_once_with_float_activations(tmp_path: Path) -> No
         minmax.WeightRanges().run(session)
         rows = session.rows()
         assert len(rows) % session.effort.batch
-        found = minmax.observe(session, rows)
+        found = minmax.summarize(session)
         readers = Counter(
             id(quantizer)
             for layer in quantized_layers(session.denoiser).values()

@@ -28,7 +28,8 @@ from qdeploy.model.inputs import denoise
 from qdeploy.network.roles import find_structure
 from qdeploy.quant.channel_ranges import ChannelSummary
 from qdeploy.quant.checkpoint import load_checkpoint, write_checkpoint
-from qdeploy.quant.layer import freeze, quantized_layers
+from qdeploy.quant.layer import quantized_layers
+from qdeploy.quant.modes import freeze
 from qdeploy.quant.quantizers import ActivationQuantizer, WeightQuantizer
 from qdeploy.quant.state import code_shapes, quantizers, read_state, write_state
 from qdeploy.recipe.effort import EFFORTS

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from qdeploy.calibrate.methods import minmax
-from qdeploy.calibrate.reconstruct import Recorder, Rows, optimize, output_error, record_unit
+from qdeploy.calibrate.reconstruct import RecordedRows, UnitRecorder, optimize, output_error, record_unit
 from qdeploy.calibrate.session import Session
 from qdeploy.model.inputs import denoise
-from qdeploy.quant.layer import QuantizedLayer, full_precision
+from qdeploy.quant.layer import QuantizedLayer
+from qdeploy.quant.modes import full_precision
 from qdeploy.recipe.formats import int4, int8
 from tests.helpers import MemoryRows, calibrating, layer_problem, minmax_layer, tiny_unet
 
@@ -33,9 +34,9 @@ def session(tmp_path: Path) -> Iterator[Session]:
         yield session
 
 
-def recorder(session: Session, rows: list[int] | None = None, budget: int = 2**30) -> Recorder:
+def recorder(session: Session, rows: list[int] | None = None, budget: int = 2**30) -> UnitRecorder:
     rows = session.rows() if rows is None else rows
-    return Recorder(session.denoiser, session.inputs, rows, 5, session.draft.work / "scratch", budget)
+    return UnitRecorder(session.denoiser, session.inputs, rows, 5, session.draft.work / "scratch", budget)
 
 
 def live_inputs(session: Session, unit: str, rows: list[int]) -> tuple[Any, Any]:
@@ -116,7 +117,7 @@ class Block(nn.Module):
 @pytest.mark.parametrize("rows", [1, 5, 13])
 def test_a_table_that_happens_to_be_as_long_as_the_batch_is_no_row_data(tmp_path: Path, rows: int) -> None:
     network, data = Rotated().eval(), MemoryRows.noisy()
-    recorded = Recorder(network, data.inputs, list(range(rows)), 5, tmp_path, 2**30).inputs(network.block)
+    recorded = UnitRecorder(network, data.inputs, list(range(rows)), 5, tmp_path, 2**30).inputs(network.block)
     _, kwargs = recorded.batch(torch.arange(rows).flip(0))
     assert torch.equal(kwargs["table"], torch.arange(5.0)[:, None].expand(5, 3))
     assert [len(tensor) for tensor in recorded.tensors] == [rows]
@@ -250,7 +251,7 @@ def test_only_what_is_given_is_learned_and_only_from_its_rows() -> None:
 def test_rows_are_drawn_by_the_generator_alone() -> None:
     drawn = []
 
-    class Spy(Rows):
+    class Spy(RecordedRows):
         def batch(self, rows: Tensor) -> Any:
             drawn[-1].append(rows.tolist())
             return super().batch(rows)
@@ -272,7 +273,7 @@ def test_rows_are_drawn_by_the_generator_alone() -> None:
 
 
 def test_held_out_rows_come_from_other_images(session: Session) -> None:
-    """Rows of one trajectory are alike: judging by them would be judging by what was learned."""
+    """RecordedRows of one trajectory are alike: judging by them would be judging by what was learned."""
     rows = session.rows()
     learn, judge = session.split(rows)
     images = session.data.images[rows]

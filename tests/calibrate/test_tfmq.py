@@ -31,7 +31,8 @@ from qdeploy.model.inputs import denoise
 from qdeploy.network.current_timestep import Clock, midpoints
 from qdeploy.network.roles import find_structure
 from qdeploy.quant.feature_table import FeatureTable
-from qdeploy.quant.layer import QuantizedLayer, full_precision, quantized_layers
+from qdeploy.quant.layer import QuantizedLayer, quantized_layers
+from qdeploy.quant.modes import full_precision
 from qdeploy.quant.operators import fake_quantize
 from qdeploy.quant.quantizers import ActivationQuantizer
 from qdeploy.quant.ranges import to_scale

@@ -18,7 +18,8 @@ from qdeploy.model.inputs import denoise
 from qdeploy.network.current_timestep import Clock, midpoints
 from qdeploy.quant.attention import AttentionQuantizers
 from qdeploy.quant.feature_table import FeatureTable
-from qdeploy.quant.layer import QuantizedLayer, full_precision, quantized_layers
+from qdeploy.quant.layer import QuantizedLayer, quantized_layers
+from qdeploy.quant.modes import full_precision
 from qdeploy.quant.operators import fake_quantize
 from qdeploy.quant.quantizers import ActivationQuantizer
 from qdeploy.quant.ranges import Summary, minmax_weights, to_scale
@@ -131,7 +132,7 @@ def test_ranges_are_those_of_the_rows_of_each_timestep(tmp_path: Path) -> None:
     with calibrating(tiny_unet(), DATA, tmp_path / "out") as session:
         rows = session.rows()
         assert len(rows) % session.effort.batch
-        found = minmax.observe(session, rows)
+        found = minmax.summarize(session)
         ranges = ranges_by_timestep({name: summary for name, _, summary in found})
         readers = [
             sum(q is quantizer for layer in session.quantized(session.layers) for q in layer.input_quantizers)

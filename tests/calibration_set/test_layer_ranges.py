@@ -16,7 +16,8 @@ from qdeploy.calibration_set.dataset import CalibrationSet
 from qdeploy.calibration_set.layer_ranges import LayerRanges
 from qdeploy.model.folder import open_model
 from qdeploy.model.inputs import denoise
-from qdeploy.network.roles import WEIGHTED, find_structure
+from qdeploy.network.roles import find_structure
+from qdeploy.network.tracer import WEIGHTED
 from qdeploy.quant.time_ranges import merge_ranges, read_ranges, spans, tensor_names
 from qdeploy.store.artifact import Artifact, open_artifact
 from tests.models import stable_diffusion_folder

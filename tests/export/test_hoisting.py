@@ -26,7 +26,8 @@ from qdeploy.export.trace import trace
 from qdeploy.model.inputs import denoise
 from qdeploy.quant.checkpoint import load_checkpoint
 from qdeploy.quant.insert import set_clock
-from qdeploy.quant.layer import QuantizedLayer, freeze, quantized_layers
+from qdeploy.quant.layer import QuantizedLayer, quantized_layers
+from qdeploy.quant.modes import freeze
 from qdeploy.recipe.formats import int8
 from qdeploy.store.artifact import Artifact
 from qdeploy.system.decibels import sqnr_by_row

@@ -26,7 +26,8 @@ from qdeploy.export.run import export
 from qdeploy.export.trace import OUTPUT, trace
 from qdeploy.model.inputs import denoise
 from qdeploy.quant.checkpoint import load_checkpoint
-from qdeploy.quant.layer import freeze, quantized_layers
+from qdeploy.quant.layer import quantized_layers
+from qdeploy.quant.modes import freeze
 from qdeploy.quant.state import code_shapes, read_state, write_state
 from qdeploy.store.artifact import Artifact
 from qdeploy.system.decibels import sqnr_by_row

@@ -24,7 +24,8 @@ from qdeploy.export.passes.sunk_transpositions import SunkTranspositions
 from qdeploy.export.passes.unsigned_codes import UnsignedCodes
 from qdeploy.export.trace import OUTPUT, trace
 from qdeploy.model.inputs import denoise
-from qdeploy.quant.layer import freeze, quantized_layers
+from qdeploy.quant.layer import quantized_layers
+from qdeploy.quant.modes import freeze
 from qdeploy.system.decibels import sqnr_by_row
 from tests.export.test_passes import graph, keeps_away, operators, random_inputs, run
 from tests.helpers import MemoryRows, calibrating, relative, tiny_unet

@@ -22,7 +22,8 @@ from qdeploy.export.graph import WEIGHTED_OPS, constant, producer, save
 from qdeploy.export.lower import CHANNELS_LAST, PASSES, adapt, lower
 from qdeploy.export.trace import OUTPUT, trace
 from qdeploy.model.inputs import denoise
-from qdeploy.quant.layer import QuantizedLayer, freeze, quantized_layers
+from qdeploy.quant.layer import QuantizedLayer, quantized_layers
+from qdeploy.quant.modes import freeze
 from qdeploy.quant.state import read_state
 from qdeploy.recipe.formats import int4, int8
 from tests.helpers import MemoryRows, calibrating, codes_of, minmax_layer, plain_options, sqnr_db, tiny_unet

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.model.inputs import denoise
-from qdeploy.network.roles import WEIGHTED, Layer, Structure, find_structure
+from qdeploy.network.roles import Layer, Structure, find_structure
+from qdeploy.network.tracer import WEIGHTED
 from tests.helpers import tiny_unet
 
 Case = tuple[nn.Module, dict[str, Tensor]]

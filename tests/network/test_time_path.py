@@ -12,7 +12,8 @@ from qdeploy.model.schedulers import make_scheduler
 from qdeploy.network.current_timestep import attach_clock
 from qdeploy.network.roles import Structure, find_structure
 from qdeploy.quant.insert import set_clock
-from qdeploy.quant.layer import QuantizedLayer, full_precision, replace_module
+from qdeploy.quant.layer import QuantizedLayer, replace_module
+from qdeploy.quant.modes import full_precision
 from qdeploy.quant.ranges import minmax_weights
 from qdeploy.recipe.formats import int4, int8
 from tests.helpers import relative

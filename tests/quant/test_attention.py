@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qdeploy.calibrate.methods import minmax
 from qdeploy.quant import attention
 from qdeploy.quant.attention import AttentionQuantizers, quantize_attention
-from qdeploy.quant.layer import full_precision
+from qdeploy.quant.modes import full_precision
 from qdeploy.quant.operators import fake_quantize
 from qdeploy.quant.quantizers import ActivationQuantizer
 from qdeploy.quant.ranges import to_scale

@@ -21,7 +21,8 @@ from qdeploy.model.folder import Model, open_model
 from qdeploy.model.inputs import denoise
 from qdeploy.quant import checkpoint
 from qdeploy.quant.checkpoint import load_checkpoint, write_checkpoint, write_probe
-from qdeploy.quant.layer import full_precision, quantized_layers
+from qdeploy.quant.layer import quantized_layers
+from qdeploy.quant.modes import full_precision
 from qdeploy.quant.operators import code_type
 from qdeploy.quant.state import (
     code_shapes,

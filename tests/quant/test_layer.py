@@ -9,14 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.calibrate.methods.minmax import round_to_nearest
-from qdeploy.quant.layer import (
-    QuantizedLayer,
-    freeze,
-    full_precision,
-    quantized_layers,
-    replace_module,
-    weights_only,
-)
+from qdeploy.quant.layer import QuantizedLayer, quantized_layers, replace_module
+from qdeploy.quant.modes import freeze, full_precision, weights_only
 from qdeploy.quant.operators import dequantize_codes
 from qdeploy.quant.quantizers import ActivationQuantizer, WeightQuantizer
 from qdeploy.quant.ranges import lp_weights, minmax_weights

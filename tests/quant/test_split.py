@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdeploy.quant.layer import QuantizedLayer, full_precision
+from qdeploy.quant.layer import QuantizedLayer
+from qdeploy.quant.modes import full_precision
 from qdeploy.recipe.formats import Format, int4, int8, uint8
 from tests.helpers import minmax_layer, relative
 

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.calibrate.methods.minmax import ActivationRanges, WeightRanges
+from qdeploy.calibrate.observe_rows import observe_rows
 from qdeploy.calibrate.session import Session
-from qdeploy.calibrate.smoothing import look_at_inputs, smooth, smoothing_groups
+from qdeploy.calibrate.smoothing import smooth, smoothing_groups
+from qdeploy.network.observe import ModuleCall
 from qdeploy.quant.layer import QuantizedLayer
 from qdeploy.quant.ranges import WEIGHT_FINDERS, check_finder
 from qdeploy.recipe.effort import Effort
@@ -135,14 +137,15 @@ def _batches(groups: list[list[QuantizedLayer]], memory: int) -> Iterator[list[l
 def _inputs(session: Session, groups: list[list[QuantizedLayer]]) -> list[Tensor]:
     """[N, C] of what each group reads in full precision: about `TOKENS` rows, evenly from all calls."""
     share = -(-TOKENS // -(-len(session.rows()) // session.effort.batch))
-    seen: dict[int, list[Tensor]] = {id(group[0]): [] for group in groups}
+    seen: dict[str, list[Tensor]] = {str(number): [] for number in range(len(groups))}
 
-    def see(layer: QuantizedLayer, x: Tensor) -> None:
-        tokens = x.flatten(0, -2)
-        seen[id(layer)].append(tokens[:: max(1, len(tokens) // share)][:share].float())
+    def before(call: ModuleCall) -> None:
+        tokens = call.input.flatten(0, -2)
+        seen[call.name].append(tokens[:: max(1, len(tokens) // share)][:share].float())
 
-    look_at_inputs(session, groups, see, "salient channels")
-    return [torch.cat(seen[id(group[0])]) for group in groups]
+    firsts = {str(number): group[0] for number, group in enumerate(groups)}
+    observe_rows(session, firsts, "salient channels", before=before, mode=session.teacher)
+    return [torch.cat(inputs) for inputs in seen.values()]
 
 
 METHOD = Method(

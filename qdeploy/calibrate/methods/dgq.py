@@ -29,9 +29,9 @@ from qdeploy.calibrate.groups import (
     CHANNELS,
     TOKENS,
     cluster,
+    input_spreads,
     of_layer,
     relative_spans,
-    watch,
 )
 from qdeploy.calibrate.input_groups import (
     Family,
@@ -124,7 +124,8 @@ class GroupChannels(Stage):
         check_groups(self.groups, {path: module.weight.shape[1] for path, module in whole})
         firsts = {layers[0].path: modules[0] for layers, modules in families}
         measured = session.draft.step(
-            f"{session.stage}-measured", lambda: watch(session, firsts, session.teacher(), "channel ranges")
+            f"{session.stage}-measured",
+            lambda: input_spreads(session, firsts, session.teacher, "channel ranges"),
         )
         plans = {
             layers[0].path: _plan(

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qdeploy.calibrate.groups import chosen_dimension, of_layer, watch
+from qdeploy.calibrate.groups import chosen_dimension, input_spreads, of_layer
 from qdeploy.calibrate.input_groups import (
     activation_format,
     check_groups,
@@ -78,7 +78,8 @@ class GroupPatches(Stage):
         left = {path: reason for path, modules in families.items() if (reason := _unfit(modules))}
         free = {path: modules[0] for path, modules in families.items() if path not in left}
         measured = session.draft.step(
-            f"{session.stage}-measured", lambda: watch(session, free, session.weights_only(), "patch ranges")
+            f"{session.stage}-measured",
+            lambda: input_spreads(session, free, session.weights_only, "patch ranges"),
         )
         plans: dict[str, tuple[str, Tensor]] = {}
         for path in free:

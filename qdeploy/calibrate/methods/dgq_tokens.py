@@ -11,8 +11,8 @@ from torch import Tensor
 from qdeploy.calibrate.groups import (
     CHANNELS,
     TOKENS,
+    input_spreads,
     of_layer,
-    watch,
 )
 from qdeploy.calibrate.input_groups import (
     activation_format,
@@ -74,7 +74,8 @@ class GroupTokens(Stage):
             and modules[0].activation_quantizers[0].axis is None
         }
         measured = session.draft.step(
-            f"{session.stage}-measured", lambda: watch(session, free, session.weights_only(), "token ranges")
+            f"{session.stage}-measured",
+            lambda: input_spreads(session, free, session.weights_only, "token ranges"),
         )
         chosen = {path: reference_dimension(of_layer(measured, path)) for path in free}
 

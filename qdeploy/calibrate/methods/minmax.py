@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
+from qdeploy.calibrate.observe_rows import observe_rows
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.timestep_groups import find_edges
-from qdeploy.model.inputs import denoise
+from qdeploy.network.observe import ModuleCall
 from qdeploy.quant.channel_ranges import ChannelSummary
 from qdeploy.quant.layer import QuantizedLayer, quantized_layers
 from qdeploy.quant.quantizers import ActivationQuantizer
@@ -95,7 +94,7 @@ class ActivationRanges(Stage):
         """Set the scale of every activation quantizer, and keep the ranges with the checkpoint."""
 
         def compute() -> None:
-            seen = observe(session, session.rows(), self.channelwise)
+            seen = summarize(session, self.channelwise)
             ranges = ranges_by_timestep({name: summary for name, _, summary in seen})
             session.keep_ranges(ranges)
             edges = find_edges(session.recipe.timestep_groups, ranges)
@@ -118,9 +117,7 @@ def _find(summary: Summary, finder: str, number_format: Format) -> tuple[torch.T
     return ACTIVATION_FINDERS[finder](summary, number_format)
 
 
-def observe(
-    session: Session, rows: list[int], channelwise: bool = False
-) -> list[tuple[str, ActivationQuantizer, Summary]]:
+def summarize(session: Session, channelwise: bool = False) -> list[tuple[str, ActivationQuantizer, Summary]]:
     """Summaries of what every activation quantizer sees, weights quantized and activations float.
 
     With ``channelwise``, those of layers' inputs keep their channels apart; operands of attention do not.
@@ -128,7 +125,7 @@ def observe(
     Returns:
         Name, quantizer and summary, in the order of execution.
     """
-    per_row = max(32, 2**18 // max(1, len(rows)))
+    per_row = max(32, 2**18 // max(1, len(session.rows())))
     axes = {
         id(quantizer): layer.feature_axis
         for layer in quantized_layers(session.denoiser).values()
@@ -144,31 +141,19 @@ def observe(
         for name, quantizer in quantizers(session.denoiser)
         if isinstance(quantizer, ActivationQuantizer)
     ]
+    summaries = {name: summary for name, _, summary in found}
     met: dict[str, None] = {}
-    handles = [
-        quantizer.register_forward_pre_hook(_hook(name, summary, met)) for name, quantizer, summary in found
-    ]
-    batch = session.batch
-    try:
-        with torch.no_grad(), session.weights_only():
-            for start in track(range(0, len(rows), batch), "activation ranges"):
-                denoise(session.denoiser, session.inputs(rows[start : start + batch]))
-    finally:
-        for handle in handles:
-            handle.remove()
+
+    def before(call: ModuleCall) -> None:
+        assert isinstance(call.module, ActivationQuantizer)
+        met.setdefault(call.name)
+        clock = call.module.clock
+        summaries[call.name].observe(call.input, clock.now if clock else None)
+
+    modules = {name: quantizer for name, quantizer, _ in found}
+    observe_rows(session, modules, "activation ranges", before=before, mode=session.weights_only)
     places = {name: place for place, name in enumerate(met)}
     return sorted(found, key=lambda entry: places.get(entry[0], len(places)))
-
-
-def _hook(
-    name: str, summary: Summary, met: dict[str, None]
-) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-    def before(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        assert isinstance(module, ActivationQuantizer)
-        met.setdefault(name)
-        summary.observe(args[0], module.clock.now if module.clock else None)
-
-    return before
 
 
 def round_to_nearest(layer: QuantizedLayer) -> None:

@@ -15,17 +15,16 @@ activations. Departures from the released code, each for a reason:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from qdeploy.calibrate.methods.minmax import ActivationRanges, WeightRanges
 from qdeploy.calibrate.reconstruct import UnitProblem, optimize
 from qdeploy.calibrate.rounding import default_rate, learn_rounding, undecided
 from qdeploy.calibrate.session import Session
+from qdeploy.calibrate.tuning import learned_scales
 from qdeploy.network.roles import Layer
 from qdeploy.quant.layer import QuantizedLayer
 from qdeploy.quant.quantizers import ActivationQuantizer
@@ -157,37 +156,23 @@ class LearnScales(Stage):
 
 
 def _learn_unit(session: Session, problem: UnitProblem, unit: str, lr: float, p: float) -> bool:
-    found = [q for _, q in quantizers(session.denoiser, unit) if isinstance(q, ActivationQuantizer)]
+    own = quantizers(session.denoiser, unit)
+    found = {name: quantizer for name, quantizer in own if isinstance(quantizer, ActivationQuantizer)}
     if not found:
         return False
-    before = [quantizer.scale.clone() for quantizer in found]
+    before = {name: quantizer.scale.clone() for name, quantizer in found.items()}
     baseline = problem.judged(p)
-    logs = [nn.Parameter(scale.log()) for scale in before]
-    handles = [
-        quantizer.register_forward_pre_hook(_follow(log)) for quantizer, log in zip(found, logs, strict=True)
-    ]
-    try:
-        generator = session.generator(f"scales/{unit}")
-        optimize(problem, logs, session.effort.scales, session.effort.batch, lr, generator, p, cosine=True)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for quantizer, log in zip(found, logs, strict=True):
-        quantizer.scale = log.detach().exp()
+    logs = {name: nn.Parameter(scale.log()) for name, scale in before.items()}
+    generator, steps = session.generator(f"scales/{unit}"), session.effort.scales
+    with learned_scales(found, logs):
+        optimize(problem, list(logs.values()), steps, session.effort.batch, lr, generator, p, cosine=True)
+    for name, quantizer in found.items():
+        quantizer.scale = logs[name].detach().exp()
     if math.isfinite(reached := problem.judged(p)) and reached < baseline:
         return True
-    for quantizer, scale in zip(found, before, strict=True):
-        quantizer.scale = scale
+    for name, quantizer in found.items():
+        quantizer.scale = before[name]
     return False
-
-
-def _follow(log: nn.Parameter) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-    """Make a quantizer use ``exp(log)`` as its step, with gradient."""
-
-    def before(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        module.scale = log.exp()
-
-    return before
 
 
 METHOD = Method(

@@ -17,22 +17,22 @@ or as estimated on the way (`qdeploy.sampling.correction`). Departures from the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qdeploy.calibrate.groups import CHANNELS, of_layer, watch
+from qdeploy.calibrate.groups import CHANNELS, input_spreads, of_layer
 from qdeploy.calibrate.methods.minmax import ActivationRanges, WeightRanges
 from qdeploy.calibrate.methods.qdiffusion import AdaRound
+from qdeploy.calibrate.observe_rows import observe_rows
 from qdeploy.calibrate.rounding_noise import LEAST_GAIN, rounding_noise
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.smoothing import can_smooth, relative_factors, smooth
 from qdeploy.model.inputs import denoise
 from qdeploy.network.modulation import ADDITIVE, Modulation, find_modulations
+from qdeploy.network.observe import ModuleCall
 from qdeploy.quant.layer import QuantizedLayer, quantized_layers
 from qdeploy.recipe.effort import Effort
 from qdeploy.recipe.stages import ACTIVATION_SCALES, RESULTS, WEIGHT_SCALES, Method, Stage
@@ -98,7 +98,7 @@ def _quieter(
 ) -> list[tuple[dict[str, QuantizedLayer], Tensor]]:
     """Those families of layers whose estimated rounding noise falls if they are smoothed."""
     watched = {next(iter(readers)): next(iter(readers.values())) for readers, _ in wanted}
-    seen = watch(session, watched, session.teacher(), "channel ranges")
+    seen = input_spreads(session, watched, session.teacher, "channel ranges")
     chosen = []
     for readers, factors in wanted:
         found = of_layer(seen, next(iter(readers)))
@@ -151,28 +151,20 @@ def _projections(session: Session, paths: set[str]) -> dict[str, Tensor]:
         outputs = {path: features[path] for path in known}
     if rest := paths - known:
         say(f"{len(rest)} embeddings depend on more than the timestep: their factors come from the rows")
-        outputs |= _seen_outputs(session, rest)
+        outputs |= _row_outputs(session, rest)
     return outputs
 
 
-def _seen_outputs(session: Session, paths: set[str]) -> dict[str, Tensor]:
-    """What some layers give for the calibration rows."""
-    seen: dict[str, list[Tensor]] = {path: [] for path in paths}
+def _row_outputs(session: Session, paths: set[str]) -> dict[str, Tensor]:
+    """What some layers give for the calibration rows, in full precision."""
+    outputs: dict[str, list[Tensor]] = {path: [] for path in sorted(paths)}
+    layers = {path: session.denoiser.get_submodule(path) for path in outputs}
 
-    def keep(path: str) -> Callable[..., None]:
-        def after(module: nn.Module, args: Any, output: Tensor) -> None:
-            seen[path].append(output.detach())
+    def after(call: ModuleCall) -> None:
+        outputs[call.name].append(call.output)
 
-        return after
-
-    rows, batch = session.rows(), session.batch
-    with ExitStack() as stack:
-        for path in paths:
-            handle = session.denoiser.get_submodule(path).register_forward_hook(keep(path))
-            stack.callback(handle.remove)
-        for start in track(range(0, len(rows), batch), "embeddings"):
-            denoise(session.denoiser, session.inputs(rows[start : start + batch]))
-    return {path: torch.cat(outputs) for path, outputs in seen.items()}
+    observe_rows(session, layers, "embeddings", after=after, mode=session.teacher)
+    return {path: torch.cat(parts) for path, parts in outputs.items()}
 
 
 @dataclass(frozen=True)

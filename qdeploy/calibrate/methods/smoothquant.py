@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from qdeploy.calibrate.methods.minmax import ActivationRanges, WeightRanges
+from qdeploy.calibrate.observe_rows import observe_rows
 from qdeploy.calibrate.session import Session
-from qdeploy.calibrate.smoothing import look_at_inputs, smooth, smoothing_groups
+from qdeploy.calibrate.smoothing import smooth, smoothing_groups
+from qdeploy.network.observe import ModuleCall
 from qdeploy.quant.layer import QuantizedLayer
 from qdeploy.recipe.stages import RESULTS, Method, Stage
 from qdeploy.system.errors import UsageError
@@ -90,16 +92,18 @@ def weight_ranges(layer: QuantizedLayer) -> Tensor:
 
 def _channel_ranges(session: Session, groups: list[list[QuantizedLayer]]) -> list[Tensor]:
     """[C] max |X_j| of what each group reads, over the calibration rows in full precision."""
-    highs: dict[int, Tensor] = {}
+    highs: dict[str, Tensor] = {}
 
-    def see(layer: QuantizedLayer, x: Tensor) -> None:
-        high = x.abs().movedim(layer.feature_axis, 0).flatten(1).amax(1)
-        highs[id(layer)] = torch.maximum(highs.get(id(layer), high), high)
+    def before(call: ModuleCall) -> None:
+        assert isinstance(call.module, QuantizedLayer)
+        high = call.input.abs().movedim(call.module.feature_axis, 0).flatten(1).amax(1)
+        highs[call.name] = torch.maximum(highs.get(call.name, high), high)
 
-    look_at_inputs(session, groups, see, "channel ranges")
+    firsts = {str(number): group[0] for number, group in enumerate(groups)}
+    observe_rows(session, firsts, "channel ranges", before=before, mode=session.teacher)
     found = []
-    for group in groups:
-        high, smoothing = highs[id(group[0])], group[0].smoothing
+    for number, group in enumerate(groups):
+        high, smoothing = highs[str(number)], group[0].smoothing
         found.append(high if smoothing is None else high / smoothing)
     return found
 

@@ -18,10 +18,7 @@ Where classes or other conditions enter the embedding, the block is what comes b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +28,7 @@ from qdeploy.calibrate.methods.qdiffusion import AdaRound
 from qdeploy.calibrate.rounding import default_rate, learn_rounding, undecided
 from qdeploy.calibrate.session import HELD_OUT, Session
 from qdeploy.network.current_timestep import clock_of, midpoints
+from qdeploy.network.observe import ModuleCall, observing
 from qdeploy.quant.feature_table import FeatureTable
 from qdeploy.quant.layer import QuantizedLayer
 from qdeploy.quant.quantizers import ActivationQuantizer
@@ -39,8 +37,6 @@ from qdeploy.recipe.formats import int8
 from qdeploy.recipe.stages import ROUNDINGS, WEIGHT_SCALES, Method, Stage
 from qdeploy.system.errors import UsageError
 from qdeploy.system.progress import say
-
-_Extremes = dict[ActivationQuantizer, tuple[list[Tensor], list[Tensor]]]
 
 MODES = ("selected", "block", "cache")
 
@@ -148,11 +144,17 @@ class FiniteSetRanges(Stage):
         def compute() -> None:
             timesteps = session.all_timesteps()
             edges = midpoints(timesteps.float())
-            found: _Extremes = {q: ([], []) for layer in layers.values() for q in layer.activation_quantizers}
-            with torch.no_grad(), session.weights_only(), _watched(found):
+            found = {q: list[Tensor]() for layer in layers.values() for q in layer.activation_quantizers}
+
+            def before(call: ModuleCall) -> None:
+                assert isinstance(call.module, ActivationQuantizer)
+                found[call.module].append(torch.stack(call.input.aminmax()).cpu())
+
+            observed = {str(number): quantizer for number, quantizer in enumerate(found)}
+            with torch.no_grad(), session.weights_only(), observing(observed, before):
                 session.structure.time(session.denoiser, timesteps.to(session.device))
-            for quantizer, (lows, highs) in found.items():
-                low, high = torch.stack(lows), torch.stack(highs)
+            for quantizer, extremes in found.items():
+                low, high = torch.stack(extremes, 1)
                 # a tensor that several layers read is seen once for each of them, at every timestep
                 low, high = low.view(len(timesteps), -1).amin(1), high.view(len(timesteps), -1).amax(1)
                 quantizer.set(*to_scale(low, high, quantizer.format), edges)
@@ -278,23 +280,6 @@ def _table(session: Session, layer: QuantizedLayer, features: Tensor) -> Feature
     edges = midpoints(session.all_timesteps().float()).to(features.device)
     number_format = next((q.format for q in layer.activation_quantizers), int8)
     return FeatureTable.quantized(features, edges, clock_of(session.denoiser), number_format)
-
-
-@contextmanager
-def _watched(found: _Extremes) -> Iterator[None]:
-    """Within, the extremes of what each quantizer sees are appended to its lists."""
-
-    def before(module: Any, args: tuple[Tensor, ...]) -> None:
-        lows, highs = found[module]
-        lows.append(args[0].amin().cpu())
-        highs.append(args[0].amax().cpu())
-
-    handles = [quantizer.register_forward_pre_hook(before) for quantizer in found]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 METHOD = Method(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from qdeploy.model.folder import Model
 from qdeploy.model.inputs import denoise
+from qdeploy.network.observe import ModuleCall, observing
 from qdeploy.quant.checkpoint import load_checkpoint
 from qdeploy.quant.layer import QuantizedLayer, quantized_layers
 from qdeploy.store.artifact import Artifact
@@ -43,8 +44,8 @@ def layer_errors(checkpoint: Artifact, model: Model, rows: int = _ROWS) -> dict[
     layers = {name: layer for name, layer in quantized_layers(student).items() if layer.table is None}
     for row in chosen.tolist():
         single = {name: x[row : row + 1] for name, x in inputs.items()}
-        seen = _watch(reference, list(layers), single)
-        for name, (ours, local) in _run_beside(student, layers, single, seen).items():
+        seen = _inputs_and_outputs(reference, list(layers), single)
+        for name, (ours, local) in _compare(student, layers, single, seen).items():
             _, expected = seen[name]
             own.setdefault(name, []).append(powers(local, expected))
             piled.setdefault(name, []).append(powers(ours, expected))
@@ -61,29 +62,22 @@ def _pooled(parts: list[tuple[float, float]]) -> float:
     return round(decibels(signal, noise), 2)
 
 
-def _watch(
+def _inputs_and_outputs(
     network: nn.Module, paths: list[str], inputs: dict[str, Tensor]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Input and output of layers in one call, in the order of execution; of repeated calls the last."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def keep(path: str) -> Any:
-        def hook(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            seen[path] = args[0], output
+    def keep(call: ModuleCall) -> None:
+        seen[call.name] = call.input, call.output
 
-        return hook
-
-    hooks = [network.get_submodule(path).register_forward_hook(keep(path)) for path in paths]
-    try:
-        with torch.no_grad():
-            denoise(network, inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    layers = {path: network.get_submodule(path) for path in paths}
+    with torch.no_grad(), observing(layers, after=keep):
+        denoise(network, inputs)
     return seen
 
 
-def _run_beside(
+def _compare(
     network: nn.Module,
     layers: dict[str, QuantizedLayer],
     inputs: dict[str, Tensor],
@@ -92,18 +86,10 @@ def _run_beside(
     """Outputs of quantized layers in the running network, and for the inputs that were seen."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def compare(path: str) -> Any:
-        def hook(layer: QuantizedLayer, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if path in seen:  # within the call, since scales may depend on its timestep
-                found[path] = output, layer.forward(seen[path][0])
+    def compare(call: ModuleCall) -> None:
+        if call.name in seen:  # within the call, since scales may depend on its timestep
+            found[call.name] = call.output, layers[call.name].forward(seen[call.name][0])
 
-        return hook
-
-    hooks = [layer.register_forward_hook(compare(path)) for path, layer in layers.items()]
-    try:
-        with torch.no_grad():
-            denoise(network, inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.no_grad(), observing(layers, after=compare):
+        denoise(network, inputs)
     return {path: found[path] for path in seen if path in found}
