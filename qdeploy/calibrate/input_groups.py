@@ -19,7 +19,7 @@ from qdeploy.network.roles import Layer
 from qdeploy.quant.layer import QuantizedLayer
 from qdeploy.quant.patches import PIXELS, ROWS
 from qdeploy.quant.quantizers import ActivationQuantizer
-from qdeploy.recipe.formats import Format, parse_format
+from qdeploy.recipe.formats import Format
 from qdeploy.system.errors import UsageError
 
 Family = tuple[list[Layer], list[QuantizedLayer]]
@@ -43,9 +43,11 @@ def activation_format(session: Session, stage: str) -> Format:
     Raises:
         UsageError: there is none.
     """
-    number_format = parse_format(session.recipe.activations)
+    number_format = session.recipe.calibrated
     if number_format is None:
-        raise UsageError(f"stage {stage!r} works on activations, and activations are 'none'")
+        raise UsageError(
+            f"stage {stage!r} works on calibrated activations, and activations are {session.recipe.activations!r}"
+        )
     return number_format
 
 

@@ -11,6 +11,7 @@ import torch
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.timestep_groups import check_groups
 from qdeploy.calibration_set.dataset import CalibrationSet
+from qdeploy.calibration_set.example_rows import ExampleRows
 from qdeploy.model.folder import Model
 from qdeploy.network.roles import find_structure
 from qdeploy.quant.insert import left_in_float, quantize_structure
@@ -58,7 +59,12 @@ def calibration_for(source: Model, given: Any, seed: int, device: str) -> Path:
 
 
 def open_session(
-    source: Model, data: CalibrationSet, recipe: Recipe, draft: Draft, device: str, max_memory: int
+    source: Model,
+    data: CalibrationSet | ExampleRows,
+    recipe: Recipe,
+    draft: Draft,
+    device: str,
+    max_memory: int,
 ) -> Session:
     """A model loaded and quantized as a recipe says, ready for stages.
 

@@ -25,6 +25,7 @@ from qdeploy.store.builder import Draft
 
 if TYPE_CHECKING:
     from qdeploy.calibration_set.dataset import CalibrationSet
+    from qdeploy.calibration_set.example_rows import ExampleRows
 
 HELD_OUT = 8  # one image in so many is kept to judge by
 
@@ -37,7 +38,7 @@ class Session:
         denoiser: the network, teacher and student in one.
         structure: what it is made of.
         layers: the covered layers, in execution order.
-        data: the calibration set.
+        data: the calibration set; rows of noise where no stage looks at rows.
         recipe: the resolved recipe.
         draft: the checkpoint in the making; holds the journal of finished steps.
         device: where the network is.
@@ -53,7 +54,7 @@ class Session:
     denoiser: nn.Module
     structure: Structure
     layers: list[Layer]
-    data: CalibrationSet
+    data: CalibrationSet | ExampleRows
     recipe: Recipe
     draft: Draft
     device: str = "cpu"

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 UNKNOWN = "unknown"
+DYNAMIC = "int8-dynamic"  # activations that the runtime rounds by itself (`qdeploy.quant.dynamic`)
 
 
 @dataclass(frozen=True)

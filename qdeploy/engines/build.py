@@ -7,7 +7,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from qdeploy.engines.base import UNKNOWN, Engine
+from qdeploy.engines.base import DYNAMIC, UNKNOWN, Engine
 from qdeploy.engines.int8_share import int8_layers, int8_mac_share
 from qdeploy.engines.measure import latency, read_macs, repeat_rows, row_by_row
 from qdeploy.engines.registry import PRECISIONS, Backend, backends, find_backend
@@ -35,7 +35,7 @@ from qdeploy.system.progress import say
 # Facts that an engine takes over from its bundle.
 _CARRIED = (
     "component", "class", "model_sha256", "precision", "weights", "activations", "target",
-    "timesteps", "timestep_scales", "time_table", "correction", "base_model",
+    "timesteps", "timestep_scales", "time_table", "correction", "base_model", "dynamic_group",
 )  # fmt: skip
 # An engine may round differently here and there, and every difference spreads. Two independent roundings are
 # twice the quantization noise apart; beyond twice that, the engine computes something else.
@@ -95,7 +95,7 @@ def build_engine(
     check_precision(chosen, precision)
     wishes = {name: value for name, value in wishes.items() if value is not None and value is not False}
     _check_wishes(chosen, wishes)
-    quantized = source.facts.get("activations", "none") != "none"
+    quantized = source.facts.get("activations", "none") not in ("none", DYNAMIC)
     narrow = quantized and chosen.narrow_sums and int8_sums_saturate()
     options = {
         "backend": chosen.name,

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from qdeploy.engines.base import Engine, Kernel, Port, why
+from qdeploy.engines.base import DYNAMIC, Engine, Kernel, Port, why
 from qdeploy.engines.registry import Backend
 from qdeploy.system.errors import InvalidInputError
 from qdeploy.system.machine import int8_sums_saturate
@@ -80,8 +80,9 @@ class ONNXRuntimeEngine(Engine):
             options.intra_op_num_threads = self._threads
         # Signed activations stay signed: rewriting them to unsigned breaks some graphs (1.31).
         options.add_session_config_entry("session.qdqisint8allowed", "1")
-        # Products with int4 weights stay products of floats; the default rounds their inputs to int8.
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        # In front of weights in blocks: 1 for products of floats, 4 for inputs rounded to int8, call by call.
+        level = "4" if self.facts.get("activations") == DYNAMIC else "1"
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", level)
         if self.facts.get("target") == "onnxruntime" and int8_sums_saturate():
             # This makes the signed weights behind unsigned activations unsigned too, which is slower and right.
             options.add_session_config_entry("session.x64quantprecision", "1")

@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from qdeploy.quant.checkpoint import formats_as_described
 from qdeploy.recipe.formats import Format, parse_format
 from qdeploy.recipe.recipe import Recipe
 from qdeploy.store.artifact import Artifact
@@ -54,7 +55,7 @@ def operations(checkpoint: Artifact) -> list[Operation] | None:
     found = []
     for path, macs in described["macs"].items():
         layer = covered.get(path)
-        weights, activations = map(_bits, recipe.formats(path))
+        weights, activations = map(_bits, formats_as_described(layer or {"path": path}, recipe))
         looked_up = f"{path}.feature.rows" in state
         rounded = f"{path}.weight.0.codes" in state
         quantized_input = layer is not None and not layer.get("float_input")

@@ -47,9 +47,10 @@ CHANNELS_LAST: tuple[type[InPlacePass], ...] = (
 PASSES: dict[str, tuple[type[InPlacePass], ...]] = {
     "portable": _COMMON,
     "tensorrt": (*_COMMON, PackedCodes, Folded, KnownVersion),
-    "openvino": (*_COMMON, *CHANNELS_LAST),
+    "openvino": (*_COMMON, *CHANNELS_LAST, PackedCodes),
     "onnxruntime": (
         *_COMMON,
+        PackedCodes,
         UnsignedCodes,
         IntegerProducts,
         GatheredConvolutions,

@@ -17,6 +17,7 @@ from qdeploy.export.time_table import TimeTable, needs_table, plan_table, tabula
 from qdeploy.model.card import write_card
 from qdeploy.model.folder import Model, open_if_there, open_model
 from qdeploy.quant.checkpoint import checkpoint_model, copy_pipeline_files, load_checkpoint, write_probe
+from qdeploy.quant.layer import quantized_layers
 from qdeploy.quant.modes import freeze
 from qdeploy.quant.time_ranges import RANGES
 from qdeploy.recipe.recipe import Recipe
@@ -128,6 +129,7 @@ def _export_checkpoint(
             for key in ("timesteps", "timestep_scales", "correction", "base_model")
             if key in facts
         }
+        described |= _dynamic_group(denoiser)
         if "correction" in facts:
             name = f"{facts['component']}/{CORRECTION}"
             draft.copy(checkpoint.file(name), name)
@@ -165,6 +167,14 @@ def _export_model(
             "target": dialect,
         }
         return _write(draft, denoiser, model, rest, table, described, {"source": model.source})
+
+
+def _dynamic_group(denoiser: nn.Module) -> dict[str, int]:
+    """How many features the runtime shall round with one scale, if it rounds them by itself."""
+    found = [
+        layer.dynamic.group for layer in quantized_layers(denoiser).values() if layer.dynamic is not None
+    ]
+    return {"dynamic_group": min(found)} if found else {}
 
 
 def _asked(table: TimeTable | None) -> dict[str, Any]:

@@ -128,9 +128,9 @@ def _name_batch(graph: ir.Model) -> ir.Model:
     sizes = {str(value.shape[0]) for value in graph.graph.inputs if value.shape}
     values = [*graph.graph.inputs, *(value for node in graph.graph for value in node.outputs)]
     for value in values:
-        for axis, size in enumerate(value.shape or ()):
-            if str(size) in sizes and not isinstance(size, int):
-                value.shape[axis] = ir.SymbolicDim("batch")  # type: ignore[index]
+        if value.shape is not None:
+            named = ["batch" if str(d) in sizes and not isinstance(d, int) else d for d in value.shape]
+            value.shape = ir.Shape(named)
     return graph
 
 

@@ -27,11 +27,11 @@ from qdeploy.model.inputs import denoise_rows
 from qdeploy.network.current_timestep import attach_clock
 from qdeploy.network.roles import Layer, Structure
 from qdeploy.quant.attention import AttentionQuantizers, quantize_attention
-from qdeploy.quant.insert import set_clock, share_inputs
+from qdeploy.quant.insert import set_clock, share_dynamic_group, share_inputs
 from qdeploy.quant.layer import QuantizedLayer, quantized_layers, replace_module
 from qdeploy.quant.modes import full_precision
 from qdeploy.quant.state import OF_LAYERS, read_state, write_state
-from qdeploy.recipe.formats import uint8
+from qdeploy.recipe.formats import NONE, Format, parse_format, uint8
 from qdeploy.recipe.recipe import Recipe
 from qdeploy.store.artifact import Artifact, open_artifact
 from qdeploy.store.builder import Draft
@@ -47,6 +47,7 @@ def write_checkpoint(
     layers: list[Layer],
     attentions: list[str],
     structure: Structure | None = None,
+    recipe: Recipe | None = None,
 ) -> None:
     """Put a calibrated denoiser into a draft; of its structure, what every layer costs is kept."""
     modules = quantized_layers(denoiser)
@@ -55,8 +56,9 @@ def write_checkpoint(
             "path": layer.path,
             "reads": layer.reads,
             "split": list(modules[layer.path].split),
-            "float_input": not modules[layer.path].input_quantizers,
+            "float_input": modules[layer.path].formats[1] is None,
             "codes": [list(part.shape) for part in modules[layer.path].weight_parts()],
+            **_own_formats(modules[layer.path], recipe, layer.path),
         }
         for layer in layers
     ]
@@ -72,6 +74,14 @@ def write_checkpoint(
     draft.json(f"{folder}/layers.json", {"layers": described, "attentions": attentions, **costs})
     draft.json(f"{folder}/config.json", model.config)
     copy_pipeline_files(draft, model.path)
+
+
+def _own_formats(layer: QuantizedLayer, recipe: Recipe | None, path: str) -> dict[str, Any]:
+    """The formats of a layer, where they are others than those of its recipe."""
+    names = [NONE if each is None else each.name for each in layer.formats]
+    asked = None if recipe is None else [NONE if each is None else each.name for each in recipe.formats(path)]
+    differ = asked is not None and names[0] != asked[0]
+    return {"formats": names} if differ else {}
 
 
 def copy_pipeline_files(draft: Draft, folder: Path) -> None:
@@ -136,15 +146,24 @@ def checkpoint_model(artifact: Artifact) -> Model:
 def _quantize_as_described(denoiser: nn.Module, described: Mapping[str, Any], recipe: Recipe) -> None:
     for layer in described["layers"]:
         inner = denoiser.get_submodule(layer["path"])
-        weights, own = recipe.formats(layer["path"])
+        weights, own = formats_as_described(layer, recipe)
         seen = None if layer.get("float_input") else own
         replace_module(denoiser, layer["path"], QuantizedLayer(inner, weights, seen, tuple(layer["split"])))
         inner.weight = None  # type: ignore[assignment]
     share_inputs(denoiser, {layer["path"]: layer["reads"] for layer in described["layers"]})
+    share_dynamic_group(denoiser, recipe)
     for path in described["attentions"]:
         assert recipe.attention is not None
         quantize_attention(denoiser.get_submodule(path), AttentionQuantizers(recipe.attention, uint8))
     set_clock(denoiser)
+
+
+def formats_as_described(layer: Mapping[str, Any], recipe: Recipe) -> tuple[Format | None, Format | None]:
+    """The formats of a layer's weight and input, from its entry in ``layers.json``."""
+    if "formats" not in layer:
+        return recipe.formats(layer["path"])
+    weights, activations = map(parse_format, layer["formats"])
+    return weights, activations
 
 
 def float_parameters(denoiser: nn.Module) -> dict[str, Tensor]:

@@ -11,10 +11,15 @@ from torch import nn
 from qdeploy.network.current_timestep import attach_clock
 from qdeploy.network.roles import Layer, Structure
 from qdeploy.quant.attention import AttentionQuantizers, quantize_attention
-from qdeploy.quant.layer import QuantizedLayer, quantized_layers, replace_module
+from qdeploy.quant.layer import (
+    QuantizedLayer,
+    is_pointwise,
+    quantized_layers,
+    replace_module,
+)
 from qdeploy.quant.quantizers import ActivationQuantizer
 from qdeploy.recipe.coverage import covered, find_coverage, float_inputs
-from qdeploy.recipe.formats import BLOCKS, Format, uint8
+from qdeploy.recipe.formats import BLOCKS, Format, blocked, parse_format, uint8
 from qdeploy.recipe.kernel_limits import thin_conv, thin_float_conv, thin_product
 from qdeploy.recipe.layer_formats import check_overrides
 from qdeploy.recipe.recipe import Recipe
@@ -44,10 +49,11 @@ def quantize_structure(denoiser: nn.Module, structure: Structure, recipe: Recipe
     for layer in layers:
         inner = denoiser.get_submodule(layer.path)
         split = layer.split if coverage.split else ()
-        weights, own = recipe.formats(layer.path)
+        weights, own = layer_formats(inner, replace(layer, split=split), recipe)
         seen = None if layer.path in bare else own
         replace_module(denoiser, layer.path, QuantizedLayer(inner, weights, seen, split))
     share_inputs(denoiser, {layer.path: layer.reads for layer in layers})
+    share_dynamic_group(denoiser, recipe)
     if recipe.attention is not None:
         for path in structure.attentions:
             quantize_attention(denoiser.get_submodule(path), AttentionQuantizers(recipe.attention, uint8))
@@ -61,28 +67,57 @@ def left_in_float(denoiser: nn.Module, structure: Structure, recipe: Recipe) -> 
     left = {}
     for layer in covered(structure, coverage, recipe.exclude):
         module = denoiser.get_submodule(layer.path)
-        weights, _ = recipe.formats(layer.path)
+        seen = layer if coverage.split else replace(layer, split=())
+        weights, _ = layer_formats(module, seen, recipe)
         if weights is None:
-            left[layer.path] = "as the recipe says"
+            asked, _ = recipe.formats(layer.path)
+            left[layer.path] = _unfit(module, seen, asked, recipe.target) or "as the recipe says"
             continue
-        reason = _unfit(module, layer if coverage.split else replace(layer, split=()), weights)
+        reason = ""
         # temporal layers need no kernel: they end in a table
-        if not reason and not layer.temporal and not find_target(recipe.target).thin:
+        if not layer.temporal and not find_target(recipe.target).thin:
             reason = "too thin to gain" if too_thin(module, layer, weights) else ""
         if reason:
             left[layer.path] = reason
     return left
 
 
-def _unfit(module: nn.Module, layer: Layer, weights: Format | None) -> str:
+def layer_formats(module: nn.Module, layer: Layer, recipe: Recipe) -> tuple[Format | None, Format | None]:
+    """The formats of a layer's weight and input, by the recipe and by what fits the layer.
+
+    Where blocks do not fit, these are the recipe's ``unblocked`` format and float.
+    """
+    weights, activations = recipe.formats(layer.path)
+    if _unfit(module, layer, weights, recipe.target):
+        return parse_format(recipe.unblocked), None
+    return weights, activations
+
+
+def _unfit(module: nn.Module, layer: Layer, weights: Format | None, target: str) -> str:
     """Why a format has no place for a layer's weight; empty if it has."""
     if weights is None or not weights.block:
         return ""
-    if not isinstance(module, nn.Linear):
+    pointwise = is_pointwise(module) and find_target(target).pointwise
+    if not (isinstance(module, nn.Linear) or pointwise):
         return "a convolution, and blocks are for linear layers"
-    widths = layer.split or (module.in_features,)
-    odd = next((width for width in widths if weights.fitting(width) is None), None)
-    return "" if odd is None else f"{odd} input features are no whole blocks of {min(BLOCKS)}"
+    able = find_target(target).weights
+    widths = layer.split or tuple(module.get_parameter("weight").shape[1:2])
+    fitting = {width: weights.fitting(width) for width in widths}
+    odd = next((width for width, found in fitting.items() if found is None or found.name not in able), None)
+    sizes = [block for block in BLOCKS if blocked(weights.bits, block).name in able]
+    return "" if odd is None else f"{odd} input features are no whole blocks of {min(sizes)}"
+
+
+def share_dynamic_group(denoiser: nn.Module, recipe: Recipe) -> None:
+    """Let all dynamic quantizers have groups of one size: that of the smallest block, as OpenVINO has one for all.
+
+    ONNX Runtime takes each layer's own block, and so does its target.
+    """
+    found = [layer.dynamic for layer in quantized_layers(denoiser).values() if layer.dynamic is not None]
+    if found and recipe.target != "onnxruntime":
+        group = min(quantizer.group for quantizer in found)
+        for quantizer in found:
+            quantizer.group = group
 
 
 def _counted(left: Mapping[str, str]) -> str:

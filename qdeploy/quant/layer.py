@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.network.tracer import WrappedLayer
+from qdeploy.quant.dynamic import DynamicQuantizer
 from qdeploy.quant.feature_table import FeatureTable
 from qdeploy.quant.patches import PatchQuantizer, convolve
 from qdeploy.quant.quantizers import ActivationQuantizer, WeightQuantizer
@@ -38,6 +39,7 @@ class QuantizedLayer(WrappedLayer):
         tuned_bias: likewise.
         order: [C] the input channels in the order in which ``split`` cuts them; None for their own.
         table: what the layer looks up instead of computing, if it is a temporal feature.
+        dynamic: what stands for the runtime's own rounding of the input, if nothing is calibrated for it.
     """
 
     smoothing: Tensor | None
@@ -55,12 +57,16 @@ class QuantizedLayer(WrappedLayer):
         super().__init__()
         self.inner = inner
         self.formats = (weights, activations)
+        self.dynamic: DynamicQuantizer | None = None
         self.channels, self.features = self.weight.shape[:2]
         for name in ("smoothing", "tuned", "tuned_bias", "order"):
             self.register_buffer(name, None)
         self.table: FeatureTable | None = None
         self.quantized = True
         self.cut(split)
+        if activations is not None and activations.dynamic:
+            blocks = [quantizer.format.block for quantizer, _ in self.weight_pairs()]
+            self.dynamic = DynamicQuantizer(activations, min(blocks))
 
     def cut(self, split: tuple[int, ...], order: Tensor | None = None) -> None:
         """Quantize parts of the input channels on their own, with new quantizers.
@@ -79,7 +85,9 @@ class QuantizedLayer(WrappedLayer):
             else []
         )
         self.input_quantizers = nn.ModuleList(
-            [ActivationQuantizer(activations) for _ in range(parts)] if activations else []
+            [ActivationQuantizer(activations) for _ in range(parts)]
+            if activations and not activations.dynamic
+            else []
         )
         for quantizer in self.activation_quantizers:
             quantizer.clock = clock
@@ -203,9 +211,23 @@ class QuantizedLayer(WrappedLayer):
 
     def _operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if isinstance(self.inner, nn.Linear):
-            return nn.functional.linear(x, weight, bias)
+            return nn.functional.linear(x if self.dynamic is None else self.dynamic(x), weight, bias)
+        if self.formats[0] is not None and self.formats[0].block:  # of one pixel: a product of matrices
+            pixels = x.flatten(2).transpose(1, 2)
+            pixels = pixels if self.dynamic is None else self.dynamic(pixels)
+            product = nn.functional.linear(pixels, weight.flatten(1), bias).transpose(1, 2)
+            return cast(Tensor, product.unflatten(2, x.shape[2:]))
         output: Tensor = cast(nn.Conv2d, self.inner)._conv_forward(x, weight, bias)
         return output
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether a module is a convolution that computes every pixel from that pixel alone."""
+    return isinstance(module, nn.Conv2d) and (
+        set(module.kernel_size) == set(module.stride) == {1}
+        and module.groups == 1
+        and set(module.padding) == {0}
+    )
 
 
 def quantized_layers(denoiser: nn.Module) -> dict[str, QuantizedLayer]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from qdeploy.network.current_timestep import clock_of
 from qdeploy.quant.attention import AttentionQuantizers
+from qdeploy.quant.dynamic import DynamicQuantizer
 from qdeploy.quant.layer import QuantizedLayer, quantized_layers
 from qdeploy.quant.log_attention import LogQuantizer
 from qdeploy.quant.quantizers import ActivationQuantizer, WeightQuantizer
@@ -32,7 +33,9 @@ def full_precision(denoiser: nn.Module) -> Iterator[None]:
 @contextmanager
 def weights_only(denoiser: nn.Module) -> Iterator[None]:
     """Within, weights are quantized and activations are not."""
-    modules = [m for m in denoiser.modules() if isinstance(m, ActivationQuantizer | LogQuantizer)]
+    modules = [
+        m for m in denoiser.modules() if isinstance(m, ActivationQuantizer | LogQuantizer | DynamicQuantizer)
+    ]
     before = [module.enabled for module in modules]
     for module in modules:
         module.enabled = False
@@ -57,5 +60,5 @@ def freeze(denoiser: nn.Module) -> None:
     if clock is not None:
         clock.single = True
     for module in denoiser.modules():
-        if isinstance(module, ActivationQuantizer | WeightQuantizer):
+        if isinstance(module, ActivationQuantizer | WeightQuantizer | DynamicQuantizer):
             module.freeze()

@@ -103,7 +103,8 @@ def over_weight(values: Tensor, shape: torch.Size) -> Tensor:
     """
     if values.ndim == 1:
         return per_channel(values, len(shape))
-    return values.repeat_interleave(shape[1] // values.shape[1], dim=1)
+    spread = values.repeat_interleave(shape[1] // values.shape[1], dim=1)
+    return spread.view(*spread.shape, *[1] * (len(shape) - 2))
 
 
 def dequantize_codes(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:

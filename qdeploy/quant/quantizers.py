@@ -227,4 +227,8 @@ class WeightQuantizer(nn.Module):
             self.frozen = self.codes.clone()
         else:
             self.frozen = (self.codes - over_weight(self.zero_point, self.codes.shape)).to(torch.int8)
+            if (
+                self.format.block
+            ):  # of a convolution of one pixel too, which is written as a product of matrices
+                self.frozen = self.frozen.flatten(1)
         self.codes = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from qdeploy.recipe.formats import parse_format
+from qdeploy.recipe.formats import NONE, parse_format
 from qdeploy.recipe.stages import Stage
 from qdeploy.recipe.targets import TARGETS, Target, find_target
 from qdeploy.system.errors import UsageError
@@ -25,6 +25,24 @@ def check_formats(pairs: Iterable[tuple[str, str]], target: str, stages: Sequenc
         _check_pair(weights, activations, find_target(target), stages)
 
 
+def check_unblocked(weights: str, unblocked: str, target: str) -> None:
+    """Refuse a format for the weights that blocks do not fit, if it is impossible or has no use.
+
+    Raises:
+        UsageError: it is.
+    """
+    if unblocked == NONE:
+        return
+    blocks, others = parse_format(weights), parse_format(unblocked)
+    if blocks is None or not blocks.block:
+        raise UsageError(f"'unblocked' is for weights in blocks, and weights are {weights!r}: leave it out")
+    if others is None or others.block or others.floating:
+        raise UsageError(
+            f"layers that blocks do not fit cannot have {unblocked} weights: choose int8, or none"
+        )
+    _check_pair(unblocked, NONE, find_target(target), ())
+
+
 def _check_pair(weights_name: str, activations_name: str, target: Target, stages: Sequence[Stage]) -> None:
 
     for part, name in (("weights", weights_name), ("activations", activations_name)):
@@ -38,9 +56,17 @@ def _check_pair(weights_name: str, activations_name: str, target: Target, stages
                 f"target {target.name} cannot run {name} {part}: choose {_words(allowed)}{where}"
             )
     weights, activations = parse_format(weights_name), parse_format(activations_name)
-    if weights and weights.block and activations:
+    dynamic = activations is not None and activations.dynamic
+    if weights and weights.block and activations and not dynamic:
+        fitting = " or ".join(name for name in ("int8-dynamic", "none") if name in target.activations)
         raise UsageError(
-            f"{weights.name} weights are dequantized before a product of floats: choose --activations none"
+            f"{weights.name} weights have no product with calibrated {activations.name} activations: choose "
+            f"--activations {fitting}"
+        )
+    if dynamic and not (weights and weights.block):
+        raise UsageError(
+            f"runtimes round activations by themselves in front of weights in blocks only, not of {weights_name}: "
+            "choose weights such as int4b64 or int8b128, or --activations int8"
         )
     if bool(weights and weights.floating) != bool(activations and activations.floating):
         raise UsageError(

@@ -22,6 +22,7 @@ class Format:
         symmetric: zero point fixed at 0 and signed codes; otherwise unsigned codes with a zero point.
         block: input features that share a scale, for weights of linear layers; 0 for one scale per channel.
         largest: the largest code of a float format; 0 for integers.
+        dynamic: whether the runtime finds scales for activations itself, call by call (`qdeploy.quant.dynamic`).
     """
 
     name: str
@@ -29,6 +30,7 @@ class Format:
     symmetric: bool
     block: int = 0
     largest: int = 0
+    dynamic: bool = False
 
     @property
     def floating(self) -> bool:
@@ -51,8 +53,9 @@ class Format:
 
     @property
     def short(self) -> str:
-        """How precisions are written: ``8``, ``f8`` for floats, ``4g128`` for groups of 128."""
-        return f"{'f' if self.floating else ''}{self.bits}{f'g{self.block}' if self.block else ''}"
+        """How precisions are written: ``8``, ``f8`` for floats, ``8d`` for dynamic, ``4g128`` for groups of 128."""
+        kind = f"g{self.block}" if self.block else "d" if self.dynamic else ""
+        return f"{'f' if self.floating else ''}{self.bits}{kind}"
 
     def fitting(self, features: int) -> Format | None:
         """This format for a weight of so many input features.
@@ -82,14 +85,21 @@ def blocked(bits: int, block: int) -> Format:
     return Format(f"int{bits}b{block}", bits, symmetric=True, block=block)
 
 
-BLOCKS = (64, 128)  # sizes that TensorRT has kernels for
+BLOCKS = (32, 64, 128)  # TensorRT has no kernels for 32
 
 int8, int7, int6, int5, int4, int3 = (integer(bits) for bits in (8, 7, 6, 5, 4, 3))
 uint8, uint6, uint4 = unsigned(8), unsigned(6), unsigned(4)
-int4b64, int4b128 = (blocked(4, block) for block in BLOCKS)
+int4b32, int4b64, int4b128 = (blocked(4, block) for block in BLOCKS)
+int8b32, int8b64, int8b128 = (blocked(8, block) for block in BLOCKS)
+int8_dynamic = Format("int8-dynamic", 8, symmetric=True, dynamic=True)
 fp8 = Format("fp8", 8, symmetric=True, largest=448)  # E4M3 without infinities: float8_e4m3fn
 FORMATS = {
-    f.name: f for f in (int8, uint8, int7, int6, uint6, int5, int4, uint4, int3, int4b64, int4b128, fp8)
+    f.name: f
+    for f in (
+        *(int8, uint8, int7, int6, uint6, int5, int4, uint4, int3),
+        *(int4b32, int4b64, int4b128, int8b32, int8b64, int8b128),
+        *(fp8, int8_dynamic),
+    )
 }
 NONE = "none"
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from qdeploy.recipe.coverage import find_coverage
 from qdeploy.recipe.effort import find_effort
-from qdeploy.recipe.format_rules import check_formats
-from qdeploy.recipe.formats import Format, integer, parse_format
+from qdeploy.recipe.format_rules import check_formats, check_unblocked
+from qdeploy.recipe.formats import NONE, Format, integer, parse_format
 from qdeploy.recipe.layer_formats import Overrides, combinations, formats_of, parse_overrides, span
 from qdeploy.recipe.stages import (
     ForeignStage,
@@ -50,6 +50,8 @@ class Recipe:
         timestep_groups: how many groups of timesteps have activation scales of their own, or the largest
             timestep of each group but the last.
         layers: shell globs of layer paths with formats of their own, as of `qdeploy.recipe.layer_formats`.
+        unblocked: where ``weights`` are in blocks, the format of the weights that blocks do not fit, such as those of
+            convolutions, whose inputs stay in float; ``none`` leaves these layers in float.
 
     Raises:
         UsageError: unknown names, or a combination that the target cannot run.
@@ -67,6 +69,7 @@ class Recipe:
     exclude: Sequence[str] = field(default=(), kw_only=True)
     timestep_groups: int | tuple[float, ...] = field(default=1, kw_only=True)
     layers: Overrides = field(default=(), kw_only=True)
+    unblocked: str = field(default=NONE, kw_only=True)
 
     def __post_init__(self) -> None:
         """Fill in what was left out, and check."""
@@ -105,6 +108,8 @@ class Recipe:
         }
         if self.layers:
             value["layers"] = [{pattern: dict(formats)} for pattern, formats in self.layers]
+        if self.unblocked != NONE:
+            value["unblocked"] = self.unblocked
         return value
 
     @classmethod
@@ -134,9 +139,15 @@ class Recipe:
         return parse_format(weights), parse_format(activations)
 
     @property
+    def calibrated(self) -> Format | None:
+        """The format of layer inputs, if their scales are found by calibration."""
+        activations = parse_format(self.activations)
+        return None if activations is None or activations.dynamic else activations
+
+    @property
     def attention(self) -> Format | None:
         """The format of q, k and v, if the coverage quantizes them: symmetric on engines."""
-        operands = parse_format(self.activations)
+        operands = self.calibrated
         if operands is None or not find_coverage(self.coverage).attention:
             return None
         return integer(operands.bits) if find_target(self.target).backends else operands
@@ -155,6 +166,11 @@ class Recipe:
         sides = zip(*((parse_format(name) for name in pair) for pair in self.combinations), strict=True)
         weights, activations = (span(formats) for formats in sides)
         return f"W{weights}A{activations}"
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether one of the stages looks at calibration rows."""
+        return any(stage.rows for stage in self.stages)
 
     def check_formats(self) -> None:
         """Refuse formats of any layer that the target or one of the stages cannot use.
@@ -208,7 +224,7 @@ def parse_groups(given: Any) -> int | tuple[float, ...]:
 
 
 def _check_kinds(values: Mapping[str, Any]) -> None:
-    for name in ("method", "weights", "activations", "coverage", "target", "effort"):
+    for name in ("method", "weights", "activations", "coverage", "target", "effort", "unblocked"):
         if not isinstance(values.get(name, ""), str):
             raise InvalidInputError(f"the recipe's {name} must be one word, not {values[name]!r}")
     exclude = values.get("exclude", ())
@@ -235,14 +251,17 @@ def _check(recipe: Recipe) -> None:
     coverage, target = find_coverage(recipe.coverage), find_target(recipe.target)
     find_effort(recipe.effort)
     recipe.check_formats()
+    check_unblocked(recipe.weights, recipe.unblocked, recipe.target)
     if coverage.attention and not target.attention:
         raise UsageError(
             f"target {target.name} cannot run coverage {coverage.name}, which quantizes the attention "
             "products: choose --target openvino, or --coverage portable"
         )
     seen = [parse_format(pair[1]) for pair in recipe.combinations]
-    if recipe.timestep_groups != 1 and not any(seen):
-        raise UsageError("timestep groups are groups of activation scales, and activations are 'none'")
+    if recipe.timestep_groups != 1 and not any(format and not format.dynamic for format in seen):
+        raise UsageError(
+            f"timestep groups are groups of calibrated activation scales, and activations are {recipe.activations!r}"
+        )
     shifted = next((format for format in seen if format and not format.symmetric), None)
     if recipe.timestep_groups != 1 and shifted and target.backends:
         raise UsageError(

@@ -49,6 +49,7 @@ class Stage(ABC):
         spoils: what must not exist yet, since this stage changes what it was made from.
         uniform: whether it needs integer codes, as learned rounding does: up or down by one equal step.
         last: whether nothing may come after it, since it measures the result.
+        rows: whether it looks at calibration rows; a recipe none of whose stages does needs no calibration set.
     """
 
     name: ClassVar[str] = ""
@@ -59,6 +60,7 @@ class Stage(ABC):
     spoils: ClassVar[tuple[str, ...]] = ()
     uniform: ClassVar[bool] = False
     last: ClassVar[bool] = False
+    rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Refuse options of a wrong type; subclasses that refuse more call this first.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qdeploy.recipe.formats import BLOCKS
 from qdeploy.system.errors import UsageError
 
 
@@ -24,6 +25,7 @@ class Target:
         attention: whether softmax(QK)V can run in integers.
         backends: the engines that take this dialect.
         thin: whether layers are quantized that are too thin to gain (`qdeploy.recipe.kernel_limits`).
+        pointwise: whether convolutions of one pixel take weights in blocks; they are written as products of matrices.
     """
 
     name: str
@@ -33,9 +35,11 @@ class Target:
     attention: bool
     backends: tuple[str, ...]
     thin: bool = True
+    pointwise: bool = True
 
 
 _WEIGHTS = frozenset({"int8", "int7", "int6", "int5", "int4", "uint4", "int3", "none"})
+_BLOCKS = frozenset(f"int{bits}b{block}" for bits in (4, 8) for block in BLOCKS)
 
 TARGETS = {
     target.name: target
@@ -56,28 +60,29 @@ TARGETS = {
             attention=False,
             backends=("tensorrt", "onnxruntime"),
             thin=False,
+            pointwise=False,
         ),
         Target(
             "openvino",
-            "OpenVINO on CPUs: also asymmetric uint8 activations, and int8 attention",
-            _WEIGHTS,
-            frozenset({"int8", "uint8", "none"}),
+            "OpenVINO on CPUs: also asymmetric uint8 activations, and int8 attention; weights in blocks",
+            _WEIGHTS | _BLOCKS,
+            frozenset({"int8", "uint8", "int8-dynamic", "none"}),
             attention=True,
             backends=("openvino", "onnxruntime"),
         ),
         Target(
             "onnxruntime",
-            "ONNX Runtime on CPUs: integer products in its own operators; also asymmetric uint8 activations",
-            _WEIGHTS,
-            frozenset({"int8", "uint8", "none"}),
+            "ONNX Runtime on CPUs: integer products in its own operators; uint8 activations; weights in blocks",
+            _WEIGHTS | _BLOCKS,
+            frozenset({"int8", "uint8", "int8-dynamic", "none"}),
             attention=False,
             backends=("onnxruntime",),
         ),
         Target(
             "simulated",
             "every format and every layer, in torch only: for research, no engine runs it",
-            _WEIGHTS | {"uint8", "uint6"},
-            frozenset({"int8", "uint8", "int6", "uint6", "int4", "uint4", "none"}),
+            _WEIGHTS | _BLOCKS | {"uint8", "uint6"},
+            frozenset({"int8", "uint8", "int6", "uint6", "int4", "uint4", "int8-dynamic", "none"}),
             attention=True,
             backends=(),
         ),

@@ -12,6 +12,7 @@ from qdeploy.calibrate.opening import calibration_for, check_device, open_sessio
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.staged import estimate_cost, run_stages
 from qdeploy.calibration_set.dataset import CalibrationSet
+from qdeploy.calibration_set.example_rows import ExampleRows
 from qdeploy.mixed.budget import parse_budget
 from qdeploy.model.card import base_model, write_card
 from qdeploy.model.folder import Model, open_model
@@ -64,7 +65,7 @@ def calibrate(
         output: folder of the checkpoint; beside the model by default.
         recipe: a `Recipe`, a preset's name or a YAML file; the arguments below override it.
         calibration: a calibration set that `collect` made from this model; without one, a default set is
-            collected and kept in the cache.
+            collected and kept in the cache, if a stage of the recipe looks at rows.
         method: name of a method.
         weights: format of weights: ``int8``, ``int4``, ...
         activations: format of activations: ``int8``, ..., or ``none``.
@@ -116,9 +117,16 @@ def calibrate(
     )
     check_device(device)
     source = open_model(model)
-    data = CalibrationSet.open(calibration_for(source, calibration, resolved.seed, device))
-    made_from, asked = {"model": source.sha256, "calibration": data.sha256}, {}
-    planned = plan_for(source, data, resolved, limits, sensitivity, device) if limits else None
+    data: CalibrationSet | ExampleRows
+    made_from, asked = {"model": source.sha256}, {}
+    if calibration is None and not limits and not resolved.needs_rows:
+        data = ExampleRows(source, seed=resolved.seed)
+    else:
+        data = CalibrationSet.open(calibration_for(source, calibration, resolved.seed, device))
+        made_from["calibration"] = data.sha256
+    planned = None
+    if isinstance(data, CalibrationSet) and limits:
+        planned = plan_for(source, data, resolved, limits, sensitivity, device)
     if planned is not None:
         resolved, asked = planned.recipe, {"budget": dict(planned.bounds)}
         made_from["sensitivity"] = planned.sensitivity
@@ -174,10 +182,16 @@ def calibrate(
         )
 
 
-def _write(session: Session, source: Model, data: CalibrationSet) -> None:
+def _write(session: Session, source: Model, data: CalibrationSet | ExampleRows) -> None:
     attentions = session.structure.attentions if any_attention(session) else ()
     write_checkpoint(
-        session.draft, source, session.denoiser, session.layers, list(attentions), session.structure
+        session.draft,
+        source,
+        session.denoiser,
+        session.layers,
+        list(attentions),
+        session.structure,
+        session.recipe,
     )
     _, judge = session.split(range(len(data)))
     order = judge[data.timesteps[judge].argsort(stable=True)]

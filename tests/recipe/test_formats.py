@@ -9,9 +9,13 @@ from qdeploy.recipe.formats import (
     FORMATS,
     Format,
     fp8,
+    int4b32,
     int4b64,
     int4b128,
     int8,
+    int8_dynamic,
+    int8b32,
+    int8b64,
     integer,
     parse_format,
     unsigned,
@@ -44,7 +48,7 @@ def test_none_leaves_tensors_as_they_are() -> None:
     assert parse_format("none") is None
 
 
-@pytest.mark.parametrize("name", ["int2", "INT8", "", "fp4", "int4b32"])
+@pytest.mark.parametrize("name", ["int2", "INT8", "", "fp4", "int4b16"])
 def test_an_unknown_name_is_refused_with_the_names_that_there_are(name: str) -> None:
     with pytest.raises(UsageError, match=r"int8, uint8, .*none"):
         parse_format(name)
@@ -66,7 +70,9 @@ def test_targets_name_only_formats_that_exist() -> None:
         (int4b128, 256, int4b128),
         (int4b128, 320, int4b64),
         (int4b64, 256, int4b64),
-        (int4b128, 96, None),
+        (int4b128, 96, int4b32),
+        (int8b64, 96, int8b32),
+        (int4b32, 80, None),
         (int8, 3, int8),
         (fp8, 3, fp8),
     ],
@@ -77,10 +83,11 @@ def test_a_block_that_does_not_divide_gives_way_to_a_smaller_one(
     assert number_format.fitting(features) == fitting
 
 
-def test_blocks_have_the_sizes_that_lint_knows_kernels_for() -> None:
+def test_blocks_for_tensorrt_have_the_sizes_that_lint_knows_kernels_for() -> None:
     from qdeploy.export.lint.rules.weights import INT4_BLOCKS
 
-    assert BLOCKS == INT4_BLOCKS
+    able = {FORMATS[name].block for name in TARGETS["tensorrt"].weights - {"none"}}
+    assert able == {0, *INT4_BLOCKS}
     assert {f.block for f in FORMATS.values()} == {0, *BLOCKS}
 
 
@@ -90,4 +97,4 @@ def test_the_float_format_is_symmetric_and_as_wide_as_torch_says() -> None:
     assert fp8.floating
     assert not int8.floating
     assert (fp8.qmin, fp8.qmax) == (-448, 448) == (-int(torch.finfo(torch.float8_e4m3fn).max), fp8.qmax)
-    assert [f.short for f in (int8, fp8, int4b128)] == ["8", "f8", "4g128"]
+    assert [f.short for f in (int8, fp8, int4b128, int8_dynamic)] == ["8", "f8", "4g128", "8d"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from qdeploy.recipe.formats import FORMATS
 from qdeploy.recipe.recipe import Recipe
 from qdeploy.recipe.resolve import presets, resolve_recipe
 from qdeploy.recipe.stages import methods, stages
@@ -31,8 +32,13 @@ def test_a_preset_has_a_description_and_is_named_by_its_precision(preset: str) -
     recipe = resolve_recipe(preset)
     assert presets()[preset]
     precision = recipe.precision.lower().replace("afp", "a32")
-    if recipe.weights.startswith(("fp8", "int4b")):  # another kind of format: its name says more than bits
+    if recipe.target == "tensorrt" and recipe.weights.startswith(
+        ("fp8", "int4b")
+    ):  # another kind of format: its name says more than bits
         assert preset.startswith(recipe.weights.partition("b")[0])
+        return
+    if recipe.weights.startswith("int8b") or recipe.unblocked != "none":  # named by what it is good for
+        assert preset.startswith(f"w{FORMATS[recipe.weights].bits}-")
         return
     assert preset.startswith(f"{precision}-{recipe.method}")
 
@@ -143,7 +149,31 @@ def test_unsigned_activations_run_where_the_target_says_so() -> None:
             {"weights": "fp8", "activations": "fp8"},
             "target portable cannot run fp8 weights: .*--target tensorrt",
         ),
-        ({"weights": "int4b128", "activations": "none", "target": "openvino"}, "--target tensorrt"),
+        (
+            {"weights": "int4b32", "activations": "none", "target": "tensorrt"},
+            "cannot run int4b32 weights: .*--target ",
+        ),
+        ({"weights": "int4b64", "activations": "int8", "target": "openvino"}, "int8-dynamic or none"),
+        (
+            {"weights": "int8", "activations": "int8-dynamic", "target": "openvino"},
+            "in front of weights in blocks only, not of int8: choose weights such as int4b64",
+        ),
+        (
+            {"weights": "int4b64", "activations": "int8-dynamic", "target": "tensorrt"},
+            "cannot run int8-dynamic activations: .*--target ",
+        ),
+        (
+            {"weights": "int8", "unblocked": "int8", "target": "openvino"},
+            "'unblocked' is for weights in blocks, and weights are 'int8'",
+        ),
+        (
+            {"weights": "int4b64", "activations": "none", "unblocked": "int4b32", "target": "openvino"},
+            "cannot have int4b32 weights: choose int8, or none",
+        ),
+        (
+            {"weights": "int4b64", "activations": "int8-dynamic", "timestep_groups": 2, "target": "openvino"},
+            "calibrated activation scales, and activations are 'int8-dynamic'",
+        ),
         ({"weights": "fp8", "activations": "fp8", "target": "simulated"}, "--target tensorrt"),
         ({"weights": "int4b64", "activations": "int8", "target": "tensorrt"}, "choose --activations none"),
         ({"weights": "int8", "activations": "fp8", "target": "tensorrt"}, "both in fp8"),

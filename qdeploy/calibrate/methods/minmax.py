@@ -33,6 +33,7 @@ class WeightRanges(Stage):
     name = "weight-ranges"
     description = "scales of weights, per output channel"
     gives = (WEIGHT_SCALES,)
+    rows = False
 
     finder: str = "minmax"
 

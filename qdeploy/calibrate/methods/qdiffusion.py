@@ -137,7 +137,7 @@ class LearnScales(Stage):
 
     def run(self, session: Session) -> None:
         """Change the scales of activations."""
-        if session.recipe.activations == "none":
+        if session.recipe.calibrated is None:
             return
         kept = 0
         for number, unit in enumerate(track(list(session.units), "activation scales")):

@@ -103,7 +103,7 @@ def _quieter(
     for readers, factors in wanted:
         found = of_layer(seen, next(iter(readers)))
         layers = list(readers.values())
-        if layers[0].formats[1] is None:  # nothing to smooth for
+        if not layers[0].input_quantizers:  # nothing to smooth for
             continue
         arguments = found[f"{CHANNELS}.low"], found[f"{CHANNELS}.high"], found["square"]
         stands = layers[0].smoothing

@@ -66,9 +66,7 @@ class MigrateOutliers(Stage):
                 for layer in group:
                     smooth(layer, factors)
             count = sum(map(len, groups))
-            say(
-                f"{count} of {len(session.layers)} quantized self.layers are smoothed, self.alpha {self.alpha:g}"
-            )
+            say(f"{count} of {len(session.layers)} quantized layers are smoothed, alpha {self.alpha:g}")
 
         session.once("smoothing", compute)
 

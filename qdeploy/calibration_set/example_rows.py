@@ -1,0 +1,53 @@
+"""Rows of noise, where nothing is learned from data: for the structure of a network and for its probe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from qdeploy.model.inputs import example_inputs
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from qdeploy.model.folder import Model
+
+ROWS = 16
+
+
+class ExampleRows:
+    """Inputs drawn at random in the shapes that a model asks for, with the rows of a calibration set.
+
+    Args:
+        model: the model.
+        rows: how many.
+        seed: what they are drawn from.
+
+    Raises:
+        InvalidInputError: the model's configuration does not say what its inputs are.
+    """
+
+    def __init__(self, model: Model, rows: int = ROWS, seed: int = 0) -> None:
+        self._inputs = example_inputs(model, rows, seed)
+        self.timesteps = self._inputs["timestep"]
+        self.images = torch.arange(rows)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def inputs(self, rows: Sequence[int] | Tensor, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+        """The denoiser's inputs for some rows, each ``[len(rows), ...]``."""
+        chosen = torch.as_tensor(rows, dtype=torch.int64)
+        return {name: values[chosen].to(device) for name, values in self._inputs.items()}
+
+    def probe_inputs(
+        self, rows: Sequence[int] | Tensor, device: str | torch.device = "cpu"
+    ) -> dict[str, Tensor]:
+        """As `inputs`."""
+        return self.inputs(rows, device)
+
+    def check_fits(self, model: Model, denoiser: nn.Module) -> None:
+        """They were made for the model."""
