@@ -115,7 +115,9 @@ def _run(operator: Any, *args: Any, **kwargs: Any) -> Any:
     stale = [x for x in given if isinstance(x, PretendTensor)]
     result = operator(*host_args, **host_kwargs)
     if resized := [x for x in stale if x.host.shape != x.shape]:
-        raise RuntimeError(f"{operator.name()} resized a tensor of the pretend accelerator to {resized[0].host.shape}")
+        raise RuntimeError(
+            f"{operator.name()} resized a tensor of the pretend accelerator to {resized[0].host.shape}"
+        )
     return _wrapped(result, given)
 
 

@@ -18,7 +18,7 @@ from qdeploy.evaluate.metrics.frechet import fd_local
 from qdeploy.evaluate.scene_captions import caption, wanted
 from qdeploy.model.folder import open_model
 from qdeploy.model.pipeline import generate
-from qdeploy.model.zoo import train_scenes
+from tools.zoo import train_scenes
 from tools.zoo.judge_scenes import held_out_prompts, sampled, seen_prompts
 from tools.zoo.scene_text import TOKENS, tokenize, words, write_tokenizer
 from tools.zoo.train_scenes_reader import drawn, worsened

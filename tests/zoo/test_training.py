@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdeploy.model.zoo import training
 from tests.helpers import pretend_processor
+from tools.zoo import training
 from tools.zoo.training import Draws, bf16_where_fast, fit, forget, rate_at
 
 
