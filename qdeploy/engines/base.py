@@ -16,7 +16,7 @@ from qdeploy.system.errors import InvalidInputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qdeploy.engines.denoiser import EngineDenoiser
+    from qdeploy.engines.drop_in.denoiser import EngineDenoiser
     from qdeploy.store.artifact import Artifact
 
 
@@ -168,7 +168,7 @@ class Engine(ABC):
 
     def as_denoiser(self) -> EngineDenoiser:
         """The engine as a diffusers model, for ``pipe.unet`` or ``pipe.transformer``."""
-        from qdeploy.engines.denoiser import EngineDenoiser
+        from qdeploy.engines.drop_in.denoiser import EngineDenoiser
 
         return EngineDenoiser(self)
 

@@ -11,7 +11,6 @@ from qdeploy.engines.base import DYNAMIC, UNKNOWN, Engine
 from qdeploy.engines.int8_share import int8_layers, int8_mac_share
 from qdeploy.engines.measure import latency, read_macs, repeat_rows, row_by_row
 from qdeploy.engines.registry import PRECISIONS, Backend, backends, find_backend
-from qdeploy.export.macs import graph_macs, meant_int8
 from qdeploy.model.card import write_card
 from qdeploy.store.artifact import Artifact, open_artifact
 from qdeploy.store.builder import Draft
@@ -223,6 +222,8 @@ def _convert(
     wishes: dict[str, Any],
 ) -> None:
     """Write the runtime's files, copy what is still needed of the bundle, and store the MACs of all layers."""
+    from qdeploy.export.macs import graph_macs, meant_int8
+
     component = facts["component"]
     if backend.wishes:
         wishes = wishes | {"precision": facts["engine_precision"], "batch": facts["batch"]}

@@ -26,7 +26,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin
 from torch import Tensor, nn
 
-from qdeploy.engines.denoiser import DenoiserOutput
+from qdeploy.engines.drop_in.denoiser import DenoiserOutput
 from qdeploy.store.artifact import Artifact
 from qdeploy.store.correction_table import CorrectionTable, check_prediction, prediction_type, read_correction
 from qdeploy.system.errors import InvalidInputError, UsageError

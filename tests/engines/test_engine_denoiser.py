@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qdeploy.engines.build import build_engine, load_engine
-from qdeploy.engines.denoiser import EngineDenoiser
+from qdeploy.engines.drop_in.denoiser import EngineDenoiser
 from qdeploy.store.artifact import Artifact
 from qdeploy.system.errors import CapabilityError, InvalidInputError
 from tests.engines.bundles import CONFIG, example_inputs, write_bundle

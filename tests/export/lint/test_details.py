@@ -14,6 +14,7 @@ from qdeploy.export.lint.forecast import forecast
 from qdeploy.export.lint.options import parse_shapes
 from qdeploy.export.lint.run import Finding, lint
 from qdeploy.system.errors import InvalidInputError, UsageError
+from qdeploy.system.machine import cpu_features
 from tests.export.lint.fixtures import (
     BEHIND,
     BOTH,
@@ -292,4 +293,5 @@ def test_openvino_gets_wrong_what_the_rule_says_and_nothing_else(
     hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
     engine = openvino.Core().compile_model(tmp_path / "graph.onnx", "CPU", hints)
     error = np.abs(engine(feed)[0] - expected).max() / np.abs(expected).max()
-    assert error > 0.1 if wrong else error < 1e-3
+    # Its kernels for AMX get it right; those of other processors do not.
+    assert error > 0.1 if wrong and "amx_int8" not in cpu_features() else error < 1e-3

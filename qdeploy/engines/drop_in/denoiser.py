@@ -16,7 +16,7 @@ from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.utils.outputs import BaseOutput
 from torch import Tensor, nn
 
-from qdeploy.engines.refusals import refusal
+from qdeploy.engines.drop_in.refusals import refusal
 from qdeploy.system.errors import CapabilityError, InvalidInputError
 
 # Parameters of the diffusers classes that choose the form of the result, not what is computed.

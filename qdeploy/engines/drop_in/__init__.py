@@ -1,0 +1,1 @@
+"""An engine in the place of a pipeline's denoiser."""
