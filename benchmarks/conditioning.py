@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qdeploy.evaluate.attribute_network import FOLDER
-from qdeploy.evaluate.quality import Plan
+from qdeploy.evaluate.quality import QualityPlan
 from qdeploy.model.folder import Model
 from tools.zoo.judge_scenes import GUIDANCE, STEPS, held_out_prompts, seen_prompts
 
@@ -48,12 +48,12 @@ class Conditioning:
             "batch": BATCH,
         }
 
-    def plan(self, samples: int) -> Plan:
+    def plan(self, samples: int) -> QualityPlan:
         """What is sampled to judge: a held-out prompt for each image."""
-        plan = Plan(samples=samples, inference_steps=self.steps, batch=BATCH, guidance=self.guidance)
+        plan = QualityPlan(samples=samples, inference_steps=self.steps, batch=BATCH, guidance=self.guidance)
         if not self.scenes:
             return plan
-        return Plan(**{**vars(plan), "prompts": tuple(held_out_prompts(samples, plan.seed))})
+        return QualityPlan(**{**vars(plan), "prompts": tuple(held_out_prompts(samples, plan.seed))})
 
     def __str__(self) -> str:
         told = f"DDIM {self.steps} steps"

@@ -21,7 +21,7 @@ from qdeploy.calibration_set.collect import collect
 from qdeploy.engines.build import build_engine
 from qdeploy.evaluate.cached_json import remembered
 from qdeploy.evaluate.check import check
-from qdeploy.evaluate.quality import Plan, Trajectories
+from qdeploy.evaluate.quality import QualityPlan, Trajectories
 from qdeploy.export.run import export
 from qdeploy.model.folder import open_model
 from qdeploy.store.artifact import Artifact
@@ -71,7 +71,7 @@ def engine_of(output: Path, method: str, precision: str, seed: int, effort: str)
 def measure(output: Path, efforts: list[str], seeds: int, samples: int) -> list[dict[str, Any]]:
     """One record for each calibration."""
     model = open_model("digits")
-    plan = Plan(samples=samples, inference_steps=STEPS, batch=32)
+    plan = QualityPlan(samples=samples, inference_steps=STEPS, batch=32)
     trajectories = cache(lambda: Trajectories(model, plan))
     runs = []
     for precision, method, effort, seed in product(PRECISIONS, METHODS, efforts, range(seeds)):

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from benchmarks.spelled_out_norms import SpelledOutNorms
 from qdeploy.calibration_set.collect import collect
-from qdeploy.export.lint.run import Report, lint
+from qdeploy.export.lint.run import LintReport, lint
 from qdeploy.export.lower import adapt
 from qdeploy.export.run import export
 from qdeploy.store.artifact import Artifact
@@ -164,7 +164,7 @@ QUANTIZERS: dict[str, tuple[str, Callable[..., None]]] = {
 }
 
 
-def by_rule(report: Report, severity: str) -> str:
+def by_rule(report: LintReport, severity: str) -> str:
     """Rules and how often each fires; the waived are not counted."""
     counts = Counter(f.rule for f in report.findings if f.severity == severity and f.waived is None)
     return ", ".join(f"{rule} x{count}" for rule, count in sorted(counts.items())) or "none"

@@ -24,7 +24,7 @@ from qdeploy.calibration_set.collect import collect
 from qdeploy.engines.build import build_engine
 from qdeploy.evaluate.cached_json import remembered
 from qdeploy.evaluate.check import check
-from qdeploy.evaluate.quality import Plan, Trajectories
+from qdeploy.evaluate.quality import QualityPlan, Trajectories
 from qdeploy.evaluate.thresholds import look_up
 from qdeploy.export.run import export
 from qdeploy.model.folder import open_model
@@ -153,7 +153,7 @@ def only_tables(run: dict[str, Any]) -> bool:
 def measure(output: Path, effort: str, seeds: list[int], samples: int) -> list[dict[str, Any]]:
     """One record for each calibration."""
     model = open_model("digits")
-    plan = Plan(samples=samples, inference_steps=STEPS, batch=32)
+    plan = QualityPlan(samples=samples, inference_steps=STEPS, batch=32)
     trajectories = cache(lambda: Trajectories(model, plan))
     runs = []
     for seed in seeds:

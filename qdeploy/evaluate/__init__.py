@@ -1,1 +1,1 @@
-"""Measuring: parity, paired quality and speed, each beside what it has to be compared with."""
+"""Measuring: parity, paired quality and speed, each against a reference."""

@@ -1,7 +1,7 @@
 """The attribute network: reads the things and the background of a scene back from a picture.
 
-A small detector in the way of CenterNet (Zhou et al. 2019): a heat map has a peak at each thing's centre,
-and the maps beside it say what is there.
+A small detector after CenterNet (Zhou et al. 2019): a heat map has a peak at each thing's centre,
+and further maps classify it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Reading:
 
 
 class AttributeNetwork(nn.Module):
-    """A `FeatureNetwork` that tells backgrounds, with a head on its last map that finds the things.
+    """A `FeatureNetwork` that classifies backgrounds, with a head on its last map that detects the things.
 
     Args:
         width: of the feature network's first stage.
@@ -72,7 +72,7 @@ class AttributeNetwork(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the maps ``[N, 1 + 13, H / 4, W / 4]`` and of backgrounds ``[N, 4]``, of images in [-1, 1].
 
-        The first map tells centres; the others are shapes, colours and sizes.
+        The first map holds centres; the others hold shapes, colours and sizes.
         """
         pool = len(self.trunk.stages) - 2
         last = self.trunk.stages[:pool](images)

@@ -1,4 +1,4 @@
-"""The full-precision and 16-bit engines that every speed is measured beside."""
+"""The full-precision and 16-bit engines that every speed is compared with."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def is_baseline(engine: Artifact) -> bool:
 
 
 def baseline_precisions(backend: str) -> list[str]:
-    """What a backend can compute a baseline in on this machine: f32, and 16 bits where it has them."""
+    """The precisions of a backend's baselines on this machine: f32, and 16 bits where it has them."""
     found = find_backend(backend)
     half = HALVES[found.device]
     wanted = (FULL, half) if half != HALF or has_bf16() else (FULL,)
@@ -80,10 +80,10 @@ def baseline_engine(
 
 @dataclass(frozen=True)
 class Entrant:
-    """An engine that takes part.
+    """An engine that takes part in a benchmark.
 
     Attributes:
-        name: how ratios call it.
+        name: its name in ratios.
         artifact: its folder.
         rivals: names of the baselines of the same model and backend, by precision.
     """
@@ -94,13 +94,13 @@ class Entrant:
 
     @property
     def precision(self) -> str:
-        """``W8A8`` or the like; for a baseline what it computes in."""
+        """Its precision, such as ``W8A8``; for a baseline the type that it computes in."""
         facts = self.artifact.facts
         return str(facts["engine_precision"] if is_baseline(self.artifact) else facts["precision"])
 
 
 def enter(artifacts: Sequence[Artifact], reference: str | Path | Model | None) -> list[Entrant]:
-    """The engines under names of their own, after the baselines of each model and backend."""
+    """The engines under unique names, preceded by the baselines of each model and backend."""
     artifacts = list({artifact.path.resolve(): artifact for artifact in artifacts}.values())
     names = _distinct_names(artifacts)
     groups: dict[tuple[str, str], list[Artifact]] = defaultdict(list)
@@ -130,7 +130,7 @@ def enter(artifacts: Sequence[Artifact], reference: str | Path | Model | None) -
 
 
 def _baseline_name(precision: str, model: str, backend: str, groups: Collection[tuple[str, str]]) -> str:
-    """The precision, with as much more as tells baselines of several models and backends apart."""
+    """The precision, followed by model and backend where several baselines would have one name."""
     models, backends = ({group[index] for group in groups} for index in (0, 1))
     parts = [precision, *([backend] if len(backends) > 1 else []), *([model[:8]] if len(models) > 1 else [])]
     return " ".join(parts)

@@ -1,6 +1,6 @@
-"""The verb ``benchmark``: speed, always beside the full-precision and 16-bit engines of the same model.
+"""The verb ``benchmark``: speed, always against the full-precision and 16-bit engines of the same model.
 
-Engines take turns, so that whatever else the machine does meets all of them alike. A ratio is the median over
+Engines take turns, so that other load on the machine affects all of them equally. A ratio is the median over
 rounds of the quotient within one round, which is steadier than the quotient of two medians.
 """
 
@@ -127,10 +127,10 @@ def benchmark(
     seconds: float = 60.0,
     threads: int | None = None,
 ) -> BenchmarkResult:
-    """Time engines beside the full-precision and 16-bit engines of the same model, in one run.
+    """Time engines and the full-precision and 16-bit engines of the same model, interleaved in one run.
 
     The baselines are built at their first use and kept in the cache. All engines stay loaded, unless their files
-    come to more than a quarter of the machine's memory: then each is loaded for its turn.
+    take more than a quarter of the machine's memory: then each is loaded for its turn.
 
     Args:
         paths: engines.
@@ -185,7 +185,7 @@ def benchmark(
 
 
 def _inputs(entrant: Entrant, entrants: Sequence[Entrant]) -> dict[str, Tensor]:
-    """The probe to call an engine with: one for all engines of a model, that of one made from real inputs."""
+    """The probe to call an engine with: the same for all engines of a model, one of real inputs if possible."""
     model = entrant.artifact.facts.get("model_sha256")
     same = [other for other in entrants if other.artifact.facts.get("model_sha256") == model]
     return read_probe(next((e for e in same if not is_baseline(e.artifact)), entrant).artifact.path)[0]

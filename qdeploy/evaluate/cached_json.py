@@ -1,4 +1,4 @@
-"""Measurements that need not be made twice."""
+"""A cache of measurements in a JSON file."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from qdeploy.version import __version__
 
 
 def remembered(file: Path, key: object, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What an earlier run measured, or else what ``measure`` does, which is then kept.
+    """The cached result of an earlier run; else the result of ``measure``, which is then cached.
 
     Args:
         file: where the result is kept.
         key: JSON value of everything that the result depends on; another key is another measurement.
-        measure: gives a JSON object.
+        measure: returns a JSON object.
     """
     wanted = sha256_of([__version__, key])
     try:
@@ -26,7 +26,7 @@ def remembered(file: Path, key: object, measure: Callable[[], dict[str, Any]]) -
         if stored["key"] == wanted:
             return dict(stored["value"])
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # there is none, or it is damaged: it is measured again
+        pass  # missing or damaged: it is measured again
     value = measure()
     write_json(file, {"key": wanted, "value": value})
     return value

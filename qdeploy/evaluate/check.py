@@ -1,4 +1,4 @@
-"""The verb ``check``: what was calibrated is what runs, and it is as good as it has to be."""
+"""The verb ``check``: whether the artifact computes what was calibrated, and whether its quality suffices."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from qdeploy.evaluate.check_result import CheckResult, judge
-from qdeploy.evaluate.metric_context import Means
+from qdeploy.evaluate.metric_context import MetricContext
 from qdeploy.evaluate.metrics.frechet import FOLDER
 from qdeploy.evaluate.metrics.sqnr import summary
 from qdeploy.evaluate.over_time import describe_before, draw, open_before
-from qdeploy.evaluate.parity import Subject, measure_parity, open_subject
-from qdeploy.evaluate.quality import Plan, Trajectories, measure_quality
+from qdeploy.evaluate.parity import RunnableArtifact, measure_parity, open_subject
+from qdeploy.evaluate.quality import QualityPlan, Trajectories, measure_quality
 from qdeploy.evaluate.thresholds import THRESHOLDS
 from qdeploy.model.folder import Model, open_model
 from qdeploy.model.origin import source_model
@@ -54,20 +54,20 @@ def check(
 ) -> CheckResult:
     """Compare an artifact with what it was made from.
 
-    Parity: the subject's outputs for the probe that travels with it, beside those of the fake-quantized
-    model. Quality: beside the full-precision model on images that no calibration has seen; on the probe
+    Parity: the subject's outputs for the probe that is stored with it, against those of the fake-quantized
+    model. Quality: against the full-precision model, on images that no calibration has used; on the probe
     alone, if no reference is named.
 
     Args:
         subject: an engine, an ONNX bundle (run by ONNX Runtime) or a checkpoint (run by torch).
         reference: the full-precision model.
-        onnx: the bundle that an engine was made from, for parity pair by pair.
-        checkpoint: the checkpoint that it was made from, likewise.
+        onnx: the bundle that an engine was made from, to report parity for each pair of stages.
+        checkpoint: the checkpoint that it was made from, for the same purpose.
         samples: images to compare.
         steps: timesteps at which predictions are compared.
         inference_steps: length of the trajectory.
         scheduler: a name of `qdeploy.model.schedulers`; the model's own if None.
-        seed: chooses the images. Its images are none that a calibration set of an ordinary seed holds.
+        seed: chooses the images. No image is in a calibration set of an ordinary seed.
         batch: images at a time.
         prompts: for pipelines that take prompts or class numbers; used in turns.
         guidance: classifier-free guidance scale.
@@ -78,14 +78,14 @@ def check(
         max_fd_increase: largest increase of FD-local over the reference; no bound by default.
         correction: ``table`` or ``online`` to take mean errors out of predictions when quality is measured, or
             ``none``. Parity is that of the subject itself.
-        trajectories: the reference's, where they are at hand; replaces ``reference`` and how to sample.
+        trajectories: the reference's, if they were recorded before; replaces ``reference`` and the sampling options.
         before: another checkpoint, bundle or engine of the same model, to compare the error by timestep with.
         pictures: folder for ``error.png``, the error by timestep, and ``ranges.png``, how ranges change over
-            time; the latter is drawn from what the subject carries, or else from ``checkpoint``.
+            time; the latter is drawn from the ranges stored with the subject, or else with ``checkpoint``.
         features: a feature network for distances of sets of images: a folder like a zoo model's ``features/``,
             or torch-fidelity's Inception weights. The reference's own by default.
         real: a folder of real images; distances are then to these, else to the reference's images.
-        lpips: a folder with LPIPS's weights, as of `qdeploy.evaluate.metrics.lpips`.
+        lpips: a folder with LPIPS's weights, see `qdeploy.evaluate.metrics.lpips`.
         clip: folder or Hub id of a CLIP model, for the CLIP score of prompts.
 
     Returns:
@@ -104,7 +104,7 @@ def check(
         "min_psnr": min_psnr,
         "max_fd_increase": max_fd_increase,
     }
-    plan = Plan(
+    plan = QualityPlan(
         samples=samples,
         steps=steps,
         inference_steps=inference_steps,
@@ -124,17 +124,17 @@ def check(
     opened = open_subject(subject)
     check_correction(correction, opened.artifact)
     earlier = None if before is None else open_before(before, opened)
-    given_means = {"features": features, "real": real, "lpips": lpips, "clip": clip}
-    means = _means(model, given_means, plan.prompts)
+    resources = {"features": features, "real": real, "lpips": lpips, "clip": clip}
+    context = _metric_context(model, resources, plan.prompts)
     if model is not None:
         source_model(opened.artifact, model)
         trajectories = trajectories or Trajectories(model, plan)
     others = [open_subject(other) for other in (onnx, checkpoint) if other is not None]
     parity = measure_parity(opened, others)
-    quality = _quality(opened, trajectories, opened.artifact, correction, means)
+    quality = _quality(opened, trajectories, opened.artifact, correction, context)
     result = judge(opened.artifact, parity, quality, given)
     if earlier is not None:
-        compared = _quality(earlier, trajectories, opened.artifact, means=means)
+        compared = _quality(earlier, trajectories, opened.artifact, context=context)
         result = replace(result, before=describe_before(earlier, compared))
     if folder is not None:
         result = replace(result, pictures=draw(folder, [opened, *others], quality, result.before))
@@ -157,33 +157,35 @@ def _model(reference: str | Path | Model | None) -> Model | None:
     return reference if reference is None or isinstance(reference, Model) else open_model(reference)
 
 
-def _means(
+def _metric_context(
     model: Model | None, given: dict[str, str | Path | None], prompts: tuple[str, ...] | None
-) -> Means | None:
+) -> MetricContext | None:
     """What metrics may use, checked before any work."""
     named = next((name for name, value in given.items() if value is not None), None)
     if model is None:
         if named:
-            raise UsageError(f"--{named} serves the quality of images: name the full-precision model too")
+            raise UsageError(
+                f"--{named} is used to measure the quality of images: name the full-precision model too"
+            )
         return None
-    means = Means(model, **given, prompts=prompts)
-    means.check()
-    return means
+    context = MetricContext(model, **given, prompts=prompts)
+    context.check()
+    return context
 
 
 def _quality(
-    subject: Subject,
+    subject: RunnableArtifact,
     trajectories: Trajectories | None,
     probe: Artifact,
     correction: str = "none",
-    means: Means | None = None,
+    context: MetricContext | None = None,
 ) -> dict[str, Any]:
     if trajectories is None:
         return _quality_of_probe(subject, probe)
     denoiser = correct(subject.denoiser, correction, subject.artifact, trajectories.scheduler)
     try:
         key = f"{subject.artifact.sha256} {correction}"
-        measured = measure_quality(trajectories, denoiser, means, key)
+        measured = measure_quality(trajectories, denoiser, context, key)
     except InvalidInputError as error:
         raise InvalidInputError(f"{subject.artifact.path} cannot be compared: {error}") from error
     plan = trajectories.plan
@@ -197,8 +199,8 @@ def _quality(
     }
 
 
-def _quality_of_probe(subject: Subject, probe: Artifact) -> dict[str, Any]:
-    """SQNR on a probe's rows, the only thing that can be told without the full-precision model."""
+def _quality_of_probe(subject: RunnableArtifact, probe: Artifact) -> dict[str, Any]:
+    """SQNR on a probe's rows, all that can be measured without the full-precision model."""
     inputs, reference, _ = read_probe(probe.path)
     output = subject.predict(inputs)
     sums: dict[float, tuple[float, float]] = {}

@@ -1,4 +1,4 @@
-"""What a check found: its values held against the thresholds, and told to people and programs."""
+"""The result of a check: measured values, compared with thresholds, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class CheckResult:
 
     Attributes:
         subject: the artifact that was checked.
-        parity: as of `qdeploy.evaluate.parity.measure_parity`.
+        parity: the result of `qdeploy.evaluate.parity.measure_parity`.
         quality: the metrics' values, and ``source``: ``trajectory`` or ``probe``.
-        thresholds: the bounds by name; None where there is none.
+        thresholds: the bounds by name; None where there is no bound.
         failures: a sentence for each bound that is missed.
         before: what the subject was compared with, and its SQNR by timestep; None if nothing was named.
         pictures: the files that were drawn.
@@ -61,7 +61,7 @@ class CheckResult:
         rows = [
             (f"parity with the {parity['expected']} probe, dB, median row", number(parity["sqnr_db"])),
             ("  rows that agree to all digits", f"{parity['same_rows']:.0%}"),
-            ("  what rounding alone leads to, dB", number(parity["rounding_floor_db"])),
+            ("  rounding floor, dB", number(parity["rounding_floor_db"])),
             *((f"  {pair}, dB", number(value["sqnr_db"])) for pair, value in parity["pairs"].items()),
             (f"SQNR, dB, median over timesteps ({quality['source']})", number(quality["sqnr_db"]["median"])),
             ("  worst timestep", number(quality["sqnr_db"]["worst"])),

@@ -1,4 +1,4 @@
-"""How many bits a checkpoint really multiplies with: W4A8 in name may be half float in fact.
+"""The effective bit widths of a checkpoint: one that is called W4A8 may multiply mostly floats.
 
 Every multiplication of a denoiser call is counted with the bits of its two operands. A layer that was left in
 float, and an attention product that was, count with 32 bits; a layer whose output is looked up in a table of
@@ -39,7 +39,7 @@ class Operation:
 def operations(checkpoint: Artifact) -> list[Operation] | None:
     """The multiplications of a checkpoint's denoiser, in execution order, attention products last.
 
-    None for a checkpoint of a version that did not write them down.
+    None for a checkpoint of a version that did not store them.
     """
     from safetensors import safe_open
 
@@ -79,14 +79,14 @@ def effective_bits(checkpoint: Artifact) -> dict[str, Any] | None:
 
     Returns:
         ``weights`` (over layers), ``activations`` (over layers and attention products), ``float_mac_share``
-        and the paths of what is ``float``; None where `operations` knows nothing.
+        and the paths of what is ``float``; None where `operations` is None.
     """
     found = operations(checkpoint)
     return None if found is None else summary(found)
 
 
 def summary(found: list[Operation]) -> dict[str, Any]:
-    """The averages of some operations, as of `effective_bits`."""
+    """The averages of some operations; see `effective_bits`."""
     layers = [(op.macs, op.weights) for op in found if op.weights is not None]
     inputs = [(op.macs, op.activations) for op in found]
     islands = [op for op in found if FLOAT_BITS in (op.weights, op.activations)]

@@ -1,6 +1,6 @@
-"""Networks whose features distances between sets of images are taken in.
+"""Feature networks for distances between sets of images.
 
-Two are known. The *local* one ships beside a zoo model. *Inception* is the network that published FIDs are made
+There are two. The *local* one is shipped with a zoo model. *Inception* is the network that published FIDs are made
 with: torch-fidelity's, with its weights file by path. Nothing else is called FID.
 """
 
@@ -24,7 +24,7 @@ _BATCH = 64
 
 @dataclass(frozen=True)
 class Features:
-    """What an extractor sees in images.
+    """The features of images.
 
     Attributes:
         pooled: [N, D].

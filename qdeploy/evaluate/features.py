@@ -1,4 +1,4 @@
-"""The feature network behind FD-local: a small classifier that ships beside a zoo model.
+"""The feature network behind FD-local: a small classifier that is shipped with a zoo model.
 
 Distances in its feature space compare images of one local data set. They are no FID: FID means
 Inception-v3 features and nothing else.

@@ -1,4 +1,4 @@
-"""What an evaluation has at hand beside the model: feature networks, real images, other people's networks."""
+"""Resources of metrics besides the model: feature networks, real images, published networks."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ PAIRED = "full precision, same seeds"
 
 
 @dataclass
-class Means:
-    """What metrics may use.
+class MetricContext:
+    """The resources that metrics may use.
 
     Attributes:
         model: the reference.
-        features: path of a feature network, as of `find_extractor`; the model's own ``features/`` if None.
+        features: path of a feature network, see `find_extractor`; the model's own ``features/`` if None.
         real: a folder of real images; without one, the reference's images are what sets are compared with.
         lpips: a folder with LPIPS's weights.
         clip: folder or Hub id of a CLIP model.
@@ -56,7 +56,7 @@ class Means:
         """Refuse, before any work, what cannot be used.
 
         Raises:
-            InvalidInputError: a path leads to nothing of the kind.
+            InvalidInputError: a path does not hold such a resource.
             CapabilityError: a package is missing.
         """
         if self.features is not None:
@@ -94,7 +94,7 @@ class Means:
         return Features(**load_file(kept))
 
     def told(self, count: int) -> dict[str, object]:
-        """What every value of a distribution metric says of itself."""
+        """The entries that every result of a distribution metric has."""
         assert self.extractor is not None
         real = self.real_features
         return {

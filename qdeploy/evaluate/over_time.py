@@ -1,4 +1,4 @@
-"""What a check shows of time: the error by timestep, beside that of an earlier try, and pictures."""
+"""The error by timestep, compared with that of another artifact, and its pictures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qdeploy.evaluate.parity import Subject, open_subject
+from qdeploy.evaluate.parity import RunnableArtifact, open_subject
 from qdeploy.plots.pictures import ERROR_PICTURE, RANGES_PICTURE, error_by_timestep, range_heat_map
 from qdeploy.quant.time_ranges import RANGES, read_ranges, tensor_names
 from qdeploy.store.artifact import Artifact
@@ -16,11 +16,11 @@ from qdeploy.system.progress import say
 from qdeploy.system.tables import Table, number
 
 
-def open_before(path: str | Path | Artifact, subject: Subject) -> Subject:
+def open_before(path: str | Path | Artifact, subject: RunnableArtifact) -> RunnableArtifact:
     """What the subject is compared with: another checkpoint, bundle or engine of the same model.
 
     Raises:
-        InvalidInputError: it is none of these, damaged, or of another model.
+        InvalidInputError: it is of another kind, damaged, or of another model.
         CapabilityError: its runtime is not installed.
     """
     before = open_subject(path)
@@ -32,7 +32,7 @@ def open_before(path: str | Path | Artifact, subject: Subject) -> Subject:
     return before
 
 
-def describe_before(before: Subject, quality: Mapping[str, Any]) -> dict[str, Any]:
+def describe_before(before: RunnableArtifact, quality: Mapping[str, Any]) -> dict[str, Any]:
     """The entry ``before`` of a check's JSON object."""
     artifact = before.artifact
     named = {"path": str(artifact.path), "kind": artifact.kind, "sha256": artifact.sha256}
@@ -40,10 +40,10 @@ def describe_before(before: Subject, quality: Mapping[str, Any]) -> dict[str, An
 
 
 def timestep_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """Both errors by timestep and what was gained, for people.
+    """Both errors by timestep and the gain, as a table in text.
 
     Args:
-        before: summary of SQNR, as of `qdeploy.evaluate.metrics.sqnr.summary`.
+        before: summary of SQNR, from `qdeploy.evaluate.metrics.sqnr.summary`.
         after: the same of the subject.
     """
     pairs = {t: (before["by_timestep"].get(t), value) for t, value in after["by_timestep"].items()}
@@ -57,17 +57,17 @@ def timestep_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
 
 def draw(
     folder: Path,
-    subjects: Sequence[Subject],
+    subjects: Sequence[RunnableArtifact],
     quality: Mapping[str, Any],
     before: Mapping[str, Any] | None,
 ) -> list[Path]:
-    """Draw ``ranges.png``, if the ranges are at hand, and ``error.png``.
+    """Draw ``ranges.png``, if there are ranges, and ``error.png``.
 
     Args:
-        folder: where to; it is there.
-        subjects: the subject, and others whose ranges will do if it carries none.
+        folder: an existing folder.
+        subjects: the subject, and others whose ranges are used if it has none.
         quality: the subject's.
-        before: as of `describe_before`.
+        before: from `describe_before`.
 
     Returns:
         The files.
@@ -90,9 +90,7 @@ def draw(
         drawn = [folder / ERROR_PICTURE]
         error_by_timestep(series, drawn[0])
         if ranges is None:
-            say(
-                f"{first} carries no ranges over time, so {RANGES_PICTURE} is not drawn: name its --checkpoint"
-            )
+            say(f"{first} has no ranges over time, so {RANGES_PICTURE} is not drawn: name its --checkpoint")
         else:
             drawn.insert(0, folder / RANGES_PICTURE)
             range_heat_map(ranges, drawn[0])

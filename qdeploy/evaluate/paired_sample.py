@@ -1,4 +1,4 @@
-"""What a metric is given.
+"""Paired samples, the input of metrics.
 
 Two denoisers sample from the same seeds: the reference in full precision, and the subject.
 """
@@ -13,14 +13,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Call:
-    """One denoiser call of the reference's trajectory, with what the subject makes of it.
+    """One denoiser call of the reference's trajectory, and the subject's prediction for the same inputs.
 
     Attributes:
         timestep: the t that the network is given.
         expected: the reference's prediction, ``[rows, ...]``.
-        predicted: the subject's prediction for the very same inputs.
+        predicted: the subject's prediction for the same inputs.
         expected_sample: x_t of the reference, ``[rows, ...]``.
-        sample: x_t of the subject, which began with the same noise and went its own way.
+        sample: x_t of the subject, whose own trajectory began with the same noise.
     """
 
     timestep: float

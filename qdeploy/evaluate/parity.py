@@ -1,14 +1,13 @@
 """Parity: whether engine, ONNX graph and fake-quantized model compute one function.
 
-Every bundle carries a probe: a few inputs with what the fake-quantized model gave for them. Engines add up
-in another order, so their floats differ in the last bits. A quantizer turns a difference in the last bit
-into a whole step wherever a value lies at the edge between two codes, and every such flip makes more of them
-further down. So a row either agrees to all digits, or differs by as much as the rounding of activations
-itself amounts to: nothing lies between. That amount, the rounding floor, is measured: it is the distance
-between the subject's outputs for an input and for the same input times 1.001, which moves every rounding
-and nothing else. A subject that stays within it computes the function; one that does not is wrong. A row
-whose input is small beside its quantizer's step may keep all its codes at that, which tells nothing: it is
-moved further, until something gives.
+Every bundle carries a probe: a few inputs with the outputs of the fake-quantized model. Engines add in another
+order, so their floats differ in the last bits. A quantizer turns a difference in the last bit into a whole step
+wherever a value is at the edge between two codes, and every such flip causes more of them in later layers. So a
+row either agrees to all digits, or differs by about the error of rounding activations; there is nothing in
+between. This error, the rounding floor, is measured: it is the distance between the subject's outputs for an
+input and for the same input times 1.001, which moves every rounding and nothing else. A subject that stays within
+it computes the function; one that does not is wrong. A row whose input is small compared with its quantizer's
+step may keep all its codes, which is no information: it is moved further, until some code changes.
 """
 
 from __future__ import annotations
@@ -36,18 +35,18 @@ from qdeploy.store.probe import read_probe
 from qdeploy.system.decibels import EXACT_DB, SAME_DB, distance, sqnr_by_row
 from qdeploy.system.errors import InvalidInputError
 
-# From the first step to the last of the way. Kinds of artifacts, with the words that reports use.
+# Kinds of artifacts in the order of the workflow, with their names in reports.
 STAGES = {"checkpoint": "fake-quant", "onnx": "onnx", "engine": "engine"}
 NUDGES = (1e-3, 4e-3, 1.6e-2)
 
 
 @dataclass(frozen=True)
-class Subject:
+class RunnableArtifact:
     """Something that computes a denoiser's function.
 
     Attributes:
         artifact: an engine, an ONNX bundle or a checkpoint.
-        denoiser: it, in the shape of a diffusers model.
+        denoiser: it, as a diffusers model.
         predict: its outputs for rows of inputs, each with its own timestep.
         sample: name of the input that holds the noisy sample.
         backend: the runtime that computes it.
@@ -65,11 +64,11 @@ class Subject:
         return STAGES[self.artifact.kind]
 
 
-def open_subject(path: str | Path | Artifact) -> Subject:
+def open_subject(path: str | Path | Artifact) -> RunnableArtifact:
     """Open an engine, an ONNX bundle (to be run by ONNX Runtime) or a checkpoint (by torch).
 
     Raises:
-        InvalidInputError: it is none of these, or damaged.
+        InvalidInputError: it is of another kind, or damaged.
         CapabilityError: its runtime is not installed.
     """
     artifact = open_artifact(path, *STAGES)
@@ -77,14 +76,16 @@ def open_subject(path: str | Path | Artifact) -> Subject:
     sample = list(signature(checkpoint_model(artifact).denoiser_class().forward).parameters)[1]
     if artifact.kind == "checkpoint":
         denoiser = load_checkpoint(artifact)
-        return Subject(artifact, denoiser, _predictor(denoiser), sample, "torch")
+        return RunnableArtifact(artifact, denoiser, _predictor(denoiser), sample, "torch")
     engine = _run_bundle(artifact) if artifact.kind == "onnx" else load_engine(artifact)
     denoiser = cast("nn.Module", engine.as_denoiser())
-    return Subject(artifact, denoiser, lambda inputs: row_by_row(engine, inputs), sample, engine.backend)
+    return RunnableArtifact(
+        artifact, denoiser, lambda inputs: row_by_row(engine, inputs), sample, engine.backend
+    )
 
 
 def _run_bundle(bundle: Artifact) -> Engine:
-    """A bundle as ONNX Runtime runs it where it lies."""
+    """A bundle, run by ONNX Runtime in place."""
     facts = bundle.facts | {"backend": "onnxruntime", "engine_precision": "f32"}
     return find_backend("onnxruntime").load(Artifact(bundle.path, {**bundle.manifest, "facts": facts}), None)
 
@@ -97,17 +98,17 @@ def _predictor(denoiser: nn.Module) -> Callable[[Mapping[str, Tensor]], Tensor]:
     return predict
 
 
-def measure_parity(subject: Subject, others: Sequence[Subject] = ()) -> dict[str, Any]:
-    """The subject beside the probe that travels with it, and beside other stages of the same way.
+def measure_parity(subject: RunnableArtifact, others: Sequence[RunnableArtifact] = ()) -> dict[str, Any]:
+    """Compare the subject with the probe that is stored with it, and with other stages of the same workflow.
 
     Args:
         subject: what is checked.
-        others: the ONNX bundle and the checkpoint that it was made from, as far as they are at hand.
+        others: the ONNX bundle and the checkpoint that it was made from, where they are available.
 
     Returns:
         The `distance` from the probe's ``expected``, ``simulated`` or (where nothing is quantized)
         ``reference``; ``simulated_db`` and ``subject_db``, the median SQNR of both to full precision;
-        ``rounding_floor_db``, the median distance that rounding alone leads to; ``floors_db`` and
+        ``rounding_floor_db``, the median distance that rounding alone causes; ``floors_db`` and
         ``by_row_db``, row by row with their ``timesteps``; and ``pairs`` of stages.
 
     Raises:
@@ -137,8 +138,8 @@ def measure_parity(subject: Subject, others: Sequence[Subject] = ()) -> dict[str
     return measured
 
 
-def rounding_floors(subject: Subject, inputs: Mapping[str, Tensor], output: Tensor) -> list[float]:
-    """How far roundings alone lead, in dB, for each row of inputs and the subject's own output for them.
+def rounding_floors(subject: RunnableArtifact, inputs: Mapping[str, Tensor], output: Tensor) -> list[float]:
+    """The rounding floor in dB of each row of inputs, from the subject's own outputs.
 
     Raises:
         InvalidInputError: the subject computes NaN or Inf.
@@ -162,8 +163,8 @@ def _pairs(outputs: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Any]]
         yield f"{one} vs {other}", distance(outputs[other], outputs[one])
 
 
-def _check_same_way(subject: Subject, other: Subject) -> None:
-    """Make sure that one was made from the other.
+def _check_same_way(subject: RunnableArtifact, other: RunnableArtifact) -> None:
+    """Check that one was made from the other.
 
     Raises:
         InvalidInputError: they belong to different models or calibrations.
@@ -180,7 +181,7 @@ def _check_same_way(subject: Subject, other: Subject) -> None:
         )
 
 
-def _finite(subject: Subject, output: Tensor) -> Tensor:
+def _finite(subject: RunnableArtifact, output: Tensor) -> Tensor:
     if not bool(output.isfinite().all()):
         raise InvalidInputError(f"{subject.artifact.path} computes NaN or Inf for its own probe")
     return output

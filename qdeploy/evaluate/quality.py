@@ -1,4 +1,4 @@
-"""Paired quality: a reference and a subject sample from the same seeds, and every metric looks on."""
+"""Paired quality: a reference and a subject sample from the same seeds, and every metric compares them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qdeploy.calibration_set.recorder import chosen_calls
 from qdeploy.calibration_set.request import pipeline_sha256
-from qdeploy.evaluate.metric_context import Means
+from qdeploy.evaluate.metric_context import MetricContext
 from qdeploy.evaluate.metrics.base import Meter, metrics
 from qdeploy.evaluate.paired_sample import Call, Pair
 from qdeploy.evaluate.shared_work import in_parts, journal, processes
@@ -26,16 +26,16 @@ from qdeploy.system.hashing import sha256_of
 from qdeploy.system.progress import track
 from qdeploy.version import __version__
 
-# Image i of an evaluation has the seed FIRST_SEED + SEEDS_APART * seed + i: whatever ordinary seed a
-# calibration set was collected with, the evaluation meets none of its images again.
+# Image i of an evaluation has the seed FIRST_SEED + SEEDS_APART * seed + i: no image of a calibration set that
+# was collected with an ordinary seed is used in an evaluation.
 FIRST_SEED = 2**40
 SEEDS_APART = 2**20
-# Recorded trajectories are kept in memory up to this size, and recorded anew beyond it.
+# Recorded trajectories are kept in memory up to this size, and recorded again beyond it.
 KEPT_BYTES = 2**30
 
 
 @dataclass(frozen=True)
-class Plan:
+class QualityPlan:
     """What is sampled for a comparison.
 
     Attributes:
@@ -71,7 +71,7 @@ class Plan:
             raise UsageError("the list of prompts is empty")
 
     def prompts_of(self, images: range) -> list[str] | None:
-        """A prompt for each image; the list begins anew where it ends."""
+        """A prompt for each image; the list is repeated as often as needed."""
         if self.prompts is None:
             return None
         return [self.prompts[image % len(self.prompts)] for image in images]
@@ -84,7 +84,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One batch of images and how a denoiser came to them.
+    """One batch of images and the denoiser calls that led to them.
 
     Attributes:
         inputs: the denoiser's inputs in each of the chosen calls.
@@ -106,7 +106,7 @@ class Trajectory:
 
 
 class Trajectories:
-    """The reference's trajectories, recorded when they are asked for and kept if they are not too large.
+    """The reference's trajectories, recorded at their first use and kept if they are not too large.
 
     Args:
         model: the full-precision model, with its pipeline.
@@ -116,7 +116,7 @@ class Trajectories:
         InvalidInputError: the model has no pipeline that can be loaded.
     """
 
-    def __init__(self, model: Model, plan: Plan) -> None:
+    def __init__(self, model: Model, plan: QualityPlan) -> None:
         self.model, self.plan = model, plan
         self._denoiser = model.load()
         self._rest = pipeline_sha256(model) if model.has_pipeline else ""
@@ -143,23 +143,23 @@ class Trajectories:
         return trajectory
 
     def pairs(self, subject: nn.Module, key: str | None = None) -> Iterator[Pair]:
-        """The reference beside a subject, batch by batch.
+        """Pairs of reference and subject, batch by batch.
 
         Args:
-            subject: a denoiser, or what stands in for one.
+            subject: a denoiser, or an object with the same interface.
             key: names the subject and how it is run. With it the batches are kept on disk until all are made:
-                a run that was stopped goes on, and several processes share the work.
+                an interrupted run continues, and several processes share the work.
 
         Raises:
             InvalidInputError: the subject cannot run in the pipeline, or computes NaN or Inf.
         """
         count = len(self.plan.batches())
         if key is None:
-            for number in track(range(count), "beside full precision"):
+            for number in track(range(count), "sampling in pairs"):
                 yield self._pair(subject, number)
             return
         identity = sha256_of([__version__, key, self.model.sha256, self._rest, asdict(self.plan)])
-        left = iter(track(range(count), "beside full precision", total=-(-count // processes()[1])))
+        left = iter(track(range(count), "sampling in pairs", total=-(-count // processes()[1])))
 
         def make(number: int) -> Pair:
             next(left, None)
@@ -212,7 +212,7 @@ class _Seen:
 def _watching(
     pipeline: Any, denoiser: nn.Module, sample: str, steps: int, keep_inputs: bool
 ) -> Iterator[_Seen]:
-    """Keep what a denoiser is given and gives in ``steps`` of its calls."""
+    """Record inputs and outputs of a denoiser in ``steps`` of its calls."""
     seen, wanted, number = _Seen(), set[int](), -1
 
     def before(call: ModuleCall) -> None:
@@ -247,25 +247,28 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def measure_quality(
-    trajectories: Trajectories, subject: nn.Module, means: Means | None = None, key: str | None = None
+    trajectories: Trajectories,
+    subject: nn.Module,
+    context: MetricContext | None = None,
+    key: str | None = None,
 ) -> dict[str, Any]:
-    """Every metric of a subject beside the reference.
+    """Every metric of a subject against the reference.
 
     Args:
         trajectories: of the reference.
-        subject: a denoiser, or what stands in for one.
-        means: what metrics may use; by default what the model has.
-        key: names the subject, as of `Trajectories.pairs`: the measurement resumes, and processes share it.
+        subject: a denoiser, or an object with the same interface.
+        context: what metrics may use; by default what the model has.
+        key: names the subject, see `Trajectories.pairs`: the measurement resumes, and processes share it.
 
     Returns:
-        The metrics' values by name, without those that the model lacks the means for.
+        The metrics' values by name, without those whose resources are missing.
 
     Raises:
         InvalidInputError: the subject cannot run in the pipeline, or computes NaN or Inf.
     """
-    means = means or Means(trajectories.model)
+    context = context or MetricContext(trajectories.model)
     meters: Mapping[str, Meter] = {
-        name: meter for name, metric in metrics().items() if (meter := metric.meter(means)) is not None
+        name: meter for name, metric in metrics().items() if (meter := metric.meter(context)) is not None
     }
     for pair in trajectories.pairs(subject, key):
         for meter in meters.values():

@@ -11,7 +11,7 @@ from qdeploy.evaluate.scene_world import BACKGROUNDS, COLOURS, RELATIONS, SHAPES
 
 COUNTS = ("a", "two", "three")
 _INVERSE = {"left of": "right of", "above": "below"}
-# Each of size and background is left unsaid in this share of the captions.
+# Each of size and background is left out in this share of the captions.
 _UNSAID = 0.15
 
 _NOUN = rf"(?:({'|'.join(SIZES)}) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
@@ -29,7 +29,7 @@ class Wanted:
     Attributes:
         things: shape, colour and size of each thing.
         background: colour of the background.
-        relation: how the first thing lies to the second: "left of" or "above".
+        relation: position of the first thing relative to the second: "left of" or "above".
     """
 
     things: tuple[tuple[str, str, str | None], ...]
@@ -42,7 +42,7 @@ def caption(scene: Scene, generator: np.random.Generator | None = None, *, turne
 
     Args:
         scene: what to describe.
-        generator: leaves size or background unsaid now and then, and begins with either thing.
+        generator: sometimes leaves out size or background, and begins with either thing.
         turned: begin with the second thing ("right of", "below"); by the generator if None.
     """
     chance = generator.random(3) if generator else np.ones(3)

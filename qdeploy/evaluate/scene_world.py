@@ -23,7 +23,7 @@ BACKGROUNDS = {
     "black": (15, 15, 15),
     "brown": (105, 70, 45),
 }
-# Said the other way round, "right of" and "below" are these two.
+# With the two things exchanged, "right of" and "below" are these two.
 RELATIONS = ("left of", "above")
 MOST_THINGS = 3
 # One combination in this many is held out.
@@ -32,7 +32,7 @@ HELD_OUT_SHARE = 8
 
 @dataclass(frozen=True)
 class Thing:
-    """A kind of object: what one can say of it alone."""
+    """A kind of object: its own attributes."""
 
     shape: str
     colour: str
@@ -46,7 +46,7 @@ class Scene:
     Attributes:
         things: one to three equal things, or two that differ in shape or colour.
         background: its colour.
-        relation: how the first of two different things lies to the second; None for equal things.
+        relation: position of the first of two different things relative to the second; None for equal things.
     """
 
     things: tuple[Thing, ...]

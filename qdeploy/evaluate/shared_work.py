@@ -1,6 +1,6 @@
 """Evaluation in parts: pairs of batches on disk, so that work resumes, and processes share it.
 
-Every process makes the batches that fall to it (number modulo processes) and writes each to a file; when all are
+Every process makes its own batches (number modulo processes) and writes each to a file; when all are
 there, every process reads all of them in order. What is measured is then the same, bit for bit, however many
 processes there were and however often they were stopped. ``accelerate launch -m qdeploy.cli check ...`` starts
 them, on CPUs ``torchrun --nproc_per_node 2 -m qdeploy.cli check ...``.
@@ -24,7 +24,7 @@ _PARTS = ("expected", "predicted", "expected_sample", "sample")
 
 
 def processes() -> tuple[int, int]:
-    """This process's number and how many there are, as launchers such as accelerate tell."""
+    """This process's number and how many there are, as launchers such as accelerate set them."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -34,7 +34,7 @@ def is_main_process() -> bool:
 
 
 def wait_for_everyone() -> None:
-    """Go on when all processes are here.
+    """Wait until all processes have reached this point.
 
     Raises:
         CapabilityError: there are several, and accelerate is not installed.
@@ -54,7 +54,7 @@ def journal(key: str) -> Path:
 
 
 def in_parts(folder: Path, batches: int, make: Callable[[int], Pair]) -> Iterator[Pair]:
-    """All pairs in order; those that are not on disk yet are made first, by the process that they fall to.
+    """All pairs in order; those that are not on disk yet are made first, by the process that they belong to.
 
     Args:
         folder: where they are kept; it is removed when all have been seen.

@@ -14,7 +14,7 @@ from qdeploy.system.tables import Cell, Table, amount, number, percentage
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Where everything is, and what came out.
+    """The result of a demo run.
 
     Attributes:
         path: the output folder.
@@ -34,7 +34,7 @@ class DemoResult:
 
     @property
     def passed(self) -> bool:
-        """Whether every engine keeps parity and quality."""
+        """Whether every check passed."""
         return all(check["passed"] for check in self.checks.values())
 
     @property
@@ -58,7 +58,7 @@ class DemoResult:
         }
 
 
-def summary_table(
+def engine_table(
     engines: Mapping[str, Artifact],
     titles: Mapping[str, str],
     checks: Mapping[str, Mapping[str, Any]],
@@ -72,7 +72,7 @@ def summary_table(
         titles: of the rows.
         checks: JSON objects of `qdeploy.check` by name; the full-precision engine has none.
         speed: the JSON object of `qdeploy.benchmark`, measured at several batch sizes.
-        batch: the batch size to tell the speed of.
+        batch: the batch size whose speed is shown.
     """
     results = {
         name: result
@@ -122,12 +122,12 @@ def summary_table(
 
 
 def summary_notes(checks: Mapping[str, Mapping[str, Any]], speed: Mapping[str, Any]) -> list[str]:
-    """What the table's numbers are of."""
+    """Notes on how the numbers of the table were measured."""
     where, some = speed["machine"], next(iter(checks.values()))["quality"]
     threads = speed["threads"] or "all"
     notes = [
         f"speed: {where['cpu']}, {where['cores']} cores, threads: {threads}, medians of interleaved rounds",
-        f"quality: {some['samples']} images of fresh seeds, {some['inference_steps']} steps, beside full "
+        f"quality: {some['samples']} images of fresh seeds, {some['inference_steps']} steps, against full "
         "precision; FD-local is no FID",
     ]
     for name, check in checks.items():

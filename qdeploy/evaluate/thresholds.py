@@ -1,4 +1,4 @@
-"""What a check demands, as data: one line for each threshold."""
+"""The thresholds of a check, as data."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# An engine rounds as exactly as the machine's floats allow, but not always the same way as the simulation.
+# An engine computes with the machine's floats, but not always in the same order as the simulation.
 # ONNX Runtime and torch evaluate the graph as it is written; other engines fuse and reorder it.
 ORACLE_DB, ENGINE_DB = 45.0, 40.0
 ORACLES = ("onnxruntime", "torch")
-# Where rounding flips bound parity (see `qdeploy.evaluate.parity`), the floor is theirs, less a margin: the
-# distance of two roundings scatters from one pair to the next, that of one row more than that of all.
+# Where rounding flips bound parity (see `qdeploy.evaluate.parity`), the floor is their error less a margin: it
+# varies from one pair to the next, for one row more than for all.
 MEDIAN_MARGIN_DB, ROW_MARGIN_DB = 3.0, 6.0
 
 
@@ -24,7 +24,7 @@ class Threshold:
         value: where the value is: keys from the top of the result.
         what: the value in words, with its unit.
         least: whether the bound is from below.
-        default: the bound where none is given; None for no bound.
+        default: the bound where none is set; None for no bound.
         needs: what it takes to measure the value.
     """
 

@@ -6,8 +6,8 @@ timesteps has to cover what any group covers. The gain is the ratio of the two n
 
     10 log10 ( sum_t S^2 / sum_t s[t]^2 ),
 
-S the span that covers all groups, s[t] that of the group of timestep t. It is what to expect of rounding
-alone; what that does to the prediction is measured by `qdeploy check --before`.
+S the span that covers all groups, s[t] that of the group of timestep t. It is the expected gain in rounding
+noise; the gain in the prediction is measured by `qdeploy check --before`.
 """
 
 from __future__ import annotations

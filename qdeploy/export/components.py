@@ -27,7 +27,7 @@ _COPIED = ("tokenizer", "tokenizer_2", "tokenizer_3", "feature_extractor")
 
 @dataclass(frozen=True)
 class Part:
-    """One graph beside the denoiser.
+    """One graph of a bundle besides the denoiser.
 
     Attributes:
         folder: its folder in the bundle.

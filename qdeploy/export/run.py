@@ -47,7 +47,7 @@ def export(
 
     Args:
         source: a checkpoint; or a model, which is exported in full precision.
-        output: folder of the bundle; beside the source by default.
+        output: folder of the bundle; by default a folder in the working directory.
         target: the dialect; by default the one that the checkpoint was calibrated for.
         calibration: for a model, the set that its probe comes from; one is made from noise otherwise.
         components: also export the pipeline's text encoders and autoencoder, in float32.
@@ -77,7 +77,7 @@ def _plan_table(model: Model, storage: str, rows: str) -> TimeTable | None:
     if storage != "none":
         return plan_table(model, storage, rows)
     if rows != "all":
-        raise UsageError("rows were chosen for a time table, and none is wanted: choose --time-table fp32")
+        raise UsageError("--table-rows needs a time table: choose --time-table fp32, fp16 or int8")
     return None
 
 
@@ -216,7 +216,7 @@ def _write(
     elif needs_table(denoiser):
         raise UsageError(
             "the time path of this checkpoint has a zero point for each timestep, which only a table can "
-            "stand for: choose --time-table fp32, fp16 or int8"
+            "hold: choose --time-table fp32, fp16 or int8"
         )
     freeze(denoiser)
     graph = lower(trace(denoiser, inputs), facts["target"])
@@ -241,7 +241,7 @@ def _write(
 
 
 def _lint(file: Path) -> dict[str, Any]:
-    """What the rules of the target's engines say of the graph, for the bundle's facts."""
+    """The findings of the lint rules of the target's engines, for the bundle's facts."""
     report = lint(file)
     if found := report.counts["E"] + report.counts["W"]:
         say(
@@ -251,7 +251,7 @@ def _lint(file: Path) -> dict[str, Any]:
 
 
 def _describe(graph: ir.Model, draft: Draft, facts: dict[str, Any]) -> None:
-    """Put the provenance into the graph itself, where it survives without the folder."""
+    """Write the provenance into the graph itself, so that it survives without the folder."""
     from qdeploy.version import __version__
 
     graph.producer_name, graph.producer_version = "qdeploy", __version__

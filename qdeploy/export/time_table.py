@@ -1,6 +1,6 @@
 """Temporal features from a table: the time MLP and all embedding projections leave the graph.
 
-What a network computes from the timestep alone is computed once for every timestep that will be asked for.
+What a network computes from the timestep alone is computed once for every timestep that will be used.
 The graph then gathers rows by the timestep's value; nothing that led to them is left for the tracer to find.
 """
 
@@ -24,7 +24,7 @@ from qdeploy.system.errors import UsageError
 
 @dataclass(frozen=True)
 class TimeTable:
-    """How temporal features shall be stored.
+    """How temporal features are to be stored.
 
     Attributes:
         storage: ``fp32``, ``fp16`` or ``int8``.
@@ -37,21 +37,21 @@ class TimeTable:
     schedule: str | None
 
     def facts(self, size: int) -> dict[str, Any]:
-        """What a bundle says of its table; ``size`` in bytes."""
+        """The facts of a bundle about its table; ``size`` in bytes."""
         rows = None if self.schedule is None else self.timesteps.tolist()
         return {"storage": self.storage, "schedule": self.schedule, "rows": rows, "bytes": size}
 
 
 def plan_table(model: Model, storage: str, rows: str = "all") -> TimeTable:
-    """Check a wish for a table, before any work.
+    """Check a requested table, before any work.
 
     Args:
-        model: the model, with its scheduler beside it.
+        model: the model, with its scheduler.
         storage: one of `STORAGES`.
         rows: ``all`` timesteps of training, or a schedule such as ``ddim:50``.
 
     Raises:
-        UsageError: the storage or the schedule is unknown, or the model does not say its timesteps.
+        UsageError: the storage or the schedule is unknown, or the model does not state its timesteps.
     """
     if storage not in STORAGES:
         raise UsageError(
@@ -61,7 +61,7 @@ def plan_table(model: Model, storage: str, rows: str = "all") -> TimeTable:
         count = model.training_timesteps
         if count is None:
             raise UsageError(
-                f"{model.path} has no scheduler that says how many timesteps there are: give a schedule, such "
+                f"{model.path} has no scheduler that states the number of timesteps: name a schedule, such "
                 "as --table-rows ddim:50"
             )
         return TimeTable(storage, torch.arange(count), None)
@@ -122,7 +122,7 @@ def tabulate(denoiser: nn.Module, inputs: Mapping[str, Tensor], table: TimeTable
 
 
 def needs_table(denoiser: nn.Module) -> bool:
-    """Whether a network holds what only a table can stand for: a zero point that moves with the timestep."""
+    """Whether a network holds what only a table can represent: a zero point that moves with the timestep."""
     return any(
         quantizer.banked and not quantizer.hoisted
         for layer in quantized_layers(denoiser).values()

@@ -1,7 +1,7 @@
-"""From a torch denoiser to an ONNX graph, as it stands.
+"""Trace a torch denoiser into an ONNX graph, without rewrites.
 
 The network is traced with its quantizers in place. Their two operations are written as the ONNX operators
-that compute the same function (`qdeploy.quant.operators`), so the graph says what the simulation did.
+that compute the same function (`qdeploy.quant.operators`), so the graph computes what the simulation computed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def trace(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> ir.Model:
             timestep becomes a float32 scalar: schedulers use fractional timesteps too.
 
     Returns:
-        A graph whose inputs bear the same names, with a dynamic first axis ``batch``, and whose output is
+        A graph whose inputs have the same names, with a dynamic first axis ``batch``, and whose output is
         ``out_sample``.
 
     Raises:

@@ -1,1 +1,1 @@
-"""Mixed precision: how much each layer suffers from each number format, and which to give it."""
+"""Mixed precision: how sensitive each layer is to each number format, and which format to choose for it."""

@@ -32,7 +32,7 @@ class Choice:
         layer: number of the layer.
         weights: format of the weight.
         activations: format of the input, or ``none``.
-        harm: what it does to the prediction, as of `qdeploy.mixed.ranking.score`.
+        harm: the error that it causes in the prediction, from `qdeploy.mixed.ranking.score`.
         size: bytes.
         macs: bit-operations per sample.
     """
@@ -63,7 +63,7 @@ class Assignment:
 
     @property
     def sqnr_db(self) -> float:
-        """The SQNR of the prediction that the harms foretell."""
+        """The SQNR of the prediction that follows from the harms."""
         return harm_db(self.harm)
 
     def cost(self, name: str) -> int:
@@ -71,7 +71,7 @@ class Assignment:
         return self.size if name == SIZE else self.macs
 
 
-class Problem:
+class AssignmentProblem:
     """The choices of every layer.
 
     Args:
@@ -92,7 +92,7 @@ class Problem:
         ]
 
     def solve(self, bounds: Mapping[str, int], least: str = "harm") -> Assignment | None:
-        """The assignment within bounds that is least in harm, or in a cost; None if there is none.
+        """The assignment within bounds with the least harm or cost; None if no assignment meets them.
 
         Args:
             bounds: largest ``size`` and ``macs`` of the whole denoiser.
@@ -100,7 +100,9 @@ class Problem:
         """
         found = self._solve(bounds, least, 0.0)
         if found is not None and any(found.cost(name) > bound for name, bound in bounds.items()):
-            found = self._solve(bounds, least, _TOLERANCE)  # the solver let through a few bytes too many
+            found = self._solve(
+                bounds, least, _TOLERANCE
+            )  # the solver's tolerance admits a few bytes too many
         return found
 
     def _solve(self, bounds: Mapping[str, int], least: str, margin: float) -> Assignment | None:
@@ -126,7 +128,7 @@ class Problem:
         return self._made([choice for choice, on in zip(self.choices, found.x, strict=True) if on > 0.5])
 
     def uniform(self, weights: str, activations: str) -> Assignment:
-        """The assignment that gives all layers the same formats, as far as they have a choice."""
+        """The assignment of the same formats to all layers that can have them."""
         return self._made(
             [
                 choice

@@ -1,8 +1,8 @@
-"""The cheap pass: what each layer's own error does to the prediction, to first order.
+"""The cheap pass: the first-order effect of each layer's own error on the prediction.
 
 A layer's output moves by e when the layer is quantized; to first order the prediction then moves by J e, J the
 Jacobian from this layer to the prediction. For noise v with unit covariance E[(v^T J e)^2] = ||J e||^2, and J^T v
-is what one backward pass gives, for all layers together (Hutchinson's estimator; the sum of squared
+is the result of one backward pass, for all layers together (Hutchinson's estimator; the sum of squared
 gradients times errors is a Fisher-weighted error, as in HAWQ and BRECQ). All options of all layers cost a few
 passes instead of one each.
 """
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.calibrate.session import Session
-from qdeploy.mixed.options import Subject
-from qdeploy.mixed.rows import Rows, row_powers
+from qdeploy.mixed.options import LayerOptions
+from qdeploy.mixed.rows import TimestepRows, row_powers
 from qdeploy.model.inputs import denoise
 from qdeploy.network.observe import ModuleCall, observing
 from qdeploy.system.progress import track
@@ -27,7 +27,9 @@ BATCH = 8  # rows whose activations of all layers are kept for the backward pass
 _InputOutput = tuple[Tensor, Tensor]
 
 
-def first_order(session: Session, rows: Rows, subjects: Sequence[Subject], probes: int) -> list[Tensor]:
+def first_order(
+    session: Session, rows: TimestepRows, subjects: Sequence[LayerOptions], probes: int
+) -> list[Tensor]:
     """Estimates of what `qdeploy.mixed.measure.Exact.noise` measures.
 
     Args:
@@ -79,7 +81,7 @@ def _recorded(layers: Sequence[nn.Module]) -> Iterator[dict[int, list[_InputOutp
         yield calls
 
 
-def _errors(subject: Subject, calls: Sequence[_InputOutput]) -> list[list[Tensor]]:
+def _errors(subject: LayerOptions, calls: Sequence[_InputOutput]) -> list[list[Tensor]]:
     """For every option the errors of every call's output."""
     errors = []
     for option in subject.options():
@@ -98,7 +100,7 @@ def _moved(errors: list[list[Tensor]], gradients: Iterator[Any], rows: int) -> T
             continue
         for number, option in enumerate(errors):
             product = (gradient * option[call]).double().cpu()
-            # What serves all rows at once, such as one embedding of the timestep, moves each alike.
+            # A layer that is shared by all rows, such as the timestep's embedding, affects each row equally.
             own = product.shape[0] % rows == 0
             moved[number] += product.reshape(rows, -1).sum(1) if own else product.sum() / rows
     return moved

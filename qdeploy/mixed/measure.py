@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from qdeploy.calibrate.session import Session
-from qdeploy.mixed.options import Subject
-from qdeploy.mixed.rows import Rows, row_powers
+from qdeploy.mixed.options import LayerOptions
+from qdeploy.mixed.rows import TimestepRows, row_powers
 from qdeploy.model.inputs import denoise
 
 
@@ -19,7 +19,7 @@ class Exact:
         rows: what to measure on.
     """
 
-    def __init__(self, session: Session, rows: Rows) -> None:
+    def __init__(self, session: Session, rows: TimestepRows) -> None:
         self.session, self.rows = session, rows
         starts = range(0, len(rows.numbers), session.effort.batch)
         self._parts = [slice(start, start + session.effort.batch) for start in starts]
@@ -30,7 +30,7 @@ class Exact:
     def _predict(self, part: slice) -> Tensor:
         return denoise(self.session.denoiser, self.session.inputs(self.rows.numbers[part])).cpu()
 
-    def noise(self, subject: Subject) -> Tensor:
+    def noise(self, subject: LayerOptions) -> Tensor:
         """[options, T] noise by signal at each timestep, for each of a layer's options."""
         measured = []
         with self.session.teacher(), torch.no_grad():

@@ -1,4 +1,4 @@
-"""What can be done to one layer alone: its weight in some format, or its input."""
+"""The options of one layer: its weight in some format, or its input."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Subject:
+class LayerOptions:
     """A layer whose options are tried.
 
     Attributes:
         path: its path.
         layer: the module.
-        weights: its weight quantizers by format, in place of which none are for a float weight.
+        weights: weight quantizers to try, by format; an empty list leaves the weight in float.
     """
 
     path: str
@@ -52,7 +52,7 @@ class Subject:
 
     @contextmanager
     def trying(self, option: Option) -> Iterator[None]:
-        """Within, the layer computes with one option, whatever the rest of the network does."""
+        """Within this context the layer computes with one option, independently of the rest of the network."""
         layer, before = self.layer, self.layer.weight_quantizers
         inputs = [(quantizer, quantizer.enabled) for quantizer in layer.activation_quantizers]
         switched_on = layer.quantized

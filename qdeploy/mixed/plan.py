@@ -1,4 +1,4 @@
-"""From a budget to a recipe: the best formats within it, and what other budgets would give."""
+"""From a budget to a recipe: the best formats within it, and the results of other budgets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from qdeploy.calibration_set.dataset import CalibrationSet
-from qdeploy.mixed.assignment import Assignment, Problem
+from qdeploy.mixed.assignment import Assignment, AssignmentProblem
 from qdeploy.mixed.budget import MACS, SIZE, Limit, in_words
 from qdeploy.mixed.costs import Costs, costs_of, stored_bytes
 from qdeploy.mixed.ranking import LayerHarm
@@ -36,7 +36,7 @@ RECIPE, BUDGET = "recipe.yaml", "budget.json"
 
 @dataclass(frozen=True)
 class BudgetPlan:
-    """What a budget comes to.
+    """The result of a budget.
 
     Attributes:
         recipe: the recipe with formats layer by layer.
@@ -70,7 +70,7 @@ class BudgetPlan:
         rows = [(f"all {name}", *_cells(point)) for name, point in self.uniform.items()]
         rows += [("budget", *_cells(point)) for point in self.curve]
         rows += [("chosen", *_cells(self.chosen))]
-        return Table(["weights", "MB", "G bit-operations", "SQNR foretold, dB"], rows).text()
+        return Table(["weights", "MB", "G bit-operations", "predicted SQNR, dB"], rows).text()
 
     def write(self, draft: Draft, component: str) -> None:
         """Add ``budget.json``, with the size that was reached, and ``recipe.yaml`` to a finished checkpoint."""
@@ -104,7 +104,7 @@ def plan(
     layers, weights = _read(sensitivity, model, recipe, list(costs.macs))
     # Float inputs cost no bytes: a bound on size alone would leave all of them in float.
     inputs = [recipe.activations] + [NONE] * (MACS in limits and recipe.activations != NONE)
-    problem = Problem(layers, costs, weights, inputs)
+    problem = AssignmentProblem(layers, costs, weights, inputs)
     full = {SIZE: costs.float_bytes, MACS: costs.float_bit_operations}
     bounds = {name: limit.bound(full[name]) for name, limit in limits.items()}
     chosen = problem.solve(bounds)
@@ -130,7 +130,9 @@ def plan_for(
         UsageError: the budgets cannot be met, or the recipe chooses formats itself.
     """
     if recipe.layers:
-        raise UsageError("the recipe already gives layers formats of their own: leave out --budget, or them")
+        raise UsageError(
+            "the recipe already has formats of single layers: leave out --budget, or these formats"
+        )
     base = replace(recipe, weights="int4", effort="fast")
     if sensitivity is None:
         from qdeploy.mixed.sensitivity import sensitivity as measure
@@ -157,18 +159,20 @@ def _read(
     found = {value["path"]: LayerHarm.from_json(value) for value in report["layers"]}
     if lacking := [path for path in paths if path not in found]:
         raise InvalidInputError(
-            f"{where} does not know {lacking[0]}: measure sensitivities with coverage {recipe.coverage}"
+            f"{where} has no entry for {lacking[0]}: measure sensitivities with coverage {recipe.coverage}"
         )
     layers = [found[path] for path in paths]
     known = {name for layer in layers for name in layer.best["activations"]}
     if recipe.activations != NONE and recipe.activations not in known:
-        raise InvalidInputError(f"{where} does not know {recipe.activations} activations: measure them")
+        raise InvalidInputError(f"{where} has no entry for {recipe.activations} activations: measure them")
     if "checkpoint" in sensitivity.manifest["made_from"]:
-        raise InvalidInputError(f"{where} judges a checkpoint in its own formats: measure those of the model")
+        raise InvalidInputError(
+            f"{where} was measured on a checkpoint in its own formats: measure the model's"
+        )
     return layers, list(report["formats"])
 
 
-def _closest(problem: Problem, bounds: Mapping[str, int]) -> str:
+def _closest(problem: AssignmentProblem, bounds: Mapping[str, int]) -> str:
     """Why no assignment meets the bounds, and the closest budget that one does."""
     for name, bound in bounds.items():
         least = problem.solve({}, least=name)
@@ -187,7 +191,7 @@ def _closest(problem: Problem, bounds: Mapping[str, int]) -> str:
     )
 
 
-def _curve(problem: Problem, bounds: Mapping[str, int]) -> list[Assignment]:
+def _curve(problem: AssignmentProblem, bounds: Mapping[str, int]) -> list[Assignment]:
     """Best assignments for bounds from the least to the most that the first limited cost can be."""
     name = next(iter(bounds))
     least, most = problem.solve({}, least=name), problem.solve({})

@@ -1,4 +1,4 @@
-"""Which layers suffer most, by both passes, and how far the passes agree."""
+"""Layers ranked by sensitivity, from both passes, and the agreement of the passes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LayerHarm:
         macs: multiply-accumulates per sample.
         count: weights.
         cheap: noise by signal of the prediction, mean over timesteps, by part and format: first order.
-        exact: likewise, measured; None where that was not asked for.
+        exact: the same, measured; None where it was not measured.
     """
 
     path: str
@@ -62,7 +62,7 @@ class LayerHarm:
 
 
 def _rounded(harm: Harm) -> dict[str, dict[str, float]]:
-    """Nine digits: the same on every run, and far more than the measurement is worth."""
+    """Nine significant digits: equal on every run, and more than the measurement's precision."""
     return {
         part: {name: float(f"{value:.9g}") for name, value in found.items()} for part, found in harm.items()
     }
@@ -74,14 +74,14 @@ def score(harm: Harm, weights: str, activations: str) -> float:
 
 
 def _of(found: Mapping[str, float], name: str) -> float:
-    """Harm of a format; of the only one that was tried, as of a layer of a checkpoint, whatever its name."""
+    """Harm of a format; for a layer of a checkpoint, which has one format only, harm of that one."""
     if name == NONE or not found:
         return 0.0
     return next(iter(found.values())) if len(found) == 1 else found[name]
 
 
 def ranked(layers: Sequence[LayerHarm], weights: str, activations: str, exact: bool) -> list[str]:
-    """Paths of layers, those that suffer most first."""
+    """Paths of layers, most sensitive first."""
 
     def harm(layer: LayerHarm) -> float:
         chosen = layer.exact if exact else layer.cheap
@@ -92,7 +92,7 @@ def ranked(layers: Sequence[LayerHarm], weights: str, activations: str, exact: b
 
 
 def agreement(exact: Sequence[str], cheap: Sequence[str]) -> dict[str, Any]:
-    """How far two rankings of the same layers agree.
+    """The agreement of two rankings of the same layers.
 
     Returns:
         ``top``, how many first ones are compared; ``shared``, how many of those both have, and which; and

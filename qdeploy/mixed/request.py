@@ -1,4 +1,4 @@
-"""What ``sensitivity`` judges: a model in some formats, or a checkpoint in its own."""
+"""The request of ``sensitivity``: a model in some formats, or a checkpoint in its own."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ WIDTHS = ("int8", "int6", "int5", "int4", "int3")
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be judged.
+    """What is to be measured.
 
     Attributes:
         model: the full-precision model.
         recipe: which layers, which range finders, and the formats of the ranking.
         formats: weight formats to try.
-        checkpoint: the checkpoint whose own scales and roundings are judged; None for plain ones.
+        checkpoint: the checkpoint whose own scales and roundings are measured; None for those of range finders.
     """
 
     model: Model
@@ -36,7 +36,7 @@ class Work:
 
     @property
     def name(self) -> str:
-        """What to call it."""
+        """Its name in messages."""
         return (self.model.path if self.checkpoint is None else self.checkpoint.path).name
 
 
@@ -47,7 +47,7 @@ def work_of(
     reference: str | Path | None,
     given: dict[str, Any],
 ) -> Work:
-    """What a source and options mean together.
+    """The request that a source and options make together.
 
     Raises:
         UsageError: an option does not belong to a checkpoint, or a format cannot be tried.

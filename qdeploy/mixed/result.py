@@ -1,4 +1,4 @@
-"""Sensitivities and budgets for people and programs: what the artifacts say, in short."""
+"""Short forms of sensitivities and budgets, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from qdeploy.system.tables import Table, number
 
 
 def read_sensitivity(artifact: Artifact) -> dict[str, Any]:
-    """The content of ``sensitivity.json``: layers with their harms, those that suffer most first."""
+    """The content of ``sensitivity.json``: layers with their harms, most sensitive first."""
     report: dict[str, Any] = json.loads(artifact.file(SENSITIVITY).read_text())
     return report
 
 
 def summary(artifact: Artifact) -> dict[str, Any]:
-    """What ``qdeploy sensitivity --json`` adds to the usual: rankings, layers, agreement of the passes."""
+    """The extra entries of ``qdeploy sensitivity --json``: rankings, layers, agreement of the passes."""
     report = read_sensitivity(artifact)
     names = ("ranked_by", "formats", "ranking", "agreement", "layers")
     return {name: report[name] for name in names if name in report}
 
 
 def table(artifact: Artifact) -> str:
-    """The layers that suffer most, in the SQNR that the prediction has with them alone quantized."""
+    """The most sensitive layers, with the SQNR of the prediction when each alone is quantized."""
     report = read_sensitivity(artifact)
     formats, ranked_by = report["formats"], report["ranked_by"]
     columns = ["layer", "weights", *(f"{name}, dB" for name in formats)]
@@ -43,13 +43,13 @@ def table(artifact: Artifact) -> str:
     if "agreement" in report:
         found = report["agreement"]
         lines.append(
-            f"of the {found['top']} layers that suffer most the cheap pass names {found['shared']}; Spearman's rank "
+            f"of the {found['top']} most sensitive layers the cheap pass finds {found['shared']}; Spearman's rank "
             f"correlation over all {len(report['layers'])} layers is {found['spearman']:.3f}"
         )
     return "\n".join(lines)
 
 
 def budget_summary(checkpoint: Artifact) -> dict[str, Any]:
-    """What ``qdeploy calibrate --json`` adds where formats were chosen within a budget."""
+    """The extra entries of ``qdeploy calibrate --json`` where formats were chosen within a budget."""
     file = checkpoint.file(BUDGET)
     return {"budget": json.loads(file.read_text())} if file.is_file() else {}

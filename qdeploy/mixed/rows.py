@@ -13,7 +13,7 @@ TIMESTEPS = 8
 
 
 @dataclass(frozen=True)
-class Rows:
+class TimestepRows:
     """Rows at several timesteps, equally many at each where the set has them.
 
     Attributes:
@@ -31,7 +31,7 @@ class Rows:
         return torch.zeros(len(self.timesteps), dtype=torch.float64).index_add(0, self.place, values.double())
 
 
-def choose_rows(session: Session, count: int) -> Rows:
+def choose_rows(session: Session, count: int) -> TimestepRows:
     """So many rows, spread over up to `TIMESTEPS` timesteps from the smallest to the largest."""
     timesteps = session.data.timesteps.flatten().double()
     distinct = timesteps.unique()
@@ -43,7 +43,7 @@ def choose_rows(session: Session, count: int) -> Rows:
     for timestep in chosen:
         numbers += order[timesteps[order] == timestep][:each].tolist()
     numbers.sort()
-    return Rows(numbers, chosen, torch.searchsorted(chosen, timesteps[numbers].contiguous()))
+    return TimestepRows(numbers, chosen, torch.searchsorted(chosen, timesteps[numbers].contiguous()))
 
 
 def row_powers(values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The verb ``sensitivity``: which layers suffer from quantization, and how much from each bit width."""
+"""The verb ``sensitivity``: how sensitive each layer is to each bit width."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from qdeploy.calibrate.session import Session
 from qdeploy.calibration_set.dataset import CalibrationSet
 from qdeploy.mixed.estimate import first_order
 from qdeploy.mixed.measure import Exact
-from qdeploy.mixed.options import ACTIVATIONS, WEIGHTS, Subject, quantized_to
+from qdeploy.mixed.options import ACTIVATIONS, WEIGHTS, LayerOptions, quantized_to
 from qdeploy.mixed.ranking import LayerHarm, agreement, harm_db, ranked, score
 from qdeploy.mixed.request import Work, work_of
-from qdeploy.mixed.rows import Rows, choose_rows
+from qdeploy.mixed.rows import TimestepRows, choose_rows
 from qdeploy.model.inputs import denoise
 from qdeploy.quant.layer import quantized_layers
 from qdeploy.quant.state import code_shapes, write_state
@@ -66,16 +66,16 @@ def sensitivity(
 
     Harm is the power of the prediction's error by that of the prediction, mean over timesteps. A first pass
     estimates it for all layers together from gradients; a second one measures it layer by layer. An
-    interrupted run is taken up by the next call with the same arguments.
+    interrupted run continues at the next call with the same arguments.
 
     Args:
-        source: a model, or a checkpoint: of the latter its own scales and roundings are judged.
+        source: a model, or a checkpoint: of the latter its own scales and roundings are measured.
         output: folder of the result.
         recipe: a preset's name, a YAML file or a recipe: which layers, which range finders, formats of the ranking.
         calibration: a calibration set of the model; without one, a default set is collected.
         reference: for a checkpoint, the model; by default the one that it was made from, where it was.
         method: whose range finders are used.
-        formats: weight formats to try; by default 3 to 8 bits and the recipe's own, as far as the target runs them.
+        formats: weight formats to try; by default 3 to 8 bits and the recipe's own, if the target runs them.
         activations: activation format.
         coverage: name of a coverage profile.
         target: what the result must run on.
@@ -83,7 +83,7 @@ def sensitivity(
         rows: calibration rows to measure on, spread over eight timesteps.
         probes: backward passes of the first pass for each row.
         cheap: leave out the second pass.
-        seed: where all randomness comes from.
+        seed: of all random numbers.
         device: torch device.
         max_memory: bytes that recorded activations may take in memory.
         dry_run: say what it would cost, and stop.
@@ -129,7 +129,7 @@ def sensitivity(
         return _measure(session, work, chosen_rows, probes, cheap)
 
 
-def _estimate(session: Session, work: Work, rows: Rows, probes: int, cheap: bool) -> Estimate:
+def _estimate(session: Session, work: Work, rows: TimestepRows, probes: int, cheap: bool) -> Estimate:
     """From one timed call: range finding, then backward passes at about two calls each, then each option."""
     batch = session.inputs(rows.numbers[: session.effort.batch])
     with torch.no_grad():
@@ -147,7 +147,7 @@ def _estimate(session: Session, work: Work, rows: Rows, probes: int, cheap: bool
     return Estimate(call * (ranges + first + left), (2 + len(work.formats)) * sizes)
 
 
-def _measure(session: Session, work: Work, rows: Rows, probes: int, cheap: bool) -> Artifact:
+def _measure(session: Session, work: Work, rows: TimestepRows, probes: int, cheap: bool) -> Artifact:
     _set_quantizers(session, work)
     subjects = _subjects(session, work)
 
@@ -188,12 +188,14 @@ def _measure(session: Session, work: Work, rows: Rows, probes: int, cheap: bool)
     return session.draft.finish(facts, {"pass_seconds": took}, notes)
 
 
-def _estimates(session: Session, rows: Rows, subjects: list[Subject], probes: int) -> dict[str, Tensor]:
+def _estimates(
+    session: Session, rows: TimestepRows, subjects: list[LayerOptions], probes: int
+) -> dict[str, Tensor]:
     found = first_order(session, rows, subjects, probes)
     return {f"{number:04d}": noise for number, noise in enumerate(found)}
 
 
-def _noise(exact: Exact, subject: Subject) -> dict[str, Tensor]:
+def _noise(exact: Exact, subject: LayerOptions) -> dict[str, Tensor]:
     return {"noise": exact.noise(subject)}
 
 
@@ -219,11 +221,11 @@ def _finders(recipe: Recipe) -> tuple[str, str]:
     return found.get(WeightRanges, WeightRanges.finder), found.get(ActivationRanges, ActivationRanges.finder)
 
 
-def _subjects(session: Session, work: Work) -> list[Subject]:
+def _subjects(session: Session, work: Work) -> list[LayerOptions]:
     modules = quantized_layers(session.denoiser)
     if work.checkpoint is not None:
         return [
-            Subject(layer.path, module, {number_format.name: module.weight_quantizers})
+            LayerOptions(layer.path, module, {number_format.name: module.weight_quantizers})
             for layer in session.layers
             for module in [modules[layer.path]]
             for number_format in [module.formats[0]]
@@ -234,12 +236,12 @@ def _subjects(session: Session, work: Work) -> list[Subject]:
     for layer in track(session.layers, "formats of weights"):
         formats = [parse_format(name) for name in work.formats]
         made = {each.name: quantized_to(modules[layer.path], each, finder) for each in formats if each}
-        found.append(Subject(layer.path, modules[layer.path], made))
+        found.append(LayerOptions(layer.path, modules[layer.path], made))
     return found
 
 
 def _harms(
-    session: Session, subjects: list[Subject], cheap: list[Tensor], exact: list[Tensor] | None
+    session: Session, subjects: list[LayerOptions], cheap: list[Tensor], exact: list[Tensor] | None
 ) -> list[LayerHarm]:
     layers = {layer.path: layer for layer in session.layers}
     found = []
@@ -253,7 +255,7 @@ def _harms(
     return found
 
 
-def _by_format(subject: Subject, noise: Tensor) -> dict[str, dict[str, float]]:
+def _by_format(subject: LayerOptions, noise: Tensor) -> dict[str, dict[str, float]]:
     harm: dict[str, dict[str, float]] = {WEIGHTS: {}, ACTIVATIONS: {}}
     for option, row in zip(subject.options(), noise, strict=True):
         harm[option.part][option.format] = float(row.mean())
@@ -268,7 +270,9 @@ def _in_short(layer: LayerHarm, formats: dict[str, str]) -> dict[str, Any]:
     return {"name": layer.path, "bits": bits, "harm_db": round(-harm_db(harm), 2)}
 
 
-def _report(work: Work, rows: Rows, probes: int, layers: list[LayerHarm], exact: bool) -> dict[str, Any]:
+def _report(
+    work: Work, rows: TimestepRows, probes: int, layers: list[LayerHarm], exact: bool
+) -> dict[str, Any]:
     formats = {"weights": work.recipe.weights, "activations": work.recipe.activations}
     rankings = {"cheap": ranked(layers, **formats, exact=False)}
     if exact:

@@ -1,1 +1,1 @@
-"""Pictures of what changes with the timestep."""
+"""Plots over timesteps."""

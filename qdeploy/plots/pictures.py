@@ -1,6 +1,6 @@
-"""Pictures over time: the range of every tensor as a heat map, and the error by timestep.
+"""Plots over timesteps: the range of every tensor as a heat map, and the error by timestep.
 
-Time goes from left to right as in sampling, from the highest timestep to the lowest.
+The horizontal axis is sampling time, from the highest timestep to the lowest.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def picture_folder(path: str | Path) -> Path:
 
 
 def relative_ranges(ranges: Mapping[str, Tensor]) -> Tensor:
-    """[Q, T] the range of each tensor at each timestep as a share of its largest; 0 for what is only zero."""
+    """[Q, T] the range of each tensor at each timestep as a share of its largest; 0 for a tensor of zeros."""
     magnitudes = spans(ranges)
     return magnitudes / magnitudes.amax(1, keepdim=True).clamp(min=1e-30)
 
@@ -117,7 +117,7 @@ def _drawn(
 ) -> Iterator[tuple[Any, Any]]:
     """A figure with one pair of axes, to be drawn on and then written; all lengths in inches.
 
-    The settings that a user may have made for matplotlib do not reach it.
+    A user's own settings of matplotlib do not affect it.
     """
     from matplotlib import rc_context, style
     from matplotlib.figure import Figure  # without pyplot: no window and no global state

@@ -1,1 +1,1 @@
-"""Images from stock diffusers pipelines, with whatever denoiser stands in them."""
+"""Images from stock diffusers pipelines, with any denoiser in them."""

@@ -7,7 +7,7 @@ steps. Departures of the latter from the released code, each for a reason:
 - it corrects what the network predicts, so any sampler of epsilon- or v-predictions runs on it; the code
   changes one sampler;
 - the mean is each image's own; the code's runs over the batch, and so ties images to each other;
-- noise comes from a generator of its own: seeds give the images that they give without correction;
+- noise comes from a generator of its own: seeds yield the same initial noise as without correction;
 - nothing is kept from one trajectory to the next; the code corrects the first steps of an image by the error
   of the one before;
 - the injected noise has mean 0 exactly, so it adds nothing to the estimate; and what could be chance is no
@@ -34,11 +34,11 @@ from qdeploy.system.errors import InvalidInputError, UsageError
 CORRECTIONS = ("none", "table", "online")
 EVERY = 10  # the paper's interval
 GUARD = 3.0
-_LEAST_SIGNAL = 1e-4  # below this alpha_bar a v-prediction says nothing of epsilon
+_LEAST_SIGNAL = 1e-4  # below this alpha_bar a v-prediction holds no information on epsilon
 
 
 class Correction(Protocol):
-    """Takes the error out of predictions."""
+    """Removes the mean error from predictions."""
 
     def __call__(
         self, predict: Callable[[Tensor], Tensor], sample: Tensor, timestep: Tensor, output: Tensor
@@ -54,10 +54,10 @@ class Correction(Protocol):
 
 
 class Corrected(diffusers.ModelMixin, ConfigMixin):
-    """A denoiser whose predictions are corrected, in the place of the denoiser.
+    """A denoiser whose predictions are corrected, in place of the denoiser.
 
     Args:
-        denoiser: a diffusers model, or what stands in for one.
+        denoiser: a diffusers model, or an object with the same interface.
         correction: what is done to its predictions.
     """
 
@@ -108,7 +108,7 @@ class Corrected(diffusers.ModelMixin, ConfigMixin):
 
 
 def signature_of(denoiser: nn.Module) -> inspect.Signature:
-    """What a denoiser's ``forward`` takes; stand-ins say it of the class that they stand in for."""
+    """The parameters of a denoiser's ``forward``; a substitute reports those of the class that it replaces."""
     found = getattr(denoiser, "signature", None)
     return found if isinstance(found, inspect.Signature) else inspect.signature(denoiser.forward)
 
@@ -192,7 +192,7 @@ class OnlineCorrection:
         """See `Correction`."""
         t = float(timestep[0])
         stale = self._mu is not None and len(self._mu) != len(output)
-        # Each run of a pipeline sets the schedule anew, and begins at its highest timestep.
+        # Each run of a pipeline sets the schedule again, and begins at its highest timestep.
         if stale or t > self._last or getattr(self.scheduler, "timesteps", None) is not self._schedule:
             self._begin()
         index, self._index, self._last = self._index, self._index + 1, t
@@ -250,7 +250,7 @@ class OnlineCorrection:
         return math.sqrt(alpha) * prediction + math.sqrt(1 - alpha) * x
 
     def _noise(self, x: Tensor, t: float) -> Tensor:
-        """[1, ...] noise for every row, with mean 0, that depends on nothing but seed and timestep."""
+        """[1, ...] noise for every row, with mean 0, that depends on seed and timestep only."""
         generator = torch.Generator().manual_seed((self.seed << 32) + round(1000 * t))
         noise = torch.randn(x.shape[1:], generator=generator, dtype=torch.float32)
         return (noise - noise.mean())[None].to(x)
@@ -265,14 +265,14 @@ def _guided(sample: Tensor) -> bool:
 
 
 def check_correction(name: str, artifact: Artifact | None) -> None:
-    """Refuse a correction that cannot be had, before any work.
+    """Refuse a correction that is not possible, before any work.
 
     Args:
         name: one of `CORRECTIONS`.
         artifact: whose predictions are to be corrected; None for a model in full precision.
 
     Raises:
-        UsageError: an unknown name, or a table is wanted where there is none.
+        UsageError: an unknown name, or there is no table.
         InvalidInputError: the table is that of another checkpoint.
     """
     if name not in CORRECTIONS:

@@ -64,11 +64,11 @@ def sample(
         batch: number of images that are made together.
         prompts: for pipelines that take prompts or class numbers; used in turns.
         guidance: classifier-free guidance scale.
-        eta: share of fresh noise in each step, for schedulers that know it.
+        eta: share of fresh noise in each step, for schedulers that have it.
         height: of the images, in pixels.
         width: of the images, in pixels.
         model: the pipeline in which an engine or checkpoint runs; by default the one it was made from.
-        correction: ``table`` or ``online`` to take mean errors out of predictions, or ``none``.
+        correction: ``table`` or ``online`` to subtract mean errors from predictions, or ``none``.
         overwrite: replace another artifact at ``output``.
 
     Returns:
@@ -159,7 +159,7 @@ def _pipeline_of(source: str | Path | Artifact, model: str | Path | None) -> Mod
     """The folder whose pipeline a source runs in.
 
     Raises:
-        InvalidInputError: there is none.
+        InvalidInputError: there is no such folder.
     """
     if not isinstance(source, Artifact):
         return open_model(source)
@@ -175,13 +175,13 @@ def _pipeline_of(source: str | Path | Artifact, model: str | Path | None) -> Mod
     if own.has_pipeline and _is_denoiser_and_scheduler(own):
         return own
     raise InvalidInputError(
-        f"the pipeline that {source.path} was made from is not at {noted or 'a known place'} any more: "
+        f"the pipeline that {source.path} was made from is no longer at {noted or 'a known path'}: "
         "name its folder with --model"
     )
 
 
 def _other_components(model: Model) -> dict[str, Any]:
-    """Names and classes of a pipeline's components, but for the denoiser and those that are absent."""
+    """Names and classes of a pipeline's components, except the denoiser and those that are absent."""
     index: dict[str, Any] = json.loads((model.path / INDEX).read_text())
     return {
         name: entry
@@ -196,7 +196,7 @@ def _is_denoiser_and_scheduler(model: Model) -> bool:
 
 
 def _rest_sha256(model: Model) -> str:
-    """Identity of a pipeline but for its denoiser."""
+    """Identity of a pipeline without its denoiser."""
     if not model.has_pipeline:
         return sha256_files({})
     files = [model.path / INDEX] + [
@@ -244,7 +244,7 @@ def _denoiser(source: str | Path | Artifact) -> nn.Module | None:
 
 @contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """Diffusers warns of a denoiser that is not of the class in the index, which is what we are about."""
+    """Diffusers warns of a denoiser that is not of the class in the index, which is intended here."""
     logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Signal-to-noise ratios in dB: of all elements, of each row, and how far outputs are from what is expected."""
+"""Signal-to-noise ratios in dB: of all elements, of each row, and the distance of outputs from expected ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 EXACT_DB = 200.0  # reported for what is equal bit for bit, whose ratio is infinite
-SAME_DB = 80.0  # rows at or above agree but for the last bits of float arithmetic
+SAME_DB = 80.0  # rows at or above agree except for the last bits of float arithmetic
 
 
 def powers(output: Tensor, expected: Tensor) -> tuple[float, float]:
@@ -20,7 +20,7 @@ def powers(output: Tensor, expected: Tensor) -> tuple[float, float]:
 
 
 def decibels(signal: float, noise: float) -> float:
-    """Their ratio in dB, within +-`EXACT_DB`: 200 for equality, also where there is neither."""
+    """The ratio of signal to noise in dB, within +-`EXACT_DB`; 200 for equality, also where both are 0."""
     if noise == 0:
         return EXACT_DB
     ratio = signal / noise
@@ -38,11 +38,11 @@ def sqnr_by_row(output: Tensor, expected: Tensor) -> list[float]:
 
 
 def distance(output: Tensor, expected: Tensor) -> dict[str, Any]:
-    """How far outputs ``[rows, ...]`` are from what is expected.
+    """The distance of outputs ``[rows, ...]`` from expected ones.
 
     Returns:
         ``sqnr_db``, the median over rows; ``worst_db``, the worst row; ``pooled_db``, over all elements;
-        ``same_rows``, the share of rows that agree but for the last bits; and ``max_abs``.
+        ``same_rows``, the share of rows that agree except for the last bits; and ``max_abs``.
     """
     rows = sqnr_by_row(output, expected)
     return {

@@ -22,7 +22,7 @@ class CheckFailed(QDeployError):
 
 
 class CapabilityError(QDeployError):
-    """This machine, or this engine, cannot do what was asked."""
+    """This machine, or this engine, lacks a required capability."""
 
     exit_code = 4
 

@@ -1,4 +1,4 @@
-"""What work will cost, said before it starts."""
+"""Estimates of what a piece of work costs, reported before it starts."""
 
 from __future__ import annotations
 

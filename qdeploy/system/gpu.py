@@ -1,7 +1,7 @@
-"""Is there a GPU that TensorRT can use? Asked of the driver, before any TensorRT object exists.
+"""Find a GPU that TensorRT can use, through the driver, before any TensorRT object exists.
 
-TensorRT's objects must not be touched without a driver: the runtime hands back something that looks alive
-and crashes the process at the first property that is read.
+TensorRT's objects must not be used without a driver: the runtime returns an object that looks valid and
+crashes the process when the first property is read.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def find_gpu(index: int = 0, library: str = LIBRARY) -> Gpu:
         ) from error
     _check(cuda.cuInit(0), "start")
     number = ctypes.c_int()
-    _check(cuda.cuDriverGetVersion(ctypes.byref(number)), "tell its version")
+    _check(cuda.cuDriverGetVersion(ctypes.byref(number)), "report its version")
     version = number.value
     _check(cuda.cuDeviceGetCount(ctypes.byref(number)), "count GPUs")
     if number.value <= index:
@@ -90,7 +90,7 @@ def find_gpu(index: int = 0, library: str = LIBRARY) -> Gpu:
         _check(cuda.cuDeviceGetAttribute(ctypes.byref(number), attribute, device), "describe the GPU")
         capability.append(number.value)
     memory = ctypes.c_size_t()
-    _check(cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device), "tell the GPU's memory")
+    _check(cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device), "report the GPU's memory")
     gpu = Gpu(name.value.decode(errors="replace"), (capability[0], capability[1]), memory.value, version)
     if gpu.capability < OLDEST_CAPABILITY:
         raise CapabilityError(
@@ -106,7 +106,7 @@ def _check(result: int, what: str) -> None:
 
 
 def required_cuda() -> int | None:
-    """Major version of CUDA that the installed TensorRT libraries were made for; None if they do not tell."""
+    """Major version of CUDA that the installed TensorRT libraries were made for; None if unknown."""
     for package, major in _LIBS.items():
         try:
             metadata.version(package)
@@ -120,7 +120,7 @@ def require_gpu(library: str = LIBRARY) -> Gpu:
     """The first GPU, its driver new enough for the installed TensorRT.
 
     Raises:
-        CapabilityError: as of `find_gpu`, or the driver is too old.
+        CapabilityError: see `find_gpu`; or the driver is too old.
     """
     gpu, needed = find_gpu(library=library), required_cuda()
     if needed is not None and gpu.cuda < 1000 * needed:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def canonical(value: object) -> bytes:
-    """JSON bytes that depend on nothing but the value: sorted keys, no spaces."""
+    """JSON bytes that depend on the value only: sorted keys, no spaces."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 

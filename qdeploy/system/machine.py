@@ -1,4 +1,4 @@
-"""What this machine can do: the processor's name and the instructions that decide about int8 and bf16."""
+"""What this machine can do: the processor's name and the instructions that matter for int8 and bf16."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ CPUINFO = Path("/proc/cpuinfo")
 INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm", "asimddp")
 # With one of these, x86 processors add int8 products in 32 bits.
 _WIDE_SUMS = ("avx512_vnni", "avx_vnni", "amx_int8")
-# Bits of the sums that an engine's int8 products need, as its facts tell.
+# Bits of the sums that an engine's int8 products need, as stated in its facts.
 NARROW, WIDE = 16, 32
 # Those that OpenVINO has bf16 kernels for.
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
-# Told in reports, to tell one machine from another.
+# Listed in reports, to distinguish machines.
 _NAMED = ("avx2", "avx512f", *INT8_INSTRUCTIONS, *BF16_INSTRUCTIONS)
 
 
@@ -35,23 +35,23 @@ def _cpuinfo(*keys: str) -> str:
 
 
 def cpu_model() -> str:
-    """The processor's name, as it calls itself."""
+    """The processor's name, as it reports it."""
     return _cpuinfo("model name", "Model", "Hardware") or platform.processor() or platform.machine()
 
 
 def cpu_features() -> list[str]:
-    """The instruction sets that matter here, sorted; empty where the system does not tell."""
+    """The instruction sets that matter here, sorted; empty where they are unknown."""
     flags = set(_cpuinfo("flags", "Features").split())
     return sorted(flags.intersection(_NAMED))
 
 
 def cpu_identity() -> dict[str, Any]:
-    """What compiled code depends on: the processor's name and all that it says it can do."""
+    """What compiled code depends on: the processor's name and all of its feature flags."""
     return {"cpu": cpu_model(), "flags": sorted(set(_cpuinfo("flags", "Features").split()))}
 
 
 def has_int8() -> bool:
-    """Whether int8 products are faster than float32 ones here; True where the system does not tell."""
+    """Whether int8 products are faster than float32 ones here; True where they are unknown."""
     features = cpu_features()
     return not features or any(name in features for name in INT8_INSTRUCTIONS)
 
@@ -59,8 +59,8 @@ def has_int8() -> bool:
 def int8_sums_saturate() -> bool:
     """Whether int8 kernels here add two products of unsigned by signed bytes in 16 bits, and saturate.
 
-    x86 without VNNI does (``vpmaddubsw``): 255 x 127 twice is twice what fits. False where the system does not
-    tell its instructions.
+    x86 without VNNI does (``vpmaddubsw``): 255 x 127 twice is twice what fits. False where the
+    instructions are unknown.
     """
     flags = set(_cpuinfo("flags").split())
     return bool(flags) and flags.isdisjoint(_WIDE_SUMS)

@@ -1,4 +1,4 @@
-"""How much memory there is, and how much this process has held, as the system tells it."""
+"""The machine's memory, and the peak memory of this process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ STATUS = Path("/proc/self/status")
 
 
 def physical_memory() -> int | None:
-    """The machine's memory in bytes; None where the system does not tell."""
+    """The machine's memory in bytes; None where it is unknown."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # Windows has no such call
@@ -18,13 +18,13 @@ def physical_memory() -> int | None:
 
 
 def peak_memory() -> int | None:
-    """The most memory that this process has held so far, in bytes; mapped files count where they were read.
+    """The peak resident memory of this process in bytes; mapped files count where they were read.
 
-    On Linux from its status, which begins with the program; what ``getrusage`` tells elsewhere may contain what the
-    parent held before.
+    On Linux from ``/proc``, which starts counting with the program; elsewhere from ``getrusage``, whose value may
+    include the parent's memory at the fork.
 
     Returns:
-        None where the system tells neither.
+        None where neither is available.
     """
     try:
         lines = STATUS.read_text().splitlines()

@@ -1,4 +1,4 @@
-"""What this package and others register: methods, metrics, passes, engines and lint rules.
+"""Plugins: what this package and others register: methods, metrics, passes, engines and lint rules.
 
 A package registers a module, a package of modules, or a single object as an entry point
 (https://packaging.python.org/specifications/entry-points/), in its own ``pyproject.toml``:
@@ -24,7 +24,7 @@ from qdeploy.system.errors import CapabilityError
 METHODS, METRICS, PASSES = "qdeploy.methods", "qdeploy.metrics", "qdeploy.passes"
 ENGINES, LINT_RULES = "qdeploy.engines", "qdeploy.lint_rules"
 
-# The first entry of each group. They stand here and not in pyproject.toml, so that a checkout that was updated
+# The first entry of each group. They are here and not in pyproject.toml, so that a checkout that was updated
 # without being installed again still finds them.
 _OWN = (
     EntryPoint("qdeploy", "qdeploy.calibrate.methods", METHODS),
@@ -72,7 +72,7 @@ def named(group: str, wanted: Callable[[Any], bool], what: str) -> dict[str, Any
         what: what they are called in errors.
 
     Raises:
-        CapabilityError: a module cannot be imported, or two packages give one name to different objects.
+        CapabilityError: a module cannot be imported, or two packages use one name for different objects.
     """
     found: dict[str, Registered] = {}
     for package, value in registered(group):
@@ -109,7 +109,7 @@ def _loaded(entry: EntryPoint) -> Iterator[Any]:
             raise
         raise CapabilityError(
             f"the package {_package(entry)} registers {entry.name} = {entry.value} in {entry.group}, which cannot "
-            f"be imported ({type(error).__name__}: {error}): mend or uninstall it"
+            f"be imported ({type(error).__name__}: {error}): repair or uninstall it"
         ) from error
 
 

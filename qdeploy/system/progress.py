@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 @dataclass
 class Verbosity:
-    """How much is said: 0 nothing but errors, 1 messages and bars, 2 details."""
+    """Verbosity: 0 errors only, 1 messages and progress bars, 2 details."""
 
     level: int = 1
 
@@ -27,7 +27,7 @@ def say(message: str, level: int = 1) -> None:
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Go through ``items`` with a progress bar where stderr is a terminal."""
+    """Iterate over ``items`` with a progress bar if stderr is a terminal."""
     if verbosity.level < 1 or not sys.stderr.isatty():
         yield from items
         return

@@ -18,8 +18,8 @@ from qdeploy.engines.registry import find_backend
 from qdeploy.evaluate.baselines import FULL, HALF, baseline_engine, baseline_precisions
 from qdeploy.evaluate.cached_json import remembered
 from qdeploy.evaluate.image_grid import image_grid
-from qdeploy.evaluate.quality import Plan, Trajectories
-from qdeploy.evaluate.summary import DemoResult, summary_notes, summary_table
+from qdeploy.evaluate.quality import QualityPlan, Trajectories
+from qdeploy.evaluate.summary import DemoResult, engine_table, summary_notes
 from qdeploy.model.folder import Model, open_model
 from qdeploy.store.artifact import Artifact
 from qdeploy.store.files import explained_os_errors, write_json, write_text
@@ -93,7 +93,7 @@ def demo(
     titles = {FULL: "full precision", HALF: "16-bit"}
     titles |= {name: variant.title for name, variant in work.variants.items()}
     page = work.report(checks, speed)
-    table = summary_table(engines, titles, checks, speed, BATCH)
+    table = engine_table(engines, titles, checks, speed, BATCH)
     notes = [
         *summary_notes(checks, speed),
         f"images of the same seeds: {work.output / 'grid.png'}",
@@ -183,7 +183,7 @@ class _Work:
         """Parity and quality of every engine but the full-precision one, by name."""
         from qdeploy.evaluate.check import check
 
-        plan = Plan(samples=self.samples, inference_steps=STEPS, scheduler="ddim", batch=BATCH)
+        plan = QualityPlan(samples=self.samples, inference_steps=STEPS, scheduler="ddim", batch=BATCH)
         trajectories = cache(lambda: Trajectories(self.model, plan))
         results = {}
         for name, engine in engines.items():

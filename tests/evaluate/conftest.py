@@ -10,7 +10,7 @@ from qdeploy.calibration_set.collect import collect
 from qdeploy.engines.build import build_engine
 from qdeploy.engines.measure import latency
 from qdeploy.evaluate.baselines import baseline_bundle
-from qdeploy.evaluate.quality import Plan
+from qdeploy.evaluate.quality import QualityPlan
 from qdeploy.evaluate.report_page.run import ReportResult, report
 from qdeploy.export.run import export
 from qdeploy.mixed.ranking import LayerHarm
@@ -19,7 +19,7 @@ from qdeploy.store.artifact import Artifact
 from qdeploy.store.files import write_json
 from qdeploy.workflows.calibrate import calibrate
 
-SMALL = Plan(samples=4, steps=3, inference_steps=5, batch=2)
+SMALL = QualityPlan(samples=4, steps=3, inference_steps=5, batch=2)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def full_bundle(way: Way) -> Artifact:
 
 
 @pytest.fixture
-def small() -> Plan:
+def small() -> QualityPlan:
     return SMALL
 
 

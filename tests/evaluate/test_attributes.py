@@ -7,7 +7,13 @@ import torch
 
 from qdeploy.evaluate.attribute_network import Found, Reading
 from qdeploy.evaluate.intervals import of_share
-from qdeploy.evaluate.metrics.attributes import ATTRIBUTES, AttributesMeter, Tally, attribute_accuracy, judge
+from qdeploy.evaluate.metrics.attributes import (
+    ATTRIBUTES,
+    AttributesMeter,
+    Tally,
+    attribute_accuracy,
+    judge_picture,
+)
 from qdeploy.evaluate.paired_sample import Pair
 from qdeploy.evaluate.scene_captions import wanted
 
@@ -21,7 +27,7 @@ def reading(*things: tuple[str, str, str, float, float], background: str = "whit
 def verdict(prompt: str, shown: Reading) -> dict[str, bool]:
     asked = wanted(prompt)
     assert asked is not None
-    return judge(asked, shown)
+    return judge_picture(asked, shown)
 
 
 def wrong(prompt: str, shown: Reading) -> set[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qdeploy.calibration_set.collect import collect
 from qdeploy.evaluate.check import check
-from qdeploy.evaluate.quality import Plan, Trajectories
+from qdeploy.evaluate.quality import QualityPlan, Trajectories
 from qdeploy.model.folder import open_model
 from qdeploy.store.artifact import Artifact
 from qdeploy.workflows.calibrate import calibrate
@@ -29,7 +29,7 @@ def test_prompts_and_guidance_reach_both_sides(tmp_path: Path) -> None:
     }
     assert found[1.0]["drift"] != found[7.5]["drift"]
     assert all(quality["ssim"]["count"] == quality["psnr"]["count"] == 4 for quality in found.values())
-    trajectories = Trajectories(open_model(model), Plan(prompts=tuple(PROMPTS), guidance=7.5, **plan))
+    trajectories = Trajectories(open_model(model), QualityPlan(prompts=tuple(PROMPTS), guidance=7.5, **plan))
     network = open_model(model).load()
     pairs = list(trajectories.pairs(network))
     assert [pair.prompts for pair in pairs] == [PROMPTS, PROMPTS[:1]]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qdeploy.evaluate import metrics as package
-from qdeploy.evaluate.metric_context import Means
+from qdeploy.evaluate.metric_context import MetricContext
 from qdeploy.evaluate.metrics.base import Meter, metrics
 from qdeploy.evaluate.metrics.drift import DriftMeter, drift
 from qdeploy.evaluate.metrics.frechet import (
@@ -226,13 +226,13 @@ def test_the_registry_lists_every_metric() -> None:
 
 
 def test_a_metric_without_its_means_is_left_out(ddpm: Path) -> None:
-    started = {name for name, metric in metrics().items() if metric.meter(Means(open_model(ddpm)))}
+    started = {name for name, metric in metrics().items() if metric.meter(MetricContext(open_model(ddpm)))}
     with_features = {"fd_local", "fid", "inception_score", "kid", "precision_recall", "spatial_frechet"}
     assert started == metrics().keys() - with_features - {"attributes", "clip_score", "lpips"}
-    local = {name for name, metric in metrics().items() if metric.meter(Means(open_model("digits")))}
+    local = {name for name, metric in metrics().items() if metric.meter(MetricContext(open_model("digits")))}
     assert local & with_features == with_features - {"fid"}
     assert "attributes" in {
-        name for name, metric in metrics().items() if metric.meter(Means(open_model("scenes")))
+        name for name, metric in metrics().items() if metric.meter(MetricContext(open_model("scenes")))
     }
 
 

@@ -14,7 +14,7 @@ from onnx import numpy_helper
 
 from qdeploy.engines.build import build_engine
 from qdeploy.evaluate.check import check
-from qdeploy.evaluate.parity import Subject, measure_parity, open_subject, rounding_floors
+from qdeploy.evaluate.parity import RunnableArtifact, measure_parity, open_subject, rounding_floors
 from qdeploy.evaluate.thresholds import parity_floor, rows_out_of_parity
 from qdeploy.store.artifact import Artifact
 from qdeploy.store.builder import Draft
@@ -94,7 +94,7 @@ def test_a_row_that_keeps_all_its_codes_is_moved_further(way: Way) -> None:
     """A row that is small beside the step has no floor at all where nothing is rounded elsewhere."""
     rows = torch.tensor([[100.49, 3.0, 7.0], [0.495, 1.0, 0.2], [0.0, 0.0, 0.0]])
     artifact, idle = way.onnx, torch.nn.Identity()
-    subject = Subject(artifact, idle, lambda inputs: inputs["sample"].round(), "sample", "torch")
+    subject = RunnableArtifact(artifact, idle, lambda inputs: inputs["sample"].round(), "sample", "torch")
     floors = rounding_floors(subject, {"sample": rows, "timestep": torch.arange(3)}, rows.round())
     assert floors == pytest.approx([40, 0, 200], abs=0.05)
 

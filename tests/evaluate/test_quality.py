@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.evaluate import quality
-from qdeploy.evaluate.quality import FIRST_SEED, SEEDS_APART, Plan, Trajectories, measure_quality
+from qdeploy.evaluate.quality import FIRST_SEED, SEEDS_APART, QualityPlan, Trajectories, measure_quality
 from qdeploy.model.folder import open_model
 from qdeploy.system.errors import InvalidInputError, UsageError
 from tests.models import dit_folder, stable_diffusion_folder
@@ -39,7 +39,7 @@ class _Output(tuple[Tensor]):
         return self[0]
 
 
-def test_a_model_is_equal_to_itself(ddpm: Path, small: Plan) -> None:
+def test_a_model_is_equal_to_itself(ddpm: Path, small: QualityPlan) -> None:
     model = open_model(ddpm)
     measured = measure_quality(Trajectories(model, small), model.load())
     assert measured["sqnr_db"]["median"] == measured["sqnr_db"]["worst"] == 200
@@ -48,7 +48,7 @@ def test_a_model_is_equal_to_itself(ddpm: Path, small: Plan) -> None:
     assert "fd_local" not in measured
 
 
-def test_sqnr_is_measured_on_the_reference_trajectory(ddpm: Path, small: Plan) -> None:
+def test_sqnr_is_measured_on_the_reference_trajectory(ddpm: Path, small: QualityPlan) -> None:
     """A factor is 20 dB at every timestep, however far the subject's own trajectory goes astray."""
     model = open_model(ddpm)
     measured = measure_quality(Trajectories(model, small), Scaled(model.load(), 1.1))
@@ -60,7 +60,7 @@ def test_sqnr_is_measured_on_the_reference_trajectory(ddpm: Path, small: Plan) -
 
 
 def test_what_is_measured_does_not_depend_on_the_batch_or_on_memory(
-    ddpm: Path, small: Plan, monkeypatch: pytest.MonkeyPatch
+    ddpm: Path, small: QualityPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = open_model(ddpm)
     subject = Scaled(model.load(), 0.97)
@@ -73,7 +73,9 @@ def test_what_is_measured_does_not_depend_on_the_batch_or_on_memory(
     assert other == measure_quality(forgetful, subject)
 
 
-def test_no_image_has_an_ordinary_seed(ddpm: Path, small: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_image_has_an_ordinary_seed(
+    ddpm: Path, small: QualityPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
     used: list[int] = []
     generate = quality.generate
 
@@ -87,7 +89,7 @@ def test_no_image_has_an_ordinary_seed(ddpm: Path, small: Plan, monkeypatch: pyt
     assert min(used) > 2**32
 
 
-def test_another_seed_gives_other_images(ddpm: Path, small: Plan) -> None:
+def test_another_seed_gives_other_images(ddpm: Path, small: QualityPlan) -> None:
     model = open_model(ddpm)
     one, other = (
         next(Trajectories(model, dataclasses.replace(small, seed=seed)).reference()).images for seed in (1, 2)
@@ -100,22 +102,22 @@ def test_another_seed_gives_other_images(ddpm: Path, small: Plan) -> None:
 )
 def test_impossible_plans_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
-        Plan(**wrong)
+        QualityPlan(**wrong)
 
 
-def test_a_subject_that_computes_nan_is_refused(ddpm: Path, small: Plan) -> None:
+def test_a_subject_that_computes_nan_is_refused(ddpm: Path, small: QualityPlan) -> None:
     model = open_model(ddpm)
     with pytest.raises(InvalidInputError, match="NaN"):
         measure_quality(Trajectories(model, small), Scaled(model.load(), float("nan")))
 
 
-def test_conditional_models_are_compared_too(tmp_path: Path, small: Plan) -> None:
+def test_conditional_models_are_compared_too(tmp_path: Path, small: QualityPlan) -> None:
     model = open_model(dit_folder(tmp_path / "dit"))
     measured = measure_quality(Trajectories(model, small), model.load())
     assert measured["sqnr_db"]["worst"] == 200
 
 
-def test_prompts_are_asked_for_and_used(tmp_path: Path, small: Plan) -> None:
+def test_prompts_are_asked_for_and_used(tmp_path: Path, small: QualityPlan) -> None:
     model = open_model(stable_diffusion_folder(tmp_path / "sd"))
     with pytest.raises(UsageError, match="prompts"):
         next(Trajectories(model, small).reference())

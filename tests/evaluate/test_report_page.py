@@ -120,9 +120,9 @@ def test_results_that_are_given_are_not_measured(page: ReportResult, way: Way, t
     assert not (tmp_path / "r-measured" / "check-0.json").exists()
     assert any("checkpoint" in line for line in result.missing)
     foreign = {**check, "sha256": "0" * 64}
-    with pytest.raises(InvalidInputError, match="not what `qdeploy check"):
+    with pytest.raises(InvalidInputError, match="not a result of `qdeploy check"):
         report([way.engine], tmp_path / "r.html", checks=[foreign], benchmark=speed, pictures=0)
-    with pytest.raises(InvalidInputError, match="not what `qdeploy benchmark"):
+    with pytest.raises(InvalidInputError, match="not a result of `qdeploy benchmark"):
         report([way.engine], tmp_path / "r.html", checks=[check], benchmark=check, pictures=0)
 
 

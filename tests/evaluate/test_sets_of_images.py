@@ -17,7 +17,7 @@ from sklearn.metrics.pairwise import polynomial_kernel
 from torch import Tensor
 
 from qdeploy.evaluate.intervals import of_mean, of_share, of_statistic
-from qdeploy.evaluate.metric_context import Means
+from qdeploy.evaluate.metric_context import MetricContext
 from qdeploy.evaluate.metrics.base import metrics
 from qdeploy.evaluate.metrics.frechet_features import frechet
 from qdeploy.evaluate.metrics.inception_score import inception_score
@@ -46,8 +46,8 @@ def digits_pair(rows: int = 24) -> Pair:
     return Pair([], images, (images + 0.1 * noise(rows, 1, 28, 28, seed=1)).clamp(0, 1))
 
 
-def measured(pairs: list[Pair], means: Means, names: tuple[str, ...] = SETS) -> dict[str, Any]:
-    meters = {name: metrics()[name].meter(means) for name in names}
+def measured(pairs: list[Pair], context: MetricContext, names: tuple[str, ...] = SETS) -> dict[str, Any]:
+    meters = {name: metrics()[name].meter(context) for name in names}
     for pair in pairs:
         for meter in meters.values():
             assert meter is not None
@@ -200,8 +200,8 @@ def test_few_images_have_no_interval() -> None:
 def test_batches_do_not_matter_and_everything_is_named() -> None:
     pair, model = digits_pair(), open_model("digits")
     parts = [Pair([], pair.expected_images[at : at + 7], pair.images[at : at + 7]) for at in range(0, 24, 7)]
-    whole, cut = measured([pair], Means(model)), measured(parts, Means(model))
-    assert whole == measured([digits_pair()], Means(model))
+    whole, cut = measured([pair], MetricContext(model)), measured(parts, MetricContext(model))
+    assert whole == measured([digits_pair()], MetricContext(model))
     for name in SETS:
         assert whole[name]["count"] == 24
         assert whole[name]["reference"]
@@ -217,7 +217,7 @@ def test_batches_do_not_matter_and_everything_is_named() -> None:
 
 def test_equal_sets_are_at_no_distance() -> None:
     images = noise(24, 1, 28, 28).sigmoid()
-    same = measured([Pair([], images, images)], Means(open_model("digits")))
+    same = measured([Pair([], images, images)], MetricContext(open_model("digits")))
     assert same["kid"]["value"] == pytest.approx(0, abs=1e-6)
     assert same["spatial_frechet"]["value"] == pytest.approx(0, abs=1e-3)
     assert same["precision_recall"]["precision"]["value"] == same["precision_recall"]["recall"]["value"] == 1
@@ -237,12 +237,14 @@ def test_real_images_become_the_reference_and_their_features_are_kept(
 ) -> None:
     monkeypatch.setenv("QDEPLOY_CACHE", str(tmp_path / "cache"))
     real = write_images(tmp_path / "real", 12)
-    first = measured([digits_pair()], Means(open_model("digits"), real=real), ("kid", "precision_recall"))
+    first = measured(
+        [digits_pair()], MetricContext(open_model("digits"), real=real), ("kid", "precision_recall")
+    )
     assert first["kid"]["reference"] == "real images in real"
     assert (first["kid"]["count"], first["kid"]["reference_count"]) == (24, 12)
     assert "of_the_reference" in first["kid"]
     assert len(list((tmp_path / "cache" / "features").iterdir())) == 1
-    again = Means(open_model("digits"), real=real)
+    again = MetricContext(open_model("digits"), real=real)
     assert again.extractor is not None
     object.__setattr__(again.extractor, "run", None)  # nothing is left to compute
     assert again.real_features is not None
@@ -270,9 +272,9 @@ def test_what_cannot_be_compared_is_refused_in_a_sentence(case: str, tmp_path: P
         features.write_text("no weights")
 
     def compared() -> None:
-        means = Means(model, features=features, real=real)
-        means.check()
-        measured([digits_pair()], means, ("kid",))
+        context = MetricContext(model, features=features, real=real)
+        context.check()
+        measured([digits_pair()], context, ("kid",))
 
     with pytest.raises(QDeployError) as refused:
         compared()
@@ -316,4 +318,4 @@ def test_lpips_is_zero_for_equal_images_and_grows_with_noise(tmp_path: Path) -> 
 
 def test_no_clip_model_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="is no CLIP model"):
-        metrics()["clip_score"].meter(Means(open_model("digits"), clip=tmp_path))
+        metrics()["clip_score"].meter(MetricContext(open_model("digits"), clip=tmp_path))

@@ -13,7 +13,7 @@ import pytest
 
 from qdeploy.evaluate import shared_work
 from qdeploy.evaluate.paired_sample import Pair
-from qdeploy.evaluate.quality import Plan, Trajectories, measure_quality
+from qdeploy.evaluate.quality import QualityPlan, Trajectories, measure_quality
 from qdeploy.model.folder import open_model
 from qdeploy.quant.checkpoint import load_checkpoint
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_a_stopped_evaluation_goes_on_where_it_was(
-    way: Any, small: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    way: Any, small: QualityPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QDEPLOY_CACHE", str(tmp_path))
     model, subject = open_model(way.model), load_checkpoint(way.checkpoint)
@@ -45,13 +45,13 @@ def test_a_stopped_evaluation_goes_on_where_it_was(
 
 
 def test_another_request_does_not_take_over_the_parts(
-    way: Any, small: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    way: Any, small: QualityPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QDEPLOY_CACHE", str(tmp_path))
     model, subject = open_model(way.model), load_checkpoint(way.checkpoint)
     seen: list[str] = []
     monkeypatch.setattr(shared_work.shutil, "rmtree", lambda folder, **options: seen.append(folder.name))
-    for plan, key in ((small, "a"), (small, "b"), (Plan(samples=2, steps=2, inference_steps=3), "a")):
+    for plan, key in ((small, "a"), (small, "b"), (QualityPlan(samples=2, steps=2, inference_steps=3), "a")):
         list(Trajectories(model, plan).pairs(subject, key))
     assert len(set(seen)) == 3
 
@@ -59,9 +59,9 @@ def test_another_request_does_not_take_over_the_parts(
 ONE_IMAGE_AT_A_TIME = """
 import sys
 from qdeploy.cli import main
-from qdeploy.evaluate.quality import Plan
+from qdeploy.evaluate.quality import QualityPlan
 
-Plan.batches = lambda self: [range(image, image + 1) for image in range(self.samples)]
+QualityPlan.batches = lambda self: [range(image, image + 1) for image in range(self.samples)]
 main()
 """
 

@@ -160,7 +160,7 @@ def test_more_steps_than_the_schedule_has_are_refused(ddpm: Path) -> None:
 
 
 def test_a_denoiser_alone_needs_a_schedule_to_be_named(ddpm: Path) -> None:
-    with pytest.raises(UsageError, match="no scheduler that says"):
+    with pytest.raises(UsageError, match="no scheduler that states"):
         plan_table(open_model(ddpm / "unet"), "fp32")
 
 

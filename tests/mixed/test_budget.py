@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qdeploy
-from qdeploy.mixed.assignment import Problem
+from qdeploy.mixed.assignment import AssignmentProblem
 from qdeploy.mixed.budget import in_words, parse_budget
 from qdeploy.mixed.costs import Costs, stored_bytes
 from qdeploy.mixed.plan import BUDGET, RECIPE
@@ -23,7 +23,7 @@ from qdeploy.system.errors import InvalidInputError, UsageError
 FORMAT_NAMES = ["int8", "int4", "int3"]
 
 
-def problem(harms: list[list[float]], counts: list[int], inputs: bool = False) -> Problem:
+def problem(harms: list[list[float]], counts: list[int], inputs: bool = False) -> AssignmentProblem:
     layers = [
         LayerHarm(
             f"l{number}",
@@ -37,7 +37,7 @@ def problem(harms: list[list[float]], counts: list[int], inputs: bool = False) -
     ]
     parts = {layer.path: (layer.count,) for layer in layers}
     costs = Costs(1000, 50, parts, {layer.path: layer.macs for layer in layers}, 1000 + 4 * sum(counts))
-    return Problem(layers, costs, FORMAT_NAMES, ["int8", "none"] if inputs else ["int8"])
+    return AssignmentProblem(layers, costs, FORMAT_NAMES, ["int8", "none"] if inputs else ["int8"])
 
 
 harm_lists = st.lists(
@@ -86,7 +86,7 @@ def test_layers_that_read_one_tensor_agree_on_its_format() -> None:
     import dataclasses
 
     layers = [made.layers[0], dataclasses.replace(made.layers[1], reads="l0")]
-    tied = Problem(layers, made.costs, FORMAT_NAMES, ["int8", "none"])
+    tied = AssignmentProblem(layers, made.costs, FORMAT_NAMES, ["int8", "none"])
     found = tied.solve({"macs": made.costs.fixed_bit_operations + 100 * 32 * 32 + 100 * 64})
     assert found is not None
     assert {activations for _, activations in found.formats.values()} == {"int8"}
@@ -226,5 +226,5 @@ def test_what_does_not_go_with_a_budget_is_refused(
         qdeploy.calibrate(ddpm, tmp_path / "c", **asked)  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match="sensitivity"):
         qdeploy.calibrate(ddpm, tmp_path / "c", budget="size=50%", calibration=data, sensitivity=budgeted)
-    with pytest.raises(InvalidInputError, match=r"does not know.*coverage portable-time"):
+    with pytest.raises(InvalidInputError, match=r"has no entry for.*coverage portable-time"):
         qdeploy.calibrate(ddpm, tmp_path / "c", budget="size=50%", coverage="portable-time", **asked)  # type: ignore[arg-type]

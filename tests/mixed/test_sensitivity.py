@@ -16,7 +16,7 @@ import qdeploy
 from qdeploy.mixed import sensitivity as run
 from qdeploy.mixed.estimate import first_order
 from qdeploy.mixed.measure import Exact
-from qdeploy.mixed.options import Option, Subject, quantized_to
+from qdeploy.mixed.options import LayerOptions, Option, quantized_to
 from qdeploy.mixed.ranking import agreement
 from qdeploy.mixed.rows import choose_rows
 from qdeploy.model.inputs import denoise
@@ -50,7 +50,7 @@ def test_exact_harm_is_that_of_a_network_with_this_layer_alone_quantized(tmp_pat
     with calibrating(tiny_unet(), rows, tmp_path / "c", weights="int4", activations="none") as session:
         path = session.layers[2].path
         layer = quantized_layers(session.denoiser)[path]
-        subject = Subject(path, layer, {"int4": quantized_to(layer, FORMATS["int4"], "minmax")})
+        subject = LayerOptions(path, layer, {"int4": quantized_to(layer, FORMATS["int4"], "minmax")})
         chosen = choose_rows(session, 8)
         noise = Exact(session, chosen).noise(subject)
     inputs = rows.inputs(chosen.numbers)
@@ -97,7 +97,7 @@ def test_first_order_is_exact_where_the_rest_of_the_network_is_linear(tmp_path: 
         ActivationRanges().run(session)
         layers = quantized_layers(session.denoiser)
         subjects = [
-            Subject(path, layer, {"int4": quantized_to(layer, FORMATS["int4"], "minmax")})
+            LayerOptions(path, layer, {"int4": quantized_to(layer, FORMATS["int4"], "minmax")})
             for path, layer in layers.items()
         ]
         rows = choose_rows(session, 16)
@@ -112,7 +112,7 @@ def test_trying_an_option_leaves_the_layer_as_it_was(tmp_path: Path) -> None:
     with calibrating(tiny_unet(), MemoryRows.noisy(), tmp_path / "c") as session:
         layer = next(iter(quantized_layers(session.denoiser).values()))
         own = layer.weight_quantizers
-        subject = Subject("x", layer, {"int8": quantized_to(layer, FORMATS["int8"], "lp")})
+        subject = LayerOptions("x", layer, {"int8": quantized_to(layer, FORMATS["int8"], "lp")})
         layer.quantized = False
 
         def stopped_within() -> None:
@@ -160,7 +160,7 @@ def test_a_measurement_that_was_stopped_goes_on_and_ends_in_the_same_bytes(
     asked = {"calibration": data, "formats": ["int8", "int4"], "rows": 8}
     plain, done = Exact.noise, []
 
-    def stopping(self: Exact, subject: Subject) -> torch.Tensor:
+    def stopping(self: Exact, subject: LayerOptions) -> torch.Tensor:
         if len(done) == 3:
             raise KeyboardInterrupt
         done.append(subject.path)

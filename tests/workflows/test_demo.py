@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qdeploy.evaluate.cached_json import remembered
-from qdeploy.evaluate.summary import DemoResult, summary_notes, summary_table
+from qdeploy.evaluate.summary import DemoResult, engine_table, summary_notes
 from qdeploy.model.folder import open_model
 from qdeploy.recipe.resolve import presets
 from qdeploy.system.progress import verbosity
@@ -113,7 +113,7 @@ def test_the_table_has_a_row_for_each_engine() -> None:
         "machine": {"cpu": "abacus", "cores": 2},
         "threads": 1,
     }
-    table = summary_table(engines, {name: name.upper() for name in names}, checks, speed, 16)
+    table = engine_table(engines, {name: name.upper() for name in names}, checks, speed, 16)
     assert "FD-local, 8 images" in table.columns
     shown = [[cell.text for cell in row] for row in table.cells]
     by_engine = {row[0]: dict(zip(table.columns, row, strict=True)) for row in shown}

@@ -20,7 +20,7 @@ BLOCK = 64  # int4 weights: rows that share a scale; engines have kernels for 64
 
 
 @dataclass(frozen=True)
-class Format:
+class GraphFormat:
     """How the layers of a graph are quantized.
 
     Attributes:
@@ -43,13 +43,13 @@ class Format:
 FORMATS = {
     found.name: found
     for found in (
-        Format("fp32"),
-        Format("int8", "INT8", "INT8", 127),
+        GraphFormat("fp32"),
+        GraphFormat("int8", "INT8", "INT8", 127),
         # What int8 kernels of processors without VNNI can add (`qdeploy.export.passes.narrow_sums`).
-        Format("int7", "INT8", "INT8", 127, weights_limit=63),
+        GraphFormat("int7", "INT8", "INT8", 127, weights_limit=63),
         # Weights alone, in blocks, for GEMMs: what TensorRT's int4 is for.
-        Format("int4", "INT4", None, 7, ("gemm",)),
-        Format("fp8", "FLOAT8E4M3FN", "FLOAT8E4M3FN", 448, ("gemm", "conv")),
+        GraphFormat("int4", "INT4", None, 7, ("gemm",)),
+        GraphFormat("fp8", "FLOAT8E4M3FN", "FLOAT8E4M3FN", 448, ("gemm", "conv")),
     )
 }
 
@@ -61,7 +61,7 @@ class Builder:
         kind: how its layers are quantized.
     """
 
-    def __init__(self, kind: Format) -> None:
+    def __init__(self, kind: GraphFormat) -> None:
         import numpy as np
 
         self.kind = kind
@@ -182,7 +182,7 @@ PATTERNS: dict[str, Callable[[Builder], str]] = {
 }
 
 
-def model(pattern: str, kind: Format) -> Any:
+def model(pattern: str, kind: GraphFormat) -> Any:
     """A pattern as an ONNX model.
 
     Args:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qdeploy.engines.build import check_precision
 from qdeploy.engines.doctor import doctor
 from qdeploy.engines.registry import Backend, find_backend
-from qdeploy.engines.selftest.graphs import CHANNELS, FORMATS, PATTERNS, SIZE, Format, model
+from qdeploy.engines.selftest.graphs import CHANNELS, FORMATS, PATTERNS, SIZE, GraphFormat, model
 from qdeploy.store.artifact import Artifact
 from qdeploy.system.errors import QDeployError, UsageError
 from qdeploy.system.progress import track
@@ -57,7 +57,7 @@ class Case:
 
 
 @dataclass
-class Report:
+class SelftestReport:
     """The result of a self test, with the machine it ran on."""
 
     backend: str
@@ -104,7 +104,9 @@ class Report:
         return "; ".join(f"{c.format} {c.pattern} {c.status}" for c in self.cases if c.status != "passed")
 
 
-def selftest(backend: str = "auto", precision: str = "f32", formats: Sequence[str] | None = None) -> Report:
+def selftest(
+    backend: str = "auto", precision: str = "f32", formats: Sequence[str] | None = None
+) -> SelftestReport:
     """Run every graph in every format that a backend has.
 
     Args:
@@ -129,7 +131,7 @@ def selftest(backend: str = "auto", precision: str = "f32", formats: Sequence[st
         if kind.patterns is None or pattern in kind.patterns
     ]
     cases = [_case(chosen, pattern, kind, precision) for pattern, kind in track(todo, "self test")]
-    return Report(chosen.name, chosen.version(), precision, cases, doctor().to_json())
+    return SelftestReport(chosen.name, chosen.version(), precision, cases, doctor().to_json())
 
 
 def _formats_of(backend: Backend) -> list[str]:
@@ -141,7 +143,7 @@ def _formats_of(backend: Backend) -> list[str]:
     return ["fp32", "int8", "int4", *(["fp8"] if find_gpu().sm >= 89 else [])]
 
 
-def _case(backend: Backend, pattern: str, kind: Format, precision: str) -> Case:
+def _case(backend: Backend, pattern: str, kind: GraphFormat, precision: str) -> Case:
     case = Case(pattern, kind.name)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -156,7 +158,7 @@ def _case(backend: Backend, pattern: str, kind: Format, precision: str) -> Case:
     return case
 
 
-def _play(case: Case, backend: Backend, kind: Format, precision: str, folder: Path) -> None:
+def _play(case: Case, backend: Backend, kind: GraphFormat, precision: str, folder: Path) -> None:
     import onnx
 
     from qdeploy.engines.int8_share import int8_layers, multiplies
@@ -182,12 +184,12 @@ def _play(case: Case, backend: Backend, kind: Format, precision: str, folder: Pa
     case.status = "passed" if case.decibels >= _least(kind, precision) else "inaccurate"
 
 
-def _least(kind: Format, precision: str) -> float:
+def _least(kind: GraphFormat, precision: str) -> float:
     """In 16 bits a rounding costs 66 dB (f16) or 48 dB (bf16), and a graph has several."""
     return min(LEAST[kind.name], {"f32": 99.0, "f16": 50.0, "bf16": 30.0}[precision])
 
 
-def _artifact(folder: Path, precision: str, kind: Format) -> Artifact:
+def _artifact(folder: Path, precision: str, kind: GraphFormat) -> Artifact:
     """A minimal engine folder, with what loading reads."""
     (folder / COMPONENT / "config.json").write_text(_CONFIG)
     facts = {

@@ -1,1 +1,1 @@
-"""Metrics of paired sampling. Every module with a ``METRIC`` adds one; nothing else needs to know of it."""
+"""Metrics of paired sampling. Every module with a ``METRIC`` adds one; no other module lists them."""

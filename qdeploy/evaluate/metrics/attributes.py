@@ -1,4 +1,4 @@
-"""Attribute accuracy: how often pictures show what their prompts ask for, each attribute on its own.
+"""Attribute accuracy: how often pictures show what their prompts ask for, by attribute.
 
 For models that come with an attribute network, which reads things, colours and places back from a picture
 (the zoo's ``scenes``). Every picture counts once per attribute: right or wrong.
@@ -24,13 +24,13 @@ from qdeploy.model.folder import Model
 ATTRIBUTES = ("shape", "colour", "size", "count", "relation", "background")
 
 
-def judge(asked: Wanted, reading: Reading) -> dict[str, bool]:
-    """Whether a picture shows what was asked for, for each attribute that was.
+def judge_picture(asked: Wanted, reading: Reading) -> dict[str, bool]:
+    """Whether a picture shows what its prompt asks for, by attribute.
 
-    Things that were found are matched one to one with those asked for, so that most shapes, colours and
+    Detected things are matched one to one with the requested ones, so that most shapes, colours and
     sizes agree. Shape, colour and size are right if every match has them and no kind of thing is missing; a
     wrong number of things is the count's mistake alone. A relation is right if the centres of both matches
-    lie more in its direction than across it.
+    differ more in its direction than across it.
     """
     matched = _match(asked, reading.things)
     complete = {asked.things[row] for row in matched} == set(asked.things)
@@ -84,7 +84,7 @@ class Tally:
         if asked is None:
             self.skipped += 1
             return
-        for attribute, right in judge(asked, reading).items():
+        for attribute, right in judge_picture(asked, reading).items():
             self.count[attribute] += 1
             self.right[attribute] += right
 

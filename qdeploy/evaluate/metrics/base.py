@@ -1,6 +1,6 @@
 """What a metric is, and the registry of metrics.
 
-A metric sees one `Pair` after the other, so that nothing but its own sums has to be kept.
+A metric sees one `Pair` after the other, so that only its own sums are kept.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
-from qdeploy.evaluate.metric_context import Means
+from qdeploy.evaluate.metric_context import MetricContext
 from qdeploy.evaluate.paired_sample import Pair
 from qdeploy.model.folder import Model
 
@@ -34,18 +34,18 @@ class Metric:
     Attributes:
         name: the value's name in reports; ends with its unit, where it has one.
         description: one line for people.
-        start: begins a measurement for a reference model; gives None where the model lacks what it takes.
-        begin: likewise, for metrics that take more than the model; then ``start`` is not asked.
+        start: begins a measurement for a reference model; returns None where the model lacks what it needs.
+        begin: the same for metrics that need more than the reference model; takes precedence over `start`.
     """
 
     name: str
     description: str
     start: Callable[[Model], Meter | None] = lambda model: None
-    begin: Callable[[Means], Meter | None] | None = None
+    begin: Callable[[MetricContext], Meter | None] | None = None
 
-    def meter(self, means: Means) -> Meter | None:
-        """A measurement with the means at hand; None where something is lacking."""
-        return self.start(means.model) if self.begin is None else self.begin(means)
+    def meter(self, context: MetricContext) -> Meter | None:
+        """A measurement with the available resources; None where one is missing."""
+        return self.start(context.model) if self.begin is None else self.begin(context)
 
 
 @cache

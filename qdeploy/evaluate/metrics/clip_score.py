@@ -1,6 +1,6 @@
 """CLIP score: how well images show their prompts, by a CLIP model of the user's choice (Hessel et al. 2021).
 
-The score is 100 max(0, cos) of the embeddings of image and prompt; the reference's score stands beside it.
+The score is 100 max(0, cos) of the embeddings of image and prompt; the reference's score is reported too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdeploy.evaluate.metric_context import Means
+from qdeploy.evaluate.metric_context import MetricContext
 from qdeploy.evaluate.metrics.base import Metric
 from qdeploy.evaluate.metrics.paired import about_mean
 from qdeploy.evaluate.paired_sample import Pair
@@ -70,8 +70,8 @@ class ClipMeter:
         return {**value, "reference": "the prompts"}
 
 
-def _begin(means: Means) -> ClipMeter | None:
-    return ClipMeter(means.clip) if means.clip is not None else None
+def _begin(context: MetricContext) -> ClipMeter | None:
+    return ClipMeter(context.clip) if context.clip is not None else None
 
 
 METRIC = Metric("clip_score", "agreement of images with their prompts, by a CLIP model", begin=_begin)

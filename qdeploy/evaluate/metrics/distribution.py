@@ -1,4 +1,4 @@
-"""What metrics of sets of images have in common: features of all images, against real ones or the reference's."""
+"""The common part of metrics of sets of images: features of all images, against real ones or the reference's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qdeploy.evaluate.extractors import Features
 from qdeploy.evaluate.intervals import CONFIDENCE, of_statistic, rounded
-from qdeploy.evaluate.metric_context import Means
+from qdeploy.evaluate.metric_context import MetricContext
 from qdeploy.evaluate.paired_sample import Pair
 
 Distance = Callable[[Tensor, Tensor], float]
@@ -19,11 +19,11 @@ Distance = Callable[[Tensor, Tensor], float]
 class SetMeter:
     """Collects one kind of features and compares sets at the end.
 
-    With real images at hand the subject's distance to them is told, and the reference's beside it; without,
-    the subject's distance to the reference's images.
+    With real images, the subject's and the reference's distances to them are reported; without, the subject's
+    distance to the reference's images.
 
     Args:
-        means: where features come from.
+        context: where features come from.
         part: ``pooled``, ``spatial`` or ``logits``.
         distance: between features [N, D] of the subject and [M, D] of what it is compared with.
         name: of the metric where features are Inception's.
@@ -33,7 +33,7 @@ class SetMeter:
 
     def __init__(
         self,
-        means: Means,
+        context: MetricContext,
         part: str,
         distance: Distance,
         name: str,
@@ -41,16 +41,16 @@ class SetMeter:
         least: float = -math.inf,
     ) -> None:
         self._least = least
-        self.means, self._part, self._distance = means, part, distance
+        self.context, self._part, self._distance = context, part, distance
         self._name, self._digits = name, digits
         self._kept: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._checked = False
 
     def add(self, pair: Pair) -> None:
         if not self._checked:
-            self.means.check_size(pair)
+            self.context.check_size(pair)
             self._checked = True
-        for kept, features in zip(self._kept, self.means.of(pair), strict=True):
+        for kept, features in zip(self._kept, self.context.of(pair), strict=True):
             kept.append(self._chosen(features))
 
     def _chosen(self, features: Features) -> Tensor:
@@ -66,7 +66,7 @@ class SetMeter:
         expected, made = self.sides()
         if len(made) < 2:
             return None  # one image is no set
-        real = self.means.real_features
+        real = self.context.real_features
         against = expected if real is None else self._chosen(real)
 
         def without(rows: Tensor) -> float:
@@ -74,11 +74,11 @@ class SetMeter:
             return self._distance(made[rows], against[rows] if real is None else against)
 
         value = {
-            "called": self.means.called(self._name),
+            "called": self.context.called(self._name),
             "value": round(self._distance(made, against), self._digits),
             "interval": rounded(of_statistic(without, len(made)), self._digits, self._least),
             "confidence": CONFIDENCE,
-            **self.means.told(len(made)),
+            **self.context.told(len(made)),
         }
         if real is not None:
             value["of_the_reference"] = round(self._distance(expected, against), self._digits)

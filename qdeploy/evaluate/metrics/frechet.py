@@ -2,7 +2,7 @@
 
 It is no FID. FID means Inception-v3 features and nothing else, and the two cannot be compared. Like FID it
 falls with the number of images, so only distances of equally many images may be compared: the count is
-always told.
+always reported.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def frechet_distance(one: Gaussian, other: Gaussian) -> float:
 
 
 def real_images(folder: Path) -> Gaussian:
-    """The statistics of the real images that ship beside a feature network."""
+    """The statistics of the real images that are shipped with a feature network."""
     from safetensors.torch import load_file
 
     stored = load_file(folder / STATISTICS)

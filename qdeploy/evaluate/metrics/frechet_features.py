@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from qdeploy.evaluate.extractors import INCEPTION
-from qdeploy.evaluate.metric_context import Means
+from qdeploy.evaluate.metric_context import MetricContext
 from qdeploy.evaluate.metrics.base import Metric
 from qdeploy.evaluate.metrics.distribution import SetMeter
 from qdeploy.evaluate.metrics.frechet import frechet_distance, gaussian
@@ -20,13 +20,13 @@ def frechet(one: Tensor, other: Tensor) -> float:
     return frechet_distance(gaussian(one), gaussian(other))
 
 
-def _fid(means: Means) -> SetMeter | None:
-    with_inception = means.extractor is not None and means.extractor.name == INCEPTION
-    return SetMeter(means, "pooled", frechet, "FID", least=0) if with_inception else None
+def _fid(context: MetricContext) -> SetMeter | None:
+    with_inception = context.extractor is not None and context.extractor.name == INCEPTION
+    return SetMeter(context, "pooled", frechet, "FID", least=0) if with_inception else None
 
 
-def _sfid(means: Means) -> SetMeter | None:
-    return SetMeter(means, "spatial", frechet, "sFID", least=0) if means.extractor else None
+def _sfid(context: MetricContext) -> SetMeter | None:
+    return SetMeter(context, "spatial", frechet, "sFID", least=0) if context.extractor else None
 
 
 METRICS = (

@@ -1,6 +1,6 @@
 """The inception score: how sure a classifier is of each image, and how many classes it sees (Salimans et al. 2016).
 
-It knows no reference; the full-precision model's own score stands beside it.
+It has no reference; the full-precision model's own score is reported too.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from qdeploy.evaluate.intervals import CONFIDENCE, of_statistic, rounded
-from qdeploy.evaluate.metric_context import Means
+from qdeploy.evaluate.metric_context import MetricContext
 from qdeploy.evaluate.metrics.base import Metric
 from qdeploy.evaluate.metrics.distribution import SetMeter
 
@@ -29,28 +29,28 @@ def inception_score(logits: Tensor) -> float:
 class InceptionScoreMeter(SetMeter):
     """The subject's score and the reference's."""
 
-    def __init__(self, means: Means) -> None:
-        super().__init__(means, "logits", lambda one, other: 0.0, "IS")
+    def __init__(self, context: MetricContext) -> None:
+        super().__init__(context, "logits", lambda one, other: 0.0, "IS")
 
     def result(self) -> dict[str, Any] | None:
         expected, made = self.sides()
         if len(made) < 2:
             return None
         return {
-            "called": self.means.called(self._name),
+            "called": self.context.called(self._name),
             "value": round(inception_score(made), 4),
             "interval": rounded(
                 of_statistic(lambda rows: inception_score(made[rows]), len(made)), 4, least=1
             ),
             "confidence": CONFIDENCE,
             "of_the_reference": round(inception_score(expected), 4),
-            **self.means.told(len(made)),
+            **self.context.told(len(made)),
             "reference": "none: a score of the images alone",
         }
 
 
-def _begin(means: Means) -> InceptionScoreMeter | None:
-    return InceptionScoreMeter(means) if means.extractor else None
+def _begin(context: MetricContext) -> InceptionScoreMeter | None:
+    return InceptionScoreMeter(context) if context.extractor else None
 
 
 METRIC = Metric("inception_score", "how sure a classifier is, and of how many classes", begin=_begin)

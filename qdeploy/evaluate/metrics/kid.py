@@ -9,7 +9,7 @@ from functools import partial
 
 from torch import Tensor
 
-from qdeploy.evaluate.metric_context import Means
+from qdeploy.evaluate.metric_context import MetricContext
 from qdeploy.evaluate.metrics.base import Metric
 from qdeploy.evaluate.metrics.distribution import SetMeter
 
@@ -24,7 +24,7 @@ def kid(one: Tensor, other: Tensor, paired: bool = False) -> float:
     Args:
         one: features of a set.
         other: of another.
-        paired: images of the same number are alike, as from the same seeds. Such pairs are left out of the cross
+        paired: images of the same number are similar, as from the same seeds. Such pairs are left out of the cross
             term, as each image is left out of its own set's (Gretton et al. 2012, equation 4); equal sets are
             then at distance 0.
     """
@@ -47,10 +47,10 @@ def _sum(x: Tensor, y: Tensor) -> float:
     return sum(float((part @ y.T / x.shape[1] + 1).pow(3).sum()) for part in x.split(_BLOCK))
 
 
-def _begin(means: Means) -> SetMeter | None:
-    if means.extractor is None:
+def _begin(context: MetricContext) -> SetMeter | None:
+    if context.extractor is None:
         return None
-    return SetMeter(means, "pooled", partial(kid, paired=means.real is None), "KID", digits=6)
+    return SetMeter(context, "pooled", partial(kid, paired=context.real is None), "KID", digits=6)
 
 
 METRIC = Metric("kid", "kernel distance of sets of images in a feature space", begin=_begin)

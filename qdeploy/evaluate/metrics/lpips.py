@@ -1,4 +1,4 @@
-"""LPIPS: perceptual distance of images from the same seeds (Zhang et al. 2018), where its weights are at hand.
+"""LPIPS: perceptual distance of images from the same seeds (Zhang et al. 2018), where its weights are available.
 
 The folder holds two files under their published names: VGG-16's ``vgg16-397923af.pth`` (torchvision) and the
 linear weights ``vgg.pth`` (richzhang/PerceptualSimilarity, v0.1). Distances are those of version 0.1 with VGG.
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdeploy.evaluate.metric_context import Means
+from qdeploy.evaluate.metric_context import MetricContext
 from qdeploy.evaluate.metrics.base import Metric
 from qdeploy.evaluate.metrics.paired import PairedMeter
 from qdeploy.system.errors import InvalidInputError
@@ -84,10 +84,10 @@ def _read(file: Path) -> dict[str, Any]:
     return state
 
 
-def _begin(means: Means) -> PairedMeter | None:
-    if means.lpips is None:
+def _begin(context: MetricContext) -> PairedMeter | None:
+    if context.lpips is None:
         return None
-    network = Lpips.load(Path(means.lpips))
+    network = Lpips.load(Path(context.lpips))
 
     def compare(images: Tensor, expected: Tensor) -> list[float]:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What metrics of image pairs have in common: a value for each pair, their mean and its interval."""
+"""The common part of metrics of image pairs: a value for each pair, their mean and its interval."""
 
 from __future__ import annotations
 

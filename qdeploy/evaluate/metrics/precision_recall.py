@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qdeploy.evaluate.intervals import CONFIDENCE, of_share, rounded
-from qdeploy.evaluate.metric_context import Means
+from qdeploy.evaluate.metric_context import MetricContext
 from qdeploy.evaluate.metrics.base import Metric
 from qdeploy.evaluate.metrics.distribution import SetMeter
 
@@ -37,24 +37,24 @@ def _distances(x: Tensor, y: Tensor) -> Tensor:
 class PrecisionRecallMeter(SetMeter):
     """Both shares at the end, with Wilson's intervals: the balls are taken as given."""
 
-    def __init__(self, means: Means) -> None:
-        super().__init__(means, "pooled", lambda one, other: 0.0, "precision and recall")
+    def __init__(self, context: MetricContext) -> None:
+        super().__init__(context, "pooled", lambda one, other: 0.0, "precision and recall")
 
     def result(self) -> dict[str, Any] | None:
         expected, made = self.sides()
-        real = self.means.real_features
+        real = self.context.real_features
         against = expected if real is None else real.pooled
         if min(len(made), len(against)) <= NEIGHBOUR:
             return None
-        value: dict[str, Any] = {"called": self.means.called(self._name)}
+        value: dict[str, Any] = {"called": self.context.called(self._name)}
         for name, pair in {"precision": (made, against), "recall": (against, made)}.items():
             hits, count = share_within(*pair)
             value[name] = {"value": round(hits / count, 4), "interval": rounded(of_share(hits, count), 4)}
-        return {**value, "confidence": CONFIDENCE, "neighbour": NEIGHBOUR, **self.means.told(len(made))}
+        return {**value, "confidence": CONFIDENCE, "neighbour": NEIGHBOUR, **self.context.told(len(made))}
 
 
-def _begin(means: Means) -> PrecisionRecallMeter | None:
-    return PrecisionRecallMeter(means) if means.extractor else None
+def _begin(context: MetricContext) -> PrecisionRecallMeter | None:
+    return PrecisionRecallMeter(context) if context.extractor else None
 
 
 METRIC = Metric("precision_recall", "how much is within the reference set, and the reverse", begin=_begin)

@@ -11,7 +11,7 @@ from qdeploy.evaluate.metrics.paired import PairedMeter
 from qdeploy.evaluate.paired_sample import Pair
 from qdeploy.model.folder import Model
 
-# 8-bit images that are equal but for rounding are about 59 dB apart; a mean shall not hang on few equal ones.
+# 8-bit images that are equal but for rounding are about 59 dB apart; the mean must not depend on a few equal ones.
 EQUAL_DB = 100.0
 
 
@@ -20,7 +20,7 @@ def psnr_db(images: Tensor, expected: Tensor) -> list[float]:
 
     Args:
         images: ``[N, C, H, W]`` in [0, 1].
-        expected: likewise.
+        expected: images of the same shape.
     """
     errors = (images.double() - expected.double()).square().flatten(1).mean(1).tolist()
     return [min(EQUAL_DB, -10 * math.log10(error)) if error > 0 else EQUAL_DB for error in errors]
@@ -49,5 +49,5 @@ def _start_interval(model: Model) -> PairedMeter:
 
 METRICS = (
     Metric("psnr_db", "PSNR of images on the same seeds, mean over images", _start),
-    Metric("psnr", "likewise, with its confidence interval", _start_interval),
+    Metric("psnr", "mean PSNR of images on the same seeds, with its confidence interval", _start_interval),
 )

@@ -20,7 +20,7 @@ def ssim(images: Tensor, expected: Tensor) -> list[float]:
 
     Args:
         images: ``[N, C, H, W]`` in [0, 1].
-        expected: likewise.
+        expected: images of the same shape.
     """
     x, y = images.double(), expected.double()
     channels, size = x.shape[1], min(WINDOW, *x.shape[2:])

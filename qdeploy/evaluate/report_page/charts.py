@@ -14,12 +14,12 @@ from qdeploy.quant.time_ranges import tensor_names
 if TYPE_CHECKING:
     from torch import Tensor
 
-# matplotlib knows no CSS: it draws in colours that nobody would choose, which then become the page's variables.
+# matplotlib knows no CSS: it draws in placeholder colours, which are then replaced by the page's variables.
 _INK, _LINE = "#010203", "#010204"
 _SERIES = tuple(f"#0102{number:02x}" for number in range(16, 24))
 _VARIABLES = {_INK: "var(--ink)", _LINE: "var(--line)"}
 _VARIABLES |= {color: f"var(--series-{number})" for number, color in enumerate(_SERIES, 1)}
-_WIDTH, _HEIGHT = 4.6, 3.0  # inches; drawn for a phone, two stand side by side on a wide screen
+_WIDTH, _HEIGHT = 4.6, 3.0  # inches; sized for a phone; two fit side by side on a wide screen
 _LETTER, _ROW, _LABELLED = 0.062, 0.13, 64
 
 

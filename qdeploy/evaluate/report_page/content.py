@@ -1,4 +1,4 @@
-"""Everything a report shows, before it becomes a page."""
+"""The content of a report, before it becomes a page."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Content:
-    """What was given and what was measured.
+    """The named artifacts and all measurements.
 
     Attributes:
         given: the artifacts.
-        model: the full-precision model, if it is at hand.
+        model: the full-precision model, if it is available.
         checks: results of ``check`` by subject.
         speed: the result of ``benchmark``.
         layers: errors by layer, by subject.
@@ -84,7 +84,7 @@ class Content:
         }
 
     def by_timestep(self, metric: str) -> dict[str, dict[float, float]]:
-        """A metric's values by timestep, by subject; of earlier tries too, where a check compared with one."""
+        """A metric's values by timestep, by subject; also of the artifact that a check compared with."""
         curves: dict[str, dict[float, float]] = {}
         for name, check in self.checks.items():
             found = {name: check["quality"].get(metric)}
@@ -119,7 +119,7 @@ class Content:
             yield data.path.name, data
 
     def missing(self) -> list[str]:
-        """What is not shown, and what would bring it."""
+        """What is not shown, and how to add it."""
         lacking = []
         if self.model is None:
             lacking.append(

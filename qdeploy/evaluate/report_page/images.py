@@ -15,12 +15,12 @@ from qdeploy.system.errors import InvalidInputError
 
 LARGEST = 256  # pixels of the longer side on the page
 _ALIKE = ("steps", "scheduler", "prompts", "guidance", "eta", "height", "width", "shape")
-_SHARE = 0.995  # of all differences that shall not be brighter than white
+_SHARE = 0.995  # of all differences that are not brighter than white
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 def gallery(reference: Artifact, samples: Mapping[str, Artifact], count: int) -> dict[str, Any]:
-    """Images of the same seeds and prompts, beside full precision.
+    """Images of the same seeds and prompts, next to those of full precision.
 
     Args:
         reference: samples of the full-precision model.
@@ -62,7 +62,7 @@ def _check_alike(reference: Artifact, other: Artifact) -> None:
     for key in (*_ALIKE, "seed"):
         if one.get(key) != two.get(key):
             raise InvalidInputError(
-                f"{other.path} cannot stand beside {reference.path}: {key} is {two.get(key)}, not {one.get(key)}"
+                f"{other.path} cannot be shown next to {reference.path}: {key} is {two.get(key)}, not {one.get(key)}"
             )
 
 

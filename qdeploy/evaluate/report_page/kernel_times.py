@@ -26,7 +26,7 @@ def kernel_times(engine: Artifact, probe: Path, batch: int, threads: int | None 
 
     Returns:
         ``batch``, and ``kinds`` by the runtime's type: ``kernels``, how many; ``ms``, in all; and ``int8_ms``, of
-        those that compute in int8. ``kinds`` is empty where the runtime tells no times.
+        those that compute in int8. ``kinds`` is empty where the runtime reports no times.
     """
     inputs = repeat_rows(read_probe(probe)[0], batch)
     with find_backend(str(engine.facts["backend"])).load(engine, threads) as running:

@@ -1,4 +1,4 @@
-"""Where in the network the error comes in: layer by layer, of its own and as it has piled up."""
+"""The error of each layer: its own, and accumulated from the layers before."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def layer_errors(checkpoint: Artifact, model: Model, rows: int = _ROWS) -> dict[
     """The error of every quantized layer's output on held-out inputs.
 
     The full-precision network runs first, one row at a time; then the quantized one, in which every layer
-    computes twice: what it is given there, and what the full-precision layer was given.
+    computes twice: for its input there, and for the input of the full-precision layer.
 
     Args:
         checkpoint: what is examined.

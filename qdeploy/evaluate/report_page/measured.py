@@ -1,4 +1,4 @@
-"""What a report shows: given by its caller, remembered from an earlier run, or measured now."""
+"""What a report shows: passed by the caller, cached by an earlier run, or measured now."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qdeploy.evaluate.cached_json import remembered
-from qdeploy.evaluate.quality import Plan, Trajectories
+from qdeploy.evaluate.quality import QualityPlan, Trajectories
 from qdeploy.evaluate.report_page.kernel_times import kernel_times
 from qdeploy.evaluate.report_page.layer_errors import layer_errors
 from qdeploy.evaluate.report_page.subjects import Given, Subject, can_run
@@ -26,7 +26,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Turns:
-    """How speed is measured, where it was not given: at which batch sizes, in how many rounds."""
+    """How speed is measured unless a result is passed: batch sizes and rounds."""
 
     batches: tuple[int, ...]
     rounds: int
@@ -34,10 +34,10 @@ class Turns:
 
 @dataclass(frozen=True)
 class Pictures:
-    """How many pictures are sampled, where none were given."""
+    """How many pictures are sampled unless samples are passed."""
 
     count: int
-    plan: Plan
+    plan: QualityPlan
 
 
 def read_result(source: str | Path | Mapping[str, Any]) -> Json:
@@ -54,10 +54,10 @@ def checks_of(
     given: Given,
     results: Sequence[str | Path | Mapping[str, Any]],
     reference: Model | None,
-    plan: Plan,
+    plan: QualityPlan,
     folder: Path,
 ) -> dict[str, Json]:
-    """Parity and quality of every subject by name, as of `qdeploy.evaluate.check.check`.
+    """Parity and quality of every subject by name, from `qdeploy.evaluate.check.check`.
 
     Raises:
         InvalidInputError: a result is of none of the subjects, or a subject cannot be checked.
@@ -70,7 +70,7 @@ def checks_of(
         mine = [subject for subject in given.subjects if subject.artifact.sha256 == result.get("sha256")]
         if not mine or "parity" not in result or "quality" not in result:
             raise InvalidInputError(
-                f"{_named(source)} is not what `qdeploy check --json` said of one of these"
+                f"{_named(source)} is not a result of `qdeploy check --json` for one of these"
             )
         found[mine[0].name] = result
     trajectories = cache(lambda model: Trajectories(model, plan))
@@ -101,13 +101,13 @@ def benchmark_of(
     turns: Turns,
     folder: Path,
 ) -> Json | None:
-    """Latency of all engines in one run, as of `qdeploy.evaluate.benchmark.benchmark`; None without any."""
+    """Latency of all engines in one run, from `qdeploy.evaluate.benchmark.benchmark`; None without engines."""
     from qdeploy.evaluate.benchmark import benchmark
 
     if result is not None:
         given_result = read_result(result)
         if "results" not in given_result or "ratios" not in given_result:
-            raise InvalidInputError(f"{_named(result)} is not what `qdeploy benchmark --json` said")
+            raise InvalidInputError(f"{_named(result)} is not a result of `qdeploy benchmark --json`")
         return given_result
     engines = [s.artifact for s in given.subjects if s.artifact.kind == "engine" and can_run(s)]
     if not engines or reference is None:
@@ -122,7 +122,7 @@ def benchmark_of(
 
 
 def layer_errors_of(given: Given, reference: Model | None, folder: Path) -> dict[str, Json]:
-    """The error by layer of every subject whose checkpoint is at hand, by name."""
+    """The error by layer of every subject whose checkpoint is available, by name."""
     found: dict[str, Json] = {}
     for number, subject in enumerate(given.subjects):
         checkpoint = subject.checkpoint
@@ -135,7 +135,7 @@ def layer_errors_of(given: Given, reference: Model | None, folder: Path) -> dict
 
 
 def kernel_times_of(given: Given, speed: Mapping[str, Any] | None, folder: Path) -> dict[str, Json]:
-    """Where the time of every engine goes that was timed on this machine, by the name it has in a benchmark."""
+    """Times by type of kernel of every engine that was timed on this machine, by its name in the benchmark."""
     found: dict[str, Json] = {}
     if speed is None or not given.subjects or speed.get("machine") != machine():
         return found
@@ -163,10 +163,10 @@ def samples_of(
 ) -> tuple[Artifact | None, dict[str, Artifact]]:
     """Images of full precision, and of every quantized subject by name; None where there are none.
 
-    Samples that were given are taken, and others made where the pipeline is at hand.
+    Samples that were passed are used; others are made where the pipeline is available.
 
     Raises:
-        UsageError: the pipeline needs prompts, and none are given.
+        UsageError: the pipeline needs prompts, and there are none.
     """
     by_source = {
         sha256: samples
@@ -222,7 +222,7 @@ def _sample(
 
 
 def _still_there(result: Mapping[str, Any]) -> Artifact | None:
-    """The engine of a benchmark's entry, if it stands where it was."""
+    """The engine of a benchmark's entry, if its folder still exists."""
     try:
         engine = open_artifact(result["path"], "engine")
     except QDeployError:
@@ -235,7 +235,7 @@ def _remembered(file: Path, key: object, measure: Callable[[], Json]) -> Json:
 
 
 def _ordered(value: Mapping[str, Any]) -> Json:
-    """Its keys in the order in which they are kept, so that a page is the same whether measured or remembered."""
+    """Its keys in the order in which they are kept, so that a page is the same whether measured or cached."""
     return dict(json.loads(json.dumps(value, sort_keys=True)))
 
 

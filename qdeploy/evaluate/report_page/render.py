@@ -18,7 +18,7 @@ _MOST_DB = 120.0
 
 
 def render(content: Content) -> str:
-    """The whole page as text. Equal content gives equal bytes.
+    """The whole page as text. Equal content makes equal bytes.
 
     Raises:
         InvalidInputError: images were not sampled in the same way.
@@ -55,7 +55,7 @@ def render(content: Content) -> str:
 
 
 def _headlines(content: Content) -> list[dict[str, Any]]:
-    """What matters most of each quantized subject."""
+    """The headline figures of each quantized subject."""
     found = []
     baselines = {result["name"]: result for result in content.timed()}
     for subject in content.given.subjects:
@@ -67,8 +67,8 @@ def _headlines(content: Content) -> list[dict[str, Any]]:
             for kind, (ratio, _) in content.ratios(timed).items():
                 figures.append((f"{ratio:.2f}×", f"as fast as {kind}, batch {timed['batch']}"))  # noqa: RUF001
             full = next((r["size_mb"] for name, r in baselines.items() if name.startswith("f32")), None)
-            beside = f", {full:.1f} in full precision" if full else ""
-            figures.append((f"{timed['size_mb']:.1f} MB", f"engine{beside}"))
+            original = f", {full:.1f} in full precision" if full else ""
+            figures.append((f"{timed['size_mb']:.1f} MB", f"engine{original}"))
         if check is not None:
             median, psnr = look_up(check, ("quality", "sqnr_db", "median")), check["quality"].get("psnr_db")
             if median is not None:
@@ -90,12 +90,12 @@ def _conditions(content: Content) -> str:
     """How quality was measured, in a sentence."""
     quality: Mapping[str, Any] = next((check["quality"] for check in content.checks.values()), {})
     if quality.get("source") == "probe":
-        return f"Quality is that of {quality['samples']} rows of the probe that travels with every artifact."
+        return f"Quality is that of {quality['samples']} rows of the probe that is stored in every artifact."
     if not quality.get("samples"):
         return ""
     return (
         f"Quality: {quality['samples']} images of fresh seeds, {quality['inference_steps']} steps of "
-        f"{quality.get('scheduler') or 'the model’s own scheduler'}, beside full precision on the same seeds."  # noqa: RUF001
+        f"{quality.get('scheduler') or 'the model’s own scheduler'}, against full precision on the same seeds."  # noqa: RUF001
     )
 
 

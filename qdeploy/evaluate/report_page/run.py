@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdeploy.evaluate.quality import Plan
+from qdeploy.evaluate.quality import QualityPlan
 from qdeploy.evaluate.report_page import measured
 from qdeploy.evaluate.report_page.content import Content
 from qdeploy.evaluate.report_page.render import render
@@ -24,13 +24,13 @@ Result = str | Path | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class ReportResult:
-    """Where the page is.
+    """The page that was written.
 
     Attributes:
         path: the HTML file.
         passed: whether every check that it shows passed; None if it shows none.
         subjects: names of what it compares.
-        missing: what it does not show, and what would bring it: a sentence each.
+        missing: what it does not show, and how to add it: a sentence each.
     """
 
     path: Path
@@ -78,7 +78,7 @@ def report(
 ) -> ReportResult:
     """Write one HTML file that holds everything it shows.
 
-    What is not given is measured, and remembered beside the file: a report that was stopped continues, and
+    Results that are not passed are measured, and cached next to the file: an interrupted report continues, and
     one that is made again with more artifacts measures only those.
 
     Args:
@@ -86,9 +86,9 @@ def report(
             another of them was made from is shown with it. Folders that ``sample`` wrote bring the pictures, a
             calibration set brings ranges.
         output: the HTML file.
-        reference: the full-precision model; by default where it was when they were made.
+        reference: the full-precision model; by default the one at the path that the artifacts note.
         checks: results of ``check --json``, files or objects.
-        benchmark: the result of ``benchmark --json``, likewise.
+        benchmark: the result of ``benchmark --json``, a file or an object.
         sensitivity: a folder that ``sensitivity`` wrote.
         pictures: seeds to show images of; 0 for none.
         samples: images to measure quality on.
@@ -96,10 +96,10 @@ def report(
         scheduler: a name of `qdeploy.model.schedulers`; the model's own if None.
         seed: chooses the images of checks.
         batch: samples per call to measure speed with.
-        rounds: turns of each engine, likewise.
+        rounds: interleaved rounds that speed is measured in.
         prompts: for pipelines that take prompts or class numbers; used in turns.
         guidance: classifier-free guidance scale.
-        folder: where measurements are remembered; ``NAME-measured`` beside the file by default.
+        folder: where measurements are cached; ``NAME-measured`` next to the file by default.
 
     Raises:
         UsageError: nothing is named that could be compared, missing prompts, or the file cannot be written.
@@ -111,7 +111,7 @@ def report(
         raise UsageError(f"{output} is a folder: name the HTML file to write")
     if pictures < 0:
         raise UsageError(f"the number of pictures must be at least 0, not {pictures}")
-    plan = Plan(
+    plan = QualityPlan(
         samples=samples,
         inference_steps=inference_steps,
         scheduler=scheduler,

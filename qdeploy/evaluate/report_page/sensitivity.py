@@ -1,4 +1,4 @@
-"""The ranking of layers that ``qdeploy sensitivity`` leaves behind."""
+"""The ranking of layers that ``qdeploy sensitivity`` wrote."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FILE = "sensitivity.json"
 
 
 def read_sensitivity(path: str | Path) -> list[LayerHarm]:
-    """Layers with the harm of quantizing each alone, those that suffer most first.
+    """Layers with the harm of quantizing each alone, most sensitive first.
 
     Args:
         path: the artifact's folder, or its ``sensitivity.json``.

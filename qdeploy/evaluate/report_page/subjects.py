@@ -1,4 +1,4 @@
-"""Which of the named artifacts a report is about, and which stand by them."""
+"""The artifacts that a report compares, and those that they were made from."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Subject:
 
     Attributes:
         name: the folder's name, or its whole path where two names are equal.
-        artifact: an engine, or an ONNX bundle or a checkpoint that is the end of its way.
+        artifact: an engine, or an ONNX bundle or checkpoint that no other named artifact was made from.
         before: the named artifacts that it was made from, by kind.
     """
 
@@ -32,7 +32,7 @@ class Subject:
 
     @property
     def checkpoint(self) -> Artifact | None:
-        """The checkpoint, if it is at hand."""
+        """The checkpoint, if it was named."""
         return self.artifact if self.artifact.kind == "checkpoint" else self.before.get("checkpoint")
 
     @property
@@ -43,7 +43,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Given:
-    """What the paths of a report came to.
+    """The artifacts at the paths of a report.
 
     Attributes:
         subjects: what is compared, in the order it was named.
@@ -96,7 +96,7 @@ def open_given(paths: Sequence[str | Path | Artifact]) -> Given:
 
 
 def find_reference(given: Given, reference: str | Path | Model | None) -> Model | None:
-    """The full-precision model: the named one, or the one that was noted, if it is still there.
+    """The full-precision model: the named one, or the one at the path that the artifacts note, if it still exists.
 
     Raises:
         InvalidInputError: the named one is not the one that the subjects were made from.
@@ -107,12 +107,12 @@ def find_reference(given: Given, reference: str | Path | Model | None) -> Model 
     except InvalidInputError as error:
         if reference is not None:
             raise
-        say(f"quality is told from the probe alone: {error}")
+        say(f"quality is measured on the probe alone: {error}")
         return None
 
 
 def can_run(subject: Subject) -> bool:
-    """Whether this machine can run an engine; what it cannot is shown without new measurements."""
+    """Whether this machine can run an engine; others are shown without new measurements."""
     if subject.artifact.kind != "engine":
         return True
     try:

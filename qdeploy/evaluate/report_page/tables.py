@@ -63,7 +63,7 @@ def _speed_cells(content: Content, result: Mapping[str, Any] | None, kinds: list
 
 
 def threshold_table(content: Content) -> Table:
-    """What was demanded of each subject, and what came out."""
+    """The thresholds of each subject, and the measured values."""
     rows = []
     for name, check in content.checks.items():
         for threshold in THRESHOLDS:
@@ -86,17 +86,19 @@ def threshold_table(content: Content) -> Table:
 
 
 def metric_table(content: Content) -> Table:
-    """Every number of quality and parity that checks told, a column for each subject."""
-    told = {
+    """Every number of quality and parity that checks measured, a column for each subject."""
+    measured = {
         name: dict([*_numbers("parity", check["parity"]), *_numbers("", check["quality"])])
         for name, check in content.checks.items()
     }
-    names = list(dict.fromkeys(metric for values in told.values() for metric in values))
-    rows = [[Cell(metric), *(amount(values.get(metric), 3) for values in told.values())] for metric in names]
-    return Table(["", *told], rows, "Every metric")
+    names = list(dict.fromkeys(metric for values in measured.values() for metric in values))
+    rows = [
+        [Cell(metric), *(amount(values.get(metric), 3) for values in measured.values())] for metric in names
+    ]
+    return Table(["", *measured], rows, "Every metric")
 
 
-_CONDITIONS = {"samples", "inference_steps", "seed"}  # told below the table
+_CONDITIONS = {"samples", "inference_steps", "seed"}  # shown below the table
 
 
 def _numbers(name: str, value: Any) -> Iterable[tuple[str, float]]:
@@ -120,7 +122,7 @@ def layer_table(name: str, errors: Mapping[str, Any]) -> Table:
         ]
         for place, layer in enumerate(errors["layers"])
     ]
-    columns = ["layer", "own error, SQNR dB", "piled up, SQNR dB"]
+    columns = ["layer", "own error, SQNR dB", "accumulated, SQNR dB"]
     return Table(columns, rows, f"Error by layer of {name}")
 
 
@@ -163,35 +165,35 @@ def speed_table(content: Content) -> Table:
             ]
         )
     columns = ["", "batch", "ms", "ms, 95 %", *(f"vs {kind} (quartiles)" for kind in kinds), "int8 MACs"]
-    return Table(columns, rows, "Speed beside 16 bits and full precision")
+    return Table(columns, rows, "Speed against 16 bits and full precision")
 
 
-def _ratio_cell(told: tuple[float, list[float] | None] | None) -> Cell:
-    if told is None:
+def _ratio_cell(found: tuple[float, list[float] | None] | None) -> Cell:
+    if found is None:
         return Cell(MISSING)
-    ratio, spread = told
+    ratio, spread = found
     quartiles = f" ({spread[0]:.2f} to {spread[1]:.2f})" if spread else ""
     return Cell(f"{ratio:.2f}×{quartiles}", ratio)  # noqa: RUF001
 
 
 def kernel_table(content: Content) -> Table:
-    """Where the time goes: a row for each type of kernel, a column for each engine."""
+    """Time by type of kernel, a column for each engine."""
     totals = {
         name: sum(kind["ms"] for kind in times["kinds"].values()) or 1.0
         for name, times in content.kernels.items()
     }
     sums: dict[str, float] = {}
     for times in content.kernels.values():
-        for kind, told in times["kinds"].items():
-            sums[kind] = sums.get(kind, 0.0) + told["ms"]
+        for kind, entry in times["kinds"].items():
+            sums[kind] = sums.get(kind, 0.0) + entry["ms"]
     shown = [kind for kind in sorted(sums, key=lambda kind: -sums[kind]) if sums[kind] > 0]
     rows = []
     for kind in shown:
         cells = [Cell(kind, code=True)]
         for name, times in content.kernels.items():
-            told = times["kinds"].get(kind)
-            share = told["ms"] / totals[name] if told else None
-            cells.append(amount(told["ms"] if told else None, 3, bar=share))
+            entry = times["kinds"].get(kind)
+            share = entry["ms"] / totals[name] if entry else None
+            cells.append(amount(entry["ms"] if entry else None, 3, bar=share))
         rows.append(cells)
     columns = ["type of kernel", *(f"{name}, ms" for name in content.kernels)]
     return Table(columns, rows, "Time by type of kernel")

@@ -25,8 +25,8 @@ class Layer:
 
     Attributes:
         node: the node.
-        sources: for the input and the weight, the DQ it comes from through nothing but moves, or None.
-        between: the nodes between each DQ, however far, and the layer; empty where there is none.
+        sources: for the input and the weight, the DQ it comes from through moves only, or None.
+        between: the nodes between each DQ, however far away, and the layer; empty where there is none.
         weight: the initializer that the weight comes from; None for a product of two activations.
         macs: multiply-accumulates, if the shapes are known.
     """
@@ -134,7 +134,7 @@ class Network:
         return value
 
     def dequantizer(self, value: ir.Value | None) -> tuple[Quantizer | None, tuple[ir.Node, ...]]:
-        """The DQ above a value, and what stands between: moves, Cast and arithmetic with a constant."""
+        """The DQ that a value comes from, and the nodes between: moves, Cast and arithmetic with a constant."""
         between: list[ir.Node] = []
         while value is not None and (node := value.producer()) is not None:
             if found := self.quantizer(node):

@@ -1,4 +1,4 @@
-"""What a QuantizeLinear or DequantizeLinear says, with the defaults of the standard filled in."""
+"""The parameters of a QuantizeLinear or DequantizeLinear, with the standard's defaults filled in."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ class Writer:
 
     Args:
         model: the model that is rewritten.
-        place: the node that they stand in front of.
-        behind: whether they stand behind it instead.
+        place: the node that they are inserted before.
+        behind: whether they are inserted after it instead.
     """
 
     def __init__(self, model: ir.Model, place: ir.Node, behind: bool = False) -> None:
@@ -41,7 +41,7 @@ class Writer:
 
         Args:
             operator: its type.
-            inputs: None stands for an input that is left out.
+            inputs: None for an input that is left out.
             shape: of the output, where it is known: integers, and symbolic sizes of other values.
             dtype: of the output.
             domain: the operator's; the model imports it.
@@ -75,7 +75,7 @@ class Writer:
         return add_initializer(self.model, name, array) if existing is None else existing
 
     def replace(self, old: ir.Value, new: ir.Value) -> None:
-        """Let all users of a value, the graph's outputs included, read another; and remove its node."""
+        """Replace a value by another for all its users, the graph's outputs included, and remove its node."""
         node = old.producer()
         assert node is not None
         if old.is_graph_output():

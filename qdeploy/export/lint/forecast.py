@@ -1,4 +1,4 @@
-"""What a build would come to, before any: low-bit shares, float islands, Q/DQ that do not fuse."""
+"""A forecast of an engine from the graph alone: low-bit shares, layers left in float, Q/DQ that do not fuse."""
 
 from __future__ import annotations
 
@@ -60,17 +60,17 @@ class Forecast:
     def sentence(self) -> str:
         """For people."""
         if self.total is None:
-            return "the sizes of some layers are unknown: give shapes to have multiplications counted"
+            return "the sizes of some layers are unknown: set --shapes to count multiplications"
         parts = ", ".join(f"{share:.1%} {kind}" for kind, share in self.shares.items())
-        said = f"{self.total / 1e6:.1f} M multiplications: {parts}; at best {self.bound:.2f}x of 16 bits"
-        said += (
+        text = f"{self.total / 1e6:.1f} M multiplications: {parts}; at best {self.bound:.2f}x of 16 bits"
+        text += (
             f"; {self.crossings} crossings between floats and low bits, {len(self.kernels)} of them unfused"
         )
         if self.single:
-            said += (
+            text += (
                 "; floats are FP32: networks are strongly typed, so convert them to 16 bits before a build"
             )
-        return said
+        return text
 
     def to_json(self) -> dict[str, Any]:
         """For programs."""

@@ -1,4 +1,4 @@
-"""What a graph is linted for, read from text."""
+"""Parsers of lint's options."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def parse_version(text: str, option: str) -> tuple[int, int]:
     """
     match = re.fullmatch(r"(\d+)(?:\.(\d+))?(?:\.[\d.]+)?", text)
     if match is None:
-        raise UsageError(f"{option} {text!r} is no version: give major.minor, as 11.4")
+        raise UsageError(f"{option} {text!r} is no version: write major.minor, such as 11.4")
     return int(match[1]), int(match[2] or 0)
 
 
@@ -32,11 +32,13 @@ def parse_shapes(text: str) -> dict[str, tuple[Shape, Shape, Shape]]:
         shapes = sizes.split(",")
         if not colon or not name.strip() or len(shapes) != 3:
             raise UsageError(
-                f"--shapes {entry!r}: give name:min,opt,max, as sample:1x4x64x64,2x4x64x64,8x4x64x64"
+                f"--shapes {entry!r}: write name:min,opt,max, such as sample:1x4x64x64,2x4x64x64,8x4x64x64"
             )
         try:
             smallest, optimal, largest = (tuple(int(n) for n in s.split("x") if n.strip()) for s in shapes)
         except ValueError:
-            raise UsageError(f"--shapes {entry!r}: shapes are numbers with x between, as 1x4x64x64") from None
+            raise UsageError(
+                f"--shapes {entry!r}: shapes are numbers with x between, such as 1x4x64x64"
+            ) from None
         profile[name.strip()] = (smallest, optimal, largest)
     return profile

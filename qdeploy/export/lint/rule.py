@@ -62,7 +62,7 @@ class Rule:
 
     @property
     def backend(self) -> str:
-        """The engine that the rule speaks of."""
+        """The engine that the rule is about."""
         return {"TRT": "tensorrt", "OV": "openvino"}[self.id.rstrip("0123456789")]
 
     @property
@@ -90,7 +90,7 @@ def rule(
 
 @cache
 def rules() -> dict[str, Rule]:
-    """All rules by id: every module of ``rules/`` is asked."""
+    """All rules by id: from every module of ``rules/``."""
     package = import_module("qdeploy.export.lint.rules")
     for module in iter_modules(package.__path__):
         import_module(f"{package.__name__}.{module.name}")

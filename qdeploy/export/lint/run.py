@@ -1,4 +1,4 @@
-"""The verb ``lint``: a graph in, findings out; with fixes, a mended graph too."""
+"""The verb ``lint``: a graph in, findings out; with fixes, a fixed graph too."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What was found in a graph."""
+class LintReport:
+    """The findings in a graph."""
 
     path: str
     scope: Scope
@@ -65,7 +65,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """For programs."""
-        said = {
+        result = {
             "path": self.path,
             "target": self.scope.target,
             "scope": {
@@ -77,10 +77,10 @@ class Report:
             "counts": self.counts,
             "macs": self.macs,
         }
-        return said | ({"output": self.output, "fixed": self.fixed} if self.output else {})
+        return result | ({"output": self.output, "fixed": self.fixed} if self.output else {})
 
     def summary(self) -> dict[str, Any]:
-        """What a bundle keeps of it: findings by severity, each rule's number of them, shares of MACs."""
+        """The part that a bundle stores: findings by severity, each rule's number of them, shares of MACs."""
         by_rule = {
             waived: Counter(finding.rule for finding in self.findings if bool(finding.waived) is waived)
             for waived in (False, True)
@@ -96,8 +96,8 @@ class Report:
         """For people."""
         lines = [_line(finding) for finding in self.findings if finding.waived is None]
         if self.output:
-            mended = ", ".join(f"{rule} ({count})" for rule, count in self.fixed.items()) or "nothing"
-            lines.append(f"fixed {mended}: {self.output}")
+            fixed_rules = ", ".join(f"{rule} ({count})" for rule, count in self.fixed.items()) or "nothing"
+            lines.append(f"fixed {fixed_rules}: {self.output}")
         waived = Counter(finding.rule for finding in self.findings if finding.waived)
         lines += [f"{rule} is waived {count} times: {WAIVERS[rule]}" for rule, count in waived.items()]
         counted = ", ".join(f"{count} {severity}" for severity, count in self.counts.items())
@@ -113,8 +113,8 @@ def lint(
     compute_capability: str | None = None,
     shapes: str | None = None,
     fix: str | Path | None = None,
-) -> Report:
-    """Hold a graph against the rules of a target's engines.
+) -> LintReport:
+    """Check a graph against the rules of a target's engines.
 
     Args:
         source: an ONNX file, or an ONNX bundle, whose denoiser is meant.
@@ -122,7 +122,7 @@ def lint(
         tensorrt: TensorRT's version.
         compute_capability: of the GPU, as ``8.9``.
         shapes: smallest, optimal and largest shapes: ``sample:1x4x64x64,2x4x64x64,8x4x64x64;...``.
-        fix: where to write the graph with everything mended that can be without changing what it computes;
+        fix: where to write the graph with every fix that does not change what it computes;
             the findings are then those of that graph.
 
     Raises:
@@ -150,12 +150,12 @@ def lint(
                 raise InvalidInputError(
                     f"the weights of {path} are not whole: lint says where, without --fix"
                 )
-            fixed = mend(net.model, before, scope)
+            fixed = apply_fixes(net.model, before, scope)
         _save(net.model, output)
         net = Network(output, scope.optimal)
     with _explained(net):
         findings, macs = find(net, scope), forecast(net).to_json()
-    return Report(str(source), scope, findings, macs, fixed, str(fix) if fix is not None else None)
+    return LintReport(str(source), scope, findings, macs, fixed, str(fix) if fix is not None else None)
 
 
 def find(net: Network, scope: Scope) -> tuple[Finding, ...]:
@@ -173,11 +173,11 @@ def find(net: Network, scope: Scope) -> tuple[Finding, ...]:
     return tuple(sorted(found, key=lambda finding: list(SEVERITIES).index(finding.severity)))
 
 
-def mend(model: ir.Model, findings: tuple[Finding, ...], scope: Scope) -> dict[str, int]:
+def apply_fixes(model: ir.Model, findings: tuple[Finding, ...], scope: Scope) -> dict[str, int]:
     """Apply the fixes of what was found until they have nothing left to do.
 
     Returns:
-        How many findings each fix was for, by rule; those that it could not mend exactly stay.
+        How many findings each fix was for, by rule; those that it could not fix exactly stay.
     """
     counts = Counter(finding.rule for finding in findings)
     used = []
@@ -197,7 +197,7 @@ def graph_file(source: Path) -> Path:
     """The ONNX file of a path: the file itself, or a bundle's denoiser.
 
     Raises:
-        InvalidInputError: there is none.
+        InvalidInputError: there is no such file.
     """
     if is_artifact(source):
         bundle = open_artifact(source, "onnx")
@@ -254,10 +254,10 @@ def _finding(rule: Rule, hit: Hit, waiver: str | None) -> Finding:
 
 
 def _line(finding: Finding) -> str:
-    said = f"{finding.severity} {finding.rule} {finding.node}: {finding.message}"
+    text = f"{finding.severity} {finding.rule} {finding.node}: {finding.message}"
     if rules()[finding.rule].inferred:
-        said += " (unverified on hardware)"
-    return said
+        text += " (unverified on hardware)"
+    return text
 
 
 def _dots(version: tuple[int, int] | None) -> str | None:

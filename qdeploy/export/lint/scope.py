@@ -1,4 +1,4 @@
-"""What graphs are held against."""
+"""The scope of a lint run: what a graph has to run on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rules as a table for people: ``python -m qdeploy.export.lint.table docs/lint.md`` writes it anew."""
+"""The table of rules: ``python -m qdeploy.export.lint.table docs/lint.md`` rewrites it in that page."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def rules_table() -> str:
 
 
 def waivers_list() -> str:
-    """What our own exports do although a rule speaks against it."""
+    """The rules that are waived for qdeploy's own exports."""
     return "\n".join(f"- **{rule}**: {why}." for rule, why in WAIVERS.items())
 
 
 def in_step(text: str) -> str:
-    """A page with the part between its marks written anew."""
+    """A page with the part between its marks rewritten."""
     head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
     return f"{head}{BEGIN}\n{rules_table()}\n\nWaived for qdeploy's own exports:\n\n{waivers_list()}\n{END}{tail}"

@@ -1,4 +1,4 @@
-"""What our own exports do although a rule speaks against it, each with its reason.
+"""Rules that are waived for qdeploy's own exports, each with its reason.
 
 A waiver holds for graphs that qdeploy exported. Its findings are shown, and not counted.
 """

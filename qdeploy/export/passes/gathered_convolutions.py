@@ -21,14 +21,14 @@ class GatheredConvolutions(InPlacePass):
 
     ONNX Runtime's only fast int8 convolution quantizes its output, which nobody calibrated. The product of
     gathered pixels [rows, positions, kernel * in] and the weight [kernel * in, out] computes the same 32-bit sums
-    and gives them as floats. A Gather along the pixels of a channels-last tensor copies whole channel vectors.
+    and returns them as floats. A Gather along the pixels of a channels-last tensor copies whole channel vectors.
 
-    1. The operands are as of `qdeploy.export.graph.operands.operands`; the convolution has one group, two
+    1. The operands are those of `qdeploy.export.graph.operands.operands`; the convolution has one group, two
        spatial axes of known size, and no ``auto_pad``.
     2. Kernels of one pixel with stride 1 need no Gather: the product reads the tensor as it is.
-    3. Otherwise one pixel that holds the zero point stands behind the pixels if the kernel leaves the image, and
+    3. Otherwise one pixel that holds the zero point is appended to the pixels if the kernel leaves the image, and
        the indices of the Gather are a constant.
-    4. A Pad with zeros or a Resize to the nearest pixel in front of the quantizer goes into the indices:
+    4. A Pad with zeros or a Resize to the nearest pixel before the quantizer is merged into the indices:
        quantization commutes with both.
     5. Transpositions to channels-last in front and back behind are left to `SunkTranspositions`.
     """
@@ -138,7 +138,7 @@ def _gather(
 
 
 def _source(write: Writer, found: Operands, image: tuple[int, int]) -> tuple[ir.Value, np.ndarray | None]:
-    """Codes from before a Pad or Resize, and where each pixel of the image lies in them (-1: nowhere).
+    """Codes from before a Pad or Resize, and where each pixel of the image lies in them (-1: outside).
 
     Returns:
         The codes as they are, and None, where there is nothing to skip.

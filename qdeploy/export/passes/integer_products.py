@@ -17,7 +17,7 @@ class IntegerProducts(InPlacePass):
     It multiplies the codes in integers, and multiplies the 32-bit sums by both scales: the product that Q/DQ
     describe, without rounding anything but the last float operation.
 
-    1. The operands are as of `qdeploy.export.graph.operands.operands`, the weight a matrix.
+    1. The operands are those of `qdeploy.export.graph.operands.operands`, the weight a matrix.
     2. A Gemm has alpha = beta = 1 and does not transpose its left input.
     3. The bias joins it: the Gemm's, or that of an Add that alone reads the MatMul, if it is a constant with one
        entry per output feature.

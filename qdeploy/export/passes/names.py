@@ -1,4 +1,4 @@
-"""Names that people and profilers recognise, and nothing of the machine that traced the graph."""
+"""Names that people and profilers recognise, without traces of the machine that exported the graph."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _NOWHERE = ("denoiser", "_empty_nn_module_stack_from_metadata_hook")
 
 
 class Names(InPlacePass):
-    """Weighted nodes bear their layer's path; initializers bear their tensor's name in the checkpoint.
+    """Weighted nodes are named by their layer's path; initializers by their tensor's name in the checkpoint.
 
     1. A Conv, Gemm or MatMul that belongs to a weighted layer is named by the layer's path; if a layer
        has several (a split shortcut), ``/0``, ``/1``, ... follow.
     2. Every other node is named by the module that it came from and its operator.
     3. Initializers lose the prefixes that tracing added: quantizers are called as in
        `qdeploy.quant.state`.
-    4. All metadata of the tracer goes: it holds source paths of the machine.
+    4. All metadata of the tracer is removed: it holds source paths of the machine.
     """
 
     def call(self, model: ir.Model) -> PassResult:
@@ -93,6 +93,6 @@ def _layer(node: ir.Node) -> str | None:
         weight = before.inputs[0]
     name = tensor_name(weight.name or "") if weight is not None else ""
     path, found, _ = name.rpartition(".weight")
-    # Exporters merge equal tensors: a weight may bear the name of another layer's.
+    # Exporters merge equal tensors: a weight may have the name of another layer's.
     module = _module(node)
     return path if found and f"{path}.".startswith(f"{module}." if module else "") else module or None

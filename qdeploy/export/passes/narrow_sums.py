@@ -1,4 +1,4 @@
-"""Weights whose int8 products a processor without VNNI cannot add."""
+"""Weights whose int8 products overflow on a processor without VNNI."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class NarrowSums(InPlacePass):
     1. A Conv, Gemm or MatMul multiplies activations that were quantized by codes that a DequantizeLinear reads
        from a constant.
     2. In some output channel two positive codes, or two negative ones, have a sum beyond `LARGEST_PAIR`. Which
-       products a kernel adds in 16 bits is its own affair, so any two count.
+       products a kernel adds in 16 bits is not known, so any two count.
     3. Then the constant holds what the DequantizeLinear would compute, bit for bit, and the product is one of floats.
 
     It does not fire for weights of seven bits and fewer, nor for layers whose activations are floats.
@@ -66,7 +66,7 @@ def _could_overflow(weights: Quantizer) -> bool:
     if scales is None or zeros is None:
         return False  # computed by the graph
     if zeros != {0}:
-        return True  # none of ours; what a runtime makes of zero points is its own affair
+        return True  # not exported by qdeploy: how a runtime treats the zero points is unknown
     # The axis of the output channels is that of the scales; a single scale has none.
     axis = weights.axis % codes.ndim if scales.ndim else None
     rows = (

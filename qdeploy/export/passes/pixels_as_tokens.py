@@ -11,20 +11,20 @@ from qdeploy.export.graph.writer import Writer
 
 
 class PixelsAsTokens(InPlacePass):
-    """Transpose ``[N, C, H, W]`` to ``[N, H, W, C]`` before it becomes ``[N, HW, C]``, and likewise back.
+    """Transpose ``[N, C, H, W]`` to ``[N, H, W, C]`` before it becomes ``[N, HW, C]``, and the reverse.
 
-    Attention reads tokens of C channels. Where convolutions keep channels last, the tensor lies in memory like
-    this already, and a transposition of the four axes moves nothing. Once H and W are one axis, engines
+    Attention reads tokens of C channels. Where convolutions keep channels last, the tensor is in this
+    order in memory already, and a transposition of the four axes moves nothing. Once H and W are one axis, engines
     no longer know, so that ``[N, C, HW]`` is written out and then transposed.
 
     1. GroupNormalization of ``Reshape(x)``, x ``[N, C, H, W]`` and the reshaped one ``[N, C, HW]``: the
-       Reshape goes behind it.
+       Reshape moves behind it.
     2. ``Transpose(Reshape(x), (0, 2, 1))`` with such a Reshape becomes ``Reshape(Transpose(x, (0, 2, 3, 1)))``.
     3. ``Reshape(Transpose(y, (0, 2, 1)))`` to ``[N, C, H, W]``, y ``[N, HW, C]``, becomes
        ``Transpose(Reshape(y), (0, 3, 1, 2))``.
 
     It does not fire where C, H or W is unknown, where N and C do not keep their places, nor where a tensor that
-    goes is an output of the graph. A Reshape or Transpose with other users stays for them.
+    is removed is an output of the graph. A Reshape or Transpose with other users stays for them.
     """
 
     def call(self, model: ir.Model) -> PassResult:

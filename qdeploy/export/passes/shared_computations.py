@@ -1,4 +1,4 @@
-"""Compute once what several layers compute alike from one tensor."""
+"""Compute once what several layers compute from one tensor in the same way."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _PLAIN = tuple(
 class SharedComputations(InPlacePass):
     """Equal nodes on equal inputs become one node.
 
-    Layers that read one tensor (q, k and v) each bring the factors, the order and the lookup that stand
-    before their quantizer, with constants of their own.
+    Layers that read one tensor (q, k and v) each have a copy of the factors, the permutation and the
+    lookup before their quantizer, with constants of their own.
 
     1. Two nodes have the same operator and equal attributes.
     2. Their inputs are the same tensors, or constants of equal type and content; one at least is no constant.
     3. Then the later one's users read the earlier one's outputs.
 
-    It does not fire on weighted nodes, which bear the names of their layers; on Q/DQ, which are the matter of
+    It does not fire on weighted nodes, which have the names of their layers; on Q/DQ, which are left to
     `SharedQuantizers`; on random numbers; on nodes with a graph or a tensor of their own; nor where an output
     is an output of the graph.
     """

@@ -17,7 +17,7 @@ class SplitShortcut(InPlacePass):
 
     1. The Split's input is a Concat over the same axis.
     2. Every output of the Split is as large as the Concat's input in its place.
-    3. Then the outputs are replaced by the inputs and the Split goes; the Concat stays for its other
+    3. Then the outputs are replaced by the inputs and the Split is removed; the Concat stays for its other
        users.
 
     It does not fire when sizes are unknown or differ, nor where a part is an output of the graph.

@@ -1,4 +1,4 @@
-"""Keep tensors channels-last between the products that want them so."""
+"""Keep tensors channels-last between products that read and write them in this order."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class SunkTranspositions(InPlacePass):
     4. ``to_last(to_first(x))`` becomes ``x``. Where all positions are ones, either is a Reshape; and a Reshape of
        a Reshape is one.
 
-    Elements are moved, never computed anew. It does not fire on other operators: there the transposition stays.
+    Elements are moved, never computed again. It does not fire on other operators: there the transposition stays.
     """
 
     def call(self, model: ir.Model) -> PassResult:
@@ -92,7 +92,7 @@ def _last(write: Writer, value: ir.Value | None) -> ir.Value | None:
 
 
 def _reshape(write: Writer, value: ir.Value, sizes: list[Any], shape: list[Any]) -> ir.Value:
-    """A Reshape, of what the value is a Reshape of if it is one; 0 stands for the number of rows."""
+    """A Reshape, of what the value is a Reshape of if it is one; 0 means the number of rows."""
     node = producer(value)
     if node is not None and node.op_type == "Reshape" and _keeps_rows(node):
         value = node.inputs[0]  # type: ignore[assignment]

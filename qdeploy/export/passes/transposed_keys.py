@@ -65,7 +65,7 @@ def _swapped(unfold: ir.Node) -> ir.Value | None:
 
 
 def _axes(value: ir.Value | None) -> list[Axis] | None:
-    """What the numbers of a computed shape are; None where this cannot tell."""
+    """What the numbers of a computed shape are; None where they are unknown."""
     known = constant(value)
     if known is not None:
         return [int(size) for size in known.flatten()]

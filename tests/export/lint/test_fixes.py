@@ -9,13 +9,13 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from qdeploy.export.lint.run import Report, lint
+from qdeploy.export.lint.run import LintReport, lint
 from qdeploy.system.errors import InvalidInputError
 from tests.export.lint.fixtures import CASES, CONV, HALF, WEIGHT, copied, good, graph, qdq
 from tests.export.lint.test_rules import run
 
 
-def mended(model: onnx.ModelProto, folder: Path, **options: str) -> tuple[Report, list[str]]:
+def mended(model: onnx.ModelProto, folder: Path, **options: str) -> tuple[LintReport, list[str]]:
     """The report after fixing, and the fixed graph's operators; what it computes has not changed."""
     onnx.save(model, folder / "before.onnx")
     report = lint(folder / "before.onnx", fix=folder / "after.onnx", **options)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import pytest
 
 from qdeploy.export.lint.fixes import fixes
 from qdeploy.export.lint.rule import rules
-from qdeploy.export.lint.run import Report, lint
+from qdeploy.export.lint.run import LintReport, lint
 from tests.export.lint.fixtures import CASES, Case
 from tests.helpers import plain_options
 
@@ -31,7 +31,7 @@ def run(path: Path) -> list[np.ndarray]:
     return outputs
 
 
-def fired(report: Report, *severities: str) -> set[str]:
+def fired(report: LintReport, *severities: str) -> set[str]:
     return {f.rule for f in report.findings if f.severity in (severities or ("E", "W", "I"))}
 
 

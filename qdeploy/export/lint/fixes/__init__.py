@@ -1,4 +1,4 @@
-"""Fixes: rewrites that mend what a rule finds and leave what the graph computes as it is.
+"""Fixes: rewrites that remove what a rule finds, without changing what the graph computes.
 
 A fix is a class in a file here that names its rule; nothing else lists it.
 """
@@ -18,7 +18,7 @@ _DEFAULT = Scope()
 
 
 class Fix(InPlacePass):
-    """A pass that mends one rule's findings where it can do so exactly."""
+    """A pass that fixes one rule's findings where it can do so exactly."""
 
     rule: ClassVar[str]
 

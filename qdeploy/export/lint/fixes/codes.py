@@ -1,4 +1,4 @@
-"""Codes and their types: int8 said aloud, unsigned codes shifted, floats stored as what they round to."""
+"""Codes and their types: int8 made explicit, unsigned codes shifted, floats stored as codes."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class StoredCodes(Fix):
 class StoredBias(Fix):
     """A bias that comes from codes becomes its float values.
 
-    The DQ of stored codes at the third input of a layer goes: ONNX Runtime's quantizer writes such biases,
+    The DQ of stored codes at the third input of a layer is removed: ONNX Runtime's quantizer writes such biases,
     in int32.
     """
 

@@ -1,4 +1,4 @@
-"""Where Q and DQ stand: steps between a DQ and its layer go before the Q, repeated pairs go."""
+"""Positions of Q and DQ: steps between a DQ and its layer move before the Q, repeated pairs are removed."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class StepsBeforeQuantizer(Fix):
 
     1. A DQ per tensor, of a Q with the same scale, each read once.
     2. What reads it moves numbers; or it pads with zeros and the zero point is 0.
-    3. Then the step goes before the Q.
-    4. A Cast to 16 bits goes instead: the DQ's scale gets that type, where it can hold the scale exactly.
-       Codes of 8 bits times a scale of 11 bits are exact in float32, so both round once, alike.
+    3. Then the step moves before the Q.
+    4. A Cast to 16 bits is removed instead: the DQ's scale gets that type, where it can hold the scale exactly.
+       Codes of 8 bits times a scale of 11 bits are exact in float32, so both round once, in the same way.
 
     Transpose and Reshape right before a layer stay: TensorRT moves them itself.
     """
@@ -45,7 +45,7 @@ class StepsBeforeQuantizer(Fix):
 
 
 def _reaches_layer(step: ir.Node) -> bool:
-    """Whether a step that is no move of TensorRT's own stands on the way to a layer."""
+    """Whether a step that TensorRT does not move itself is on the way to a layer."""
     others, node = step.op_type not in ("Transpose", "Reshape"), step
     while len(uses := list(node.outputs[0].uses())) == 1:
         node = uses[0][0]
@@ -78,7 +78,7 @@ def _swap(dequantize: Quantizer, step: ir.Node) -> bool:
         return False
     earlier = read_quantizer(producer(quantize.data))
     if earlier is not None and earlier.same_grid(quantize):
-        return False  # a repeated pair: without it the step goes before the first Q
+        return False  # a repeated pair: without it the step moves before the first Q
     moved, source = step.outputs[0], quantize.data
     ir.convenience.replace_all_uses_with(moved, dequantize.output)
     step.replace_input_with(0, source)

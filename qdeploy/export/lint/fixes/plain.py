@@ -1,4 +1,4 @@
-"""What needs no thought of quantization: attributes, versions, constants."""
+"""Fixes that do not concern quantization: attributes, versions, constants."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qdeploy.export.lint.fixes import Fix
 from qdeploy.export.lint.rules.graph import foldable_node
 from qdeploy.export.lint.rules.types import parser_limits
 
-# Each gives the one correctly rounded result, so that folding is exact wherever it is done.
+# Each has one correctly rounded result, so that folding is exact.
 _EXACT = (
     *(
         "Cast",

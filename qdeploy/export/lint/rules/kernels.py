@@ -20,7 +20,7 @@ INT8_HEADS, INT8_TOKENS = (16, 32, 64), 512  # what the fused int8 attention tak
 
 @dataclass(frozen=True)
 class Attention:
-    """Two products of activations with a Softmax between, and what stands between the first and it."""
+    """Two products of activations with a Softmax between, and the nodes between the first and the Softmax."""
 
     scores: Layer
     softmax: ir.Node

@@ -1,4 +1,4 @@
-"""Where Q and DQ stand: what fuses into a kernel, and what becomes a kernel of its own."""
+"""Positions of Q and DQ: what fuses into a kernel, and what becomes a separate kernel."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def several_scales(net: Network, scope: Scope) -> Hits:
 def before_norm(net: Network, scope: Scope) -> Hits:
     for q in net.quantizers:
         readers = [] if q.quantizes else [node.op_type for node, _ in net.users(q.output, MOVES)]
-        # SiLU is x * sigmoid(x): a Mul counts beside what makes it one.
+        # SiLU is x * sigmoid(x): a Mul counts together with its Sigmoid.
         if all(op in (*NORMS, *ACTIVATIONS, "Mul") for op in readers) and {*readers} - {"Mul"}:
             yield Hit(q.node, f"feeds {readers[0]} only: take Q and DQ away")
 

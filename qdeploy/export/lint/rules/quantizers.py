@@ -50,7 +50,7 @@ def foreign_code_type(net: Network, scope: Scope) -> Hits:
 
 
 def _is_bias(q: Quantizer) -> bool:
-    return q.codes == ir.DataType.INT32  # TRT019 speaks of it
+    return q.codes == ir.DataType.INT32  # see TRT019
 
 
 @rule(

@@ -36,7 +36,7 @@ def parser_limits(tensorrt: tuple[int, int]) -> tuple[int, int]:
 
 
 def compute_type(net: Network) -> ir.DataType | None:
-    """The float type that most weighted layers give out; 16 bits if as many do."""
+    """The float type of most weighted layers' outputs; 16 bits in case of a tie."""
     counts = Counter(kind for layer in net.layers if (kind := net.dtype(layer.node.outputs[0])) in FLOATS)
     return max(counts, key=lambda kind: (counts[kind], kind in SIXTEEN_BIT)) if counts else None
 
