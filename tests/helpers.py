@@ -1,4 +1,4 @@
-"""Small things that many tests need: networks, calibration rows in memory, sessions, measures."""
+"""Helpers that many tests share: calibration rows in memory, sessions, measures."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from qdeploy.network.roles import find_structure
 from qdeploy.quant.insert import quantize_structure
 from qdeploy.quant.layer import QuantizedLayer, quantized_layers
 from qdeploy.quant.ranges import minmax_weights, to_scale
+from qdeploy.quant.state import read_state
 from qdeploy.recipe import effort as efforts
 from qdeploy.recipe.effort import Effort
 from qdeploy.recipe.formats import Format
@@ -26,6 +27,7 @@ from qdeploy.recipe.resolve import resolve_recipe
 from qdeploy.store.artifact import Artifact
 from qdeploy.store.builder import Draft
 from qdeploy.system import machine
+from tests.models.networks import tiny_unet as tiny_unet
 
 TINY = Effort("tiny", rows=26, batch=12, rounding=8, scales=4, tuning=4)
 
@@ -73,26 +75,6 @@ def plain_options() -> Any:
 # -- networks and rows -------------------------------------------------------------------------------------
 
 
-def tiny_unet(channels: Sequence[int] = (8, 16), layers: int = 1, seed: int = 0, size: int = 8) -> nn.Module:
-    """An unconditional U-Net with attention, concatenating shortcuts, tied q, k, v, and dropout."""
-    from diffusers import UNet2DModel
-
-    plain = len(channels) - 1
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        network: nn.Module = UNet2DModel(
-            sample_size=size,
-            block_out_channels=tuple(channels),
-            layers_per_block=layers,
-            norm_num_groups=4,
-            attention_head_dim=4,
-            dropout=0.1,
-            down_block_types=("DownBlock2D",) * plain + ("AttnDownBlock2D",),
-            up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * plain,
-        )
-    return network.eval().requires_grad_(False)
-
-
 class MemoryRows:
     """What a session needs of a calibration set, in memory: noisy images, image after image."""
 
@@ -126,6 +108,23 @@ class MemoryRows:
 
 
 # -- calibrations ------------------------------------------------------------------------------------------
+
+
+def dit_rows(data: MemoryRows) -> MemoryRows:
+    """The same rows with class labels, named as the inputs of `tests.models.tiny_dit`."""
+    classes = torch.arange(len(data)) % 10
+    tensors = {"hidden_states": data.tensors["sample"], "timestep": data.timesteps, "class_labels": classes}
+    return MemoryRows(tensors, data.images)
+
+
+class Stopped(BaseException):
+    """An interruption that no ``except Exception`` catches, as a signal."""
+
+
+def same_state(first: Session, second: Session) -> bool:
+    """Whether two sessions hold the same codes and scales, bit for bit."""
+    one, two = read_state(first.denoiser), read_state(second.denoiser)
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 @contextmanager

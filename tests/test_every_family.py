@@ -25,8 +25,7 @@ from qdeploy.store.artifact import Artifact
 from qdeploy.system.errors import UsageError
 from qdeploy.system.machine import int8_sums_saturate
 from qdeploy.workflows.calibrate import calibrate
-from tests.models import dit_folder
-from tests.transformer_models import flux_folder, pixart_folder, sd3_folder, sdxl_folder
+from tests.models import dit_folder, flux_folder, pixart_folder, sd3_folder, sdxl_folder
 
 # Folder, prompts, arguments of the pipeline.
 FAMILIES: dict[str, tuple[Callable[[Path], Path], list[str], dict[str, int]]] = {

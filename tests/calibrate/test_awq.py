@@ -17,8 +17,8 @@ from qdeploy.quant.ranges import minmax_weights
 from qdeploy.recipe.formats import Format, int4, int4b64
 from qdeploy.recipe.stages import check_stages
 from qdeploy.system.errors import UsageError
-from tests.export.test_low_bit import dit_rows, tiny_dit
-from tests.helpers import calibrating, relative
+from tests.helpers import MemoryRows, calibrating, dit_rows, relative
+from tests.models import tiny_dit
 
 SALIENT = [3, 40, 77, 101]
 
@@ -72,7 +72,7 @@ def test_silent_channels_keep_their_scale() -> None:
 
 
 def test_every_group_of_a_network_gets_closer_and_nothing_changes_unquantized(tmp_path: Path) -> None:
-    data = dit_rows()
+    data = dit_rows(MemoryRows.noisy())
     inputs = {name: tensor[::5] for name, tensor in data.tensors.items()}
     recipe = {"weights": "int4b64", "activations": "none", "target": "tensorrt"}
     with torch.no_grad():
@@ -104,7 +104,9 @@ def test_inputs_are_recorded_in_the_memory_there_is(tmp_path: Path) -> None:
         network = tiny_dit()
         recipe = {"weights": "int4b64", "activations": "none", "target": "tensorrt"}
         place = tmp_path / str(memory)
-        with calibrating(network, dit_rows(), place, max_memory=memory, **recipe) as session:
+        with calibrating(
+            network, dit_rows(MemoryRows.noisy()), place, max_memory=memory, **recipe
+        ) as session:
             awq.ScaleSalient(grid=4).run(session)
         states.append({path: layer.smoothing for path, layer in quantized_layers(network).items()})
     assert all(torch.equal(states[0][path], smoothing) for path, smoothing in states[1].items())  # type: ignore[arg-type]
@@ -114,7 +116,7 @@ def test_impossible_requests_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="list it before"):
         check_stages([("weight-ranges", {}), ("scale-salient", {})])
     with (
-        calibrating(tiny_dit(), dit_rows(), tmp_path / "x") as session,
+        calibrating(tiny_dit(), dit_rows(MemoryRows.noisy()), tmp_path / "x") as session,
         pytest.raises(UsageError, match="grid"),
     ):
         awq.ScaleSalient(grid=0).run(session)

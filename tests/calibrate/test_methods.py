@@ -28,7 +28,7 @@ from qdeploy.recipe.effort import EFFORTS, Effort
 from qdeploy.recipe.formats import FORMATS, integer
 from qdeploy.recipe.stages import check_stages, find_method, methods, stages
 from qdeploy.system.errors import UsageError
-from tests.helpers import MemoryRows, calibrating, relative, tiny_unet
+from tests.helpers import MemoryRows, Stopped, calibrating, relative, same_state, tiny_unet
 
 SHORT = Effort("short", rows=96, batch=16, rounding=60, scales=20)
 DATA = MemoryRows.noisy(images=24)
@@ -422,11 +422,6 @@ def weights_of(session: Session) -> dict[str, Tensor]:
 # -- the same again ----------------------------------------------------------------------------------------
 
 
-def same_state(first: Session, second: Session) -> bool:
-    one, two = read_state(first.denoiser), read_state(second.denoiser)
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-
-
 @pytest.mark.parametrize("seed", [3, 4])
 def test_a_seed_decides_every_code_and_the_budget_none(
     tmp_path: Path, uninterrupted: Session, seed: int
@@ -435,10 +430,6 @@ def test_a_seed_decides_every_code_and_the_budget_none(
     again = run(tmp_path / "out", method="qdiffusion", weights="int4", seed=seed, max_memory=0)
     assert same_state(again, uninterrupted) == (seed == 3)
     assert not list((again.draft.work / "scratch").glob("*"))
-
-
-class Stopped(BaseException):
-    """As sudden as a signal."""
 
 
 @pytest.mark.parametrize("calls", [0, 13, 17])

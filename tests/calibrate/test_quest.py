@@ -38,10 +38,9 @@ from qdeploy.recipe.resolve import resolve_recipe
 from qdeploy.recipe.stages import Stage, check_stages
 from qdeploy.system.errors import CapabilityError, UsageError
 from qdeploy.workflows.calibrate import any_attention
-from tests.calibrate.test_methods import Stopped, same_state
-from tests.helpers import MemoryRows, calibrating, relative, sqnr_db, tiny_unet
+from tests.helpers import MemoryRows, Stopped, calibrating, relative, same_state, sqnr_db, tiny_unet
 from tests.models import ddpm_folder
-from tests.network.test_roles import conditional_unet, dit
+from tests.models.networks import make_two_rows
 
 DATA = MemoryRows.noisy()
 STAGES: dict[str, Callable[..., Stage]] = {
@@ -89,18 +88,18 @@ def reported(session: Session) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("case", "attention", "features"),
+    ("family", "attention", "features"),
     [
-        (conditional_unet, ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"), ("time_emb_proj",)),
-        (dit, ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "linear"), ()),
+        ("text_unet", ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"), ("time_emb_proj",)),
+        ("dit", ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "linear"), ()),
     ],
     ids=["unet", "dit"],
 )
 def test_roles_are_found_by_what_layers_do(
-    case: Any, attention: tuple[str, ...], features: tuple[str, ...]
+    family: str, attention: tuple[str, ...], features: tuple[str, ...]
 ) -> None:
     """What they are called serves to say here what was expected."""
-    structure = find_structure(*case())
+    structure = find_structure(*make_two_rows(family))
     found = {layer.path for layer in structure.layers if layer.attention}
     blocks = {layer.path for layer in structure.layers if "transformer_blocks" in layer.path}
     expected = {path for path in blocks if path.endswith(attention) and "timestep_embedder" not in path}

@@ -44,7 +44,7 @@ from qdeploy.recipe.stages import find_method
 from qdeploy.system.errors import UsageError
 from qdeploy.workflows.calibrate import timestep_facts
 from tests.helpers import MemoryRows, calibrating, relative, tiny_unet
-from tests.networks import make
+from tests.models import make
 
 DATA = MemoryRows.noisy(images=12)
 TRAINED = 120  # timesteps of training, few enough to walk through all

@@ -14,7 +14,7 @@ from qdeploy.export.passes.channelwise_norms import ChannelwiseNorms, Channelwis
 from qdeploy.export.passes.pixels_as_tokens import PixelsAsTokens
 from qdeploy.export.passes.scaled_scores import ScaledScores
 from qdeploy.export.passes.transposed_keys import TransposedKeys
-from tests.export.test_passes import Arrays, graph, keeps_away, operators, random_inputs, run
+from tests.export.graphs import Arrays, graph, keeps_away, operators, random_inputs, run
 
 RANDOM = np.random.default_rng(1)
 

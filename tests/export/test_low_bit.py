@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from click.testing import Result
-from torch import Tensor, nn
+from torch import Tensor
 
 from qdeploy.calibrate.methods import minmax, qdiffusion
 from qdeploy.calibration_set.collect import collect
@@ -33,42 +33,16 @@ from qdeploy.store.artifact import Artifact
 from qdeploy.system.decibels import sqnr_by_row
 from qdeploy.system.errors import CapabilityError, UsageError
 from qdeploy.workflows.calibrate import calibrate
-from tests.helpers import MemoryRows, calibrating, codes_of, plain_options, sqnr_db, tiny_unet
-from tests.models import ddpm_folder
+from tests.helpers import MemoryRows, calibrating, codes_of, dit_rows, plain_options, sqnr_db, tiny_unet
+from tests.models import ddpm_folder, tiny_dit
 
 CASES = {"int4b64": "none", "int4b128": "none", "fp8": "fp8"}
 DATA = MemoryRows.noisy()
 
 
-def tiny_dit() -> nn.Module:
-    """A class-conditional transformer whose linear layers are 128 and 512 wide."""
-    from diffusers import DiTTransformer2DModel
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network: nn.Module = DiTTransformer2DModel(
-            sample_size=8,
-            in_channels=3,
-            out_channels=6,
-            patch_size=2,
-            num_layers=2,
-            num_attention_heads=4,
-            attention_head_dim=32,
-            norm_num_groups=4,
-            num_embeds_ada_norm=10,
-        )
-    return network.eval().requires_grad_(False)
-
-
-def dit_rows() -> MemoryRows:
-    classes = torch.arange(len(DATA)) % 10
-    tensors = {"hidden_states": DATA.tensors["sample"], "timestep": DATA.timesteps, "class_labels": classes}
-    return MemoryRows(tensors, DATA.images)
-
-
 NETWORKS: dict[str, Any] = {
     "unet": (lambda: tiny_unet((32, 64)), lambda: DATA),
-    "dit": (tiny_dit, dit_rows),
+    "dit": (tiny_dit, lambda: dit_rows(DATA)),
 }
 
 

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from qdeploy.export.passes.narrow_sums import LARGEST_PAIR, NarrowSums, overflowing
-from tests.export.test_passes import fires, graph, keeps_away, operators
+from tests.export.graphs import fires, graph, keeps_away, operators
 
 GRAPH = """
 agraph (float[1,4,6,6] x) => (float[1,2,6,6] y)

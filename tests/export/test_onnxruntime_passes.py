@@ -27,7 +27,7 @@ from qdeploy.model.inputs import denoise
 from qdeploy.quant.layer import quantized_layers
 from qdeploy.quant.modes import freeze
 from qdeploy.system.decibels import sqnr_by_row
-from tests.export.test_passes import graph, keeps_away, operators, random_inputs, run
+from tests.export.graphs import graph, keeps_away, operators, random_inputs, run
 from tests.helpers import MemoryRows, calibrating, relative, tiny_unet
 
 RANDOM = np.random.default_rng(3)

@@ -30,8 +30,7 @@ from qdeploy.store.artifact import Artifact, open_artifact
 from qdeploy.system.errors import InvalidInputError, UsageError
 from qdeploy.workflows.calibrate import calibrate
 from tests.helpers import relative
-from tests.models import ddpm_folder
-from tests.networks import make
+from tests.models import ddpm_folder, make
 
 ALL = torch.arange(1000)
 SOME = np.linspace(0, 999, 25).round().tolist()

@@ -9,8 +9,8 @@ import torch
 
 from qdeploy.model.folder import open_model
 from qdeploy.model.inputs import denoise, example_inputs
-from tests.export.test_low_bit import tiny_dit
 from tests.helpers import tiny_unet
+from tests.models import tiny_dit
 
 
 @pytest.mark.parametrize("make", [tiny_unet, tiny_dit], ids=["unet", "transformer"])

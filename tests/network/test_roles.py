@@ -13,83 +13,18 @@ from torch import Tensor, nn
 from qdeploy.model.inputs import denoise
 from qdeploy.network.roles import Layer, Structure, find_structure
 from qdeploy.network.tracer import WEIGHTED
-from tests.helpers import tiny_unet
+from tests.models.networks import FAMILIES, make_two_rows
 
 Case = tuple[nn.Module, dict[str, Tensor]]
-
-
-def unet() -> Case:
-    return tiny_unet(layers=2), {"sample": noise(2, 3, 8, 8), "timestep": torch.tensor([7, 900])}
-
-
-def conditional_unet() -> Case:
-    from diffusers import UNet2DConditionModel
-
-    network = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=2,
-        cross_attention_dim=6,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )
-    prompts = noise(2, 3, 6)
-    inputs = {"sample": noise(2, 4, 8, 8), "timestep": torch.tensor(7), "encoder_hidden_states": prompts}
-    return network.eval(), inputs
-
-
-def dit() -> Case:
-    from diffusers import DiTTransformer2DModel
-
-    network = DiTTransformer2DModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=4,
-        num_embeds_ada_norm=10,
-    )
-    labels = torch.tensor([1, 2])
-    inputs = {"hidden_states": noise(2, 4, 8, 8), "timestep": torch.tensor([7, 900]), "class_labels": labels}
-    return network.eval(), inputs
-
-
-def pixart() -> Case:
-    from diffusers import PixArtTransformer2DModel
-
-    network = PixArtTransformer2DModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=4,
-        cross_attention_dim=8,
-        caption_channels=6,
-        use_additional_conditions=False,
-    )
-    prompts = noise(2, 3, 6)
-    inputs = {
-        "hidden_states": noise(2, 4, 8, 8),
-        "timestep": torch.tensor([7, 9]),
-        "encoder_hidden_states": prompts,
-    }
-    return network.eval(), inputs
 
 
 def noise(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-@pytest.fixture(scope="module", params=[unet, conditional_unet, dit, pixart], ids=lambda make: make.__name__)
+@pytest.fixture(scope="module", params=FAMILIES)
 def case(request: pytest.FixtureRequest) -> Case:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        found: Case = request.param()
-    return found
+    return make_two_rows(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +137,7 @@ def test_work_is_counted_at_the_traced_size(case: Case, structure: Structure) ->
 
 def test_a_split_shortcut_knows_the_channels_of_h_before_the_concatenation() -> None:
     """The oracle is the up block's own arithmetic: h comes first, the skipped features behind it."""
-    network, inputs = unet()
+    network, inputs = make_two_rows("unet")
     structure = find_structure(network, inputs)
     found = {layer.path: layer.split for layer in structure.layers if layer.split}
     expected: dict[str, tuple[int, int]] = {}
@@ -363,7 +298,7 @@ def test_tracing_leaves_nothing_behind(case: Case) -> None:
 
 def test_tracing_holds_no_values_of_layers_that_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a network of a billion parameters computes on its way does not fit into memory at once."""
-    network, inputs = unet()
+    network, inputs = make_two_rows("unet")
     alive: list[Any] = []
     convolve, most = nn.functional.conv2d, 0
 
@@ -383,7 +318,7 @@ def test_tracing_holds_no_values_of_layers_that_are_done(monkeypatch: pytest.Mon
 
 
 def test_a_network_that_fails_is_left_without_hooks() -> None:
-    network, inputs = unet()
+    network, inputs = make_two_rows("unet")
     with pytest.raises(RuntimeError):
         find_structure(network, inputs | {"sample": noise(2, 5, 8, 8)})
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())

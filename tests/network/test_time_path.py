@@ -17,7 +17,7 @@ from qdeploy.quant.modes import full_precision
 from qdeploy.quant.ranges import minmax_weights
 from qdeploy.recipe.formats import int4, int8
 from tests.helpers import relative
-from tests.networks import FAMILIES, make
+from tests.models import FAMILIES, make
 
 U_NETS = ("unet", "text_unet")
 

@@ -79,3 +79,10 @@ def make_stand_in(folder: Path) -> StandIn:
         (folder / package).mkdir()
         (folder / package / "__init__.py").write_text(text)
     return StandIn(folder)
+
+
+def conformance(stand_in: StandIn, package: Path = ROOT) -> dict[str, list[str]]:
+    """Names of TensorRT that a package's sources use: all that were ``checked``, and those that are ``wrong``."""
+    done = stand_in.run("-m", "tests.engines.tensorrt.conformance", package, package=package)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-from tests.engines.tensorrt.stand_in import ROOT, StandIn
+from tests.engines.tensorrt.stand_in import StandIn, conformance
 
 CONTRACT = {
     "trt.Builder", "trt.BuilderFlag.TF32", "BuilderFlag.STRIP_PLAN", "DataType.BF16",
@@ -15,12 +12,6 @@ CONTRACT = {
     "IProgressMonitor.phase_start overridden with 3", "HardwareCompatibilityLevel.AMPERE_PLUS",
     "OnnxParserRefitter.refit_from_file(1)", "ITimingCache.combine(2)", "Builder.__init__(1)",
 }  # fmt: skip
-
-
-def conformance(stand_in: StandIn, package: Path = ROOT) -> dict[str, list[str]]:
-    done = stand_in.run("-m", "tests.engines.tensorrt.conformance", package, package=package)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
 
 
 def test_every_name_exists_in_the_real_module(stand_in: StandIn) -> None:

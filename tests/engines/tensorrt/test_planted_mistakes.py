@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.tensorrt.stand_in import ROOT, StandIn
-from tests.engines.tensorrt.test_conformance import conformance
+from tests.engines.tensorrt.stand_in import ROOT, StandIn, conformance
 
 SET_SHAPES = """        for name, shape in shapes.items():
             self._require(self.context.set_input_shape(name, shape), f"the shape of {name!r}")

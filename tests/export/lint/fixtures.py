@@ -12,7 +12,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import onnx
+import onnxruntime
 from onnx import numpy_helper
+
+from tests.helpers import plain_options
 
 _R = np.random.default_rng(0)
 
@@ -421,3 +424,18 @@ CASES: dict[str, Case] = {
         {"target": "openvino"},
     ),
 }
+
+
+def run(path: Path) -> list[np.ndarray]:
+    """What ONNX Runtime computes, unoptimized, on inputs that depend on nothing but their shapes."""
+    options = plain_options()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    generator = np.random.default_rng(5)
+    feed = {}
+    for port in session.get_inputs():
+        shape = [size if isinstance(size, int) else 1 for size in port.shape]
+        kind = np.float16 if port.type == "tensor(float16)" else np.float32
+        feed[port.name] = np.asarray(generator.normal(size=shape)).astype(kind)
+    outputs: list[np.ndarray] = session.run(None, feed)
+    return outputs

@@ -32,8 +32,8 @@ from tests.export.lint.fixtures import (
     good,
     graph,
     qdq,
+    run,
 )
-from tests.export.lint.test_rules import run
 
 
 def found(model: onnx.ModelProto, folder: Path, rule: str, **options: str) -> list[Finding]:

@@ -11,8 +11,7 @@ from onnx import numpy_helper
 
 from qdeploy.export.lint.run import LintReport, lint
 from qdeploy.system.errors import InvalidInputError
-from tests.export.lint.fixtures import CASES, CONV, HALF, WEIGHT, copied, good, graph, qdq
-from tests.export.lint.test_rules import run
+from tests.export.lint.fixtures import CASES, CONV, HALF, WEIGHT, copied, good, graph, qdq, run
 
 
 def mended(model: onnx.ModelProto, folder: Path, **options: str) -> tuple[LintReport, list[str]]:

@@ -6,29 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 
 from qdeploy.export.lint.fixes import fixes
 from qdeploy.export.lint.rule import rules
 from qdeploy.export.lint.run import LintReport, lint
-from tests.export.lint.fixtures import CASES, Case
-from tests.helpers import plain_options
-
-
-def run(path: Path) -> list[np.ndarray]:
-    """What ONNX Runtime computes, unoptimized, on inputs that depend on nothing but their shapes."""
-    options = plain_options()
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    generator = np.random.default_rng(5)
-    feed = {}
-    for port in session.get_inputs():
-        shape = [size if isinstance(size, int) else 1 for size in port.shape]
-        kind = np.float16 if port.type == "tensor(float16)" else np.float32
-        feed[port.name] = np.asarray(generator.normal(size=shape)).astype(kind)
-    outputs: list[np.ndarray] = session.run(None, feed)
-    return outputs
+from tests.export.lint.fixtures import CASES, Case, run
 
 
 def fired(report: LintReport, *severities: str) -> set[str]:

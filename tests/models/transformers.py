@@ -9,14 +9,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests.models import LETTERS, PROMPT_LENGTH, TEXT_WIDTH, _saved, _seeded, _text_encoder, _vae
+from tests.models.pipelines import (
+    LETTERS,
+    PROMPT_LENGTH,
+    TEXT_WIDTH,
+    make_text_encoder,
+    make_vae,
+    saved,
+    seeded,
+)
 
 
 def pixart_folder(path: Path, *, size: int = 8, seed: int = 0) -> Path:
     """A `PixArtAlphaPipeline`: one embedding of the timestep for all blocks, prompts by cross-attention."""
     from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
 
-    with _seeded(seed):
+    with seeded(seed):
         transformer = PixArtTransformer2DModel(
             sample_size=size,
             in_channels=4,
@@ -30,7 +38,7 @@ def pixart_folder(path: Path, *, size: int = 8, seed: int = 0) -> Path:
             norm_num_groups=4,
             use_additional_conditions=False,
         )
-        vae, (text_encoder, tokenizer) = _vae(size), t5()
+        vae, (text_encoder, tokenizer) = make_vae(size), t5()
     pipeline = PixArtAlphaPipeline(
         tokenizer=tokenizer,
         text_encoder=text_encoder,
@@ -38,14 +46,14 @@ def pixart_folder(path: Path, *, size: int = 8, seed: int = 0) -> Path:
         transformer=transformer,
         scheduler=DPMSolverMultistepScheduler(),
     )
-    return _saved(pipeline, path)
+    return saved(pipeline, path)
 
 
 def sd3_folder(path: Path, *, size: int = 8, seed: int = 0) -> Path:
     """A `StableDiffusion3Pipeline`: image and text as two streams, pooled prompts, flow matching."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
-    with _seeded(seed):
+    with seeded(seed):
         transformer = SD3Transformer2DModel(
             sample_size=size,
             patch_size=2,
@@ -59,8 +67,8 @@ def sd3_folder(path: Path, *, size: int = 8, seed: int = 0) -> Path:
             pooled_projection_dim=2 * TEXT_WIDTH,
             pos_embed_max_size=size,
         )
-        vae = _vae(size, shift_factor=0.0)
-        (first, tokenizer), (second, _) = _text_encoder(True), _text_encoder(True)
+        vae = make_vae(size, shift_factor=0.0)
+        (first, tokenizer), (second, _) = make_text_encoder(True), make_text_encoder(True)
         third, letters = t5(2 * TEXT_WIDTH)
     pipeline = StableDiffusion3Pipeline(
         transformer=transformer,
@@ -73,14 +81,14 @@ def sd3_folder(path: Path, *, size: int = 8, seed: int = 0) -> Path:
         text_encoder_3=third,
         tokenizer_3=letters,
     )
-    return _saved(pipeline, path)
+    return saved(pipeline, path)
 
 
 def flux_folder(path: Path, *, size: int = 8, guidance: bool = True, seed: int = 0) -> Path:
     """A `FluxPipeline`: double and single blocks, positions and guidance as inputs, flow matching."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
-    with _seeded(seed):
+    with seeded(seed):
         transformer = FluxTransformer2DModel(
             patch_size=1,
             in_channels=16,
@@ -93,8 +101,8 @@ def flux_folder(path: Path, *, size: int = 8, guidance: bool = True, seed: int =
             guidance_embeds=guidance,
             axes_dims_rope=(2, 2, 4),
         )
-        vae = _vae(size, shift_factor=0.0)
-        (clip, clip_tokenizer), (encoder, tokenizer) = _text_encoder(), t5()
+        vae = make_vae(size, shift_factor=0.0)
+        (clip, clip_tokenizer), (encoder, tokenizer) = make_text_encoder(), t5()
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=vae,
@@ -104,14 +112,14 @@ def flux_folder(path: Path, *, size: int = 8, guidance: bool = True, seed: int =
         tokenizer_2=tokenizer,
         transformer=transformer,
     )
-    return _saved(pipeline, path)
+    return saved(pipeline, path)
 
 
 def sdxl_folder(path: Path, *, size: int = 8, seed: int = 0) -> Path:
     """A `StableDiffusionXLPipeline`: pooled prompt and sizes are added to the time embedding."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
-    with _seeded(seed):
+    with seeded(seed):
         unet = UNet2DConditionModel(
             sample_size=size,
             block_out_channels=(8, 16),
@@ -127,8 +135,8 @@ def sdxl_folder(path: Path, *, size: int = 8, seed: int = 0) -> Path:
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         )
-        vae = _vae(size)
-        (first, tokenizer), (second, _) = _text_encoder(), _text_encoder(True)
+        vae = make_vae(size)
+        (first, tokenizer), (second, _) = make_text_encoder(), make_text_encoder(True)
     pipeline = StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=first,
@@ -139,7 +147,7 @@ def sdxl_folder(path: Path, *, size: int = 8, seed: int = 0) -> Path:
         scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
         add_watermarker=False,
     )
-    return _saved(pipeline, path)
+    return saved(pipeline, path)
 
 
 def t5(width: int = TEXT_WIDTH) -> tuple[Any, Any]:

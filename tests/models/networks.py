@@ -1,18 +1,36 @@
-"""A tiny network of every family that the time part is found in, with inputs for it."""
+"""Tiny networks, one of every family of denoisers, with inputs for them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-
-from tests.helpers import tiny_unet
 
 Made = tuple[nn.Module, dict[str, Tensor]]
 
 CLASSES = 10
 WIDTH = 16
+
+
+def tiny_unet(channels: Sequence[int] = (8, 16), layers: int = 1, seed: int = 0, size: int = 8) -> nn.Module:
+    """An unconditional U-Net with attention, concatenating shortcuts, tied q, k, v, and dropout."""
+    from diffusers import UNet2DModel
+
+    plain = len(channels) - 1
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network: nn.Module = UNet2DModel(
+            sample_size=size,
+            block_out_channels=tuple(channels),
+            layers_per_block=layers,
+            norm_num_groups=4,
+            attention_head_dim=4,
+            dropout=0.1,
+            down_block_types=("DownBlock2D",) * plain + ("AttnDownBlock2D",),
+            up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * plain,
+        )
+    return network.eval().requires_grad_(False)
 
 
 def _noise(*shape: int, seed: int = 0) -> Tensor:
@@ -135,3 +153,30 @@ def make(family: str, seed: int = 0) -> Made:
         torch.manual_seed(seed)
         network, inputs = FAMILIES[family]()
     return network.eval().requires_grad_(False), inputs
+
+
+def make_two_rows(family: str) -> Made:
+    """As `make`, with two rows of other samples, conditions and timesteps."""
+    network, inputs = make(family)
+    rows = {name: torch.cat([x, x.flip(-1)]) for name, x in inputs.items() if name != "timestep"}
+    return network, {**rows, "timestep": torch.tensor([7, 900])}
+
+
+def tiny_dit() -> nn.Module:
+    """A class-conditional transformer whose linear layers are 128 and 512 wide, so that int4 blocks fit."""
+    from diffusers import DiTTransformer2DModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network: nn.Module = DiTTransformer2DModel(
+            sample_size=8,
+            in_channels=3,
+            out_channels=6,
+            patch_size=2,
+            num_layers=2,
+            num_attention_heads=4,
+            attention_head_dim=32,
+            norm_num_groups=4,
+            num_embeds_ada_norm=CLASSES,
+        )
+    return network.eval().requires_grad_(False)

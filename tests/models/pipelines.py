@@ -26,7 +26,7 @@ def ddpm_folder(
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
     plain = len(channels) - 1
-    with _seeded(seed):
+    with seeded(seed):
         unet = UNet2DModel(
             sample_size=size,
             block_out_channels=tuple(channels),
@@ -37,7 +37,7 @@ def ddpm_folder(
             down_block_types=("DownBlock2D",) * plain + ("AttnDownBlock2D",),
             up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * plain,
         )
-    return _saved(DDPMPipeline(unet, DDPMScheduler()), path)
+    return saved(DDPMPipeline(unet, DDPMScheduler()), path)
 
 
 def stable_diffusion_folder(
@@ -47,7 +47,7 @@ def stable_diffusion_folder(
     from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
     plain = len(channels) - 1
-    with _seeded(seed):
+    with seeded(seed):
         unet = UNet2DConditionModel(
             sample_size=size,
             block_out_channels=tuple(channels),
@@ -58,7 +58,7 @@ def stable_diffusion_folder(
             down_block_types=("DownBlock2D",) * plain + ("CrossAttnDownBlock2D",),
             up_block_types=("CrossAttnUpBlock2D",) + ("UpBlock2D",) * plain,
         )
-        vae, (text_encoder, tokenizer) = _vae(size), _text_encoder()
+        vae, (text_encoder, tokenizer) = make_vae(size), make_text_encoder()
     scheduler = PNDMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -77,14 +77,14 @@ def stable_diffusion_folder(
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    return _saved(pipeline, path)
+    return saved(pipeline, path)
 
 
 def dit_folder(path: Path, *, size: int = 8, seed: int = 0) -> Path:
     """A `DiTPipeline`: a class-conditional transformer on latents of ``size`` pixels, DDIM."""
     from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
-    with _seeded(seed):
+    with seeded(seed):
         transformer = DiTTransformer2DModel(
             sample_size=size,
             in_channels=4,
@@ -96,18 +96,18 @@ def dit_folder(path: Path, *, size: int = 8, seed: int = 0) -> Path:
             norm_num_groups=4,
             num_embeds_ada_norm=1000,  # the pipeline has 1000 wired in as the null class
         )
-        vae = _vae(size)
-    return _saved(DiTPipeline(transformer=transformer, vae=vae, scheduler=DDIMScheduler()), path)
+        vae = make_vae(size)
+    return saved(DiTPipeline(transformer=transformer, vae=vae, scheduler=DDIMScheduler()), path)
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
 
 
-def _vae(size: int, **options: Any) -> Any:
+def make_vae(size: int, **options: Any) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -121,7 +121,7 @@ def _vae(size: int, **options: Any) -> Any:
     )
 
 
-def _text_encoder(projected: bool = False) -> tuple[Any, Any]:
+def make_text_encoder(projected: bool = False) -> tuple[Any, Any]:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     words = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(letter + "</w>" for letter in LETTERS)]
@@ -143,6 +143,6 @@ def _text_encoder(projected: bool = False) -> tuple[Any, Any]:
     return kind(config).eval(), tokenizer
 
 
-def _saved(pipeline: Any, path: Path) -> Path:
+def saved(pipeline: Any, path: Path) -> Path:
     pipeline.save_pretrained(path)
     return path
