@@ -19,7 +19,7 @@ import torch
 
 from qdeploy.calibration_set.collect import collect
 from qdeploy.engines.build import build_engine
-from qdeploy.evaluate.cached_json import remembered
+from qdeploy.evaluate.cached_json import cached_result
 from qdeploy.evaluate.check import check
 from qdeploy.evaluate.quality import QualityPlan, Trajectories
 from qdeploy.export.run import export
@@ -84,7 +84,7 @@ def measure(output: Path, efforts: list[str], seeds: int, samples: int) -> list[
         def judge(engine: Artifact) -> dict[str, Any]:
             return check(engine, trajectories=trajectories()).to_json()
 
-        result = remembered(file, key, partial(judge, engine))
+        result = cached_result(file, key, partial(judge, engine))
         runs.append({"precision": precision, "method": method, "effort": effort, "seed": seed, **result})
         say(f"{engine.path.name}: median SQNR {result['quality']['sqnr_db']['median']} dB")
     return runs

@@ -33,7 +33,7 @@ from benchmarks.conditioning import Conditioning
 from benchmarks.methods_report import Result, joined, read_results, result_of, table_of, write_results
 from qdeploy.calibration_set.collect import collect
 from qdeploy.engines.build import build_engine
-from qdeploy.evaluate.cached_json import remembered
+from qdeploy.evaluate.cached_json import cached_result
 from qdeploy.evaluate.check import check
 from qdeploy.evaluate.effective_bits import effective_bits
 from qdeploy.evaluate.parity import measure_parity, open_subject
@@ -208,7 +208,7 @@ def measure(arguments: argparse.Namespace) -> list[Result]:
             files = subject.file(str(subject.facts["component"])).iterdir()
             size = sum(file.stat().st_size for file in files) / 1e6
             file = arguments.output / "measured" / f"{run.name}-graph.json"
-            graph = remembered(file, [bundle.sha256], partial(graph_parity, bundle))
+            graph = cached_result(file, [bundle.sha256], partial(graph_parity, bundle))
 
         def judge(subject: Artifact, correction: str) -> dict[str, Any]:
             return check(subject, trajectories=trajectories(), correction=correction).to_json()
@@ -226,7 +226,7 @@ def measure(arguments: argparse.Namespace) -> list[Result]:
                 cost,
                 f"check{suffix and '_' + correction}",
                 file,
-                partial(remembered, file, key, partial(judge, subject, correction)),
+                partial(cached_result, file, key, partial(judge, subject, correction)),
             )
             record = {
                 "run": run.row + suffix,

@@ -22,7 +22,7 @@ import yaml
 
 from qdeploy.calibration_set.collect import collect
 from qdeploy.engines.build import build_engine
-from qdeploy.evaluate.cached_json import remembered
+from qdeploy.evaluate.cached_json import cached_result
 from qdeploy.evaluate.check import check
 from qdeploy.evaluate.quality import QualityPlan, Trajectories
 from qdeploy.evaluate.thresholds import look_up
@@ -172,7 +172,7 @@ def measure(output: Path, effort: str, seeds: list[int], samples: int) -> list[d
                     return check(engine, trajectories=trajectories()).to_json()
 
                 key = [engine.sha256, model.sha256, repr(plan)]
-                result = remembered(file, key, partial(judge, engine))
+                result = cached_result(file, key, partial(judge, engine))
                 runs.append(
                     {
                         "precision": precision,

@@ -12,7 +12,7 @@ from qdeploy.system.hashing import sha256_of
 from qdeploy.version import __version__
 
 
-def remembered(file: Path, key: object, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def cached_result(file: Path, key: object, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The cached result of an earlier run; else the result of ``measure``, which is then cached.
 
     Args:

@@ -62,7 +62,7 @@ def calibrate(
 
     Args:
         model: a diffusers folder, a zoo model's name or a Hub id.
-        output: folder of the checkpoint; beside the model by default.
+        output: folder of the checkpoint; by default a folder in the working directory.
         recipe: a `Recipe`, a preset's name or a YAML file; the arguments below override it.
         calibration: a calibration set that `collect` made from this model; without one, a default set is
             collected and kept in the cache, if a stage of the recipe looks at rows.
@@ -78,7 +78,7 @@ def calibrate(
         timestep_groups: groups of timesteps that have activation scales of their own: how many, or the
             largest timestep of each but the last, as numbers or as text ``200,500``.
         budget: bounds such as ``size=3.2MB`` or ``macs=5%`` within which the formats of weights are chosen,
-            layer by layer; as of `qdeploy.mixed.budget.parse_budget`.
+            layer by layer; see `qdeploy.mixed.budget.parse_budget`.
         sensitivity: what `qdeploy.sensitivity` measured; with a budget and without this it is measured first.
         seed: where all randomness comes from.
         device: torch device.

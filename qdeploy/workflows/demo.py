@@ -1,7 +1,7 @@
-"""The verb ``demo``: the whole way on a model that the package ships, from the model to a table.
+"""The verb ``demo``: the whole workflow on a model that is shipped with the package.
 
-Every stage is an artifact or a remembered result in the output folder, so that a stopped demo continues, and
-a finished one answers at once.
+Every stage is an artifact or a cached result in the output folder, so that an interrupted demo continues, and
+a finished one returns at once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from qdeploy.engines.registry import find_backend
 from qdeploy.evaluate.baselines import FULL, HALF, baseline_engine, baseline_precisions
-from qdeploy.evaluate.cached_json import remembered
+from qdeploy.evaluate.cached_json import cached_result
 from qdeploy.evaluate.image_grid import image_grid
 from qdeploy.evaluate.quality import QualityPlan, Trajectories
 from qdeploy.evaluate.summary import DemoResult, engine_table, summary_notes
@@ -28,9 +28,9 @@ from qdeploy.system.progress import say, verbosity
 
 T = TypeVar("T")
 
-STEPS = 50  # of DDIM, for calibration, images and checks alike
+STEPS = 50  # of DDIM, for calibration, images and checks
 IMAGES, FIRST_IMAGE = 32, 1000  # of the picture; the calibration set holds seeds 0 to 63
-BATCH = 16  # that speed is told for, as in sampling
+BATCH = 16  # samples per call whose speed is reported
 THREADS = 1  # the model is too small to gain from more, and a busy second core would blur the times
 
 
@@ -50,7 +50,7 @@ class Variant:
 
 
 def variants() -> dict[str, Variant]:
-    """What the demo makes, by the folder's name; eight bits are seven where int8 kernels can add no more."""
+    """The models of the demo by folder name; weights of eight bits have seven where int8 sums would overflow."""
     narrow = int8_sums_saturate()
     eight = Variant(f"8-bit (W{7 if narrow else 8}A8)", "w8a8-minmax", "int7" if narrow else None)
     return {"w8a8": eight, "w4a8": Variant("4-bit (W4A8)", "w4a8-qdiffusion")}
@@ -82,7 +82,7 @@ def demo(
         CapabilityError: the backend is not installed.
     """
     work = _Work(Path(output), open_model(model), find_backend(backend).name, samples, rounds)
-    say(f"{work.model.path.name}: about five minutes on two cores; everything goes to {work.output}/")
+    say(f"{work.model.path.name}: about five minutes on two cores; everything is written to {work.output}/")
     with explained_os_errors(work.output):
         work.output.mkdir(parents=True, exist_ok=True)
     with _one_torch_thread():
@@ -198,7 +198,7 @@ class _Work:
 
             key = [engine.sha256, self.model.sha256, repr(plan)]
             file = self.output / "measured" / f"check-{name}.json"
-            results[name] = self._stage(f"check {name}", partial(remembered, file, key, measure))
+            results[name] = self._stage(f"check {name}", partial(cached_result, file, key, measure))
         return results
 
     def benchmark(self, engines: dict[str, Artifact]) -> dict[str, Any]:
@@ -212,7 +212,7 @@ class _Work:
 
         key = [[engine.sha256 for engine in engines.values()], self.rounds, machine()]
         file = self.output / "measured" / "benchmark.json"
-        return self._stage("benchmark", partial(remembered, file, key, measure))
+        return self._stage("benchmark", partial(cached_result, file, key, measure))
 
     def report(self, checks: dict[str, dict[str, Any]], speed: dict[str, Any]) -> Path:
         """``report.html``: all of this on one page."""
@@ -250,7 +250,7 @@ class _Work:
 
 @contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """Networks this small gain little from a second thread, and lose much where other work runs beside."""
+    """Networks this small gain little from a second thread, and are slowed down much by other load."""
     import torch
 
     before = torch.get_num_threads()
@@ -263,7 +263,7 @@ def _one_torch_thread() -> Iterator[None]:
 
 @contextmanager
 def _status(name: str) -> Iterator[None]:
-    """The stage's name on a terminal while it runs; what is said within only shows with ``-v``."""
+    """The stage's name on a terminal while it runs; messages from within are shown with ``-v`` only."""
     from rich.console import Console
 
     level = verbosity.level

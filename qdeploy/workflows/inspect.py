@@ -16,8 +16,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
     Returns:
         For an artifact its manifest's entries, the sizes of its files and ``valid``; if that is false,
-        ``problem`` says why. For a checkpoint with groups of timesteps also ``timestep_gain``, as of
-        `qdeploy.evaluate.timestep_gain.timestep_gain`; and ``effective_bits``, where it tells them.
+        ``problem`` states why. For a checkpoint with groups of timesteps also ``timestep_gain``, from
+        `qdeploy.evaluate.timestep_gain.timestep_gain`; and ``effective_bits``, where it has them.
 
     Raises:
         InvalidInputError: there is neither an artifact nor a model that this version can read.

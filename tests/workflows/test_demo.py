@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qdeploy.evaluate.cached_json import remembered
+from qdeploy.evaluate.cached_json import cached_result
 from qdeploy.evaluate.summary import DemoResult, engine_table, summary_notes
 from qdeploy.model.folder import open_model
 from qdeploy.recipe.resolve import presets
@@ -44,15 +44,15 @@ def test_a_result_is_remembered_until_what_it_was_made_from_changes(tmp_path: Pa
         return {"run": len(runs)}
 
     file = tmp_path / "measured" / "x.json"
-    assert remembered(file, ["a"], measure) == {"run": 1}
-    assert remembered(file, ["a"], measure) == {"run": 1}
-    assert remembered(file, ["b"], measure) == {"run": 2}
+    assert cached_result(file, ["a"], measure) == {"run": 1}
+    assert cached_result(file, ["a"], measure) == {"run": 1}
+    assert cached_result(file, ["b"], measure) == {"run": 2}
 
 
 @pytest.mark.parametrize("damage", ["", "{}", "[1]", '{"key": 1'])
 def test_a_damaged_memory_is_measured_again(tmp_path: Path, damage: str) -> None:
     (tmp_path / "x.json").write_text(damage)
-    assert remembered(tmp_path / "x.json", 1, lambda: {"value": 2}) == {"value": 2}
+    assert cached_result(tmp_path / "x.json", 1, lambda: {"value": 2}) == {"value": 2}
 
 
 def test_a_stage_is_one_line_with_its_time(work: _Work, capsys: pytest.CaptureFixture[str]) -> None:

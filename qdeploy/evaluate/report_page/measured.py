@@ -9,7 +9,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from qdeploy.evaluate.cached_json import remembered
+from qdeploy.evaluate.cached_json import cached_result
 from qdeploy.evaluate.quality import QualityPlan, Trajectories
 from qdeploy.evaluate.report_page.kernel_times import kernel_times
 from qdeploy.evaluate.report_page.layer_errors import layer_errors
@@ -231,7 +231,7 @@ def _still_there(result: Mapping[str, Any]) -> Artifact | None:
 
 
 def _remembered(file: Path, key: object, measure: Callable[[], Json]) -> Json:
-    return _ordered(remembered(file, key, measure))
+    return _ordered(cached_result(file, key, measure))
 
 
 def _ordered(value: Mapping[str, Any]) -> Json:
