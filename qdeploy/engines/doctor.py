@@ -94,7 +94,7 @@ def doctor(require: str | None = None) -> Diagnosis:
     return Diagnosis(
         machine=machine() | {"system": platform.platform(), "python": platform.python_version()},
         gpu=gpu,
-        versions={name: _version(name) for name in PACKAGES},
+        versions={name: installed_version(name) for name in PACKAGES},
         backends={name: _backend(backend) for name, backend in backends().items()},
         advice=_advice(gpu),
     )
@@ -122,7 +122,8 @@ def _gpu() -> dict[str, Any]:
         return {"name": None, "problem": str(error)}
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """Version of an installed package; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -140,9 +141,9 @@ def _advice(gpu: dict[str, Any]) -> list[str]:
         advice.append(f"this processor has none of {', '.join(BF16_INSTRUCTIONS)}: engines compute in f32")
     if gpu["name"] is not None and not backends()["tensorrt"].installed():
         advice.append("this GPU could run TensorRT engines: pip install 'qdeploy[tensorrt]'")
-    if gpu["name"] is not None and "+cpu" in (_version("torch") or ""):
+    if gpu["name"] is not None and "+cpu" in (installed_version("torch") or ""):
         advice.append("this torch is built without CUDA: install the build for this driver from pytorch.org")
-    if _version("onnxruntime") and _version("onnxruntime-gpu"):
+    if installed_version("onnxruntime") and installed_version("onnxruntime-gpu"):
         advice.append(
             "onnxruntime and onnxruntime-gpu overwrite each other's files: uninstall both, install one of them"
         )

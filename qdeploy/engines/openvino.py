@@ -126,7 +126,7 @@ class OpenVINOEngine(Engine):
     def _kept(self, inputs: dict[str, Tensor]) -> tuple[Any, bool]:
         """The compiled model from an earlier process, else compiled now and kept for the next; and which it is."""
         if self._blobs is None:
-            return self._compile(inputs), False
+            return self.compile_for(inputs), False
         shapes = {name: list(inputs[name].shape) for name in self.ports}
         request = {"shapes": shapes, "options": self._options}
         blob = self._blobs.read(request)
@@ -136,12 +136,12 @@ class OpenVINOEngine(Engine):
             except RuntimeError:
                 say(f"OpenVINO cannot load its compiled model of {self.path}: compiling it again")
                 self._blobs.drop(request)
-        compiled, stream = self._compile(inputs), BytesIO()
+        compiled, stream = self.compile_for(inputs), BytesIO()
         compiled.export_model(stream)
         self._blobs.write(request, stream.getvalue())
         return compiled, False
 
-    def _compile(self, inputs: dict[str, Tensor], **options: Any) -> Any:
+    def compile_for(self, inputs: dict[str, Tensor], **options: Any) -> Any:
         """The model, compiled for the shapes of these inputs."""
         shapes = {name: list(inputs[name].shape) for name in self.ports}
         try:
@@ -169,7 +169,7 @@ class OpenVINOEngine(Engine):
         # A compiled model that was kept from an earlier process has lost the names of layers that were fused.
         if calls or found.imported:
             with self._lock:
-                compiled = self._compile(inputs, **({"PERF_COUNT": "YES"} if calls else {}))
+                compiled = self.compile_for(inputs, **({"PERF_COUNT": "YES"} if calls else {}))
         executed = compiled.get_runtime_model()
         kernels = [kernel for op in executed.get_ordered_ops() if (kernel := kernel_of(op)) is not None]
         times = _kernel_times(compiled, inputs, calls) if calls else {}

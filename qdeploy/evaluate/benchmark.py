@@ -194,7 +194,7 @@ def _inputs(entrant: Entrant, entrants: Sequence[Entrant]) -> dict[str, Tensor]:
 def _engines(entrants: Sequence[Entrant], threads: int | None) -> Iterator[tuple[str, Engine]]:
     """The engines by name, ready to be called: all loaded, or each when its turn comes."""
     memory, size = physical_memory(), sum(_size_mb(entrant.artifact) for entrant in entrants) * 1e6
-    load = partial(_load, threads=threads)
+    load = partial(load_timed, threads=threads)
     if memory is None or size <= TOGETHER * memory:
         yield from ((entrant.name, load(entrant.artifact)) for entrant in entrants)
         return
@@ -203,7 +203,8 @@ def _engines(entrants: Sequence[Entrant], threads: int | None) -> Iterator[tuple
     yield from ((entrant.name, EngineInTurn(entrant.artifact, slot)) for entrant in entrants)
 
 
-def _load(artifact: Artifact, threads: int | None) -> Engine:
+def load_timed(artifact: Artifact, threads: int | None) -> Engine:
+    """Load an engine on the threads that it is timed with."""
     return find_backend(str(artifact.facts["backend"])).load(artifact, threads)
 
 

@@ -156,18 +156,19 @@ class Trajectories:
         count = len(self.plan.batches())
         if key is None:
             for number in track(range(count), "sampling in pairs"):
-                yield self._pair(subject, number)
+                yield self.pair(subject, number)
             return
         identity = sha256_of([__version__, key, self.model.sha256, self._rest, asdict(self.plan)])
         left = iter(track(range(count), "sampling in pairs", total=-(-count // processes()[1])))
 
         def make(number: int) -> Pair:
             next(left, None)
-            return self._pair(subject, number)
+            return self.pair(subject, number)
 
         yield from in_parts(journal(identity), count, make)
 
-    def _pair(self, subject: nn.Module, number: int) -> Pair:
+    def pair(self, subject: nn.Module, number: int) -> Pair:
+        """One batch of reference and subject, by the batch's number."""
         images, reference = self.plan.batches()[number], self._reference(number)
         own = self._run(subject, images, keep_inputs=False)
         calls = []

@@ -45,7 +45,7 @@ def forbid_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
     def compile_nothing(self: OpenVINOEngine, inputs: object) -> None:
         raise AssertionError("compiled although a blob was kept")
 
-    monkeypatch.setattr(OpenVINOEngine, "_compile", compile_nothing)
+    monkeypatch.setattr(OpenVINOEngine, "compile_for", compile_nothing)
 
 
 def test_what_was_compiled_is_found_again_and_computes_the_same(

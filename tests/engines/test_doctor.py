@@ -67,7 +67,7 @@ def test_a_broken_installation_does_not_end_it(monkeypatch: pytest.MonkeyPatch) 
 
 def test_advice_follows_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = {"onnxruntime": "1.31", "onnxruntime-gpu": "1.31", "torch": "2.13.0+cpu"}
-    monkeypatch.setattr(module, "_version", versions.get)
+    monkeypatch.setattr(module, "installed_version", versions.get)
     monkeypatch.setattr(module, "cpu_features", lambda: ["avx2"])
     monkeypatch.setattr(module, "has_int8", lambda: False)
     monkeypatch.setattr(module, "has_bf16", lambda: False)
@@ -76,5 +76,5 @@ def test_advice_follows_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
         assert words in told
     monkeypatch.setattr(module, "has_int8", lambda: True)
     monkeypatch.setattr(module, "has_bf16", lambda: True)
-    monkeypatch.setattr(module, "_version", {}.get)
+    monkeypatch.setattr(module, "installed_version", {}.get)
     assert module._advice({"name": None}) == []

@@ -179,7 +179,7 @@ def test_a_least_sqnr_is_kept(
     quantized_bundle: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where int8 saves time everywhere but only some of it is exact enough, that part is kept."""
-    monkeypatch.setattr(place.Placer, "_saved", lambda self, every, switches, members: 1.0)
+    monkeypatch.setattr(place.Placer, "time_saved", lambda self, every, switches, members: 1.0)
     inputs, reference, simulated = read_probe(quantized_bundle.path)
     assert simulated is not None
     by_gates = {
@@ -214,12 +214,12 @@ def test_a_stopped_search_goes_on(
     quantized_bundle: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(place.Placer, "_race", lambda *_: 1 / 0)
+        patch.setattr(place.Placer, "compare_latency", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             optimized(quantized_bundle, tmp_path / "engine")
     computed: list[str] = []
-    saved = place.Placer._saved
-    monkeypatch.setattr(place.Placer, "_saved", lambda *a: computed.append("family") or saved(*a))
+    saved = place.Placer.time_saved
+    monkeypatch.setattr(place.Placer, "time_saved", lambda *a: computed.append("family") or saved(*a))
     optimized(quantized_bundle, tmp_path / "engine")
     assert computed == []
 

@@ -150,7 +150,7 @@ def test_engines_that_are_too_large_together_are_loaded_one_at_a_time(
 ) -> None:
     loaded: list[str] = []
     together = benchmark([way.engine], **QUICK)
-    load = benchmarking._load
+    load = benchmarking.load_timed
 
     def watched(artifact: Artifact, threads: int | None) -> Any:
         engine = load(artifact, threads)
@@ -160,7 +160,7 @@ def test_engines_that_are_too_large_together_are_loaded_one_at_a_time(
         assert len(loaded) == 1
         return engine
 
-    monkeypatch.setattr(benchmarking, "_load", watched)
+    monkeypatch.setattr(benchmarking, "load_timed", watched)
     monkeypatch.setattr(benchmarking, "physical_memory", lambda: 1)
     found = benchmark([way.engine], **QUICK)
     assert loaded == []

@@ -27,7 +27,7 @@ def test_a_stopped_evaluation_goes_on_where_it_was(
     model, subject = open_model(way.model), load_checkpoint(way.checkpoint)
     alone = measure_quality(Trajectories(model, small), subject)
     made: list[int] = []
-    plain = Trajectories._pair
+    plain = Trajectories.pair
 
     def stopping(self: Trajectories, subject: object, number: int) -> Pair:
         if number == 1 and not made.count(-1):
@@ -36,7 +36,7 @@ def test_a_stopped_evaluation_goes_on_where_it_was(
         made.append(number)
         return plain(self, subject, number)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Trajectories, "_pair", stopping)
+    monkeypatch.setattr(Trajectories, "pair", stopping)
     with pytest.raises(KeyboardInterrupt):
         measure_quality(Trajectories(model, small), subject, key="it")
     assert measure_quality(Trajectories(model, small), subject, key="it") == alone

@@ -20,7 +20,7 @@ from qdeploy.export.lower import lower
 from qdeploy.export.run import export
 from qdeploy.export.time_table import TimeTable, needs_table, plan_table, tabulate
 from qdeploy.export.trace import OUTPUT, trace
-from qdeploy.model.folder import open_model
+from qdeploy.model.folder import Model, open_model
 from qdeploy.model.inputs import denoise
 from qdeploy.network.roles import find_structure
 from qdeploy.quant.checkpoint import load_checkpoint
@@ -29,7 +29,7 @@ from qdeploy.quant.layer import quantized_layers
 from qdeploy.store.artifact import Artifact, open_artifact
 from qdeploy.system.errors import InvalidInputError, UsageError
 from qdeploy.workflows.calibrate import calibrate
-from tests.helpers import relative
+from tests.helpers import Stopped, relative
 from tests.models import ddpm_folder, make
 
 ALL = torch.arange(1000)
@@ -367,9 +367,14 @@ def test_by_default_a_calibrated_time_path_becomes_a_table(checkpoint: Artifact)
     """And a static one stays; what the default comes to is decided before any work."""
     from qdeploy.export import run
 
-    asked: list[Any] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "_export_checkpoint", lambda *given: asked.append(given[4]))
+    planned: list[TimeTable] = []
+
+    def plan_and_stop(model: Model, storage: str, rows: str) -> TimeTable:
+        planned.append(plan_table(model, storage, rows))
+        raise Stopped
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(run, "plan_table", plan_and_stop)
         export(checkpoint)
-    assert asked[0].storage == "fp32"
-    assert len(asked[0].timesteps) == 200
+    assert planned[0].storage == "fp32"
+    assert len(planned[0].timesteps) == 200

@@ -21,7 +21,7 @@ class Killed(Exception):
 
 @pytest.fixture(autouse=True)
 def save_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "_SAVE_EVERY", 4)
+    monkeypatch.setattr(training, "SAVE_EVERY", 4)
 
 
 def train(folder: Path, kill_at: int | None = None, steps: int = 20, decay: float = 0.9) -> nn.Linear:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qdeploy.system.machine import has_bf16
 
 _WARM_UP, _COOL_DOWN = 0.02, 0.25
-_LOG_EVERY, _SAVE_EVERY = 100, 500
+_LOG_EVERY, SAVE_EVERY = 100, 500
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def fit(
                 folder, {"network": name, "step": step, "loss": round(mean, 5), "seconds": round(seconds, 1)}
             )
             total, logged = 0.0, step
-        if step % _SAVE_EVERY == 0 or step == steps:
+        if step % SAVE_EVERY == 0 or step == steps:
             state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
             _replace(snapshot, {**state, "step": step, "seconds": time.perf_counter() - began})
             if averaged is not None and step < steps:

@@ -87,7 +87,7 @@ class Placer:
                     f"{self._facts['engine_precision']} it is {sqnr[NONE]:.1f} dB, from the quantized weights alone"
                 )
             kept = self._choose(stack, engines, sqnr, switches, gains, noise, min_sqnr)
-            ms = self._race(engines)
+            ms = self.compare_latency(engines)
         able = [name for name in engines if min_sqnr is None or sqnr[name] >= min_sqnr]
         close = [name for name in able if ms[name] <= (1 + _SAME) * min(ms[other] for other in able)]
         taken = max(close, key=lambda name: sqnr[name])
@@ -179,14 +179,14 @@ class Placer:
         gains = [0.0] * len(switches)
         for name, members in track(families.items(), "groups of like layers"):
             saved = self._step(
-                f"placement-family-{name}", partial(self._saved, engines[ALL], switches, members)
+                f"placement-family-{name}", partial(self.time_saved, engines[ALL], switches, members)
             )
             total = sum(self._macs_of(switches[index]) for index in members)
             for index in members:
                 gains[index] = saved * self._macs_of(switches[index]) / total
         return pairs, gains
 
-    def _saved(self, every: Engine, switches: Sequence[Switch], members: Sequence[int]) -> float:
+    def time_saved(self, every: Engine, switches: Sequence[Switch], members: Sequence[int]) -> float:
         """Milliseconds that int8 saves in some layers, against an engine without their quantizers."""
         with self._build([switches[index].name for index in members]) as without:
             turns = self._turns({ALL: every, CHOSEN: without}, _FAMILY_SECONDS)
@@ -234,7 +234,8 @@ class Placer:
             aim += max(0.25, min_sqnr - reached)
         return [False] * len(switches)
 
-    def _race(self, engines: Mapping[str, Engine]) -> dict[str, float]:
+    def compare_latency(self, engines: Mapping[str, Engine]) -> dict[str, float]:
+        """Median milliseconds of a call of each engine, timed in turns."""
         turns = self._turns(engines, _RACE_SECONDS)
         return {name: median(times) for name, times in turns.items()}
 
