@@ -363,7 +363,9 @@ def test_a_table_of_a_quantized_block_holds_what_the_block_computes(
         assert not torch.equal(value, exact[name])
 
 
-def test_by_default_a_calibrated_time_path_becomes_a_table(checkpoint: Artifact) -> None:
+def test_by_default_a_calibrated_time_path_becomes_a_table(
+    checkpoint: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And a static one stays; what the default comes to is decided before any work."""
     from qdeploy.export import run
 
@@ -373,8 +375,8 @@ def test_by_default_a_calibrated_time_path_becomes_a_table(checkpoint: Artifact)
         planned.append(plan_table(model, storage, rows))
         raise Stopped
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(run, "plan_table", plan_and_stop)
+    monkeypatch.setattr(run, "plan_table", plan_and_stop)
+    with pytest.raises(Stopped):
         export(checkpoint)
     assert planned[0].storage == "fp32"
     assert len(planned[0].timesteps) == 200
