@@ -252,8 +252,8 @@ def _measure(backend: Backend, draft: Draft, facts: dict[str, Any]) -> dict[str,
         shares = int8_mac_share(kernels, macs, meant)
         result = row_by_row(engine, inputs)
         ms = latency(engine, repeat_rows(inputs, facts["batch"]))
-    told = all(kernel.precision != UNKNOWN for kernel in kernels)
-    if told and shares["int8_mac_share_of_meant"] < 0.9:
+    reported = all(kernel.precision != UNKNOWN for kernel in kernels)
+    if reported and shares["int8_mac_share_of_meant"] < 0.9:
         left = meant - int8_layers(kernels)
         _warn_of_float(backend, shares["int8_mac_share_of_meant"], sorted(left, key=lambda name: -macs[name]))
     if not bool(result.isfinite().all()):

@@ -93,7 +93,7 @@ class MetricContext:
 
         return Features(**load_file(kept))
 
-    def told(self, count: int) -> dict[str, object]:
+    def description(self, count: int) -> dict[str, object]:
         """The entries that every result of a distribution metric has."""
         assert self.extractor is not None
         real = self.real_features

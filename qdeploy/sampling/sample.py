@@ -110,14 +110,14 @@ def sample(
     with draft:
         pipeline = cache(lambda: _open_pipeline(source, whole, scheduler, steps, correction))
         images = _make_images(pipeline, draft, range(seed, seed + count), batch, asked)
-        told = {
+        settings = {
             "steps": steps,
             "scheduler": type(pipeline().scheduler).__name__,
             origin: identity,
             **({} if correction == "none" else {"correction": correction}),
         }
-        _write_images(draft, images, seed, prompts, told)
-        facts = asked | told | {"shape": list(images.shape[1:])}
+        _write_images(draft, images, seed, prompts, settings)
+        facts = asked | settings | {"shape": list(images.shape[1:])}
         return draft.finish(facts=facts, notes={"pipeline": str(whole.path)})
 
 
@@ -258,11 +258,11 @@ def _quiet_loading() -> Iterator[None]:
 
 
 def _write_images(
-    draft: Draft, images: Tensor, seed: int, prompts: Sequence[str] | None, told: dict[str, Any]
+    draft: Draft, images: Tensor, seed: int, prompts: Sequence[str] | None, settings: dict[str, Any]
 ) -> None:
     for number, image in enumerate(images):
         chunks = PngInfo()
-        for key, value in {"seed": seed + number, **told}.items():
+        for key, value in {"seed": seed + number, **settings}.items():
             chunks.add_text(key, str(value))
         if prompts is not None:
             chunks.add_text("prompt", prompts[number % len(prompts)])

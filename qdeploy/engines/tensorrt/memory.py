@@ -60,7 +60,7 @@ def estimate(path: Path, graph: Graph, profiles: Sequence[Profile], options: Opt
         fixed = {name: [int(size) for size in shape] for name, shape in shapes.items()}
         try:
             activations = max(activations, activation_peak(path, fixed, itemsize))
-        except InvalidInputError:  # an estimate is worth no refusal: TensorRT will tell what is wrong
+        except InvalidInputError:  # no reason to refuse: TensorRT's own message will state the cause
             continue
     return {"weights": weights, "activations": activations, "workspace": options.workspace_bytes or 0}
 

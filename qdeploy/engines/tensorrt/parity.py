@@ -1,4 +1,4 @@
-"""ONNX Runtime beside TensorRT by Polygraphy, for those who want its word rather than ours.
+"""Compare ONNX Runtime and TensorRT with Polygraphy: a check that is independent of qdeploy's own.
 
 From the shell, with the library's own build of the plan:
 

@@ -21,7 +21,7 @@ def parse(trt: Any, network: Any, path: Path, logger: Any) -> Any:
         InvalidInputError: the parser refuses the graph.
     """
     parser = create(trt.OnnxParser, network, logger, logger=logger)
-    # A str, not a Path; absolute, because external data are looked for beside it.
+    # A str, not a Path; absolute, because external data are searched in its folder.
     if not parser.parse_from_file(str(path.resolve())):
         raise InvalidInputError(f"TensorRT cannot parse {path.name}: {parser_errors(parser, logger)}")
     return parser
@@ -32,8 +32,8 @@ def parser_errors(parser: Any, logger: Any, most: int = 3) -> str:
     count = parser.num_errors
     if count == 0:
         return last_errors(logger)
-    told = "; ".join(_described(parser.get_error(index)) for index in range(min(count, most)))
-    return told + (f"; and {count - most} more" if count > most else "")
+    errors = "; ".join(_described(parser.get_error(index)) for index in range(min(count, most)))
+    return errors + (f"; and {count - most} more" if count > most else "")
 
 
 def _described(error: Any) -> str:

@@ -1,4 +1,4 @@
-"""Inputs and outputs of an engine, as it tells them itself."""
+"""Inputs and outputs of an engine, as TensorRT reports them."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def gpu_state(index: int = 0, program: str = "nvidia-smi") -> dict[str, float | 
         program: the program to ask.
 
     Returns:
-        Numbers by the names of `FIELDS`; None where the GPU does not tell.
+        Numbers by the names of `FIELDS`; None where the GPU does not report it.
 
     Raises:
         CapabilityError: the program is missing or fails.

@@ -78,7 +78,7 @@ class SetMeter:
             "value": round(self._distance(made, against), self._digits),
             "interval": rounded(of_statistic(without, len(made)), self._digits, self._least),
             "confidence": CONFIDENCE,
-            **self.context.told(len(made)),
+            **self.context.description(len(made)),
         }
         if real is not None:
             value["of_the_reference"] = round(self._distance(expected, against), self._digits)

@@ -44,7 +44,7 @@ class InceptionScoreMeter(SetMeter):
             ),
             "confidence": CONFIDENCE,
             "of_the_reference": round(inception_score(expected), 4),
-            **self.context.told(len(made)),
+            **self.context.description(len(made)),
             "reference": "none: a score of the images alone",
         }
 

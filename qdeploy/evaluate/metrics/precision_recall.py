@@ -50,7 +50,12 @@ class PrecisionRecallMeter(SetMeter):
         for name, pair in {"precision": (made, against), "recall": (against, made)}.items():
             hits, count = share_within(*pair)
             value[name] = {"value": round(hits / count, 4), "interval": rounded(of_share(hits, count), 4)}
-        return {**value, "confidence": CONFIDENCE, "neighbour": NEIGHBOUR, **self.context.told(len(made))}
+        return {
+            **value,
+            "confidence": CONFIDENCE,
+            "neighbour": NEIGHBOUR,
+            **self.context.description(len(made)),
+        }
 
 
 def _begin(context: MetricContext) -> PrecisionRecallMeter | None:
