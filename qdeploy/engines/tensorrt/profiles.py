@@ -163,6 +163,12 @@ def add_profiles(builder: Any, config: Any, network: Any, profiles: Sequence[Pro
             raise InvalidInputError(f"TensorRT refuses profile {number}: {describe([wanted])}")
 
 
+def tuned_batch(profiles: Sequence[Profile]) -> int:
+    """The size of the first axis that the first profile is tuned for; 1 without profiles."""
+    sizes = (shapes.tuned[0] for profile in profiles for shapes in profile.values() if shapes.tuned)
+    return next(sizes, 1)
+
+
 def choose_profile(profiles: Sequence[Profile], shapes: Mapping[str, Sequence[int]]) -> int | None:
     """Number of the first profile that takes these shapes; None if none does."""
     for number, profile in enumerate(profiles):
