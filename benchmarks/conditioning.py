@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qdeploy.evaluate.attribute_network import FOLDER
 from qdeploy.evaluate.quality import QualityPlan
 from qdeploy.model.folder import Model
+from qdeploy.model.sampling import CHECKING
 from tools.zoo.judge_scenes import GUIDANCE, STEPS, held_out_prompts, seen_prompts
 
 CALIBRATION_IMAGES = 64
@@ -40,7 +41,7 @@ class Conditioning:
         """Arguments of `collect`: prompts are of scenes that are not held out."""
         return {
             "samples": CALIBRATION_IMAGES,
-            "inference_steps": self.steps,
+            "steps": self.steps,
             "scheduler": "ddim",
             "guidance": self.guidance,
             "prompts": seen_prompts(CALIBRATION_IMAGES, seed) if self.scenes else None,
@@ -50,10 +51,9 @@ class Conditioning:
 
     def plan(self, samples: int) -> QualityPlan:
         """What is sampled to judge: a held-out prompt for each image."""
-        plan = QualityPlan(samples=samples, inference_steps=self.steps, batch=BATCH, guidance=self.guidance)
-        if not self.scenes:
-            return plan
-        return QualityPlan(**{**vars(plan), "prompts": tuple(held_out_prompts(samples, plan.seed))})
+        prompts = held_out_prompts(samples, CHECKING.seed) if self.scenes else None
+        how = replace(CHECKING, steps=self.steps, batch=BATCH, guidance=self.guidance, prompts=prompts)
+        return QualityPlan(how, samples)
 
     def __str__(self) -> str:
         told = f"DDIM {self.steps} steps"

@@ -9,6 +9,7 @@ the model to the engine. What is measured is the engine on OpenVINO. A run that 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -24,6 +25,7 @@ from qdeploy.evaluate.check import check
 from qdeploy.evaluate.quality import QualityPlan, Trajectories
 from qdeploy.export.run import export
 from qdeploy.model.folder import open_model
+from qdeploy.model.sampling import CHECKING
 from qdeploy.store.artifact import Artifact
 from qdeploy.store.files import write_json, write_text
 from qdeploy.system.machine import machine
@@ -56,9 +58,7 @@ def look_up(value: Any, keys: tuple[str, ...]) -> float:
 def engine_of(output: Path, method: str, precision: str, seed: int, effort: str) -> Artifact:
     """Collect, calibrate, export and build; what an earlier run has finished is taken up."""
     images = 1000 * seed  # sets of different seeds have no image in common
-    data = collect(
-        "digits", output / f"set-{seed}", inference_steps=STEPS, scheduler="ddim", seed=images, batch=32
-    )
+    data = collect("digits", output / f"set-{seed}", steps=STEPS, scheduler="ddim", seed=images, batch=32)
     name = f"{precision}-{method}-{effort}-{seed}"
     recipe = f"{precision}-{method}"
     assert isinstance(data, Artifact)
@@ -71,7 +71,7 @@ def engine_of(output: Path, method: str, precision: str, seed: int, effort: str)
 def measure(output: Path, efforts: list[str], seeds: int, samples: int) -> list[dict[str, Any]]:
     """One record for each calibration."""
     model = open_model("digits")
-    plan = QualityPlan(samples=samples, inference_steps=STEPS, batch=32)
+    plan = QualityPlan(replace(CHECKING, steps=STEPS, batch=32), samples)
     trajectories = cache(lambda: Trajectories(model, plan))
     runs = []
     for precision, method, effort, seed in product(PRECISIONS, METHODS, efforts, range(seeds)):

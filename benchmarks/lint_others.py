@@ -192,7 +192,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
 
     model = cifar_shaped(output / "model", arguments.channels)
-    data = collect(model, output / "set", samples=4, steps=4, inference_steps=4, scheduler="ddim")
+    data = collect(model, output / "set", samples=4, keep=4, steps=4, scheduler="ddim")
     bundle = export(model, output / "float", calibration=data)
     source = bundle.file(f"{bundle.facts['component']}/model.onnx")
     table, results = [], {}

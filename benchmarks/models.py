@@ -119,12 +119,12 @@ def sampling(shape: str, steps: int, held_out: bool) -> dict[str, Any]:
     if shape == "digits":
         return {}
     if shape == "digits-dit":  # class numbers come with the seeds
-        return {"scheduler": "ddim", "inference_steps": 20}
+        return {"scheduler": "ddim", "steps": 20}
     if shape == "scenes":
         from tools.zoo.judge_scenes import held_out_prompts
 
         prompts = held_out_prompts(8, seed=int(held_out))
-        return {"scheduler": "ddim", "inference_steps": 20, "prompts": prompts}
+        return {"scheduler": "ddim", "steps": 20, "prompts": prompts}
     if shape == "cifar":
-        return {"scheduler": "ddim", "inference_steps": 20}
-    return {"scheduler": "ddim", "inference_steps": steps, "prompts": PROMPTS, "guidance": 1.0}
+        return {"scheduler": "ddim", "steps": 20}
+    return {"scheduler": "ddim", "steps": steps, "prompts": PROMPTS, "guidance": 1.0}

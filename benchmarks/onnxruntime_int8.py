@@ -63,7 +63,7 @@ Feed = dict[str, np.ndarray]
 def contenders(shape: str, output: Path) -> tuple[dict[str, Path], Artifact]:
     """Graphs by name, made where they are not there yet; and the bundle whose probe measures them."""
     model = model_folder(shape, output)
-    short = {} if shape == "digits" else {"samples": 4, "steps": 20, "inference_steps": 20}
+    short = {} if shape == "digits" else {"samples": 4, "keep": 20, "steps": 20}
     data = collect(model, output / f"{shape}-set", scheduler="ddim", **short)
     assert isinstance(data, Artifact)
     checkpoint = calibrate(model, output / f"{shape}-w8a8", calibration=data, effort="fast")

@@ -66,7 +66,7 @@ def engines(shape: str, output: Path, threads: int) -> list[tuple[str, str, Arti
         add(name, "" if table == "none" else "fp32", exported(model, name, table))
     if shape == "sd15":
         return rows
-    short = {} if shape == "digits" else {"samples": 4, "steps": 20, "inference_steps": 20}
+    short = {} if shape == "digits" else {"samples": 4, "keep": 20, "steps": 20}
     data = collect(model, output / f"{shape}-set", scheduler="ddim", **short)
     assert isinstance(data, Artifact)
     for groups in (1, GROUPS):

@@ -69,7 +69,7 @@ def calibration_set(shape: str, model: Path, output: Path) -> Artifact:
     """A small one: sampled where the model is trained, of noise where its weights are random."""
     place = output / f"{shape}-set"
     if shape == "digits":
-        made = collect(model, place, samples=8, steps=4, inference_steps=4, scheduler="ddim")
+        made = collect(model, place, samples=8, keep=4, steps=4, scheduler="ddim")
         assert isinstance(made, Artifact)
         return made
     from qdeploy.model.folder import open_model

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -28,6 +28,7 @@ from qdeploy.evaluate.quality import QualityPlan, Trajectories
 from qdeploy.evaluate.thresholds import look_up
 from qdeploy.export.run import export
 from qdeploy.model.folder import open_model
+from qdeploy.model.sampling import CHECKING
 from qdeploy.store.artifact import Artifact
 from qdeploy.store.files import write_json, write_text
 from qdeploy.system.machine import machine
@@ -98,7 +99,7 @@ def slug(name: str) -> str:
 def checkpoint_of(output: Path, variant: Variant, precision: str, seed: int, effort: str) -> Artifact:
     """Collect and calibrate; what an earlier run has finished is taken up."""
     data = collect(
-        "digits", output / f"set-{seed}", inference_steps=STEPS, scheduler="ddim", seed=1000 * seed, batch=32
+        "digits", output / f"set-{seed}", steps=STEPS, scheduler="ddim", seed=1000 * seed, batch=32
     )
     assert isinstance(data, Artifact)
     recipe = {**variant.recipe, "weights": WEIGHTS[precision], "activations": "int8", "effort": effort}
@@ -153,7 +154,7 @@ def only_tables(run: dict[str, Any]) -> bool:
 def measure(output: Path, effort: str, seeds: list[int], samples: int) -> list[dict[str, Any]]:
     """One record for each calibration."""
     model = open_model("digits")
-    plan = QualityPlan(samples=samples, inference_steps=STEPS, batch=32)
+    plan = QualityPlan(replace(CHECKING, steps=STEPS, batch=32), samples)
     trajectories = cache(lambda: Trajectories(model, plan))
     runs = []
     for seed in seeds:

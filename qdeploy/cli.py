@@ -174,9 +174,6 @@ def tensorrt(function: F) -> F:
         click.option("--version-compatible", is_flag=True, help="TensorRT: for later versions of it."),
         click.option("--strip-plan", is_flag=True, help="TensorRT: weights stay outside of the plan."),
         click.option("--optimization-level", type=int, help="TensorRT: 0 to 5, how long to search.  [3]"),
-        click.option("--gpu", help="TensorRT for RTX: cards to compile for, as sm89,rtx5090.  [this one's]"),
-        click.option("--time-limit", type=float, help="TensorRT: minutes that the builder may run."),
-        click.option("--memory-limit", type=float, help="TensorRT: GiB that the builder may hold."),
     )[::-1]:
         function = option(function)
     return function
@@ -219,7 +216,9 @@ def collect(model: str, from_qdiffusion: Path | None, as_json: bool, **options: 
     if from_qdiffusion:
         from qdeploy.calibration_set.importers import import_qdiffusion
 
-        kept = {name: options[name] for name in ("output", "steps", "samples", "seed", "overwrite")}
+        kept = {name: options[name] for name in ("output", "samples", "seed", "overwrite")} | {
+            "keep": options["steps"]
+        }
         _report(import_qdiffusion(model, from_qdiffusion, **kept), began, as_json)
         return
     from qdeploy.calibration_set.collect import collect
@@ -320,9 +319,7 @@ def export(source: str, as_json: bool, **options: Any) -> None:
 @main.command("build-engine")
 @click.argument("onnx", type=FOLDER)
 @OUTPUT
-@click.option(
-    "--backend", default="auto", show_default=True, help="tensorrt, tensorrt-rtx, openvino, onnxruntime."
-)
+@click.option("--backend", default="auto", show_default=True, help="tensorrt, openvino or onnxruntime.")
 @click.option("--precision", help="What is not integer: f32, bf16 or f16.  [default: f32; optimized: bf16]")
 @click.option("--optimize-for", help="latency: keep int8 only where it is measured to pay.")
 @click.option("--min-sqnr", type=float, help="Least SQNR that --optimize-for may end with, in dB.")
@@ -498,9 +495,7 @@ def doctor(require: str | None, as_json: bool) -> None:
 
 
 @main.command()
-@click.option(
-    "--backend", default="auto", show_default=True, help="tensorrt, tensorrt-rtx, openvino, onnxruntime."
-)
+@click.option("--backend", default="auto", show_default=True, help="tensorrt, openvino or onnxruntime.")
 @click.option(
     "--precision", default="f32", show_default=True, help="What is not quantized: f32, bf16 or f16."
 )

@@ -60,7 +60,7 @@ def stable_diffusion_engine(stable_diffusion: Path, tmp_path_factory: pytest.Tem
     folder = tmp_path_factory.mktemp("sd")
     prompts = ["a cat", "two dogs"]
     # The set tells the exporter how many tokens this pipeline's prompts have.
-    data = collect(stable_diffusion, folder / "set", steps=2, samples=2, inference_steps=4, prompts=prompts)
+    data = collect(stable_diffusion, folder / "set", keep=2, samples=2, steps=4, prompts=prompts)
     assert isinstance(data, Artifact)
     return build_engine(
         export(stable_diffusion, folder / "onnx", calibration=data), folder / "engine", threads=1

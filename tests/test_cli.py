@@ -37,7 +37,7 @@ def artifacts(ddpm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from qdeploy.workflows.calibrate import calibrate
 
     folder = tmp_path_factory.mktemp("artifacts")
-    collect(ddpm, folder / "set", samples=4, steps=2, inference_steps=4, scheduler="ddim")
+    collect(ddpm, folder / "set", samples=4, keep=2, steps=4, scheduler="ddim")
     calibrate(ddpm, folder / "checkpoint", method="minmax", calibration=folder / "set")
     calibrate(
         ddpm,

@@ -46,9 +46,7 @@ def test_from_the_pipeline_to_an_engine_and_back(
     make, prompts, size = FAMILIES[family]
     model = make(tmp_path / "model")
     assert open_model(model).class_name == family
-    data = collect(
-        model, tmp_path / "set", samples=8, steps=4, inference_steps=5, prompts=prompts, guidance=3.0, **size
-    )
+    data = collect(model, tmp_path / "set", samples=8, keep=4, steps=5, prompts=prompts, guidance=3.0, **size)
     weights = "int7" if int8_sums_saturate() else "int8"  # what runs in int8 on this processor
     made = {"recipe": "w8a8-minmax", "weights": weights, "effort": "fast", "calibration": data}
     checkpoint = calibrate(model, tmp_path / "w8a8", **made)
@@ -66,7 +64,7 @@ def test_from_the_pipeline_to_an_engine_and_back(
     # Of Flux attention is most, in float: 512 tokens of text beside a tiny image.
     assert measured["int8_mac_share"] > (0.14 if family == "FluxTransformer2DModel" else 0.15)
     # In the stock pipeline, with guidance, the engine's images are near the full-precision model's.
-    asked = {"count": 2, "steps": 3, "prompts": prompts, "guidance": 3.0, **size}
+    asked = {"samples": 2, "steps": 3, "prompts": prompts, "guidance": 3.0, **size}
     own = sample(engine, tmp_path / "own", model=model, **asked)
     full = sample(model, tmp_path / "full", **asked)
     one, other = (_images(made) for made in (own, full))

@@ -9,12 +9,12 @@ the input of every layer has at each timestep.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,8 @@ from qdeploy.calibration_set.request import Request, check_pipeline, pipeline_sh
 from qdeploy.calibration_set.shards import describe, open_shards, shard_name
 from qdeploy.model.folder import Model, open_model
 from qdeploy.model.inputs import sample_name
-from qdeploy.model.pipeline import generate
+from qdeploy.model.pipeline import sample_images
+from qdeploy.model.sampling import COLLECTING, Sampling, SamplingOptions, sampled, with_old_names
 from qdeploy.model.schedulers import make_scheduler
 from qdeploy.quant.time_ranges import RANGES, merge_ranges, read_ranges
 from qdeploy.store.artifact import Artifact
@@ -33,25 +34,52 @@ from qdeploy.store.builder import Draft
 from qdeploy.system.estimate import Estimate, readable_size, readable_time
 from qdeploy.system.progress import say, track
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+
+@overload
 def collect(
     model: str | Path | Model,
     output: str | Path,
+    sampling: Sampling | None = None,
     *,
-    steps: int = 20,
+    keep: int = 20,
     samples: int = 64,
-    inference_steps: int = 100,
-    scheduler: str | None = None,
-    eta: float | None = None,
-    prompts: Sequence[str] | None = None,
-    guidance: float | None = None,
-    seed: int = 0,
-    batch: int = 16,
-    height: int | None = None,
-    width: int | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+    dry_run: Literal[True],
+    **options: Unpack[SamplingOptions],
+) -> Estimate: ...
+
+
+@overload
+def collect(
+    model: str | Path | Model,
+    output: str | Path,
+    sampling: Sampling | None = None,
+    *,
+    keep: int = 20,
+    samples: int = 64,
+    device: str = "cpu",
+    overwrite: bool = False,
+    dry_run: Literal[False] = False,
+    **options: Unpack[SamplingOptions],
+) -> Artifact: ...
+
+
+@sampled(COLLECTING)
+def collect(
+    model: str | Path | Model,
+    output: str | Path,
+    sampling: Sampling | None = None,
+    *,
+    keep: int = 20,
+    samples: int = 64,
     device: str = "cpu",
     overwrite: bool = False,
     dry_run: bool = False,
+    **options: Unpack[SamplingOptions],
 ) -> Artifact | Estimate:
     """Record the inputs of a model's denoiser along its sampling trajectory.
 
@@ -60,54 +88,35 @@ def collect(
     Args:
         model: a diffusers pipeline's folder, a zoo model's name or a Hub id.
         output: folder of the calibration set.
-        steps: how many denoiser calls of each trajectory to keep, evenly spread from the first to the last.
-        samples: how many images to sample.
-        inference_steps: how long the trajectory is, in steps of the scheduler; some call the denoiser
-            more often.
-        scheduler: a scheduler by its short name or diffusers class; the model's own if None.
-        eta: DDIM's noise, 0 to 1.
-        prompts: prompts or, for class-conditional models, class numbers; used in turn.
-        guidance: classifier-free guidance scale; the pipeline's default if None.
-        seed: image i is sampled from ``seed + i``.
-        batch: how many images to sample at once; memory and the size of a shard grow with it.
-        height: height of the images in pixels, where the pipeline offers a choice.
-        width: width of the images in pixels.
+        sampling: how images are sampled; 100 steps of the model's own scheduler by default.
+        keep: denoiser calls of each trajectory to keep, evenly spread from the first to the last.
+        samples: images to sample.
         device: torch device.
         overwrite: replace another artifact at ``output``.
         dry_run: say what it would cost, and stop.
+        options: fields of `Sampling`, in place of those of ``sampling``.
 
     Returns:
         The calibration set; with ``dry_run`` time and size on disk.
 
     Raises:
-        UsageError: impossible numbers, missing prompts, or a trajectory shorter than ``steps``.
+        UsageError: impossible numbers, missing prompts, or a trajectory shorter than ``keep``.
         InvalidInputError: the model cannot be used.
     """
     model = model if isinstance(model, Model) else open_model(model)
-    request = Request(
-        steps=steps,
-        samples=samples,
-        inference_steps=inference_steps,
-        scheduler=scheduler,
-        eta=eta,
-        prompts=None if prompts is None else tuple(prompts),
-        guidance=guidance,
-        seed=seed,
-        batch=min(batch, samples),
-        height=height,
-        width=width,
-        device=device,
-    )
+    given, keep = with_old_names(dict(options), keep)
+    chosen = (sampling or COLLECTING).changed(given)
+    request = Request(replace(chosen, batch=min(chosen.batch, max(1, samples))), keep, samples, device)
     check_pipeline(model, request)
     made_from = {"model": model.sha256, "pipeline": pipeline_sha256(model)}
-    draft = Draft(Path(output), "calibration-set", made_from, None, seed, asdict(request), overwrite)
+    draft = Draft(Path(output), "calibration-set", made_from, None, chosen.seed, request.to_json(), overwrite)
     if not dry_run and (done := draft.finished()):
         _draw(done)
         return done
-    with _seeded(seed):  # weights are drawn at random before they are loaded
+    with _seeded(chosen.seed):  # weights are drawn at random before they are loaded
         denoiser = model.load(device)
         pipeline = model.pipeline(denoiser).to(device)
-    pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler)
+    pipeline.scheduler = make_scheduler(chosen.scheduler, pipeline.scheduler)
     work = _Work(request, pipeline, denoiser, dry_run)
     if dry_run:
         return work.estimate_only()
@@ -116,8 +125,8 @@ def collect(
         facts = describe(open_shards(draft.content), sample_name(denoiser))
         facts |= {
             "scheduler": type(pipeline.scheduler).__name__,
-            "inference_steps": inference_steps,
-            "guidance": guidance if guidance is not None else _default(pipeline, "guidance_scale"),
+            "inference_steps": chosen.steps,
+            "guidance": _default(pipeline, "guidance_scale") if chosen.guidance is None else chosen.guidance,
         }
         made = draft.finish(facts, notes={"source": model.source})
     _draw(made)
@@ -165,21 +174,12 @@ class _Work:
         return self._record(images)[1]
 
     def _record(self, images: range) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        request = self.request
+        sampling = self.request.sampling
         numbers = torch.tensor(images)
-        recorder = Recorder(self.pipeline, self.denoiser, numbers, request.steps, self._after_call)
+        recorder = Recorder(self.pipeline, self.denoiser, numbers, self.request.keep, self._after_call)
         ranges = LayerRanges(self.denoiser, lambda: recorder.timestep)
-        with _seeded(request.seed + images[0]), ranges, recorder:
-            generate(
-                self.pipeline,
-                [request.seed + image for image in images],
-                request.inference_steps,
-                prompts=request.prompts_of(images),
-                guidance=request.guidance,
-                eta=request.eta,
-                height=request.height,
-                width=request.width,
-            )
+        with _seeded(sampling.seed + images[0]), ranges, recorder:
+            sample_images(self.pipeline, sampling, images)
         assert recorder.batch is not None
         return recorder.batch.pack(), ranges.tensors()
 
@@ -198,16 +198,16 @@ class _Work:
         once = sum(size for name, size in sizes.items() if name.startswith(("condition.", "shared.")))
         per_call = (sum(sizes.values()) - once) / len(recorder.batch.calls)
         seconds = min(recorder.seconds[:2]) * recorder.needed * self._left / full
-        size = (once + per_call * request.steps) * request.samples / full
+        size = (once + per_call * request.keep) * request.samples / full
         self.estimate = Estimate(seconds, round(size))
         say(
-            f"collecting {request.steps} of {recorder.total} denoiser calls for {request.samples} images, "
+            f"collecting {request.keep} of {recorder.total} denoiser calls for {request.samples} images, "
             f"{type(self.pipeline.scheduler).__name__}: about {readable_time(seconds)}, "
             f"{readable_size(size)} on disk"
         )
         if self.dry_run:
             raise Recorded
-        calls = -(-self._left // request.batch) * recorder.needed
+        calls = -(-self._left // request.sampling.batch) * recorder.needed
         self._bar = track(range(calls), "collecting", total=calls)
         for _ in range(recorder.calls - 1):
             next(self._bar, None)

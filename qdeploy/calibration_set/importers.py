@@ -42,7 +42,7 @@ def import_qdiffusion(
     file: str | Path,
     output: str | Path,
     *,
-    steps: int = 20,
+    keep: int = 20,
     samples: int = 256,
     seed: int = 0,
     overwrite: bool = False,
@@ -56,7 +56,7 @@ def import_qdiffusion(
         model: the model that the file was made from.
         file: the ``.pt`` file. Read as tensors only: code in it is never executed.
         output: folder of the calibration set.
-        steps: how many of the file's steps to take, evenly spread from the first to the last.
+        keep: how many of the file's steps to take, evenly spread from the first to the last.
         samples: how many images to take, the first ones.
         seed: recorded in the set; nothing here is random.
         overwrite: replace another artifact at ``output``.
@@ -66,13 +66,13 @@ def import_qdiffusion(
         InvalidInputError: the file is not in this layout, holds more than tensors, or does not fit the model.
     """
     model, path = model if isinstance(model, Model) else open_model(model), Path(file)
-    if steps < 1 or samples < 1:
-        raise UsageError(f"steps and samples must be at least 1, not {steps} and {samples}")
+    if keep < 1 or samples < 1:
+        raise UsageError(f"keep and samples must be at least 1, not {keep} and {samples}")
     source = _read(path)
     fields = _fit(source, model)
-    calls = chosen_calls(len(source.ts), steps)
+    calls = chosen_calls(len(source.ts), keep)
     made_from = {"model": model.sha256, "file": sha256_file(path)}
-    options = {"layout": "qdiffusion", "steps": steps, "samples": samples}
+    options = {"layout": "qdiffusion", "steps": keep, "samples": samples}
     draft = Draft(Path(output), "calibration-set", made_from, None, seed, options, overwrite)
     if done := draft.finished():
         return done

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -63,8 +61,7 @@ def build_engine(
         output: the engine's folder; by default a folder in the working directory.
         backend: name of a backend, or ``auto`` for the fastest that is installed.
         precision: what everything that is not int8 is computed in, ``f32``, ``bf16`` or, on GPUs, ``f16``. By
-            default that of the backend, mostly ``f32``; with ``optimize_for``, 16 bits where the processor has
-            them.
+            default ``f32``; with ``optimize_for``, 16 bits where the processor has them.
         batch: number of samples per call that the speed is measured with; the engine takes any number.
         threads: number of threads that the engine runs on; the runtime's own choice if None.
         optimize_for: ``latency`` measures which quantizers pay on this machine, and computes the layers behind
@@ -93,9 +90,7 @@ def build_engine(
     chosen = find_backend(backend, (source.facts["weights"], source.facts["activations"]))
     _check_goal(chosen, optimize_for, min_sqnr)
     if precision is None:
-        precision = chosen.default_precision
-        if optimize_for and "bf16" in chosen.precisions and has_bf16():
-            precision = "bf16"
+        precision = "bf16" if optimize_for and "bf16" in chosen.precisions and has_bf16() else "f32"
     check_precision(chosen, precision)
     wishes = {name: value for name, value in wishes.items() if value is not None and value is not False}
     _check_wishes(chosen, wishes)
@@ -109,7 +104,7 @@ def build_engine(
         "threads": threads,
         **({"int8_sums": NARROW} if narrow else {}),
         **({"optimize_for": optimize_for, "min_sqnr": min_sqnr} if optimize_for else {}),
-        **{name: value for name, value in wishes.items() if _shapes_the_engine(chosen, name, value)},
+        **{name: value for name, value in wishes.items() if not isinstance(value, Path)},
     }
     place = Path(output) if output else default_output(source.path, "engine")
     made_from = {"onnx": source.sha256, **source.manifest["made_from"]}
@@ -133,16 +128,10 @@ def build_engine(
             facts["quantizers_left_out"] = list(placement.floats)
         if quantized and chosen.narrow_sums:
             facts["int8_sums"] = _sums(graph)
-        took = _convert(chosen, source, graph, draft, facts, wishes)
+        _convert(chosen, source, graph, draft, facts, wishes)
         if "base_model" in facts:  # bundles of earlier versions have no such fact
             write_card(draft, facts)
-        if reason := chosen.why_not_here():
-            say(f"the engine is built and not measured: {reason}")
-            measured = _unmeasured(draft, facts, reason)
-        else:
-            measured = _measure(chosen, draft, facts) | searched
-        if took:
-            measured["build"] = dict(took)
+        measured = _measure(chosen, draft, facts) | searched
         notes = {"source": source.manifest["notes"].get("source")}
         return draft.finish(facts=facts, measured=measured, notes=notes)
 
@@ -231,18 +220,14 @@ def _convert(
     draft: Draft,
     facts: dict[str, Any],
     wishes: dict[str, Any],
-) -> Mapping[str, Any] | None:
-    """Write the runtime's files, copy what is still needed of the bundle, and store the MACs of all layers.
-
-    Returns:
-        What the runtime's build took, where the backend measures it.
-    """
+) -> None:
+    """Write the runtime's files, copy what is still needed of the bundle, and store the MACs of all layers."""
     from qdeploy.export.macs import graph_macs, meant_int8
 
     component = facts["component"]
     if backend.wishes:
         wishes = wishes | {"precision": facts["engine_precision"], "batch": facts["batch"]}
-    took = backend.build(graph, draft.content / component, **wishes)
+    backend.build(graph, draft.content / component, **wishes)
     for name in source.manifest["files"]:
         if not name.endswith((".onnx", ".onnx_data")):
             draft.copy(source.file(name), name)
@@ -251,7 +236,6 @@ def _convert(
     if "timestep" in shapes:
         shapes["timestep"] = []
     draft.json("macs.json", {"macs": graph_macs(graph, shapes), "meant_int8": sorted(meant_int8(graph))})
-    return took
 
 
 def _measure(backend: Backend, draft: Draft, facts: dict[str, Any]) -> dict[str, Any]:
@@ -282,44 +266,16 @@ def _measure(backend: Backend, draft: Draft, facts: dict[str, Any]) -> dict[str,
                 f"warning: this engine is only {parity['pooled_db']} dB from the model that was calibrated, "
                 "further than that is from full precision: choose another backend, and report this"
             )
+    component = draft.content / facts["component"]
+    size = sum(file.stat().st_size for file in component.rglob("*") if file.is_file())
     return {
         "ms": ms,
         "load_seconds": round(loaded, 3),
         **shares,
         "parity": parity,
-        "size_mb": _size_mb(draft.content / facts["component"]),
+        "size_mb": round(size / 1e6, 3),
         "machine": machine(backend.device),
     }
-
-
-def _unmeasured(draft: Draft, facts: dict[str, Any], reason: str) -> dict[str, Any]:
-    """What is known of an engine that this machine cannot run: its size, and what the build says of its layers."""
-    component = draft.content / facts["component"]
-    built = json.loads((component / "layers.json").read_text())
-    told = built["report"]
-    if told["planned"] > told["as_planned"]:
-        named = [*told["in_float"], *told["in_other"], *told["not_found"]]
-        say(
-            f"warning: {len(named)} of {told['planned']} quantized layers do not run as planned, first "
-            f"{', '.join(named[:5])}: layers.json names them all"
-        )
-    return {
-        "not_run": reason,
-        "planned": {name: told[name] for name in ("planned", "as_planned", "kinds", "products")},
-        "float32_results": len(told["float32_results"]),
-        "moved": built["moved"],
-        "size_mb": _size_mb(component),
-        "machine": machine("cpu"),
-    }
-
-
-def _size_mb(folder: Path) -> float:
-    return round(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6, 3)
-
-
-def _shapes_the_engine(backend: Backend, name: str, value: Any) -> bool:
-    """Whether a wish is part of an engine's identity: no place of a cache, no limit of the build."""
-    return not isinstance(value, Path) and name not in backend.limits
 
 
 def _warn_of_float(backend: Backend, share: float, layers: list[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qdeploy.evaluate.check_result import CheckResult, judge
 from qdeploy.evaluate.metric_context import MetricContext
@@ -17,6 +17,7 @@ from qdeploy.evaluate.quality import QualityPlan, Trajectories, measure_quality
 from qdeploy.evaluate.thresholds import THRESHOLDS
 from qdeploy.model.folder import Model, open_model
 from qdeploy.model.origin import source_model
+from qdeploy.model.sampling import CHECKING, Sampling, SamplingOptions, sampled, with_old_names
 from qdeploy.plots.pictures import picture_folder
 from qdeploy.sampling.correction import check_correction, correct
 from qdeploy.store.artifact import Artifact
@@ -24,21 +25,20 @@ from qdeploy.store.probe import read_probe
 from qdeploy.system.decibels import decibels, powers
 from qdeploy.system.errors import InvalidInputError, UsageError
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+
+@sampled(CHECKING)
 def check(
     subject: str | Path | Artifact,
+    sampling: Sampling | None = None,
     *,
     reference: str | Path | Model | None = None,
     onnx: str | Path | Artifact | None = None,
     checkpoint: str | Path | Artifact | None = None,
     samples: int = 64,
-    steps: int = 20,
-    inference_steps: int = 50,
-    scheduler: str | None = "ddim",
-    seed: int = 1,
-    batch: int = 16,
-    prompts: Sequence[str] | None = None,
-    guidance: float | None = None,
+    keep: int = 20,
     min_parity: float | None = None,
     min_sqnr: float | None = None,
     min_psnr: float | None = None,
@@ -51,6 +51,7 @@ def check(
     real: str | Path | None = None,
     lpips: str | Path | None = None,
     clip: str | Path | None = None,
+    **options: Unpack[SamplingOptions],
 ) -> CheckResult:
     """Compare an artifact with what it was made from.
 
@@ -60,17 +61,13 @@ def check(
 
     Args:
         subject: an engine, an ONNX bundle (run by ONNX Runtime) or a checkpoint (run by torch).
+        sampling: how images are sampled; 50 steps of DDIM by default. Its seed chooses the images: they are
+            none that a calibration set of an ordinary seed holds.
         reference: the full-precision model.
         onnx: the bundle that an engine was made from, to report parity for each pair of stages.
         checkpoint: the checkpoint that it was made from, for the same purpose.
         samples: images to compare.
-        steps: timesteps at which predictions are compared.
-        inference_steps: length of the trajectory.
-        scheduler: a name of `qdeploy.model.schedulers`; the model's own if None.
-        seed: chooses the images. No image is in a calibration set of an ordinary seed.
-        batch: images at a time.
-        prompts: for pipelines that take prompts or class numbers; used in turns.
-        guidance: classifier-free guidance scale.
+        keep: denoiser calls of each trajectory at which predictions are compared.
         min_parity: least parity in dB, the median over the probe's rows. By default 45 for ONNX Runtime and
             torch and 40 for other engines, lowered to what the rounding of activations leaves of it.
         min_sqnr: least median SQNR of the prediction in dB; 20 by default.
@@ -87,6 +84,7 @@ def check(
         real: a folder of real images; distances are then to these, else to the reference's images.
         lpips: a folder with LPIPS's weights, see `qdeploy.evaluate.metrics.lpips`.
         clip: folder or Hub id of a CLIP model, for the CLIP score of prompts.
+        options: fields of `Sampling`, in place of those of ``sampling``.
 
     Returns:
         What was measured, and what of it missed a threshold.
@@ -104,16 +102,8 @@ def check(
         "min_psnr": min_psnr,
         "max_fd_increase": max_fd_increase,
     }
-    plan = QualityPlan(
-        samples=samples,
-        steps=steps,
-        inference_steps=inference_steps,
-        scheduler=scheduler,
-        seed=seed,
-        batch=batch,
-        prompts=tuple(prompts) if prompts is not None else None,
-        guidance=guidance,
-    )
+    changes, keep = with_old_names(dict(options), keep)
+    plan = QualityPlan((sampling or CHECKING).changed(changes), samples, keep)
     model = trajectories.model if trajectories else _model(reference)
     _check_measurable(given, model)
     if correction != "none" and model is None:
@@ -125,7 +115,7 @@ def check(
     check_correction(correction, opened.artifact)
     earlier = None if before is None else open_before(before, opened)
     resources = {"features": features, "real": real, "lpips": lpips, "clip": clip}
-    context = _metric_context(model, resources, plan.prompts)
+    context = _metric_context(model, resources, plan.sampling.prompts)
     if model is not None:
         source_model(opened.artifact, model)
         trajectories = trajectories or Trajectories(model, plan)
@@ -158,7 +148,7 @@ def _model(reference: str | Path | Model | None) -> Model | None:
 
 
 def _metric_context(
-    model: Model | None, given: dict[str, str | Path | None], prompts: tuple[str, ...] | None
+    model: Model | None, given: dict[str, str | Path | None], prompts: Sequence[str] | None
 ) -> MetricContext | None:
     """What metrics may use, checked before any work."""
     named = next((name for name, value in given.items() if value is not None), None)
@@ -192,9 +182,9 @@ def _quality(
     return measured | {
         "source": "trajectory",
         "samples": plan.samples,
-        "inference_steps": plan.inference_steps,
-        "scheduler": plan.scheduler,
-        "seed": plan.seed,
+        "inference_steps": plan.sampling.steps,
+        "scheduler": plan.sampling.scheduler,
+        "seed": plan.sampling.seed,
         "correction": correction,
     }
 

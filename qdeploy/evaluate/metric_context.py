@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -41,7 +42,7 @@ class MetricContext:
     real: str | Path | None = None
     lpips: str | Path | None = None
     clip: str | Path | None = None
-    prompts: tuple[str, ...] | None = None
+    prompts: Sequence[str] | None = None
     _last: tuple[object, Features, Features] | None = field(default=None, repr=False, init=False)
 
     @cached_property

@@ -18,7 +18,8 @@ from qdeploy.evaluate.paired_sample import Call, Pair
 from qdeploy.evaluate.shared_work import in_parts, journal, processes
 from qdeploy.model.folder import Model
 from qdeploy.model.inputs import denoise, flatten_inputs, sample_name
-from qdeploy.model.pipeline import generate
+from qdeploy.model.pipeline import sample_images
+from qdeploy.model.sampling import CHECKING, Sampling
 from qdeploy.model.schedulers import make_scheduler
 from qdeploy.network.observe import ModuleCall, observing
 from qdeploy.system.errors import InvalidInputError, UsageError
@@ -39,47 +40,35 @@ class QualityPlan:
     """What is sampled for a comparison.
 
     Attributes:
+        sampling: how. Its seed chooses the images: they are none that a calibration set of an ordinary seed holds.
         samples: number of images.
-        steps: number of denoiser calls of each trajectory that are compared, evenly spread.
-        inference_steps: length of the trajectory.
-        scheduler: a name of `qdeploy.model.schedulers`; the model's own if None.
-        seed: chooses the images.
-        batch: images at a time.
-        prompts: for pipelines that take prompts or class numbers; used in turns.
-        guidance: classifier-free guidance scale.
+        keep: denoiser calls of each trajectory that are compared, evenly spread.
 
     Raises:
         UsageError: an impossible number.
     """
 
+    sampling: Sampling = CHECKING
     samples: int = 64
-    steps: int = 20
-    inference_steps: int = 50
-    scheduler: str | None = "ddim"
-    seed: int = 1
-    batch: int = 16
-    prompts: tuple[str, ...] | None = None
-    guidance: float | None = None
+    keep: int = 20
 
     def __post_init__(self) -> None:
-        for name in ("samples", "steps", "inference_steps", "batch"):
+        for name in ("samples", "keep"):
             if getattr(self, name) < 1:
-                raise UsageError(f"{name.replace('_', ' ')} must be at least 1, not {getattr(self, name)}")
-        if not 0 <= self.seed < SEEDS_APART:
-            raise UsageError(f"the seed of a check must be from 0 to {SEEDS_APART - 1}, not {self.seed}")
-        if self.prompts is not None and not self.prompts:
-            raise UsageError("the list of prompts is empty")
+                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.sampling.seed >= SEEDS_APART:
+            raise UsageError(
+                f"the seed of a check must be from 0 to {SEEDS_APART - 1}, not {self.sampling.seed}"
+            )
 
-    def prompts_of(self, images: range) -> list[str] | None:
-        """A prompt for each image; the list is repeated as often as needed."""
-        if self.prompts is None:
-            return None
-        return [self.prompts[image % len(self.prompts)] for image in images]
+    @property
+    def first_seed(self) -> int:
+        """Seed of image 0."""
+        return FIRST_SEED + SEEDS_APART * self.sampling.seed
 
     def batches(self) -> list[range]:
         """Numbers of the images in each batch."""
-        starts = range(0, self.samples, self.batch)
-        return [range(first, min(first + self.batch, self.samples)) for first in starts]
+        return self.sampling.batches(self.samples)
 
 
 @dataclass(frozen=True)
@@ -122,7 +111,7 @@ class Trajectories:
         self._rest = pipeline_sha256(model) if model.has_pipeline else ""
         self.sample = sample_name(self._denoiser)
         self._pipeline = model.pipeline(self._denoiser)
-        self._pipeline.scheduler = make_scheduler(plan.scheduler, self._pipeline.scheduler)
+        self._pipeline.scheduler = make_scheduler(plan.sampling.scheduler, self._pipeline.scheduler)
         self._kept: dict[int, Trajectory] = {}
 
     @property
@@ -183,22 +172,16 @@ class Trajectories:
             calls.append(Call(t, expected, predicted, sample, own_sample))
         if not bool(own.images.isfinite().all()):
             raise InvalidInputError("the images that it leads to hold NaN or Inf")
-        return Pair(calls, reference.images, own.images, self.plan.prompts_of(images))
+        return Pair(calls, reference.images, own.images, self.plan.sampling.prompts_of(images))
 
     def _run(self, denoiser: nn.Module, images: range, keep_inputs: bool) -> Trajectory:
-        plan, first = self.plan, FIRST_SEED + SEEDS_APART * self.plan.seed
+        plan = self.plan
         setattr(self._pipeline, self.model.component, denoiser)
         with (
-            _watching(self._pipeline, denoiser, self.sample, plan.steps, keep_inputs) as seen,
-            _seeded(first),
+            _watching(self._pipeline, denoiser, self.sample, plan.keep, keep_inputs) as seen,
+            _seeded(plan.first_seed),
         ):
-            made = generate(
-                self._pipeline,
-                [first + image for image in images],
-                plan.inference_steps,
-                plan.prompts_of(images),
-                plan.guidance,
-            )
+            made = sample_images(self._pipeline, plan.sampling, images, plan.first_seed)
         return Trajectory(seen.inputs, seen.samples, seen.outputs, made.clamp(0, 1))
 
 

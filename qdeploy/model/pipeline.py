@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qdeploy.model.sampling import Sampling
 from qdeploy.system.errors import InvalidInputError, UsageError
 
 _BINNED = (32, 64, 128, 256)  # sizes of latents that PixArt's pipelines have aspect ratios for
@@ -80,6 +81,38 @@ def generate(
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InvalidInputError(f"{type(pipeline).__name__} cannot sample as asked: {first}") from error
     return torch.as_tensor(images).permute(0, 3, 1, 2).contiguous()
+
+
+def sample_images(
+    pipeline: Any, sampling: Sampling, images: Sequence[int], first_seed: int | None = None
+) -> Tensor:
+    """Some images of a pipeline, by their numbers, sampled as `Sampling` says.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        sampling: how.
+        images: numbers of the images.
+        first_seed: seed of image 0; the sampling's by default.
+
+    Returns:
+        Images ``[N, C, H, W]`` in [0, 1].
+
+    Raises:
+        UsageError: prompts are missing, or an option is unknown to the pipeline.
+        InvalidInputError: the pipeline cannot make images of that size.
+    """
+    first = sampling.seed if first_seed is None else first_seed
+    return generate(
+        pipeline,
+        [first + image for image in images],
+        sampling.steps,
+        sampling.prompts_of(images),
+        sampling.guidance,
+        eta=sampling.eta,
+        height=sampling.height,
+        width=sampling.width,
+        negative_prompt=sampling.negative_prompts_of(images),
+    )
 
 
 def _has_bins(pipeline: Any) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from PIL import Image
@@ -17,7 +17,8 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
 from qdeploy.model.folder import INDEX, Model, open_if_there, open_model
-from qdeploy.model.pipeline import generate
+from qdeploy.model.pipeline import sample_images
+from qdeploy.model.sampling import SAMPLING, Sampling, SamplingOptions, renamed, sampled
 from qdeploy.model.schedulers import make_scheduler
 from qdeploy.sampling.correction import check_correction, correct
 from qdeploy.store.artifact import Artifact, is_artifact, open_artifact
@@ -28,48 +29,38 @@ from qdeploy.system.errors import InvalidInputError, UsageError
 from qdeploy.system.hashing import sha256_files
 from qdeploy.system.progress import say, track
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 IMAGES = "images.safetensors"
 GRID = "grid.png"
 GRID_LIMIT = 64
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
+@sampled(SAMPLING)
 def sample(
     source: str | Path | Artifact,
     output: str | Path | None = None,
+    sampling: Sampling | None = None,
     *,
-    count: int = 16,
-    steps: int = 50,
-    scheduler: str | None = None,
-    seed: int = 0,
-    batch: int = 16,
-    prompts: Sequence[str] | None = None,
-    guidance: float | None = None,
-    eta: float | None = None,
-    height: int | None = None,
-    width: int | None = None,
+    samples: int = 16,
     model: str | Path | None = None,
     correction: str = "none",
     overwrite: bool = False,
+    **options: Unpack[SamplingOptions],
 ) -> Artifact:
     """Make images. Image i has the seed ``seed + i``, in whatever batches they are made.
 
     Args:
         source: an engine, a checkpoint or a model.
         output: folder of the images; in the working directory by default.
-        count: number of images.
-        steps: number of denoising steps.
-        scheduler: a name of `qdeploy.model.schedulers`; the model's own by default.
-        seed: the first image's seed.
-        batch: number of images that are made together.
-        prompts: for pipelines that take prompts or class numbers; used in turns.
-        guidance: classifier-free guidance scale.
-        eta: share of fresh noise in each step, for schedulers that have it.
-        height: of the images, in pixels.
-        width: of the images, in pixels.
+        sampling: how images are sampled; 50 steps of the model's own scheduler by default.
+        samples: number of images.
         model: the pipeline in which an engine or checkpoint runs; by default the one it was made from.
         correction: ``table`` or ``online`` to subtract mean errors from predictions, or ``none``.
         overwrite: replace another artifact at ``output``.
+        options: fields of `Sampling`, in place of those of ``sampling``.
 
     Returns:
         An artifact of kind ``samples``: ``00000.png`` and so on, each with its seed in a text chunk;
@@ -80,70 +71,62 @@ def sample(
         InvalidInputError: no pipeline for the source is found, or it cannot make such images; or the
             correction does not fit checkpoint or scheduler.
     """
-    for name, value in {"count": count, "steps": steps, "batch": batch}.items():
-        if value < 1:
-            raise UsageError(f"{name} must be at least 1, not {value}")
-    if prompts is not None and not prompts:
-        raise UsageError("the list of prompts is empty")
+    given: dict[str, Any] = dict(options)
+    renamed(given, "count", "samples")
+    samples = given.pop("samples", samples)
+    chosen = (sampling or SAMPLING).changed(given)
+    if samples < 1:
+        raise UsageError(f"samples must be at least 1, not {samples}")
     if not isinstance(source, Artifact) and is_artifact(Path(source)):
         source = open_artifact(source, "engine", "checkpoint")
     check_correction(correction, source if isinstance(source, Artifact) else None)
     whole = _pipeline_of(source, model)
     origin = source.kind if isinstance(source, Artifact) else "model"
     identity = source.sha256 if isinstance(source, Artifact) else whole.sha256
+    prompts = None if chosen.prompts is None else list(chosen.prompts)
     asked: dict[str, Any] = {
-        "count": count,
-        "steps": steps,
-        "scheduler": scheduler,
-        "prompts": list(prompts) if prompts is not None else None,
-        "guidance": guidance,
-        "eta": eta,
-        "height": height,
-        "width": width,
+        "count": samples,
+        "steps": chosen.steps,
+        "scheduler": chosen.scheduler,
+        "prompts": prompts,
+        "guidance": chosen.guidance,
+        "eta": chosen.eta,
+        "height": chosen.height,
+        "width": chosen.width,
+        **({"negative_prompts": list(chosen.negative_prompts)} if chosen.negative_prompts else {}),
         **({} if correction == "none" else {"correction": correction}),
     }
     place = Path(output) if output else default_output(_path(source, whole), "samples")
     made_from = {origin: identity, "pipeline": _rest_sha256(whole)}
-    draft = Draft(place, "samples", made_from, None, seed, asked, overwrite)
+    draft = Draft(place, "samples", made_from, None, chosen.seed, asked, overwrite)
     if done := draft.finished():
         return done
     with draft:
-        pipeline = cache(lambda: _open_pipeline(source, whole, scheduler, steps, correction))
-        images = _make_images(pipeline, draft, range(seed, seed + count), batch, asked)
+        pipeline = cache(lambda: _open_pipeline(source, whole, chosen.scheduler, chosen.steps, correction))
+        images = _make_images(pipeline, draft, chosen, samples)
         settings = {
-            "steps": steps,
+            "steps": chosen.steps,
             "scheduler": type(pipeline().scheduler).__name__,
             origin: identity,
             **({} if correction == "none" else {"correction": correction}),
         }
-        _write_images(draft, images, seed, prompts, settings)
+        _write_images(draft, images, chosen.seed, prompts, settings)
         facts = asked | settings | {"shape": list(images.shape[1:])}
         return draft.finish(facts=facts, notes={"pipeline": str(whole.path)})
 
 
-def _make_images(
-    pipeline: Callable[[], Any], draft: Draft, seeds: range, batch: int, asked: dict[str, Any]
-) -> Tensor:
+def _make_images(pipeline: Callable[[], Any], draft: Draft, sampling: Sampling, samples: int) -> Tensor:
     """All images, uint8 ``[N, C, H, W]``; batches that an earlier run finished are not made again."""
 
-    def make(part: Sequence[int]) -> dict[str, Tensor]:
-        prompts = asked["prompts"]
-        images = generate(
-            pipeline(),
-            part,
-            asked["steps"],
-            [prompts[(number - seeds[0]) % len(prompts)] for number in part] if prompts else None,
-            asked["guidance"],
-            **{name: asked[name] for name in ("eta", "height", "width")},
-        )
+    def make(numbers: Sequence[int]) -> dict[str, Tensor]:
+        images = sample_images(pipeline(), sampling, numbers)
         if not bool(images.isfinite().all()):
             raise InvalidInputError("the images hold NaN or Inf: does the scheduler fit the model?")
         return {"images": (images * 255).round().clamp(0, 255).to(torch.uint8)}
 
-    parts = [seeds[start : start + batch] for start in range(0, len(seeds), batch)]
     made = [
-        draft.step(f"images-{part[0]}-{len(part)}", partial(make, part))["images"]
-        for part in track(parts, "sampling")
+        draft.step(f"images-{sampling.seed + part[0]}-{len(part)}", partial(make, part))["images"]
+        for part in track(sampling.batches(samples), "sampling")
     ]
     return draft.tensors(IMAGES, lambda: {"images": torch.cat(made)})["images"]
 

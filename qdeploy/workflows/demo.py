@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ from qdeploy.evaluate.image_grid import image_grid
 from qdeploy.evaluate.quality import QualityPlan, Trajectories
 from qdeploy.evaluate.summary import DemoResult, engine_table, summary_notes
 from qdeploy.model.folder import Model, open_model
+from qdeploy.model.sampling import CHECKING, Sampling
 from qdeploy.store.artifact import Artifact
 from qdeploy.store.files import explained_os_errors, write_json, write_text
 from qdeploy.system.machine import int8_sums_saturate, machine
@@ -128,7 +129,7 @@ class _Work:
         data = self._make(
             "collect",
             partial(
-                collect, source, self.output / "set", inference_steps=STEPS, scheduler="ddim", batch=BATCH
+                collect, source, self.output / "set", Sampling(steps=STEPS, scheduler="ddim", batch=BATCH)
             ),
         )
         checkpoints = {
@@ -171,11 +172,11 @@ class _Work:
 
         sources: dict[str, tuple[str, Path | Artifact]] = {"full": ("full precision", self.model.path)}
         sources |= {name: (variant.title, engines[name]) for name, variant in self.variants.items()}
-        options: dict[str, Any] = {"count": IMAGES, "steps": STEPS, "scheduler": "ddim", "seed": FIRST_IMAGE}
+        sampling = Sampling(steps=STEPS, scheduler="ddim", seed=FIRST_IMAGE, batch=BATCH)
         groups = {}
         for name, (title, source) in sources.items():
             place = self.output / f"{name}-samples"
-            made = self._make(f"sample {name}", partial(sample, source, place, batch=BATCH, **options))
+            made = self._make(f"sample {name}", partial(sample, source, place, sampling, samples=IMAGES))
             groups[title] = load_file(made.file(FILE))["images"]
         image_grid(groups, self.output / "grid.png")
 
@@ -183,7 +184,7 @@ class _Work:
         """Parity and quality of every engine but the full-precision one, by name."""
         from qdeploy.evaluate.check import check
 
-        plan = QualityPlan(samples=self.samples, inference_steps=STEPS, scheduler="ddim", batch=BATCH)
+        plan = QualityPlan(replace(CHECKING, steps=STEPS, batch=BATCH), self.samples)
         trajectories = cache(lambda: Trajectories(self.model, plan))
         results = {}
         for name, engine in engines.items():

@@ -530,7 +530,7 @@ def little_effort() -> Any:
 @pytest.fixture(scope="module")
 def model_and_set(ddpm: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Artifact]:
     folder = tmp_path_factory.mktemp("set")
-    data = qdeploy.collect(ddpm, folder / "set", samples=8, steps=4, inference_steps=8)
+    data = qdeploy.collect(ddpm, folder / "set", samples=8, keep=4, steps=8)
     assert isinstance(data, Artifact)
     return ddpm, data
 

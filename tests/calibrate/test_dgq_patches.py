@@ -421,7 +421,7 @@ def named(stage: tuple[str, dict[str, Any]]) -> str:
 def checkpoint(ddpm: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     efforts.EFFORTS[TINY.name] = TINY
     folder = tmp_path_factory.mktemp("patches")
-    data = qdeploy.collect(ddpm, folder / "set", samples=8, steps=4, inference_steps=8)
+    data = qdeploy.collect(ddpm, folder / "set", samples=8, keep=4, steps=8)
     own = folder / "own.yaml"
     stages = [*map(named, RANGES), {"group-patches": {"groups": 4}}]
     own.write_text(json.dumps({"method": "dgq", "target": "simulated", "stages": stages}))

@@ -365,7 +365,7 @@ def test_a_planted_error_is_found(tmp_path: Path) -> None:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     folder = tmp_path_factory.mktemp("qncd")
     model = ddpm_folder(folder / "model")
-    data = collect(model, folder / "set", samples=8, steps=4, inference_steps=5, scheduler="ddim")
+    data = collect(model, folder / "set", samples=8, keep=4, steps=5, scheduler="ddim")
     recipe = folder / "recipe.yaml"
     recipe.write_text(
         "method: qncd\ncoverage: portable\nstages: [smooth-embeddings, migrate-outliers, weight-ranges, "

@@ -27,7 +27,7 @@ from qdeploy.calibration_set.dataset import CalibrationSet
 from qdeploy.calibration_set.recorder import Recorder, chosen_calls, conditional_half
 from qdeploy.model.folder import Model, open_model
 from qdeploy.model.inputs import flatten_inputs
-from qdeploy.model.pipeline import generate
+from qdeploy.model.pipeline import generate, sample_images
 from qdeploy.model.schedulers import make_scheduler
 from qdeploy.store.artifact import Artifact
 from qdeploy.system.errors import InvalidInputError, UsageError
@@ -116,9 +116,9 @@ def test_rows_are_what_a_hook_on_the_live_network_sees(
     data = collected(
         models[name],
         tmp_path / "set",
-        steps=4,
+        keep=4,
         samples=3,
-        inference_steps=7,
+        steps=7,
         scheduler=scheduler,
         prompts=prompts,
         seed=5,
@@ -145,7 +145,7 @@ def test_rows_are_what_a_hook_on_the_live_network_sees(
 
 
 def test_every_step_has_equally_many_rows(models: dict[str, Path], tmp_path: Path) -> None:
-    data = collected(models["ddpm"], tmp_path / "set", steps=5, samples=5, inference_steps=11, batch=2)
+    data = collected(models["ddpm"], tmp_path / "set", keep=5, samples=5, steps=11, batch=2)
     _, counts = data.timesteps.unique(return_counts=True)
     assert counts.tolist() == [5] * 5
     _, counts = data.images.unique(return_counts=True)
@@ -153,9 +153,7 @@ def test_every_step_has_equally_many_rows(models: dict[str, Path], tmp_path: Pat
 
 
 def test_guided_rows_come_in_pairs_that_share_sample_and_t(models: dict[str, Path], tmp_path: Path) -> None:
-    data = collected(
-        models["sd"], tmp_path / "set", steps=3, samples=3, inference_steps=5, batch=2, prompts=PROMPTS
-    )
+    data = collected(models["sd"], tmp_path / "set", keep=3, samples=3, steps=5, batch=2, prompts=PROMPTS)
     inputs, conditional = data.inputs(range(len(data))), data.conditional
     assert conditional is not None
     assert conditional.tolist() == [True, False] * 9
@@ -167,14 +165,14 @@ def test_guided_rows_come_in_pairs_that_share_sample_and_t(models: dict[str, Pat
 
 
 def test_conditions_are_stored_once_not_per_row(models: dict[str, Path], tmp_path: Path) -> None:
-    data = collected(models["sd"], tmp_path / "set", steps=5, samples=4, inference_steps=5, prompts=PROMPTS)
+    data = collected(models["sd"], tmp_path / "set", keep=5, samples=4, steps=5, prompts=PROMPTS)
     assert len(data) == 40
     assert len(data._shards[0].tensor("condition.encoder_hidden_states")) == len({*PROMPTS}) + 1
 
 
 def test_without_guidance_there_are_no_pairs(models: dict[str, Path], tmp_path: Path) -> None:
     data = collected(
-        models["sd"], tmp_path / "set", steps=2, samples=2, inference_steps=4, prompts=PROMPTS, guidance=1.0
+        models["sd"], tmp_path / "set", keep=2, samples=2, steps=4, prompts=PROMPTS, guidance=1.0
     )
     assert len(data) == 4
     assert data.conditional is None
@@ -214,7 +212,7 @@ def test_steps_are_exactly_as_many_as_asked_for_and_evenly_spread(calls: int, da
 
 
 def test_25_of_51_calls_are_25(models: dict[str, Path], tmp_path: Path) -> None:
-    data = collected(models["sd"], tmp_path / "set", steps=25, samples=1, inference_steps=50, prompts=PROMPTS)
+    data = collected(models["sd"], tmp_path / "set", keep=25, samples=1, steps=50, prompts=PROMPTS)
     assert data.facts["steps"] == 25
     assert len(data) == 50
 
@@ -223,9 +221,9 @@ def test_fractional_timesteps_are_kept(models: dict[str, Path], tmp_path: Path) 
     data = collected(
         models["fractional"],
         tmp_path / "set",
-        steps=7,
+        keep=7,
         samples=1,
-        inference_steps=7,
+        steps=7,
         scheduler="euler",
         prompts=PROMPTS,
     )
@@ -243,10 +241,10 @@ def test_each_image_batch_costs_one_pass(
     collect(
         models["sd"],
         tmp_path / "set",
-        steps=6,
+        keep=6,
         samples=4,
         batch=2,
-        inference_steps=10,
+        steps=10,
         scheduler=scheduler,
         prompts=PROMPTS,
     )
@@ -261,7 +259,7 @@ def test_nothing_is_decoded(models: dict[str, Path], tmp_path: Path, monkeypatch
         raise AssertionError("the VAE was run")
 
     monkeypatch.setattr(AutoencoderKL, "decode", decode)
-    collect(models["sd"], tmp_path / "set", steps=2, samples=2, inference_steps=3, prompts=PROMPTS)
+    collect(models["sd"], tmp_path / "set", keep=2, samples=2, steps=3, prompts=PROMPTS)
 
 
 def test_no_more_than_one_image_batch_is_held(
@@ -291,7 +289,7 @@ def test_no_more_than_one_image_batch_is_held(
     monkeypatch.setattr(Batch, "pack", watched_pack)
     gc.disable()  # reference counts alone have to let go of a batch
     try:
-        collect(models["ddpm"], tmp_path / "set", steps=5, samples=8, batch=2, inference_steps=6)
+        collect(models["ddpm"], tmp_path / "set", keep=5, samples=8, batch=2, steps=6)
     finally:
         gc.enable()
     assert batches >= 4
@@ -300,10 +298,10 @@ def test_no_more_than_one_image_batch_is_held(
 
 def test_same_request_gives_the_same_bytes(models: dict[str, Path], tmp_path: Path) -> None:
     options: dict[str, Any] = {
-        "steps": 3,
+        "keep": 3,
         "samples": 5,
         "batch": 2,
-        "inference_steps": 6,
+        "steps": 6,
         "scheduler": "ddpm",
     }
     torch.manual_seed(1)
@@ -320,12 +318,12 @@ def test_the_global_random_state_is_left_alone(models: dict[str, Path], tmp_path
     torch.manual_seed(7)
     expected = torch.rand(1)
     torch.manual_seed(7)
-    collect(models["ddpm"], tmp_path / "set", steps=1, samples=1, inference_steps=2)
+    collect(models["ddpm"], tmp_path / "set", keep=1, samples=1, steps=2)
     assert torch.equal(torch.rand(1), expected)
 
 
 def test_images_do_not_depend_on_the_batch(models: dict[str, Path], tmp_path: Path) -> None:
-    options: dict[str, Any] = {"steps": 3, "samples": 4, "inference_steps": 6}
+    options: dict[str, Any] = {"keep": 3, "samples": 4, "steps": 6}
     one = collected(models["ddpm"], tmp_path / "one", batch=1, **options)
     four = collected(models["ddpm"], tmp_path / "four", batch=4, **options)
     for image in range(4):
@@ -337,10 +335,10 @@ def test_images_do_not_depend_on_the_batch(models: dict[str, Path], tmp_path: Pa
 def test_an_interrupted_collection_continues_where_it_stopped(
     models: dict[str, Path], tmp_path: Path, loaded: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: dict[str, Any] = {"steps": 2, "samples": 6, "batch": 2, "inference_steps": 5}
+    options: dict[str, Any] = {"keep": 2, "samples": 6, "batch": 2, "steps": 5}
     whole = collected(models["ddpm"], tmp_path / "whole", **options)
     with monkeypatch.context() as patch:
-        patch.setattr(trajectory, "generate", _interrupted(generate, after=2))
+        patch.setattr(trajectory, "sample_images", _interrupted(sample_images, after=2))
         with pytest.raises(KeyboardInterrupt):
             collect(models["ddpm"], tmp_path / "set", **options)
     # what a kill in the middle of a write leaves behind
@@ -383,7 +381,7 @@ for _ in range(4):
     before = there()
     if (child := os.fork()) == 0:
         torch.set_num_threads(1)
-        collect(model, output, steps=3, samples=20, batch=2, inference_steps=20)
+        collect(model, output, keep=3, samples=20, batch=2, steps=20)
         os._exit(0)
     while there() <= before and os.waitpid(child, os.WNOHANG) == (0, 0):
         time.sleep(0.002)
@@ -398,7 +396,7 @@ print(kills)
 
 
 def test_killed_at_random_moments_it_ends_in_the_same_set(models: dict[str, Path], tmp_path: Path) -> None:
-    options: dict[str, Any] = {"steps": 3, "samples": 20, "batch": 2, "inference_steps": 20}  # as in KILLER
+    options: dict[str, Any] = {"keep": 3, "samples": 20, "batch": 2, "steps": 20}  # as in KILLER
     script = subprocess.run(
         [sys.executable, "-c", KILLER, str(models["ddpm"]), str(tmp_path / "set")],
         capture_output=True,
@@ -416,7 +414,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_set(models: dict[str, Path
 def test_finished_work_is_returned_without_loading_the_model(
     models: dict[str, Path], tmp_path: Path, loaded: list[Any]
 ) -> None:
-    options: dict[str, Any] = {"steps": 2, "samples": 2, "inference_steps": 4}
+    options: dict[str, Any] = {"keep": 2, "samples": 2, "steps": 4}
     first = collect(models["ddpm"], tmp_path / "set", **options)
     again = collect(models["ddpm"], tmp_path / "set", **options)
     assert again == first
@@ -424,15 +422,15 @@ def test_finished_work_is_returned_without_loading_the_model(
 
 
 def test_another_request_does_not_overwrite_by_itself(models: dict[str, Path], tmp_path: Path) -> None:
-    options: dict[str, Any] = {"samples": 2, "inference_steps": 4}
-    collect(models["ddpm"], tmp_path / "set", steps=2, **options)
+    options: dict[str, Any] = {"samples": 2, "steps": 4}
+    collect(models["ddpm"], tmp_path / "set", keep=2, **options)
     with pytest.raises(UsageError, match="--overwrite"):
-        collect(models["ddpm"], tmp_path / "set", steps=3, **options)
-    assert collected(models["ddpm"], tmp_path / "set", steps=3, overwrite=True, **options).facts["steps"] == 3
+        collect(models["ddpm"], tmp_path / "set", keep=3, **options)
+    assert collected(models["ddpm"], tmp_path / "set", keep=3, overwrite=True, **options).facts["steps"] == 3
 
 
 def test_a_changed_text_encoder_makes_another_set(models: dict[str, Path], tmp_path: Path) -> None:
-    options: dict[str, Any] = {"steps": 1, "samples": 1, "inference_steps": 2, "prompts": PROMPTS}
+    options: dict[str, Any] = {"keep": 1, "samples": 1, "steps": 2, "prompts": PROMPTS}
     changed = shutil.copytree(models["sd"], tmp_path / "changed")
     other = stable_diffusion_folder(tmp_path / "other", seed=1)
     shutil.copytree(other / "text_encoder", changed / "text_encoder", dirs_exist_ok=True)
@@ -445,10 +443,10 @@ def test_a_dry_run_writes_nothing_and_foretells_the_size(
     models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options: dict[str, Any] = {
-        "steps": 10,
+        "keep": 10,
         "samples": 6,
         "batch": 4,
-        "inference_steps": 12,
+        "steps": 12,
         "prompts": PROMPTS,
     }
     estimate = collect(models["sd"], tmp_path / "set", dry_run=True, **options)
@@ -464,19 +462,19 @@ def test_a_dry_run_writes_nothing_and_foretells_the_size(
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("ddpm", {"steps": 0}, "steps must be at least 1"),
+        ("ddpm", {"keep": 0}, "keep must be at least 1"),
         ("ddpm", {"samples": -1}, "samples must be at least 1"),
         ("ddpm", {"batch": 0}, "batch must be at least 1"),
-        ("ddpm", {"inference_steps": 0}, "inference steps must be at least 1"),
-        ("ddpm", {"steps": 21, "inference_steps": 20}, "21 steps cannot be chosen from a trajectory of 20"),
-        ("ddpm", {"inference_steps": 1001}, "cannot make 1001 inference steps"),
+        ("ddpm", {"steps": 0}, "steps must be at least 1"),
+        ("ddpm", {"keep": 21, "steps": 20}, "21 steps cannot be chosen from a trajectory of 20"),
+        ("ddpm", {"steps": 1001}, "cannot make 1001 sampling steps"),
         ("ddpm", {"scheduler": "no-such"}, "unknown scheduler"),
         ("ddpm", {"prompts": PROMPTS}, "takes no prompts"),
         ("ddpm", {"scheduler": "pndm", "eta": 0.5}, "PNDMScheduler takes no eta"),
         ("ddpm", {"seed": 2**64}, "seed"),
         ("sd", {}, "needs prompts"),
         ("sd", {"prompts": []}, "list of prompts is empty"),
-        ("sd", {"prompts": PROMPTS, "steps": 52, "inference_steps": 50}, "trajectory of 51"),
+        ("sd", {"prompts": PROMPTS, "keep": 52, "steps": 50}, "trajectory of 51"),
     ],
 )
 def test_impossible_requests_are_refused_before_anything_is_loaded(
@@ -507,7 +505,7 @@ def test_what_only_the_pipeline_knows_is_refused_in_one_sentence(
     models: dict[str, Path], tmp_path: Path, name: str, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        collect(models[name], tmp_path / "set", samples=1, steps=2, inference_steps=4, **options)
+        collect(models[name], tmp_path / "set", samples=1, keep=2, steps=4, **options)
     assert not list(tmp_path.iterdir())
 
 
@@ -525,7 +523,7 @@ def test_a_network_that_makes_nan_is_refused(
 
     monkeypatch.setattr(Model, "load", broken)
     with pytest.raises(InvalidInputError, match="NaN or Inf in call 1"):
-        collect(models["ddpm"], tmp_path / "set", samples=1, steps=4, inference_steps=4)
+        collect(models["ddpm"], tmp_path / "set", samples=1, keep=4, steps=4)
 
 
 def test_a_denoiser_without_a_pipeline_cannot_be_sampled(models: dict[str, Path], tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def ddpm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(ddpm: Path, tmp_path_factory: pytest.TempPathFactory) -> CalibrationSet:
     """2 calls of 5 images in 3 shards."""
     output = tmp_path_factory.mktemp("sets") / "small"
-    artifact = collect(ddpm, output, steps=2, samples=5, batch=2, inference_steps=4)
+    artifact = collect(ddpm, output, keep=2, samples=5, batch=2, steps=4)
     assert isinstance(artifact, Artifact)
     return CalibrationSet.open(artifact.path)
 
@@ -318,7 +318,7 @@ def test_inputs_that_the_network_cannot_take_do_not_fit(ddpm: Path, tmp_path: Pa
 
 def test_prompted_sets_fit_their_model(tmp_path: Path) -> None:
     model = open_model(stable_diffusion_folder(tmp_path / "sd"))
-    artifact = collect(model, tmp_path / "set", steps=1, samples=1, inference_steps=2, prompts=["a"])
+    artifact = collect(model, tmp_path / "set", keep=1, samples=1, steps=2, prompts=["a"])
     assert isinstance(artifact, Artifact)
     CalibrationSet.open(artifact.path).check_fits(model, model.load())
 

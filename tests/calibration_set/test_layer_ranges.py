@@ -22,7 +22,7 @@ from qdeploy.quant.time_ranges import merge_ranges, read_ranges, spans, tensor_n
 from qdeploy.store.artifact import Artifact, open_artifact
 from tests.models import stable_diffusion_folder
 
-OPTIONS: dict[str, Any] = {"samples": 5, "batch": 2, "steps": 3, "inference_steps": 6, "scheduler": "ddim"}
+OPTIONS: dict[str, Any] = {"samples": 5, "batch": 2, "keep": 3, "steps": 6, "scheduler": "ddim"}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_layers_are_in_the_order_of_execution(ddpm: Path, made: Artifact) -> Non
 
 def test_the_pipeline_is_watched_whatever_it_asks_for(tmp_path: Path) -> None:
     model = stable_diffusion_folder(tmp_path / "sd")
-    artifact = collect(model, tmp_path / "set", prompts=["a cat"], samples=2, steps=3, inference_steps=4)
+    artifact = collect(model, tmp_path / "set", prompts=["a cat"], samples=2, keep=3, steps=4)
     ranges = ranges_of(artifact)
     assert any("attn2.to_k" in name for name in tensor_names(ranges))
     assert bool(spans(ranges).isfinite().all())

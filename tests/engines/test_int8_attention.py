@@ -25,9 +25,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """A text-to-image U-Net whose attention is quantized too."""
     folder = tmp_path_factory.mktemp("attention")
     model = stable_diffusion_folder(folder / "model", seed=1)  # with 0 a value lies between two codes
-    data = qdeploy.collect(
-        model, folder / "set", samples=2, steps=3, inference_steps=3, prompts=["a cat", "a dog"]
-    )
+    data = qdeploy.collect(model, folder / "set", samples=2, keep=3, steps=3, prompts=["a cat", "a dog"])
     assert isinstance(data, Artifact)
     checkpoint = qdeploy.calibrate(
         model, folder / "checkpoint", activations="uint8", coverage=COVERAGE, calibration=data, effort="fast"

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,11 +15,12 @@ from qdeploy.evaluate.report_page.run import ReportResult, report
 from qdeploy.export.run import export
 from qdeploy.mixed.ranking import LayerHarm
 from qdeploy.model.folder import open_model
+from qdeploy.model.sampling import CHECKING
 from qdeploy.store.artifact import Artifact
 from qdeploy.store.files import write_json
 from qdeploy.workflows.calibrate import calibrate
 
-SMALL = QualityPlan(samples=4, steps=3, inference_steps=5, batch=2)
+SMALL = QualityPlan(replace(CHECKING, steps=5, batch=2), samples=4, keep=3)
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Way:
 @pytest.fixture(scope="session")
 def way(ddpm: Path, tmp_path_factory: pytest.TempPathFactory) -> Way:
     folder = tmp_path_factory.mktemp("way")
-    data = collect(ddpm, folder / "set", samples=8, steps=4, inference_steps=5, scheduler="ddim")
+    data = collect(ddpm, folder / "set", samples=8, keep=4, steps=5, scheduler="ddim")
     checkpoint = calibrate(ddpm, folder / "w8a8", recipe="w8a8-minmax", effort="fast", calibration=data)
     assert isinstance(checkpoint, Artifact)
     bundle = export(checkpoint, folder / "w8a8-onnx")
@@ -75,7 +76,7 @@ def page(way: Way, tmp_path_factory: pytest.TempPathFactory) -> ReportResult:
         sensitivity=folder,
         pictures=3,
         samples=4,
-        inference_steps=5,
-        batch=(1, 2),
+        steps=5,
+        speed_batch=(1, 2),
         rounds=3,
     )

@@ -18,7 +18,7 @@ from tests.evaluate.conftest import Way
 from tests.models import ddpm_folder
 
 Run = Callable[..., Result]
-FEW: dict[str, Any] = {"samples": 4, "steps": 3, "inference_steps": 5}
+FEW: dict[str, Any] = {"samples": 4, "keep": 3, "steps": 5}
 OPTIONS = ("--samples", 4, "--steps", 3, "--inference-steps", 5)
 
 

@@ -18,7 +18,7 @@ from tests.helpers import small_artifact
 @pytest.fixture(scope="module")
 def collected(ddpm: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     folder = tmp_path_factory.mktemp("bits")
-    return ddpm, qdeploy.collect(ddpm, folder / "set", samples=4, steps=4, inference_steps=8)
+    return ddpm, qdeploy.collect(ddpm, folder / "set", samples=4, keep=4, steps=8)
 
 
 def calibrated(collected: tuple[Path, Any], output: Path, **recipe: Any) -> Artifact:

@@ -21,7 +21,7 @@ from tests.evaluate.conftest import Way
 from tests.models import ddpm_folder
 
 Run = Callable[..., Result]
-FEW: dict[str, Any] = {"samples": 4, "steps": 3, "inference_steps": 5}
+FEW: dict[str, Any] = {"samples": 4, "keep": 3, "steps": 5}
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_nothing_is_gained_over_itself(way: Way) -> None:
 def test_bad_input_is_refused_in_one_sentence(way: Way, qdeploy: Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("kept")
     other = ddpm_folder(tmp_path / "other", seed=1)
-    data = collect(other, tmp_path / "set", samples=2, steps=2, inference_steps=2)
+    data = collect(other, tmp_path / "set", samples=2, keep=2, steps=2)
     assert isinstance(data, Artifact)
     foreign = calibrate(other, tmp_path / "foreign", recipe="w8a8-minmax", effort="fast", calibration=data)
     assert isinstance(foreign, Artifact)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qdeploy.evaluate import quality
 from qdeploy.evaluate.quality import FIRST_SEED, SEEDS_APART, QualityPlan, Trajectories, measure_quality
+from qdeploy.model import pipeline
 from qdeploy.model.folder import open_model
 from qdeploy.system.errors import InvalidInputError, UsageError
 from tests.models import dit_folder, stable_diffusion_folder
@@ -37,6 +38,10 @@ class _Output(tuple[Tensor]):
     @property
     def sample(self) -> Tensor:
         return self[0]
+
+
+def changed(plan: QualityPlan, **options: Any) -> QualityPlan:
+    return dataclasses.replace(plan, sampling=dataclasses.replace(plan.sampling, **options))
 
 
 def test_a_model_is_equal_to_itself(ddpm: Path, small: QualityPlan) -> None:
@@ -66,7 +71,7 @@ def test_what_is_measured_does_not_depend_on_the_batch_or_on_memory(
     subject = Scaled(model.load(), 0.97)
     one = measure_quality(Trajectories(model, small), subject)
     monkeypatch.setattr(quality, "KEPT_BYTES", 0)
-    forgetful = Trajectories(model, dataclasses.replace(small, batch=3))
+    forgetful = Trajectories(model, changed(small, batch=3))
     other = measure_quality(forgetful, subject)
     assert one["psnr_db"] == pytest.approx(other["psnr_db"], abs=0.05)
     assert one["sqnr_db"]["median"] == pytest.approx(other["sqnr_db"]["median"], abs=0.05)
@@ -77,31 +82,35 @@ def test_no_image_has_an_ordinary_seed(
     ddpm: Path, small: QualityPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[int] = []
-    generate = quality.generate
+    generate = pipeline.generate
 
-    def spying(pipeline: Any, seeds: list[int], *rest: Any) -> Tensor:
+    def spying(pipe: Any, seeds: list[int], *rest: Any, **options: Any) -> Tensor:
         used.extend(seeds)
-        return generate(pipeline, seeds, *rest)
+        return generate(pipe, seeds, *rest, **options)
 
-    monkeypatch.setattr(quality, "generate", spying)
+    monkeypatch.setattr(pipeline, "generate", spying)
     list(Trajectories(open_model(ddpm), small).reference())
-    assert used == [FIRST_SEED + SEEDS_APART * small.seed + image for image in range(4)]
+    assert used == [FIRST_SEED + SEEDS_APART * small.sampling.seed + image for image in range(4)]
     assert min(used) > 2**32
 
 
 def test_another_seed_gives_other_images(ddpm: Path, small: QualityPlan) -> None:
     model = open_model(ddpm)
-    one, other = (
-        next(Trajectories(model, dataclasses.replace(small, seed=seed)).reference()).images for seed in (1, 2)
-    )
+    one, other = (next(Trajectories(model, changed(small, seed=seed)).reference()).images for seed in (1, 2))
     assert not torch.equal(one, other)
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"samples": 0}, {"steps": 0}, {"batch": -1}, {"seed": -1}, {"seed": 2**20}, {"prompts": ()}]
+    "wrong", [{"steps": 0}, {"batch": -1}, {"seed": -1}, {"seed": 2**20}, {"prompts": ()}]
 )
-def test_impossible_plans_are_refused(wrong: dict[str, Any]) -> None:
+def test_impossible_plans_are_refused(small: QualityPlan, wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
+        changed(small, **wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"samples": 0}, {"keep": 0}])
+def test_nothing_to_compare_is_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match="at least 1"):
         QualityPlan(**wrong)
 
 
@@ -122,7 +131,7 @@ def test_prompts_are_asked_for_and_used(tmp_path: Path, small: QualityPlan) -> N
     with pytest.raises(UsageError, match="prompts"):
         next(Trajectories(model, small).reference())
     images = [
-        next(Trajectories(model, dataclasses.replace(small, prompts=prompts)).reference()).images
+        next(Trajectories(model, changed(small, prompts=prompts)).reference()).images
         for prompts in (("a cat", "a dog"), ("a cat", "7 houses"))
     ]
     assert torch.equal(images[0][0], images[1][0])

@@ -100,8 +100,8 @@ def test_made_again_it_measures_nothing_and_is_the_same(
         sensitivity=page.path.parent,
         pictures=3,
         samples=4,
-        inference_steps=5,
-        batch=(1, 2),
+        steps=5,
+        speed_batch=(1, 2),
         rounds=3,
     )
     assert again.path.read_bytes() == before
@@ -190,7 +190,7 @@ def decode(uri: str) -> torch.Tensor:
 def test_pictures_are_the_samples_and_differences_theirs(way: Way, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    options = {"count": 2, "steps": 3, "scheduler": "ddim"}
+    options = {"samples": 2, "steps": 3, "scheduler": "ddim"}
     full = sample(way.model, tmp_path / "full", **options)
     own = sample(way.engine, tmp_path / "own", **options)
     shown = gallery(full, {"own": own}, 5)
@@ -210,7 +210,7 @@ def test_pictures_are_the_samples_and_differences_theirs(way: Way, tmp_path: Pat
 def test_large_pictures_are_made_smaller(way: Way, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    made = sample(way.model, tmp_path / "full", count=1, steps=1, scheduler="ddim")
+    made = sample(way.model, tmp_path / "full", samples=1, steps=1, scheduler="ddim")
     save_file({"images": torch.zeros(1, 3, 600, 300, dtype=torch.uint8)}, made.file("images.safetensors"))
     (tile, *_) = gallery(made, {"same": made}, 1)["seeds"][0]["tiles"]
     assert (tile["width"], tile["height"]) == (128, 256)

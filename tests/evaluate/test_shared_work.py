@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from qdeploy.evaluate import shared_work
 from qdeploy.evaluate.paired_sample import Pair
 from qdeploy.evaluate.quality import QualityPlan, Trajectories, measure_quality
 from qdeploy.model.folder import open_model
+from qdeploy.model.sampling import CHECKING
 from qdeploy.quant.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +53,11 @@ def test_another_request_does_not_take_over_the_parts(
     model, subject = open_model(way.model), load_checkpoint(way.checkpoint)
     seen: list[str] = []
     monkeypatch.setattr(shared_work.shutil, "rmtree", lambda folder, **options: seen.append(folder.name))
-    for plan, key in ((small, "a"), (small, "b"), (QualityPlan(samples=2, steps=2, inference_steps=3), "a")):
+    for plan, key in (
+        (small, "a"),
+        (small, "b"),
+        (QualityPlan(replace(CHECKING, steps=3), samples=2, keep=2), "a"),
+    ):
         list(Trajectories(model, plan).pairs(subject, key))
     assert len(set(seen)) == 3
 

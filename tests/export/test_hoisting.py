@@ -41,7 +41,7 @@ GROUPS = 3
 @pytest.fixture(scope="module")
 def data(ddpm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "set"
-    collect(ddpm, folder, samples=6, steps=6, inference_steps=6, scheduler="ddim")
+    collect(ddpm, folder, samples=6, keep=6, steps=6, scheduler="ddim")
     return folder
 
 

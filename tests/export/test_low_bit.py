@@ -171,7 +171,7 @@ def test_rounding_is_learned_within_blocks(tmp_path: Path) -> None:
 def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Artifact]:
     folder = tmp_path_factory.mktemp("wide")
     model = ddpm_folder(folder / "model", channels=(32, 64))
-    return model, collect(model, folder / "set", samples=4, steps=2, inference_steps=4, scheduler="ddim")  # type: ignore[return-value]
+    return model, collect(model, folder / "set", samples=4, keep=2, steps=4, scheduler="ddim")  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("preset", ["int4-weights", "fp8-minmax"])
@@ -210,7 +210,7 @@ def data_inputs(data: Artifact) -> dict[str, Tensor]:
 
 
 def test_a_model_without_a_layer_that_fits_is_refused(ddpm: Path, qdeploy: Any, tmp_path: Path) -> None:
-    data = collect(ddpm, tmp_path / "set", samples=2, steps=2, inference_steps=4, scheduler="ddim")
+    data = collect(ddpm, tmp_path / "set", samples=2, keep=2, steps=4, scheduler="ddim")
     assert isinstance(data, Artifact)
     with pytest.raises(UsageError, match=r"nothing would be quantized: .*no whole blocks of 64"):
         calibrate(ddpm, tmp_path / "c", recipe="int4-weights", calibration=data)

@@ -253,7 +253,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def data(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "set"
-    collect(trained, folder, samples=4, steps=4, inference_steps=20, scheduler="ddim")
+    collect(trained, folder, samples=4, keep=4, steps=20, scheduler="ddim")
     return folder
 
 

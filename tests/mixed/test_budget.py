@@ -135,7 +135,7 @@ def test_an_offered_budget_is_never_below_what_it_offers(amount: int, cost: str)
 
 @pytest.fixture(scope="module")
 def data(ddpm: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    made = qdeploy.collect(ddpm, tmp_path_factory.mktemp("b") / "set", steps=4, samples=6, inference_steps=8)
+    made = qdeploy.collect(ddpm, tmp_path_factory.mktemp("b") / "set", keep=4, samples=6, steps=8)
     assert isinstance(made, Artifact)
     return made
 

@@ -31,7 +31,7 @@ from tests.helpers import MemoryRows, calibrating, files_in, tiny_unet
 @pytest.fixture(scope="module")
 def data(ddpm: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     place = tmp_path_factory.mktemp("sensitivity") / "set"
-    made = qdeploy.collect(ddpm, place, steps=4, samples=6, inference_steps=8)
+    made = qdeploy.collect(ddpm, place, keep=4, samples=6, steps=8)
     assert isinstance(made, Artifact)
     return made
 

@@ -20,7 +20,7 @@ from qdeploy.model.folder import Model, open_model
 from qdeploy.store.artifact import Artifact, open_artifact
 from qdeploy.workflows.calibrate import calibrate
 
-QUICK = {"samples": 8, "steps": 4, "inference_steps": 5, "scheduler": "ddim"}
+QUICK = {"samples": 8, "keep": 4, "steps": 5, "scheduler": "ddim"}
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 from qdeploy.calibration_set.collect import collect
 from qdeploy.cli import main
 from qdeploy.evaluate.check import check
-from qdeploy.evaluate.quality import Plan, Trajectories, measure_quality
+from qdeploy.evaluate.quality import QualityPlan, Trajectories, measure_quality
 from qdeploy.model.folder import open_model
+from qdeploy.model.sampling import CHECKING
 from qdeploy.sampling.correction import Corrected, OnlineCorrection, TableCorrection, correct
 from qdeploy.sampling.sample import sample
 from qdeploy.store.artifact import MANIFEST, Artifact, read_manifest
@@ -335,7 +337,7 @@ def test_impossible_numbers_are_refused() -> None:
 @pytest.fixture(scope="module")
 def checkpoint(ddpm: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     folder = tmp_path_factory.mktemp("correction")
-    data = collect(ddpm, folder / "set", samples=8, steps=4, inference_steps=5, scheduler="ddim")
+    data = collect(ddpm, folder / "set", samples=8, keep=4, steps=5, scheduler="ddim")
     recipe = folder / "recipe.yaml"
     recipe.write_text(
         "method: minmax\nweights: int4\nstages: [weight-ranges, activation-ranges, measure-errors]\n"
@@ -345,7 +347,7 @@ def checkpoint(ddpm: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact
     return made
 
 
-FEW: dict[str, Any] = {"count": 3, "steps": 8, "batch": 2, "scheduler": "ddim"}
+FEW: dict[str, Any] = {"samples": 3, "steps": 8, "batch": 2, "scheduler": "ddim"}
 
 
 def images_of(artifact: Artifact) -> Tensor:
@@ -369,7 +371,7 @@ def test_sampling_with_a_correction_says_so(checkpoint: Artifact, tmp_path: Path
 
 def test_the_correction_counts_in_what_is_measured(checkpoint: Artifact, ddpm: Path) -> None:
     """The way to a mean error that is known: the table of the network, moved by it."""
-    plan = Plan(samples=2, steps=3, inference_steps=6, batch=2)
+    plan = QualityPlan(replace(CHECKING, steps=6, batch=2), samples=2, keep=3)
     trajectories = Trajectories(open_model(ddpm), plan)
     denoiser = open_model(ddpm).load()
     denoiser.conv_out.bias.add_(0.5)
@@ -480,7 +482,7 @@ def test_a_check_without_images_takes_no_correction(checkpoint: Artifact) -> Non
 def test_a_check_measures_the_quality_with_the_correction(
     checkpoint: Artifact, ddpm: Path, name: str
 ) -> None:
-    few: dict[str, Any] = {"samples": 2, "steps": 2, "inference_steps": 8}
+    few: dict[str, Any] = {"samples": 2, "keep": 2, "steps": 8}
     plain = check(checkpoint, reference=ddpm, **few)
     result = check(checkpoint, reference=ddpm, correction=name, **few)
     assert (plain.quality["correction"], result.quality["correction"]) == ("none", name)

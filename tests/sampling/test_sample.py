@@ -16,7 +16,7 @@ from qdeploy.sampling.sample import sample
 from qdeploy.store.artifact import Artifact, open_artifact
 from qdeploy.system.errors import InvalidInputError, UsageError
 
-FEW: dict[str, Any] = {"count": 5, "steps": 3, "batch": 2, "scheduler": "ddim"}
+FEW: dict[str, Any] = {"samples": 5, "steps": 3, "batch": 2, "scheduler": "ddim"}
 
 
 def images_of(artifact: Artifact) -> torch.Tensor:
@@ -72,7 +72,7 @@ def test_prompts_are_used_in_turns_and_written_down(stable_diffusion: Path, tmp_
     artifact = sample(
         stable_diffusion,
         tmp_path / "samples",
-        count=3,
+        samples=3,
         steps=2,
         batch=2,
         prompts=["a cat", "zwölf 猫"],
@@ -81,22 +81,22 @@ def test_prompts_are_used_in_turns_and_written_down(stable_diffusion: Path, tmp_
     texts = [Image.open(artifact.file(f"{number:05d}.png")).text["prompt"] for number in range(3)]
     assert texts == ["a cat", "zwölf 猫", "a cat"]
     with pytest.raises(UsageError, match="needs prompts"):
-        sample(stable_diffusion, tmp_path / "none", count=1, steps=2)
+        sample(stable_diffusion, tmp_path / "none", samples=1, steps=2)
 
 
 def test_an_interrupted_run_goes_on_where_it_was(
     ddpm_engine: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = sample(ddpm_engine, tmp_path / "whole", **FEW)
-    generate, made = module.generate, []
+    sample_images, made = module.sample_images, []
 
-    def stop_after_two(pipeline: Any, seeds: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def stop_after_two(pipeline: Any, sampling: Any, images: Any) -> torch.Tensor:
         if len(made) == 2:
             raise KeyboardInterrupt
-        made.append(list(seeds))
-        return generate(pipeline, seeds, *args, **kwargs)
+        made.append(list(images))
+        return sample_images(pipeline, sampling, images)
 
-    monkeypatch.setattr(module, "generate", stop_after_two)
+    monkeypatch.setattr(module, "sample_images", stop_after_two)
     with pytest.raises(KeyboardInterrupt):
         sample(ddpm_engine, tmp_path / "samples", **FEW)
     assert not (tmp_path / "samples").exists()
@@ -160,7 +160,7 @@ def test_without_a_pipeline_the_user_is_asked_for_one(
     shutil.copytree(stable_diffusion_engine.path, engine)
     _point_to(engine, tmp_path / "gone")
     with pytest.raises(InvalidInputError, match="--model") as error:
-        sample(engine, tmp_path / "samples", count=1, steps=2, prompts=["a cat"])
+        sample(engine, tmp_path / "samples", samples=1, steps=2, prompts=["a cat"])
     assert error.value.exit_code == 5
 
 
@@ -168,7 +168,7 @@ def test_without_a_pipeline_the_user_is_asked_for_one(
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"count": 0}, {"steps": -1}, {"batch": 0}, {"prompts": []}, {"scheduler": "x"}]
+    "wrong", [{"samples": 0}, {"steps": -1}, {"batch": 0}, {"prompts": []}, {"scheduler": "x"}]
 )
 def test_impossible_wishes_are_usage_errors(
     ddpm_engine: Artifact, tmp_path: Path, wrong: dict[str, Any]
@@ -181,7 +181,7 @@ def test_impossible_wishes_are_usage_errors(
 
 def test_a_size_that_the_model_cannot_take_is_invalid(stable_diffusion: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="divisible by 8"):
-        sample(stable_diffusion, tmp_path / "samples", count=1, steps=2, prompts=["a"], height=12, width=12)
+        sample(stable_diffusion, tmp_path / "samples", samples=1, steps=2, prompts=["a"], height=12, width=12)
 
 
 def test_a_denoiser_alone_cannot_sample(ddpm: Path, tmp_path: Path) -> None:

@@ -249,7 +249,7 @@ def test_a_table_of_one_schedule_has_no_other_rows() -> None:
 def test_sampling_says_how_the_schedule_meets_the_scales(
     ddpm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    collect(ddpm, tmp_path / "set", samples=4, steps=2, inference_steps=4, scheduler="ddim")
+    collect(ddpm, tmp_path / "set", samples=4, keep=2, steps=4, scheduler="ddim")
     checkpoint = calibrate(
         ddpm, tmp_path / "checkpoint", calibration=tmp_path / "set", method="minmax", timestep_groups=2
     )
@@ -258,7 +258,7 @@ def test_sampling_says_how_the_schedule_meets_the_scales(
     assert len(calibrated) == 2
     assert checkpoint.facts["timestep_scales"]
     capsys.readouterr()
-    sample(checkpoint, tmp_path / "samples", count=1, steps=4, scheduler="ddim")
+    sample(checkpoint, tmp_path / "samples", samples=1, steps=4, scheduler="ddim")
     told = capsys.readouterr().err
     furthest = max([0.0, 250.0, 500.0, 750.0], key=lambda t: min(abs(t - known) for known in calibrated))
     assert "2 of 4 timesteps were calibrated exactly" in told

@@ -38,21 +38,19 @@ def test_all_models_are_listed() -> None:
 @pytest.mark.parametrize("name", sorted(PROMPTS))
 def test_from_the_model_to_a_checked_engine(name: str, tmp_path: Path) -> None:
     prompts = PROMPTS[name]
-    data = collect(
-        name, tmp_path / "set", samples=6, steps=4, inference_steps=6, prompts=prompts, guidance=3.0, batch=6
-    )
+    data = collect(name, tmp_path / "set", samples=6, keep=4, steps=6, prompts=prompts, guidance=3.0, batch=6)
     checkpoint = calibrate(name, tmp_path / "w8a8", recipe="w8a8-minmax", effort="fast", calibration=data)
     assert isinstance(checkpoint, Artifact)
     bundle = export(checkpoint, tmp_path / "onnx")
     engine = build_engine(bundle, tmp_path / "engine", backend="openvino", threads=1)
-    made = sample(engine, tmp_path / "images", count=3, steps=4, prompts=prompts, guidance=3.0)
+    made = sample(engine, tmp_path / "images", samples=3, steps=4, prompts=prompts, guidance=3.0)
     assert list(load_file(made.path / IMAGES)["images"].shape) == SHAPES[name]
     result = check(
         engine,
         reference=open_model(name),
         samples=2,
-        steps=2,
-        inference_steps=4,
+        keep=2,
+        steps=4,
         prompts=prompts,
         guidance=3.0,
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qdeploy.engines.registry import Backend
-from qdeploy.engines.tensorrt.options import LIMITS, PRECISIONS, WISHES
+from qdeploy.engines.tensorrt.options import PRECISIONS, WISHES
 from qdeploy.system.gpu import require_gpu
 
 if TYPE_CHECKING:
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from qdeploy.store.artifact import Artifact
 
 
-def build(onnx_path: Path, folder: Path, **wishes: Any) -> dict[str, Any]:
+def build(onnx_path: Path, folder: Path, **wishes: Any) -> None:
     """Write the plan of a graph; see `qdeploy.engines.tensorrt.builder`."""
     from qdeploy.engines.tensorrt.builder import build
 
-    return build(onnx_path, folder, **wishes)
+    build(onnx_path, folder, **wishes)
 
 
 def load(artifact: Artifact, threads: int | None = None) -> Engine:
@@ -47,6 +47,5 @@ BACKEND = Backend(
     rank=20,
     device="cuda",
     wishes=WISHES,
-    limits=LIMITS,
     check=_check,
 )

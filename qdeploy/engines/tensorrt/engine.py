@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from qdeploy.engines.base import Engine, Kernel, Port
 from qdeploy.engines.tensorrt.cuda import TorchCuda
 from qdeploy.engines.tensorrt.execution import Execution
-from qdeploy.engines.tensorrt.flavour import RTX, TENSORRT, Flavour
 from qdeploy.engines.tensorrt.inspector import kernels, read_layers
 from qdeploy.engines.tensorrt.plan import open_plan
 from qdeploy.engines.tensorrt.versions import load_tensorrt
@@ -34,16 +33,15 @@ class TensorRTEngine(Engine):
         InvalidInputError: the plan is damaged.
     """
 
-    backend = TENSORRT.backend
+    backend = "tensorrt"
     device = "cuda"
-    flavour: ClassVar[Flavour] = TENSORRT
 
     def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
         super().__init__(artifact)
-        gpu = require_gpu(packages=self.flavour.cuda)
-        self._trt = load_tensorrt(self.flavour)
+        gpu = require_gpu()
+        self._trt = load_tensorrt()
         cuda = TorchCuda()
-        self._plan = open_plan(self._trt, artifact.file(self.component), gpu, self.flavour)
+        self._plan = open_plan(self._trt, artifact.file(self.component), gpu)
         try:
             self._execution = Execution(self._trt, self._plan, cuda)
         except BaseException:
@@ -97,10 +95,3 @@ class TensorRTEngine(Engine):
         """Free graphs and context, then the engine, then the runtime."""
         self._execution.close()
         self._plan.close()
-
-
-class TensorRTRTXEngine(TensorRTEngine):
-    """A plan of TensorRT for RTX; arguments and errors as of `TensorRTEngine`."""
-
-    backend = RTX.backend
-    flavour = RTX

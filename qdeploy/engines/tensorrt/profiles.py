@@ -1,79 +1,26 @@
 """Optimization profiles: which sizes a plan takes, and which it is tuned for.
 
-One string describes them, so that a command line and a manifest can hold it:
-
-    sample:1x4x64x64,2x4x64x64,8x4x64x64;encoder_hidden_states:1x77x768,2x77x768,8x77x768
-
-A tensor's three shapes are the least, the one that kernels are chosen for, and the largest; one shape stands
-for all three. Several profiles are separated by ``|``. All is checked before TensorRT is touched.
+One string describes them: `qdeploy.export.input_shapes`. All is checked before TensorRT is touched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from qdeploy.engines.tensorrt.graph import GraphTensor
+from qdeploy.export.input_shapes import EXAMPLE, Profile, Range, Shape, describe, parse_shapes
 from qdeploy.system.errors import InvalidInputError, UsageError
 
-Shape = tuple[int, ...]
-EXAMPLE = "sample:1x4x64x64,2x4x64x64,8x4x64x64"
-
-
-@dataclass(frozen=True)
-class Range:
-    """Shapes of one input: the least, the one to tune for, the largest."""
-
-    least: Shape
-    tuned: Shape
-    largest: Shape
-
-    def takes(self, shape: Sequence[int]) -> bool:
-        """Whether a tensor of that shape fits."""
-        return len(shape) == len(self.least) and all(
-            low <= size <= high for low, size, high in zip(self.least, shape, self.largest, strict=True)
-        )
-
-    def __str__(self) -> str:
-        return ",".join("x".join(map(str, shape)) for shape in (self.least, self.tuned, self.largest))
-
-
-Profile = Mapping[str, Range]
-
-
-def describe(profiles: Sequence[Profile]) -> str:
-    """Profiles as the string that `parse_shapes` reads."""
-    return "|".join(";".join(f"{name}:{shapes}" for name, shapes in p.items()) for p in profiles)
-
-
-def parse_shapes(text: str) -> list[dict[str, Range]]:
-    """Read profiles from a string.
-
-    Raises:
-        UsageError: it cannot be read.
-    """
-    profiles = []
-    for part in text.split("|"):
-        profile: dict[str, Range] = {}
-        for entry in filter(None, (entry.strip() for entry in part.split(";"))):
-            # Names may hold colons; shapes do not.
-            name, colon, shapes = entry.rpartition(":")
-            try:
-                found = [tuple(int(size) for size in shape.split("x")) for shape in shapes.split(",")]
-            except ValueError:
-                found = []
-            if not colon or not name or len(found) not in (1, 3):
-                raise UsageError(
-                    f"--shapes cannot be read at {entry!r}: write NAME:MIN,OPT,MAX as in {EXAMPLE}"
-                )
-            if name in profile:
-                raise UsageError(f"--shapes names {name!r} twice in one profile")
-            profile[name] = Range(*(found * 3 if len(found) == 1 else found))
-        if not profile:
-            raise UsageError(f"--shapes has an empty profile: write NAME:MIN,OPT,MAX as in {EXAMPLE}")
-        profiles.append(profile)
-    return profiles
+__all__ = [
+    "Profile",
+    "Range",
+    "check_profiles",
+    "choose_profile",
+    "default_profile",
+    "describe",
+    "parse_shapes",
+]
 
 
 def default_profile(inputs: Sequence[GraphTensor], batch: int) -> dict[str, Range]:
@@ -161,12 +108,6 @@ def add_profiles(builder: Any, config: Any, network: Any, profiles: Sequence[Pro
             native.set_shape(name, shapes.least, shapes.tuned, shapes.largest)
         if not native or config.add_optimization_profile(native) == -1:
             raise InvalidInputError(f"TensorRT refuses profile {number}: {describe([wanted])}")
-
-
-def tuned_batch(profiles: Sequence[Profile]) -> int:
-    """The size of the first axis that the first profile is tuned for; 1 without profiles."""
-    sizes = (shapes.tuned[0] for profile in profiles for shapes in profile.values() if shapes.tuned)
-    return next(sizes, 1)
 
 
 def choose_profile(profiles: Sequence[Profile], shapes: Mapping[str, Sequence[int]]) -> int | None:

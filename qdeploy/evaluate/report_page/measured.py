@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -205,17 +205,12 @@ def _sample(
 ) -> Artifact:
     from qdeploy.sampling.sample import sample
 
-    plan = pictures.plan
+    sampling = pictures.plan.sampling
     return sample(
         source,
         folder / f"pictures-{name}",
-        count=pictures.count,
-        steps=plan.inference_steps,
-        scheduler=plan.scheduler,
-        seed=FIRST_IMAGE,
-        batch=min(plan.batch, pictures.count),
-        prompts=plan.prompts,
-        guidance=plan.guidance,
+        replace(sampling, seed=FIRST_IMAGE, batch=min(sampling.batch, pictures.count)),
+        samples=pictures.count,
         model=model,
         overwrite=True,
     )

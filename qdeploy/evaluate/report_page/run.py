@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qdeploy.evaluate.quality import QualityPlan
 from qdeploy.evaluate.report_page import measured
@@ -14,10 +14,14 @@ from qdeploy.evaluate.report_page.render import render
 from qdeploy.evaluate.report_page.sensitivity import read_sensitivity
 from qdeploy.evaluate.report_page.subjects import find_reference, open_given
 from qdeploy.model.folder import Model
+from qdeploy.model.sampling import CHECKING, Sampling, SamplingOptions, renamed, sampled, with_old_names
 from qdeploy.store.artifact import Artifact
 from qdeploy.store.files import explained_os_errors, write_text
 from qdeploy.system.errors import UsageError
 from qdeploy.system.progress import say
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Result = str | Path | Mapping[str, Any]
 
@@ -57,9 +61,11 @@ class ReportResult:
         return "\n".join([*lines, *(f"not shown: {line}" for line in self.missing)])
 
 
+@sampled(CHECKING)
 def report(
     paths: Sequence[str | Path | Artifact],
     output: str | Path = "report.html",
+    sampling: Sampling | None = None,
     *,
     reference: str | Path | Model | None = None,
     checks: Sequence[Result] = (),
@@ -67,14 +73,10 @@ def report(
     sensitivity: str | Path | None = None,
     pictures: int = 8,
     samples: int = 64,
-    inference_steps: int = 50,
-    scheduler: str | None = "ddim",
-    seed: int = 1,
-    batch: Sequence[int] = (1,),
+    speed_batch: Sequence[int] = (1,),
     rounds: int = 30,
-    prompts: Sequence[str] | None = None,
-    guidance: float | None = None,
     folder: str | Path | None = None,
+    **options: Unpack[SamplingOptions],
 ) -> ReportResult:
     """Write one HTML file that holds everything it shows.
 
@@ -86,20 +88,17 @@ def report(
             another of them was made from is shown with it. Folders that ``sample`` wrote bring the pictures, a
             calibration set brings ranges.
         output: the HTML file.
+        sampling: how images are sampled, in checks and pictures; 50 steps of DDIM by default.
         reference: the full-precision model; by default the one at the path that the artifacts note.
         checks: results of ``check --json``, files or objects.
         benchmark: the result of ``benchmark --json``, a file or an object.
         sensitivity: a folder that ``sensitivity`` wrote.
         pictures: seeds to show images of; 0 for none.
         samples: images to measure quality on.
-        inference_steps: length of trajectories, in checks and pictures.
-        scheduler: a name of `qdeploy.model.schedulers`; the model's own if None.
-        seed: chooses the images of checks.
-        batch: samples per call to measure speed with.
+        speed_batch: samples per call of an engine to measure speed with.
         rounds: interleaved rounds that speed is measured in.
-        prompts: for pipelines that take prompts or class numbers; used in turns.
-        guidance: classifier-free guidance scale.
         folder: where measurements are cached; ``NAME-measured`` next to the file by default.
+        options: fields of `Sampling`, in place of those of ``sampling``.
 
     Raises:
         UsageError: nothing is named that could be compared, missing prompts, or the file cannot be written.
@@ -111,20 +110,19 @@ def report(
         raise UsageError(f"{output} is a folder: name the HTML file to write")
     if pictures < 0:
         raise UsageError(f"the number of pictures must be at least 0, not {pictures}")
-    plan = QualityPlan(
-        samples=samples,
-        inference_steps=inference_steps,
-        scheduler=scheduler,
-        seed=seed,
-        prompts=tuple(prompts) if prompts is not None else None,
-        guidance=guidance,
-    )
+    changes, keep = with_old_names(dict(options), QualityPlan().keep)
+    if isinstance(changes.get("batch"), Sequence):
+        renamed(changes, "batch", "speed_batch")
+        speed_batch = changes.pop("speed_batch")
+    plan = QualityPlan((sampling or CHECKING).changed(changes), samples, keep)
     ranking = None if sensitivity is None else read_sensitivity(sensitivity)
     given = open_given(paths)
     model = find_reference(given, reference)
     work = Path(folder) if folder is not None else output.with_name(f"{output.stem}-measured")
     with explained_os_errors(work):
-        speed = measured.benchmark_of(given, benchmark, model, measured.Turns(tuple(batch), rounds), work)
+        speed = measured.benchmark_of(
+            given, benchmark, model, measured.Turns(tuple(speed_batch), rounds), work
+        )
         content = Content(
             given=given,
             model=model,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from qdeploy.export.graph.shapes import Shape
+from qdeploy.export.input_shapes import hull, parse_shapes
 from qdeploy.system.errors import UsageError
 
 
@@ -20,25 +21,11 @@ def parse_version(text: str, option: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or 0)
 
 
-def parse_shapes(text: str) -> dict[str, tuple[Shape, Shape, Shape]]:
-    """A profile from ``name:min,opt,max;...``, each shape as ``1x4x64x64``; an empty shape is a scalar's.
+def profile_of(text: str) -> dict[str, tuple[Shape, Shape, Shape]]:
+    """The smallest, optimal and largest shapes of inputs, over all profiles of ``--shapes``.
 
     Raises:
         UsageError: the text is no profile.
     """
-    profile = {}
-    for entry in filter(None, text.split(";")):
-        name, colon, sizes = entry.rpartition(":")
-        shapes = sizes.split(",")
-        if not colon or not name.strip() or len(shapes) != 3:
-            raise UsageError(
-                f"--shapes {entry!r}: write name:min,opt,max, such as sample:1x4x64x64,2x4x64x64,8x4x64x64"
-            )
-        try:
-            smallest, optimal, largest = (tuple(int(n) for n in s.split("x") if n.strip()) for s in shapes)
-        except ValueError:
-            raise UsageError(
-                f"--shapes {entry!r}: shapes are numbers with x between, such as 1x4x64x64"
-            ) from None
-        profile[name.strip()] = (smallest, optimal, largest)
-    return profile
+    profile = hull(parse_shapes(text))
+    return {name: (shapes.least, shapes.tuned, shapes.largest) for name, shapes in profile.items()}

@@ -17,7 +17,7 @@ from qdeploy.export.graph import LARGE, label, save
 from qdeploy.export.graph.network import Network
 from qdeploy.export.lint.fixes import fixes
 from qdeploy.export.lint.forecast import forecast
-from qdeploy.export.lint.options import parse_shapes, parse_version
+from qdeploy.export.lint.options import parse_version, profile_of
 from qdeploy.export.lint.rule import SEVERITIES, E, Hit, Rule, rules
 from qdeploy.export.lint.scope import Scope
 from qdeploy.export.lint.waivers import WAIVERS
@@ -134,7 +134,7 @@ def lint(
         target,
         parse_version(tensorrt, "--tensorrt"),
         parse_version(compute_capability, "--compute-capability") if compute_capability else None,
-        parse_shapes(shapes) if shapes else {},
+        profile_of(shapes) if shapes else {},
     )
     path = graph_file(Path(source))
     net = Network(path, scope.optimal)

@@ -11,7 +11,7 @@ import pytest
 
 from qdeploy.export.graph.network import Network
 from qdeploy.export.lint.forecast import forecast
-from qdeploy.export.lint.options import parse_shapes
+from qdeploy.export.lint.options import profile_of
 from qdeploy.export.lint.run import Finding, lint
 from qdeploy.system.errors import InvalidInputError, UsageError
 from qdeploy.system.machine import cpu_features
@@ -184,14 +184,20 @@ def test_the_profile_decides_what_is_thin(tmp_path: Path) -> None:
     assert not found(body, tmp_path, "TRT025", shapes="x:1x32,64x32,64x32")
 
 
-@pytest.mark.parametrize("text", ["x", "x:1x2", "x:1,2,3,4", ":1,2,3", "x:axb,1,1"])
+@pytest.mark.parametrize("text", ["x", "x:", "x:1,2,3,4", ":1,2,3", "x:axb,1,1", "x:1x2|x:1x2x3"])
 def test_profiles_that_are_none(text: str) -> None:
     with pytest.raises(UsageError, match="--shapes"):
-        parse_shapes(text)
+        profile_of(text)
 
 
 def test_scalars_and_names_with_colons_have_profiles() -> None:
-    assert parse_shapes("t:,,;a:b:1,2,3") == {"t": ((), (), ()), "a:b": ((1,), (2,), (3,))}
+    assert profile_of("t:,,;a:b:1,2,3") == {"t": ((), (), ()), "a:b": ((1,), (2,), (3,))}
+
+
+def test_a_graph_is_linted_for_the_shapes_that_build_engine_takes() -> None:
+    """One shape stands for all three, and of several profiles the least and the largest count."""
+    assert profile_of("sample:2x4x8x8") == {"sample": ((2, 4, 8, 8),) * 3}
+    assert profile_of("x:1x8,2x8,4x8|x:2x8,6x8,9x8") == {"x": ((1, 8), (2, 8), (9, 8))}
 
 
 # -- files -------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ Run = Callable[..., Result]
 def bundles(ddpm: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     """The tiny pipeline, whose first block has 8 channels, calibrated for both targets."""
     folder = tmp_path_factory.mktemp("lint")
-    data = collect(ddpm, folder / "set", samples=4, steps=2, inference_steps=4, scheduler="ddim")
+    data = collect(ddpm, folder / "set", samples=4, keep=2, steps=4, scheduler="ddim")
     made = {}
     for target, recipe in (("portable", "w8a8-minmax"), ("tensorrt", "w4a8-minmax")):
         checkpoint = calibrate(
