@@ -25,15 +25,20 @@ def can_smooth(layer: QuantizedLayer) -> bool:
     return int(getattr(layer.inner, "groups", 1)) == 1
 
 
-def smoothing_groups(session: Session, linear: bool) -> list[list[QuantizedLayer]]:
-    """Layers that read one tensor, and so share its factors, together; ``linear``: without convolutions."""
+def input_groups(session: Session) -> list[list[QuantizedLayer]]:
+    """Layers that read one tensor, and so share what is done to it, together."""
     modules = quantized_layers(session.denoiser)
     groups: dict[str, list[QuantizedLayer]] = {}
     for layer in session.layers:
         groups.setdefault(layer.reads, []).append(modules[layer.path])
+    return list(groups.values())
+
+
+def smoothing_groups(session: Session, linear: bool) -> list[list[QuantizedLayer]]:
+    """Those groups of layers that read one tensor which can be smoothed; ``linear``: without convolutions."""
     return [
         group
-        for group in groups.values()
+        for group in input_groups(session)
         if all(can_smooth(layer) and (isinstance(layer.inner, nn.Linear) or not linear) for layer in group)
     ]
 

@@ -28,9 +28,9 @@ from qdeploy.network.current_timestep import attach_clock
 from qdeploy.network.roles import Layer, Structure
 from qdeploy.quant.attention import AttentionQuantizers, quantize_attention
 from qdeploy.quant.insert import set_clock, share_dynamic_group, share_inputs
-from qdeploy.quant.layer import QuantizedLayer, quantized_layers, replace_module
+from qdeploy.quant.layer import OF_LAYERS, QuantizedLayer, quantized_layers, replace_module
 from qdeploy.quant.modes import full_precision
-from qdeploy.quant.state import OF_LAYERS, read_state, write_state
+from qdeploy.quant.state import read_state, write_state
 from qdeploy.recipe.formats import NONE, Format, parse_format, uint8
 from qdeploy.recipe.recipe import Recipe
 from qdeploy.store.artifact import Artifact, open_artifact

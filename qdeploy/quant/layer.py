@@ -14,12 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.network.tracer import WrappedLayer
+from qdeploy.quant.basis import low_rank, rotate
 from qdeploy.quant.dynamic import DynamicQuantizer
 from qdeploy.quant.feature_table import FeatureTable
 from qdeploy.quant.patches import PatchQuantizer, convolve
 from qdeploy.quant.quantizers import ActivationQuantizer, WeightQuantizer
 from qdeploy.recipe.formats import Format
 from qdeploy.system.errors import CapabilityError
+
+# Tensors that stages may give a layer beside its quantizers, by the names of `qdeploy.quant.state`.
+OF_LAYERS = ("smoothing", "tuned", "tuned_bias", "order", "rotation", "branch_down", "branch_up")
 
 
 class QuantizedLayer(WrappedLayer):
@@ -37,6 +41,10 @@ class QuantizedLayer(WrappedLayer):
             multiplied. Without quantization nothing changes (SmoothQuant, Xiao et al. 2023, equation 3).
         tuned: the weight that is quantized in place of the original, if a stage has tuned it.
         tuned_bias: likewise.
+        rotation: [n, n] orthogonal; each block of n channels of the smoothed input and of the weight is multiplied
+            by it.
+        branch_down: [C, rank]; with ``branch_up`` a part of the smoothed weight that is multiplied in float.
+        branch_up: [rank, O].
         order: [C] the input channels in the order in which ``split`` cuts them; None for their own.
         table: what the layer looks up instead of computing, if it is a temporal feature.
         dynamic: what stands for the runtime's own rounding of the input, if nothing is calibrated for it.
@@ -46,6 +54,9 @@ class QuantizedLayer(WrappedLayer):
     tuned: Tensor | None
     tuned_bias: Tensor | None
     order: Tensor | None
+    rotation: Tensor | None
+    branch_down: Tensor | None
+    branch_up: Tensor | None
 
     def __init__(
         self,
@@ -59,7 +70,7 @@ class QuantizedLayer(WrappedLayer):
         self.formats = (weights, activations)
         self.dynamic: DynamicQuantizer | None = None
         self.channels, self.features = self.weight.shape[:2]
-        for name in ("smoothing", "tuned", "tuned_bias", "order"):
+        for name in OF_LAYERS:
             self.register_buffer(name, None)
         self.table: FeatureTable | None = None
         self.quantized = True
@@ -122,11 +133,13 @@ class QuantizedLayer(WrappedLayer):
 
     @property
     def student(self) -> Tensor:
-        """The weight that is quantized: as tuned, and smoothed."""
+        """The weight that is quantized: as tuned, smoothed, without the branch's part of it, and rotated."""
         weight = self.weight if self.tuned is None else self.tuned
-        if self.smoothing is None:
-            return weight
-        return weight * self.smoothing.view(1, -1, *[1] * (weight.ndim - 2))
+        if self.smoothing is not None:
+            weight = weight * self.smoothing.view(1, -1, *[1] * (weight.ndim - 2))
+        if self.branch_down is not None and self.branch_up is not None:
+            weight = weight - (self.branch_down @ self.branch_up).T.view(weight.shape)
+        return weight if self.rotation is None else rotate(weight, self.rotation, 1)
 
     @property
     def bias(self) -> Tensor | None:
@@ -159,10 +172,17 @@ class QuantizedLayer(WrappedLayer):
         """The input quantizers, typed."""
         return cast("list[ActivationQuantizer]", list(self.input_quantizers))
 
+    def smoothed(self, x: Tensor) -> Tensor:
+        """The input, its channels divided by their factors."""
+        if self.smoothing is None:
+            return x
+        return x * per_feature(1 / self.smoothing, x, self.feature_axis)
+
     def input_parts(self, x: Tensor) -> list[Tensor]:
-        """The input, smoothed and cut along its channels as the quantizers see it."""
-        if self.smoothing is not None:
-            x = x * per_feature(1 / self.smoothing, x, self.feature_axis)
+        """The input, smoothed, rotated and cut along its channels as the quantizers see it."""
+        x = self.smoothed(x)
+        if self.rotation is not None:
+            x = rotate(x, self.rotation, self.feature_axis)
         if self.order is not None:
             x = x.index_select(self.feature_axis, self.order)
         return list(x.split(self.split, dim=self.feature_axis)) if self.split else [x]
@@ -189,6 +209,8 @@ class QuantizedLayer(WrappedLayer):
                 if bias is not None:
                     product, bias = product + per_feature(bias, product, self.feature_axis), None
                 outputs.append(product)
+        if self.branch_down is not None and self.branch_up is not None:
+            outputs.append(low_rank(self.smoothed(x), self.branch_down, self.branch_up, self.feature_axis))
         return functools.reduce(torch.add, outputs)
 
     def quantized_weights(self) -> list[Tensor]:

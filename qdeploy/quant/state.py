@@ -2,8 +2,9 @@
 
 Names: ``PATH.weight.PART.{scale,zero_point,codes}`` and ``PATH.input.PART.{scale,zero_point}`` for a layer,
 ``PATH.attention.{query,key,value,probabilities}.{scale,zero_point}`` for an attention module,
-``PATH.feature.{rows,edges,scale,zero_point}`` for a table of temporal features; ``PATH.smoothing`` for a
-layer's, ``PATH.split`` and ``PATH.order`` where a stage has cut its channels, ``PATH.tuned`` and
+``PATH.feature.{rows,edges,scale,zero_point}`` for a table of temporal features; ``PATH.smoothing``,
+``PATH.rotation``, ``PATH.branch_down`` and ``PATH.branch_up`` for what stands in front of a layer's quantizer and
+beside it, ``PATH.split`` and ``PATH.order`` where a stage has cut its channels, ``PATH.tuned`` and
 ``PATH.tuned_bias`` while a tuned weight is not yet baked. PART counts the parts of a split layer from 0.
 Codes of less than 8 bits are packed without gaps. A quantizer with a scale for each group of timesteps has
 ``edges`` too, and one with scales along an axis ``axis``; one of an im2col matrix has ``patches``; softmax
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from qdeploy.network.current_timestep import Clock, clock_of
 from qdeploy.quant.attention import AttentionQuantizers
 from qdeploy.quant.feature_table import FeatureTable
-from qdeploy.quant.layer import QuantizedLayer
+from qdeploy.quant.layer import OF_LAYERS, QuantizedLayer
 from qdeploy.quant.log_attention import LogQuantizer
 from qdeploy.quant.operators import code_type
 from qdeploy.quant.patches import PatchQuantizer
@@ -142,9 +143,6 @@ def write_state(
             quantizer.set(scale, zero_point, edges, None if axis is None else int(axis))
     for path, layer in layers:
         layer.table = _table(state, path, clock_of(denoiser), layer.device)
-
-
-OF_LAYERS = ("smoothing", "tuned", "tuned_bias", "order")
 
 
 def _table(

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 # What stages leave behind for others.
 WEIGHT_SCALES, ROUNDINGS, ACTIVATION_SCALES = "weight scales", "roundings", "activation scales"
-RESULTS = (WEIGHT_SCALES, ROUNDINGS, ACTIVATION_SCALES)
+ROTATIONS, BRANCHES = "rotations", "low-rank branches"
+SCALES = (WEIGHT_SCALES, ROUNDINGS, ACTIVATION_SCALES)
+RESULTS = (*SCALES, ROTATIONS, BRANCHES)
 
 _KINDS: dict[type, str] = {
     bool: "true or false",

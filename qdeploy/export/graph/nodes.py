@@ -45,6 +45,12 @@ def upstream(value: ir.Value | None, through: Iterable[str] = MOVES) -> ir.Node 
     return node
 
 
+def beside_a_layer(value: ir.Value | None) -> bool:
+    """Whether a constant is a rotation or a branch of a layer (`qdeploy.quant.basis`), and not its weight."""
+    name = value.name if value is not None and value.name else ""
+    return name.rpartition(".")[2] in ("rotation", "branch_down", "branch_up")
+
+
 def block_size(node: ir.Node) -> int:
     """Elements that share a scale of a Q or DQ; 0 if it has no blocks."""
     return int(node.attributes.get_int("block_size", 0))

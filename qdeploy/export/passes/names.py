@@ -9,7 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-from qdeploy.export.graph import WEIGHTED_OPS
+from qdeploy.export.graph import WEIGHTED_OPS, beside_a_layer
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _ROOT = "denoiser."
@@ -92,6 +92,8 @@ def _layer(node: ir.Node) -> str | None:
             return None
         weight = before.inputs[0]
     name = tensor_name(weight.name or "") if weight is not None else ""
+    if beside_a_layer(weight):
+        return None
     path, found, _ = name.rpartition(".weight")
     # Exporters merge equal tensors: a weight may have the name of another layer's.
     module = _module(node)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
-from qdeploy.export.graph import WEIGHTED_OPS, constant
+from qdeploy.export.graph import WEIGHTED_OPS, beside_a_layer, constant
 
 LARGEST = 2**20  # bytes of a constant that is compared by its content
 _OTHERS = (
@@ -28,9 +28,9 @@ class SharedComputations(InPlacePass):
     2. Their inputs are the same tensors, or constants of equal type and content; one at least is no constant.
     3. Then the later one's users read the earlier one's outputs.
 
-    It does not fire on weighted nodes, which have the names of their layers; on Q/DQ, which are left to
-    `SharedQuantizers`; on random numbers; on nodes with a graph or a tensor of their own; nor where an output
-    is an output of the graph.
+    It does not fire on weighted nodes, which have the names of their layers, but for products with rotations; on
+    Q/DQ, which are left to `SharedQuantizers`; on random numbers; on nodes with a graph or a tensor of their own;
+    nor where an output is an output of the graph.
     """
 
     def call(self, model: ir.Model) -> PassResult:
@@ -51,7 +51,8 @@ class SharedComputations(InPlacePass):
 
 def _key(node: ir.Node) -> tuple[object, ...] | None:
     """What equal nodes have in common; None for those that stay as they are."""
-    if node.op_type in _OTHERS or any(output.is_graph_output() for output in node.outputs):
+    rotates = node.op_type == "MatMul" and beside_a_layer(node.inputs[1])
+    if (node.op_type in _OTHERS and not rotates) or any(output.is_graph_output() for output in node.outputs):
         return None
     attributes = node.attributes.values()
     if any(attribute.type not in _PLAIN for attribute in attributes):

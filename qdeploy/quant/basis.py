@@ -1,0 +1,50 @@
+"""What stands in front of a layer's quantizer: another basis of its channels, and a branch that is not quantized.
+
+Both leave a layer's function as it is. With an orthogonal R, ``(x R) (W R)^T = x W^T`` (QuaRot, arXiv 2404.00456);
+and with any two factors, ``x W^T = x (W - (D U)^T)^T + (x D) U`` (SVDQuant, arXiv 2411.05007, equation 5). Only what
+is quantized changes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def hadamard(size: int) -> Tensor:
+    """The symmetric orthogonal [size, size] Hadamard matrix (Sylvester's construction).
+
+    Args:
+        size: a power of two.
+    """
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return (matrix / size**0.5).float()
+
+
+def rotate(x: Tensor, rotation: Tensor, axis: int) -> Tensor:
+    """Multiply each block of channels by one matrix.
+
+    Args:
+        x: its channels are whole blocks.
+        rotation: [n, n].
+        axis: the axis that holds the channels: 1, or -1.
+    """
+    if axis != -1:
+        return rotate(x.movedim(axis, -1), rotation, -1).movedim(-1, axis)
+    return (x.unflatten(-1, (-1, len(rotation))) @ rotation).flatten(-2)
+
+
+def low_rank(x: Tensor, down: Tensor, up: Tensor, axis: int) -> Tensor:
+    """The product with ``down @ up``, as two skinny ones.
+
+    Args:
+        x: input of a linear layer, or of a convolution of one pixel.
+        down: [C, rank].
+        up: [rank, O].
+        axis: the axis that holds the channels: 1, or -1.
+    """
+    if axis != -1:
+        return low_rank(x.movedim(axis, -1), down, up, -1).movedim(-1, axis)
+    return x @ down @ up
