@@ -20,7 +20,8 @@ def hadamard(size: int) -> Tensor:
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return (matrix / size**0.5).float()
+    scaled: Tensor = (matrix / size**0.5).float()
+    return scaled
 
 
 def rotate(x: Tensor, rotation: Tensor, axis: int) -> Tensor:
@@ -33,7 +34,8 @@ def rotate(x: Tensor, rotation: Tensor, axis: int) -> Tensor:
     """
     if axis != -1:
         return rotate(x.movedim(axis, -1), rotation, -1).movedim(-1, axis)
-    return (x.unflatten(-1, (-1, len(rotation))) @ rotation).flatten(-2)
+    rotated: Tensor = (x.unflatten(-1, (-1, len(rotation))) @ rotation).flatten(-2)
+    return rotated
 
 
 def low_rank(x: Tensor, down: Tensor, up: Tensor, axis: int) -> Tensor:

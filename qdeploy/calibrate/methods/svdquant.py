@@ -142,7 +142,8 @@ def _smoothed(layer: QuantizedLayer) -> Tensor:
 
 def _energies(layer: QuantizedLayer) -> Tensor:
     """Squared singular values of a layer's smoothed weight, descending."""
-    return torch.linalg.svdvals(_smoothed(layer).double()).square()
+    values: Tensor = torch.linalg.svdvals(_smoothed(layer).double())
+    return values.square()
 
 
 def _share(layer: QuantizedLayer) -> float:
