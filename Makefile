@@ -7,12 +7,17 @@ BIN := $(VENV)/bin
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+# The package alone: what its users install.
+$(VENV)/.installed-package: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.installed-package
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: setup  ## the whole way on the shipped model: engines, a picture, a table
+demo: $(VENV)/.installed-package  ## the whole way on the shipped model: engines, a picture, a table
 	$(BIN)/qdeploy demo --output qdeploy-demo
 
 test: setup  ## the test suite

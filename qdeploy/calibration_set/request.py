@@ -9,6 +9,7 @@ from typing import Any
 
 from qdeploy.calibration_set.recorder import chosen_calls
 from qdeploy.model.folder import INDEX, Model
+from qdeploy.model.requirements import require_libraries
 from qdeploy.model.sampling import LARGEST_SEED, Sampling
 from qdeploy.model.schedulers import make_scheduler
 from qdeploy.system.errors import InvalidInputError, UsageError
@@ -70,6 +71,7 @@ def check_pipeline(model: Model, request: Request) -> None:
             f"{model.path} holds a denoiser alone; collecting needs the whole pipeline's folder, with {INDEX}"
         )
     index = _index(model)
+    require_libraries(index, model.path)
     pipeline = getattr(diffusers, str(index.get("_class_name")), None)
     if pipeline is not None:
         known = inspect.signature(pipeline.__call__).parameters

@@ -9,6 +9,7 @@ from importlib import metadata
 from typing import Any
 
 from qdeploy.engines.registry import Backend, backends
+from qdeploy.model.requirements import advise, is_installed
 from qdeploy.system.errors import CapabilityError, UsageError
 from qdeploy.system.machine import (
     BF16_INSTRUCTIONS,
@@ -147,6 +148,8 @@ def _advice(gpu: dict[str, Any]) -> list[str]:
         advice.append(
             "onnxruntime and onnxruntime-gpu overwrite each other's files: uninstall both, install one of them"
         )
+    if not is_installed("transformers"):
+        advice.append(f"text-to-image pipelines need transformers: {advise('transformers')}")
     if sys.platform != "linux":
         advice.append("qdeploy is tested on Linux only")
     return advice

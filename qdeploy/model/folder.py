@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qdeploy.model.fill import fill
+from qdeploy.model.requirements import require_libraries
 from qdeploy.model.weights import WeightFiles, find_weights, variants_needed
 from qdeploy.model.zoo import find_zoo_model
 from qdeploy.system.errors import InvalidInputError
@@ -160,6 +161,7 @@ class Model:
             raise InvalidInputError(
                 f"{self.path} holds a denoiser alone; sampling needs the whole pipeline's folder, with {INDEX}"
             )
+        require_libraries(read_json(self.path / INDEX), self.path)
         diffusers.utils.logging.disable_progress_bar()
         parts: dict[str, Any] = {self.component: denoiser if denoiser is not None else self.load()}
         if "safety_checker" in read_json(self.path / INDEX):

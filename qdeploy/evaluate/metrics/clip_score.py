@@ -30,7 +30,7 @@ class ClipMeter:
         try:
             from transformers import CLIPModel, CLIPProcessor
         except ImportError as error:
-            raise CapabilityError("the CLIP score needs transformers: pip install 'qdeploy[text]'") from error
+            raise CapabilityError("the CLIP score needs transformers: pip install 'qdeploy[sd]'") from error
         try:
             self._model = CLIPModel.from_pretrained(source).eval()
             self._processor = CLIPProcessor.from_pretrained(source)
