@@ -46,7 +46,7 @@ def annealed_beta(
     return start + (end - start) * (iteration - begin) / (iterations - begin)
 
 
-class AdaRound(nn.Module):
+class SoftRounding(nn.Module):
     """Soft rounding of one weight on a fixed grid.
 
     Args:
@@ -129,7 +129,7 @@ def learn_rounding(
     nearest = problem.judged(p=2)
     learned = []
     for quantizer, part in pairs:
-        rounding = AdaRound(part, quantizer.scale, quantizer.zero_point, quantizer.format)
+        rounding = SoftRounding(part, quantizer.scale, quantizer.zero_point, quantizer.format)
         quantizer.rounding = rounding
         learned.append(rounding)
 

@@ -244,7 +244,7 @@ def test_a_rewrite_is_grouped_quantization_with_the_float_weight(
     labels = labels_of(x, groups)
     spans = relative_spans(x.amin(0), x.amax(0), labels, True)
     layer = QuantizedLayer(inner, None, int8)
-    plan = dgq.Plan(labels, spans / spans.min(), 1.0)
+    plan = dgq.GroupPlan(labels, spans / spans.min(), 1.0)
     (dgq._fold if form == "fold" else dgq._split)([layer], plan)
     calibrated(layer, shaped(x, inner))
     assert len(layer.activation_quantizers) == (groups if form == "split" else 1)
@@ -265,7 +265,9 @@ def test_the_order_of_channels_means_nothing(inner: nn.Module, form: str) -> Non
         labels = labels_of(seen, 3)
         spans = relative_spans(seen.amin(0), seen.amax(0), labels, True)
         layer = QuantizedLayer(module, None, int8)
-        (dgq._fold if form == "fold" else dgq._split)([layer], dgq.Plan(labels, spans / spans.min(), 1.0))
+        (dgq._fold if form == "fold" else dgq._split)(
+            [layer], dgq.GroupPlan(labels, spans / spans.min(), 1.0)
+        )
         outputs.append(calibrated(layer, shaped(seen, inner))(shaped(seen, inner)))
     assert relative(*outputs) < 1e-5
 
@@ -292,7 +294,7 @@ def test_estimated_noise_tells_what_folding_does_to_narrow_weights() -> None:
         )
         before = rounding_noise([module], low, high, square, torch.ones(64), None)
         measured = []
-        for plan in (None, dgq.Plan(labels, spans / spans.min(), 1.0)):
+        for plan in (None, dgq.GroupPlan(labels, spans / spans.min(), 1.0)):
             layer = QuantizedLayer(module.inner, weights, int8)
             if plan:
                 (dgq._fold if form == "fold" else dgq._split)([layer], plan)

@@ -14,7 +14,7 @@ from qdeploy.calibrate.reconstruct import UnitProblem
 from qdeploy.calibrate.rounding import (
     PAPER_LR,
     PAPER_STEPS,
-    AdaRound,
+    SoftRounding,
     annealed_beta,
     inverse_rectified_sigmoid,
     rectified_sigmoid,
@@ -33,17 +33,17 @@ all_formats = pytest.mark.parametrize("number_format", INTEGERS, ids=lambda f: f
 STEPS = EFFORTS["balanced"].rounding  # enough to settle, at the learning rate chosen for so few
 
 
-def random_rounding(number_format: Format, seed: int = 0) -> tuple[Tensor, AdaRound, WeightQuantizer]:
+def random_rounding(number_format: Format, seed: int = 0) -> tuple[Tensor, SoftRounding, WeightQuantizer]:
     """A weight, some of whose entries are clipped, with its rounding and a plain quantizer."""
     shape = (6, 128) if number_format.block else (6, 5, 3, 3)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     scale, zero = minmax_weights(weight, number_format)
     quantizer = WeightQuantizer(number_format, *weight.shape[:2])
     quantizer.set(0.7 * scale, zero)
-    return weight, AdaRound(weight, quantizer.scale, quantizer.zero_point, number_format), quantizer
+    return weight, SoftRounding(weight, quantizer.scale, quantizer.zero_point, number_format), quantizer
 
 
-def unclipped(weight: Tensor, rounding: AdaRound) -> Tensor:
+def unclipped(weight: Tensor, rounding: SoftRounding) -> Tensor:
     codes = rounding.floor + rounding.zero_point
     inside: Tensor = (codes >= rounding.format.qmin) & (codes + 1 <= rounding.format.qmax)
     return inside
@@ -113,16 +113,16 @@ def test_beta_falls_linearly_from_20_to_2_after_the_warm_up() -> None:
 
 
 @pytest.fixture
-def spied(monkeypatch: pytest.MonkeyPatch) -> list[AdaRound]:
+def spied(monkeypatch: pytest.MonkeyPatch) -> list[SoftRounding]:
     """The roundings that the method makes, in the state in which it leaves them."""
-    seen: list[AdaRound] = []
+    seen: list[SoftRounding] = []
 
-    class Spy(AdaRound):
+    class Spy(SoftRounding):
         def __init__(self, *args: object) -> None:
             super().__init__(*args)  # type: ignore[arg-type]
             seen.append(self)
 
-    monkeypatch.setattr(rounding_module, "AdaRound", Spy)
+    monkeypatch.setattr(rounding_module, "SoftRounding", Spy)
     return seen
 
 
@@ -154,7 +154,7 @@ def learn(problem: UnitProblem, layer: QuantizedLayer, steps: int = STEPS) -> fl
     ("number_format", "split"), [(int4, (8, 24)), (uint4, ()), (uint4, (8, 24)), (int8, (8, 24))], ids=str
 )
 def test_roundings_settle_in_every_part_so_that_hardening_changes_nothing(
-    number_format: Format, split: tuple[int, ...], spied: list[AdaRound]
+    number_format: Format, split: tuple[int, ...], spied: list[SoftRounding]
 ) -> None:
     """QD-1: a regulariser that leaves out the second half of a split layer leaves it undecided."""
     problem, layer = correlated_problem(number_format, split)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdeploy.calibrate.rounding import AdaRound
+from qdeploy.calibrate.rounding import SoftRounding
 from qdeploy.model.inputs import denoise
 from qdeploy.model.schedulers import make_scheduler
 from qdeploy.network.current_timestep import attach_clock
@@ -229,7 +229,7 @@ def test_gradients_reach_the_rounding_of_every_layer() -> None:
     layers = quantized(network, structure)
     for layer in layers.values():
         for quantizer, weight in layer.weight_pairs():
-            quantizer.rounding = AdaRound(weight, quantizer.scale, quantizer.zero_point, int4)
+            quantizer.rounding = SoftRounding(weight, quantizer.scale, quantizer.zero_point, int4)
     features = structure.time.together(network, torch.arange(0, 1000, 100))
     torch.stack([value.square().sum() for value in features.values()]).sum().backward()
     for layer in layers.values():

@@ -56,7 +56,7 @@ FORMS = ("auto", "fold", "split")
 
 
 @dataclass(frozen=True)
-class Plan:
+class GroupPlan:
     """What becomes of the layers that read one tensor.
 
     Attributes:
@@ -161,23 +161,23 @@ def _plan(
     form: str,
     check: bool,
     choose: bool,
-) -> Plan:
+) -> GroupPlan:
     weights, activations = modules[0].formats
     low, high = found[f"{CHANNELS}.low"], found[f"{CHANNELS}.high"]
     nothing = torch.zeros_like(low, dtype=torch.int64)
     if reason := _unfit(modules[0], found, choose):
-        return Plan(nothing, torch.ones_like(low), 1.0, reason)
+        return GroupPlan(nothing, torch.ones_like(low), 1.0, reason)
     assert activations is not None
     labels = cluster(low, high, groups, session.generator("groups", session.stage, str(len(low))))
     spans = relative_spans(low, high, labels, activations.symmetric)
     if int(labels.max()) == 0:
-        return Plan(labels, torch.ones_like(low), 1.0, "one group")
+        return GroupPlan(labels, torch.ones_like(low), 1.0, "one group")
     factors = spans / spans.amin()
     before = rounding_noise(modules, low, high, found["square"], torch.ones_like(low), None)
     after = rounding_noise(modules, low, high, found["square"], factors, labels if form == "split" else None)
     ratio = after / before if before else 1.0
     left = "no less noise" if check and weights is not None and ratio > 1 - LEAST_GAIN else ""
-    return Plan(labels, factors, ratio, left)
+    return GroupPlan(labels, factors, ratio, left)
 
 
 def _unfit(module: QuantizedLayer, found: Mapping[str, Tensor], choose: bool) -> str:
@@ -191,12 +191,12 @@ def _unfit(module: QuantizedLayer, found: Mapping[str, Tensor], choose: bool) ->
     return ""
 
 
-def _fold(modules: list[QuantizedLayer], plan: Plan) -> None:
+def _fold(modules: list[QuantizedLayer], plan: GroupPlan) -> None:
     for module in modules:
         module.smoothing = plan.factors.to(module.device)
 
 
-def _split(modules: list[QuantizedLayer], plan: Plan) -> None:
+def _split(modules: list[QuantizedLayer], plan: GroupPlan) -> None:
     order = plan.labels.argsort(stable=True)
     for module in modules:
         module.cut(plan.sizes, order.to(module.device))
@@ -205,7 +205,7 @@ def _split(modules: list[QuantizedLayer], plan: Plan) -> None:
 
 def _channel_report(
     families: list[Family],
-    plans: Mapping[str, Plan],
+    plans: Mapping[str, GroupPlan],
     measured: Mapping[str, Tensor],
     number_format: Format,
     form: str,

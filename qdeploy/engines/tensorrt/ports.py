@@ -10,7 +10,7 @@ from qdeploy.system.errors import CapabilityError
 
 
 @dataclass(frozen=True)
-class Port:
+class EngineTensor:
     """An input or output of an engine."""
 
     name: str
@@ -20,7 +20,7 @@ class Port:
     shape: tuple[int, ...]
 
 
-def read_ports(trt: Any, engine: Any) -> dict[str, Port]:
+def read_ports(trt: Any, engine: Any) -> dict[str, EngineTensor]:
     """Inputs and outputs of an engine by name.
 
     Raises:
@@ -29,7 +29,7 @@ def read_ports(trt: Any, engine: Any) -> dict[str, Port]:
     ports = {}
     for index in range(engine.num_io_tensors):
         name = engine.get_tensor_name(index)
-        ports[name] = Port(
+        ports[name] = EngineTensor(
             name,
             engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT,
             torch_name(engine.get_tensor_dtype(name), name),

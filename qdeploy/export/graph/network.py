@@ -20,7 +20,7 @@ FLOATS = (DataType.FLOAT, DataType.FLOAT16, DataType.BFLOAT16, DataType.DOUBLE)
 
 
 @dataclass(frozen=True)
-class Layer:
+class WeightedNode:
     """A Conv, ConvTranspose, Gemm or MatMul.
 
     Attributes:
@@ -157,17 +157,17 @@ class Network:
         return first if all(q is not None and q.same_grid(first) for q, _ in found) else None
 
     @cached_property
-    def layers(self) -> list[Layer]:
+    def layers(self) -> list[WeightedNode]:
         """All weighted layers and products of activations."""
         return [self._layer(node) for node in self.nodes if node.op_type in WEIGHTED and node.domain == ""]
 
-    def _layer(self, node: ir.Node) -> Layer:
+    def _layer(self, node: ir.Node) -> WeightedNode:
         sources, between = zip(*(self.dequantizer(value) for value in node.inputs[:2]))
         straight = [
             source if all(step.op_type in MOVES for step in steps) else None
             for source, steps in zip(sources, between)
         ]
-        return Layer(node, tuple(straight), between, self.root(node.inputs[1]), self._macs(node))  # type: ignore[arg-type]
+        return WeightedNode(node, tuple(straight), between, self.root(node.inputs[1]), self._macs(node))  # type: ignore[arg-type]
 
     def _macs(self, node: ir.Node) -> int | None:
         x, w, y = (self.shape(value) for value in (*node.inputs[:2], node.outputs[0]))

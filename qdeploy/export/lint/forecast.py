@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qdeploy.export.graph.network import Layer, Network
+from qdeploy.export.graph.network import Network, WeightedNode
 from qdeploy.export.graph.nodes import MOVES, upstream
 from qdeploy.export.graph.quantizer import FP8, INT4, INT8, Quantizer
 
@@ -113,7 +113,7 @@ def forecast(net: Network) -> Forecast:
     )
 
 
-def _kind(net: Network, layer: Layer) -> str:
+def _kind(net: Network, layer: WeightedNode) -> str:
     if layer.low_bit in (INT8, FP8):
         return KINDS[layer.low_bit]
     if layer.sources[1] is not None and layer.sources[1].codes == INT4:
@@ -122,7 +122,7 @@ def _kind(net: Network, layer: Layer) -> str:
     return {ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}.get(kind, "fp32")  # type: ignore[arg-type]
 
 
-def _why_float(net: Network, layer: Layer) -> str:
+def _why_float(net: Network, layer: WeightedNode) -> str:
     for side, what in ((0, "input"), (1, "weight")):
         if layer.between[side] and layer.sources[side] is None:
             names = ", ".join(dict.fromkeys(n.op_type for n in layer.between[side] if n.op_type not in MOVES))

@@ -8,7 +8,7 @@ from math import prod
 
 import onnx_ir as ir
 
-from qdeploy.export.graph.network import Layer, Network
+from qdeploy.export.graph.network import Network, WeightedNode
 from qdeploy.export.graph.nodes import MOVES, stored
 from qdeploy.export.graph.quantizer import FP8, INT8
 from qdeploy.export.lint.rule import Hit, Hits, W, rule
@@ -22,9 +22,9 @@ INT8_HEADS, INT8_TOKENS = (16, 32, 64), 512  # what the fused int8 attention tak
 class Attention:
     """Two products of activations with a Softmax between, and the nodes between the first and the Softmax."""
 
-    scores: Layer
+    scores: WeightedNode
     softmax: ir.Node
-    mix: Layer
+    mix: WeightedNode
     between: tuple[ir.Node, ...]
 
 
@@ -41,7 +41,7 @@ def narrow_convolution(net: Network, scope: Scope) -> Hits:
             yield Hit(layer.node, f"an int8 convolution of weight {weight}: leave it in floats")
 
 
-def _on_graph_input(net: Network, layer: Layer) -> bool:
+def _on_graph_input(net: Network, layer: WeightedNode) -> bool:
     source = layer.sources[0]
     first = source.data.producer() if source else None
     return bool(first and first.inputs[0] is not None and first.inputs[0].is_graph_input())
@@ -65,7 +65,7 @@ def narrow_product(net: Network, scope: Scope) -> Hits:
                 yield Hit(layer.node, f"{what} at the optimal shape: leave it in floats")
 
 
-def product_size(net: Network, layer: Layer) -> tuple[int, int, int] | None:
+def product_size(net: Network, layer: WeightedNode) -> tuple[int, int, int] | None:
     """Rows and columns of a product's result, and the length of its sums; rows over a whole batch."""
     x, y = net.shape(layer.node.inputs[0]), net.shape(layer.node.outputs[0])
     if not x or not y:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qdeploy.export.graph.network import Layer, Network
+from qdeploy.export.graph.network import Network, WeightedNode
 from qdeploy.export.graph.nodes import MOVES, stored
 from qdeploy.export.graph.quantizer import FOUR_BIT, FP8, INT4, INT8, Quantizer, readable, scale_rank
 from qdeploy.export.lint.rule import E, Hit, Hits, W, rule
@@ -169,5 +169,5 @@ def _rank(net: Network, value: ir.Value | None) -> int | None:
     return None if shape is None else len(shape)
 
 
-def _label(layer: Layer) -> str:
+def _label(layer: WeightedNode) -> str:
     return layer.node.name or layer.node.op_type
