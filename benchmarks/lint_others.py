@@ -194,7 +194,7 @@ def main() -> None:
     model = cifar_shaped(output / "model", arguments.channels)
     data = collect(model, output / "set", samples=4, keep=4, steps=4, scheduler="ddim")
     bundle = export(model, output / "float", calibration=data)
-    source = bundle.file(f"{bundle.facts['component']}/model.onnx")
+    source = bundle.graph
     table, results = [], {}
     for name, (package, quantizer) in QUANTIZERS.items():
         if importlib.util.find_spec(package) is None:

@@ -45,8 +45,7 @@ from qdeploy.recipe.resolve import resolve_recipe
 from qdeploy.recipe.stages import methods
 from qdeploy.recipe.targets import find_target
 from qdeploy.sampling.correction import CORRECTIONS
-from qdeploy.store.artifact import Artifact, open_artifact
-from qdeploy.store.correction_table import CORRECTION
+from qdeploy.store.artifact import CORRECTION, Artifact, open_artifact
 from qdeploy.store.files import write_json
 from qdeploy.system.progress import say
 from qdeploy.system.tables import Table
@@ -161,7 +160,7 @@ def calibrated(run: Run, arguments: argparse.Namespace, conditioning: Conditioni
         _, status, used = os.wait4(process.pid, 0)
         if status:
             raise SystemExit(f"{' '.join(command)} failed")
-        seconds = open_artifact(place).manifest["measured"]["seconds"]
+        seconds = open_artifact(place).measured["seconds"]
         worked = round(used.ru_utime + used.ru_stime, 1)
         write_json(
             cost,
@@ -205,7 +204,7 @@ def measure(arguments: argparse.Namespace) -> list[Result]:
             place = Path(f"{checkpoint.path}-engine")
             build = partial(build_engine, bundle, place, backend=BACKEND, threads=1)
             subject = timed(cost, "build", place, build)
-            files = subject.file(str(subject.facts["component"])).iterdir()
+            files = subject.file(str(subject.facts.component)).iterdir()
             size = sum(file.stat().st_size for file in files) / 1e6
             file = arguments.output / "measured" / f"{run.name}-graph.json"
             graph = cached_result(file, [bundle.sha256], partial(graph_parity, bundle))
@@ -214,7 +213,7 @@ def measure(arguments: argparse.Namespace) -> list[Result]:
             return check(subject, trajectories=trajectories(), correction=correction).to_json()
 
         corrections = ["none"]
-        if (checkpoint.path / str(checkpoint.facts["component"]) / CORRECTION).is_file():
+        if (checkpoint.path / str(checkpoint.facts.component) / CORRECTION).is_file():
             corrections += [name for name in arguments.corrections if name != "none"]
         for correction in corrections:
             suffix = "" if correction == "none" else f", correction {correction}"

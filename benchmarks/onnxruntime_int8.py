@@ -85,7 +85,7 @@ def contenders(shape: str, output: Path) -> tuple[dict[str, Path], Artifact]:
 
 
 def _graph(bundle: Artifact) -> Path:
-    return bundle.file(f"{bundle.facts['component']}/model.onnx")
+    return bundle.graph
 
 
 def quantized_by_onnxruntime(graph: Path, data: Artifact, target: Path, operators: list[str] | None) -> Path:

@@ -31,7 +31,7 @@ from qdeploy.engines.measure import single_rows
 from qdeploy.model.inputs import denoise
 from qdeploy.quant.checkpoint import load_checkpoint
 from qdeploy.quant.quantizers import ActivationQuantizer
-from qdeploy.store.artifact import Artifact, open_artifact
+from qdeploy.store.artifact import Artifact, Bundle, Checkpoint, open_artifact
 from qdeploy.store.probe import read_probe
 from qdeploy.system.decibels import decibels, powers, sqnr_db
 from qdeploy.system.tables import Table
@@ -41,7 +41,7 @@ HEADER = ("quantizer", "of", "floats apart, dB", "codes that differ", "by chance
 
 def equal_scales(checkpoint: Artifact, graph: onnx.ModelProto) -> tuple[int, int]:
     """How many scales of the graph are in the checkpoint bit for bit, and how many there are."""
-    component = checkpoint.facts["component"]
+    component = checkpoint.facts.component
     stored = load_file(checkpoint.file(f"{component}/quantized.safetensors"))
     scales = {t.name: onnx.numpy_helper.to_array(t) for t in graph.graph.initializer}
     used = {n.input[1] for n in graph.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")}
@@ -147,10 +147,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="how many rows of the probe; all by default")
     parser.add_argument("--json", type=Path, help="where to write everything, layer by layer")
     arguments = parser.parse_args()
-    checkpoint = open_artifact(arguments.checkpoint, "checkpoint")
-    bundle = open_artifact(arguments.onnx, "onnx")
+    checkpoint = open_artifact(arguments.checkpoint, Checkpoint)
+    bundle = open_artifact(arguments.onnx, Bundle)
     denoiser = load_checkpoint(checkpoint).requires_grad_(False)
-    graph = Graph(bundle.file(f"{bundle.facts['component']}/model.onnx"), denoiser)
+    graph = Graph(bundle.graph, denoiser)
     output = graph.proto.graph.output[0].name
     counts, rows = Counts(), single_rows(read_probe(bundle.path)[0])[: arguments.rows]
     for row in rows:

@@ -88,7 +88,7 @@ def engines(shape: str, output: Path, threads: int) -> list[tuple[str, str, Arti
 
 def time_nodes(bundle: Artifact, paths: tuple[str, ...]) -> tuple[int, int]:
     """All nodes of a graph, and the products of the time MLP and the embedding projections among them."""
-    file = bundle.path / str(bundle.facts["component"]) / "model.onnx"
+    file = bundle.path / str(bundle.facts.component) / "model.onnx"
     nodes = onnx.load(file, load_external_data=False).graph.node
     products = [node for node in nodes if node.op_type in ("Gemm", "MatMul", "Conv")]
     return len(nodes), sum(any(n.name == p or n.name.startswith(f"{p}/") for p in paths) for n in products)
@@ -109,7 +109,7 @@ def worst_difference(
 
     sessions = [
         onnxruntime.InferenceSession(
-            str(bundle.path / str(bundle.facts["component"]) / "model.onnx"),
+            str(bundle.path / str(bundle.facts.component) / "model.onnx"),
             providers=["CPUExecutionProvider"],
         )
         for bundle in (before, after)
@@ -155,7 +155,7 @@ def main() -> None:
     cells, records = [], []
     for name, rival, bundle, engine in rows:
         total, named = time_nodes(bundle, layers)
-        size = sum(f.stat().st_size for f in engine.file(str(engine.facts["component"])).iterdir()) / 1e6
+        size = sum(f.stat().st_size for f in engine.file(str(engine.facts.component)).iterdir()) / 1e6
         ms = median(t for turn in turns[name] for t in turn)
         pairs = zip(turns[name], turns.get(rival, []), strict=False)
         speed = median(median(theirs) / median(own) for own, theirs in pairs) if rival else None

@@ -31,7 +31,7 @@ from qdeploy.calibration_set.importers import import_qdiffusion
 from qdeploy.evaluate.parity import open_subject, rounding_floors
 from qdeploy.export.run import export
 from qdeploy.model.inputs import example_inputs
-from qdeploy.store.artifact import Artifact, open_artifact
+from qdeploy.store.artifact import Artifact, Bundle, open_artifact
 from qdeploy.store.files import write_json, write_text
 from qdeploy.store.probe import read_probe
 from qdeploy.system.decibels import distance
@@ -143,14 +143,14 @@ def measure(shape: str, name: str, kind: str, output: Path) -> dict[str, Any]:
     shutil.rmtree(place, ignore_errors=True)  # an interrupted run may have left it
     made, peak, seconds = alone(bundle, source, place, "fp32" if kind == "table" else "none")
     found, _, _ = alone(parity, made)
-    artifact = open_artifact(made, "onnx")
-    component = made / str(artifact.facts["component"])
+    artifact = open_artifact(made, Bundle)
+    component = made / str(artifact.facts.component)
     weights = sum(tensor.stat().st_size for tensor in model_weights(shape, output))
     return {
         "shape": shape,
         "format": name,
         "kind": kind,
-        "lint": artifact.facts["lint"],
+        "lint": artifact.facts.lint and artifact.facts.lint.to_json(),
         "parity": found,
         "bytes": sum(file.stat().st_size for file in component.glob("model.onnx*")),
         "external": (component / "model.onnx_data").exists(),

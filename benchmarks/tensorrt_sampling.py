@@ -20,7 +20,7 @@ from typing import Any
 
 import click
 
-from qdeploy.store.artifact import Artifact, open_artifact
+from qdeploy.store.artifact import Artifact, Bundle, open_artifact
 from qdeploy.system.errors import QDeployError
 
 PRECISION = "f16"
@@ -124,7 +124,7 @@ def run(model: Path, onnx: Path, output: Path, options: dict[str, Any]) -> dict[
 
     batches = options["batch"]
     pipeline_of = open_model(model)
-    sources = {"fp16": baseline_bundle(pipeline_of), "int8": open_artifact(onnx, "onnx")}
+    sources = {"fp16": baseline_bundle(pipeline_of), "int8": open_artifact(onnx, Bundle)}
     built = {name: build(source, output, name, batches, options["level"]) for name, source in sources.items()}
     rows = steps(built, batches, options["rounds"], options["seconds"])
     prompts = read_prompts(options["prompts"]) if options["prompts"] else None
@@ -145,7 +145,7 @@ def run(model: Path, onnx: Path, output: Path, options: dict[str, Any]) -> dict[
         "precision": PRECISION,
         "steps": rows,
         "pipelines": images,
-        "plans_mb": {name: engine.manifest["measured"]["size_mb"] for name, engine in built.items()},
+        "plans_mb": {name: engine.measured["size_mb"] for name, engine in built.items()},
     }
     write_json(output / "results.json", result)
     return result

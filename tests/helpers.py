@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,9 +25,19 @@ from qdeploy.recipe import effort as efforts
 from qdeploy.recipe.effort import Effort
 from qdeploy.recipe.formats import Format
 from qdeploy.recipe.resolve import resolve_recipe
-from qdeploy.store.artifact import Artifact
+from qdeploy.store.artifact import Artifact, Bundle, CalibrationFolder, Checkpoint, EngineFolder
 from qdeploy.store.builder import Draft
+from qdeploy.store.facts import (
+    BundleFacts,
+    CalibrationSetFacts,
+    CheckpointFacts,
+    EngineFacts,
+    Facts,
+    InputFacts,
+)
+from qdeploy.store.manifest import IDENTITY, MANIFEST
 from qdeploy.system import machine
+from qdeploy.system.hashing import sha256_file, sha256_of
 from tests.models.networks import tiny_unet as tiny_unet
 
 TINY = Effort("tiny", rows=26, batch=12, rounding=8, scales=4, tuning=4)
@@ -145,7 +156,7 @@ def calibrating(
         layers = quantize_structure(denoiser, structure, resolved)
         denoiser.eval().requires_grad_(False)
         made_from = {"model": "1" * 64, "calibration": data.sha256}
-        draft = Draft(output, "checkpoint", made_from, resolved.to_json(), resolved.seed)
+        draft = Draft(output, Checkpoint, made_from, resolved.to_json(), resolved.seed)
         with draft:
             yield Session(denoiser, structure, layers, data, resolved, draft, max_memory=max_memory)
     finally:
@@ -186,26 +197,65 @@ def minmax_layer(
 # -- artifacts ---------------------------------------------------------------------------------------------
 
 REQUEST: dict[str, Any] = {
-    "kind": "checkpoint",
+    "kind": Checkpoint,
     "made_from": {"model": "a" * 64},
     "recipe": {"method": "minmax", "seed": 3},
     "seed": 3,
 }
 
 
-def small_draft(output: Path, **changes: Any) -> Draft:
+def some_facts(kind: type[Artifact] = Checkpoint, **changes: Any) -> Facts:
+    """Facts of an artifact of that kind, with some of them changed."""
+    denoiser = {
+        "component": "unet",
+        "class_name": "UNet2DModel",
+        "model_sha256": "0" * 64,
+        "precision": "W8A8",
+        "weights": "int8",
+        "activations": "int8",
+        "target": "portable",
+    }
+    if kind is Checkpoint:
+        return CheckpointFacts(**{**denoiser, "simulated": [], "layers": 4, **changes})
+    if kind is Bundle:
+        return BundleFacts(**{**denoiser, "simulated": [], **changes})
+    if kind is EngineFolder:
+        built = {"backend": "openvino", "backend_version": "1", "engine_precision": "f32"}
+        return EngineFacts(**{**denoiser, **built, "batch": 1, "threads": None, **changes})
+    if kind is CalibrationFolder:
+        rows: dict[str, Any] = {"rows": 1, "images": 1, "steps": 1, "inference_steps": 1, "timesteps": [0]}
+        inputs = [InputFacts(name="sample", dtype="float32", shape=[1], shared=False)]
+        unknown = dict.fromkeys(("pairs", "scheduler", "guidance"))
+        return CalibrationSetFacts(**{"sample": "sample", "inputs": inputs, **rows, **unknown, **changes})
+    raise NotImplementedError(kind)
+
+
+def small_draft(output: Path, **changes: Any) -> Draft[Any]:
     """A request, with some of it changed."""
     return Draft(output, **{**REQUEST, **changes})
 
 
 def small_artifact(output: Path, content: float = 1.0, **changes: Any) -> Artifact:
     """A small artifact, with a file in a folder and one beside it."""
-    facts = changes.pop("facts", {"layers": 4})
+    facts = changes.pop("facts", None) or some_facts(changes.get("kind", Checkpoint))
     measured, notes = changes.pop("measured", None), changes.pop("notes", None)
     with small_draft(output, **changes) as work:
         work.tensors("part/weights.safetensors", lambda: {"x": torch.full((3,), content)})
         work.json("config.json", {"size": 8})
         return work.finish(facts, measured, notes)
+
+
+def reseal(folder: Path, change: Callable[[dict[str, Any]], object] = lambda manifest: None) -> None:
+    """Change a manifest, and recompute its hashes and those of the files that it lists: anybody can."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"] = {
+        name: sha256_file(folder / name) if (folder / name).is_file() else digest
+        for name, digest in manifest["files"].items()
+    }
+    change(manifest)
+    manifest["sha256"] = sha256_of({key: manifest.get(key) for key in IDENTITY})
+    manifest["integrity"] = sha256_of({key: item for key, item in manifest.items() if key != "integrity"})
+    (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
 def files_in(folder: Path) -> dict[str, bytes]:

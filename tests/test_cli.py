@@ -18,7 +18,8 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qdeploy.store.artifact import MANIFEST, open_artifact, read_manifest
+from qdeploy.store.artifact import open_artifact
+from qdeploy.store.manifest import MANIFEST, read_manifest
 from qdeploy.system.errors import InvalidInputError
 from qdeploy.system.hashing import sha256_of
 from tests.models import stable_diffusion_folder
@@ -163,7 +164,7 @@ def test_a_set_of_another_model_is_refused(qdeploy: Run, artifacts: Path, tmp_pa
 def test_one_flipped_byte_anywhere_is_found(
     qdeploy: Run, ddpm: Path, artifacts: Path, tmp_path: Path, kind: str
 ) -> None:
-    names = [*read_manifest(artifacts / kind)["files"], MANIFEST]
+    names = [*read_manifest(artifacts / kind).files, MANIFEST]
     for name in names:
         copy = tmp_path / f"{kind}-{names.index(name)}"
         shutil.copytree(artifacts / kind, copy)

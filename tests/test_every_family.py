@@ -51,7 +51,7 @@ def test_from_the_pipeline_to_an_engine_and_back(
     made = {"recipe": "w8a8-minmax", "weights": weights, "effort": "fast", "calibration": data}
     checkpoint = calibrate(model, tmp_path / "w8a8", **made)
     assert isinstance(checkpoint, Artifact)
-    assert checkpoint.facts["layers"] > 10
+    assert checkpoint.facts.layers > 10
     bundle = export(checkpoint, tmp_path / "onnx", components=False)
     engine = build_engine(bundle, tmp_path / "engine", backend="openvino", threads=1)
     told = check(engine, onnx=bundle, checkpoint=checkpoint)
@@ -59,7 +59,7 @@ def test_from_the_pipeline_to_an_engine_and_back(
     assert told.parity["sqnr_db"] >= 45
     assert told.parity["pairs"]["fake-quant vs onnx"]["sqnr_db"] >= 45
     assert told.quality["sqnr_db"]["median"] >= 20
-    measured = engine.manifest["measured"]
+    measured = engine.measured
     assert measured["int8_mac_share_of_meant"] == 1
     # Of Flux attention is most, in float: 512 tokens of text beside a tiny image.
     assert measured["int8_mac_share"] > (0.14 if family == "FluxTransformer2DModel" else 0.15)

@@ -16,7 +16,7 @@ from qdeploy.model.folder import Model
 from qdeploy.network.roles import find_structure
 from qdeploy.quant.insert import left_in_float, quantize_structure
 from qdeploy.recipe.recipe import Recipe
-from qdeploy.store.artifact import Artifact
+from qdeploy.store.artifact import Artifact, CalibrationFolder
 from qdeploy.store.builder import Draft
 from qdeploy.store.correction_table import prediction_type
 from qdeploy.store.paths import cache_folder
@@ -54,7 +54,7 @@ def calibration_for(source: Model, given: Any, seed: int, device: str) -> Path:
     say("no calibration set was given: collecting a default one")
     name = f"{source.sha256[:16]}-seed{seed}"
     collected = collect(source.path, cache_folder() / "calibration" / name, seed=seed, device=device)
-    assert isinstance(collected, Artifact)
+    assert isinstance(collected, CalibrationFolder)
     return collected.path
 
 
@@ -62,7 +62,7 @@ def open_session(
     source: Model,
     data: CalibrationSet | ExampleRows,
     recipe: Recipe,
-    draft: Draft,
+    draft: Draft[Any],
     device: str,
     max_memory: int,
 ) -> Session:

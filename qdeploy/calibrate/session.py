@@ -18,9 +18,9 @@ from qdeploy.network.roles import Layer, Structure
 from qdeploy.quant.layer import QuantizedLayer, quantized_layers
 from qdeploy.quant.modes import full_precision, weights_only
 from qdeploy.quant.state import code_shapes, read_state, write_state
-from qdeploy.quant.time_ranges import RANGES
 from qdeploy.recipe.effort import Effort, find_effort
 from qdeploy.recipe.recipe import Recipe
+from qdeploy.store.artifact import RANGES
 from qdeploy.store.builder import Draft
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Session:
     layers: list[Layer]
     data: CalibrationSet | ExampleRows
     recipe: Recipe
-    draft: Draft
+    draft: Draft[Any]
     device: str = "cpu"
     max_memory: int = 4 * 2**30
     report: dict[str, Any] = field(default_factory=dict)

@@ -22,15 +22,16 @@ from torch import Tensor, nn
 from qdeploy.calibration_set.layer_ranges import LayerRanges
 from qdeploy.calibration_set.recorder import Recorded, Recorder
 from qdeploy.calibration_set.request import Request, check_pipeline, pipeline_sha256
-from qdeploy.calibration_set.shards import describe, open_shards, shard_name
+from qdeploy.calibration_set.shards import describe, open_shards, shard_files, shard_name
 from qdeploy.model.folder import Model, open_model
 from qdeploy.model.inputs import sample_name
 from qdeploy.model.pipeline import sample_images
 from qdeploy.model.sampling import COLLECTING, Sampling, SamplingOptions, sampled, with_old_names
 from qdeploy.model.schedulers import make_scheduler
-from qdeploy.quant.time_ranges import RANGES, merge_ranges, read_ranges
-from qdeploy.store.artifact import Artifact
+from qdeploy.quant.time_ranges import merge_ranges, read_ranges
+from qdeploy.store.artifact import RANGES, Artifact, CalibrationFolder
 from qdeploy.store.builder import Draft
+from qdeploy.store.manifest import RANGES_PICTURE, Notes
 from qdeploy.system.estimate import Estimate, readable_size, readable_time
 from qdeploy.system.progress import say, track
 
@@ -80,7 +81,7 @@ def collect(
     overwrite: bool = False,
     dry_run: bool = False,
     **options: Unpack[SamplingOptions],
-) -> Artifact | Estimate:
+) -> CalibrationFolder | Estimate:
     """Record the inputs of a model's denoiser along its sampling trajectory.
 
     An interrupted collection is taken up by the next call with the same arguments, and ends in the same set.
@@ -109,7 +110,7 @@ def collect(
     request = Request(replace(chosen, batch=min(chosen.batch, max(1, samples))), keep, samples, device)
     check_pipeline(model, request)
     made_from = {"model": model.sha256, "pipeline": pipeline_sha256(model)}
-    draft = Draft(Path(output), "calibration-set", made_from, None, chosen.seed, request.to_json(), overwrite)
+    draft = Draft(Path(output), CalibrationFolder, made_from, None, chosen.seed, request.to_json(), overwrite)
     if not dry_run and (done := draft.finished()):
         _draw(done)
         return done
@@ -122,13 +123,14 @@ def collect(
         return work.estimate_only()
     with draft:
         work.run(draft)
-        facts = describe(open_shards(draft.content), sample_name(denoiser))
-        facts |= {
-            "scheduler": type(pipeline.scheduler).__name__,
-            "inference_steps": chosen.steps,
-            "guidance": _default(pipeline, "guidance_scale") if chosen.guidance is None else chosen.guidance,
-        }
-        made = draft.finish(facts, notes={"source": model.source})
+        facts = describe(
+            open_shards(draft.output, shard_files(draft.content)),
+            sample_name(denoiser),
+            scheduler=type(pipeline.scheduler).__name__,
+            inference_steps=chosen.steps,
+            guidance=_default(pipeline, "guidance_scale") if chosen.guidance is None else chosen.guidance,
+        )
+        made = draft.finish(facts, notes=Notes(source=model.source))
     _draw(made)
     return made
 
@@ -148,7 +150,7 @@ class _Work:
         assert self.estimate is not None
         return self.estimate
 
-    def run(self, draft: Draft) -> None:
+    def run(self, draft: Draft[CalibrationFolder]) -> None:
         """Write the shards that are not there yet, then the ranges over all of them."""
         batches = self.request.batches()
         missing = [number for number in range(len(batches)) if not draft.has(shard_name(number))]
@@ -164,7 +166,7 @@ class _Work:
         ]
         draft.tensors(RANGES, lambda: merge_ranges(ranges))
 
-    def _shard(self, draft: Draft, number: int, images: range) -> dict[str, Tensor]:
+    def _shard(self, draft: Draft[CalibrationFolder], number: int, images: range) -> dict[str, Tensor]:
         """One shard. Its ranges are in the journal before it is written, so they are there where it is."""
         shard, ranges = self._record(images)
         draft.step(_ranges_name(number), lambda: ranges)
@@ -228,14 +230,14 @@ def _ranges_name(number: int) -> str:
     return f"ranges-{number:05d}"
 
 
-def _draw(made: Artifact) -> None:
+def _draw(made: CalibrationFolder) -> None:
     """The set's ranges as a picture in its folder.
 
     The picture is no part of the artifact: its bytes depend on the version of matplotlib and on fonts.
     """
-    from qdeploy.plots.pictures import RANGES_PICTURE, range_heat_map
+    from qdeploy.plots.pictures import range_heat_map
 
-    picture, ranges = made.file(RANGES_PICTURE), read_ranges(made.path)
+    picture, ranges = made.path / RANGES_PICTURE, read_ranges(made)
     if ranges is None or picture.exists():
         return
     try:

@@ -11,14 +11,15 @@ import inspect
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from qdeploy.calibration_set.shards import Shard, open_shards
 from qdeploy.model.inputs import denoise, sample_name
-from qdeploy.store.artifact import Artifact, open_artifact
+from qdeploy.store.artifact import CalibrationFolder, open_artifact
+from qdeploy.store.facts import CalibrationSetFacts
 from qdeploy.system.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -35,9 +36,9 @@ class CalibrationSet:
         sample: name of the input that holds the noisy sample.
     """
 
-    def __init__(self, artifact: Artifact, shards: Sequence[Shard]) -> None:
+    def __init__(self, artifact: CalibrationFolder, shards: Sequence[Shard]) -> None:
         self.artifact = artifact
-        self.sample = str(artifact.facts.get("sample"))
+        self.sample = artifact.facts.sample
         self._shards = list(shards)
         self._layout = shards[0].layout()
         self._starts = torch.tensor([0, *(shard.rows for shard in shards)]).cumsum(0)
@@ -57,8 +58,8 @@ class CalibrationSet:
                 f"{path} is a file, not a calibration set: if it is a .pt file in Q-Diffusion's layout, "
                 "import it with `qdeploy collect MODEL --from-qdiffusion FILE`"
             )
-        artifact = open_artifact(path, "calibration-set")
-        return cls(artifact, open_shards(path))
+        artifact = open_artifact(path, CalibrationFolder)
+        return cls(artifact, open_shards(path, artifact.shards))
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -69,7 +70,7 @@ class CalibrationSet:
         return self.artifact.sha256
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> CalibrationSetFacts:
         """What the set says of itself: inputs, rows, images, timesteps, scheduler, guidance, ..."""
         return self.artifact.facts
 
@@ -144,7 +145,7 @@ class CalibrationSet:
         Raises:
             InvalidInputError: the set was made from another model, or the network cannot take its rows.
         """
-        path, made_from = self.artifact.path, self.artifact.manifest["made_from"].get("model")
+        path, made_from = self.artifact.path, self.artifact.made_from.get("model")
         if made_from != model.sha256:
             raise InvalidInputError(
                 f"the calibration set {path} was made from another model than {model.path}: "

@@ -24,10 +24,18 @@ from torch import Tensor
 
 from qdeploy.calibration_set.batch import Batch
 from qdeploy.calibration_set.recorder import chosen_calls
-from qdeploy.calibration_set.shards import TIMESTEP_DTYPES, describe, finite, open_shards, shard_name
+from qdeploy.calibration_set.shards import (
+    TIMESTEP_DTYPES,
+    describe,
+    finite,
+    open_shards,
+    shard_files,
+    shard_name,
+)
 from qdeploy.model.folder import Model, open_model
-from qdeploy.store.artifact import Artifact
+from qdeploy.store.artifact import CalibrationFolder
 from qdeploy.store.builder import Draft
+from qdeploy.store.manifest import Notes
 from qdeploy.system.errors import InvalidInputError, UsageError
 from qdeploy.system.hashing import sha256_file
 from qdeploy.system.progress import track
@@ -46,7 +54,7 @@ def import_qdiffusion(
     samples: int = 256,
     seed: int = 0,
     overwrite: bool = False,
-) -> Artifact:
+) -> CalibrationFolder:
     """Turn a file in Q-Diffusion's layout into a calibration set.
 
     With ``cs`` and ``ucs`` every (x, t) makes two rows, a conditional and an unconditional one; with ``cs``
@@ -73,7 +81,7 @@ def import_qdiffusion(
     calls = chosen_calls(len(source.ts), keep)
     made_from = {"model": model.sha256, "file": sha256_file(path)}
     options = {"layout": "qdiffusion", "steps": keep, "samples": samples}
-    draft = Draft(Path(output), "calibration-set", made_from, None, seed, options, overwrite)
+    draft = Draft(Path(output), CalibrationFolder, made_from, None, seed, options, overwrite)
     if done := draft.finished():
         return done
     source.check(calls, samples)
@@ -83,10 +91,16 @@ def import_qdiffusion(
             images = range(start, min(start + IMAGES_PER_SHARD, samples))
             if not draft.has(shard_name(number)):
                 draft.tensors(shard_name(number), partial(source.pack, calls, images, fields))
-        facts = describe(open_shards(draft.content), fields["xs"])
-        facts |= {"scheduler": None, "inference_steps": len(source.ts), "guidance": None}
-        notes = {"source": model.source, "file": str(path.absolute())}
-        return draft.finish({**facts, "layout": "qdiffusion"}, notes=notes)
+        facts = describe(
+            open_shards(draft.output, shard_files(draft.content)),
+            fields["xs"],
+            scheduler=None,
+            inference_steps=len(source.ts),
+            guidance=None,
+            layout="qdiffusion",
+        )
+        notes = Notes(source=model.source, file=str(path.absolute()))
+        return draft.finish(facts, notes=notes)
 
 
 @dataclass(frozen=True)

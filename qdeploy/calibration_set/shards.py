@@ -22,12 +22,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qdeploy.store.facts import CalibrationSetFacts, InputFacts
 from qdeploy.system.errors import InvalidInputError
 
 TIMESTEP_DTYPES = (torch.int64, torch.int32, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -137,13 +138,17 @@ class Shard:
                 raise InvalidInputError(f"{self.path} contradicts itself: 'condition_row' points nowhere")
 
 
-def open_shards(folder: Path) -> list[Shard]:
-    """The shards in a folder, each checked, all with the same inputs.
+def open_shards(folder: Path, files: Sequence[Path]) -> list[Shard]:
+    """The shards of a calibration set, each checked, all with the same inputs.
+
+    Args:
+        folder: the set, for messages.
+        files: its shards.
 
     Raises:
         InvalidInputError: there are none, one is broken, or they do not fit together.
     """
-    shards = [Shard(path) for path in sorted(folder.glob("rows-*.safetensors"))]
+    shards = [Shard(path) for path in files]
     if not sum(shard.rows for shard in shards):
         raise InvalidInputError(f"the calibration set {folder} is empty")
     for shard in shards:
@@ -156,20 +161,37 @@ def open_shards(folder: Path) -> list[Shard]:
     return shards
 
 
-def describe(shards: Sequence[Shard], sample: str) -> dict[str, Any]:
-    """The facts that follow from the shards alone."""
+def shard_files(folder: Path) -> list[Path]:
+    """The shards of a set that is being made, in order."""
+    return sorted(folder.glob("rows-*.safetensors"))
+
+
+def describe(
+    shards: Sequence[Shard],
+    sample: str,
+    *,
+    scheduler: str | None,
+    inference_steps: int,
+    guidance: float | None,
+    layout: str | None = None,
+) -> CalibrationSetFacts:
+    """The facts of a set: those that follow from its shards, and how they were sampled."""
     timesteps, images, calls = (
         sorted({number for shard in shards for number in shard.tensor(name).tolist()})
         for name in ("input.timestep", "image", "call")
     )
     rows = sum(shard.rows for shard in shards)
-    pairs = "undecided" if rows > len(images) * len(calls) else None
-    return {
-        "sample": sample,
-        "inputs": list(shards[0].layout().values()),
-        "rows": rows,
-        "images": len(images),
-        "steps": len(calls),
-        "timesteps": timesteps,
-        "pairs": "known" if "conditional" in shards[0] else pairs,
-    }
+    pairs: Literal["known", "undecided"] | None = "undecided" if rows > len(images) * len(calls) else None
+    return CalibrationSetFacts(
+        sample=sample,
+        inputs=[InputFacts(**form) for form in shards[0].layout().values()],
+        rows=rows,
+        images=len(images),
+        steps=len(calls),
+        timesteps=timesteps,
+        pairs="known" if "conditional" in shards[0] else pairs,
+        scheduler=scheduler,
+        inference_steps=inference_steps,
+        guidance=guidance,
+        layout=layout,
+    )

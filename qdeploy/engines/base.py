@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
+from qdeploy.store.bounded_json import read_json_object
 from qdeploy.store.timesteps import check_timestep
 from qdeploy.system.errors import InvalidInputError
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qdeploy.engines.drop_in.denoiser import EngineDenoiser
-    from qdeploy.store.artifact import Artifact
+    from qdeploy.engines.spec import EngineSpec
 
 
 UNKNOWN = "unknown"
@@ -68,12 +68,14 @@ class Engine(ABC):
     """A denoiser that a runtime executes.
 
     Args:
-        artifact: the engine's folder.
+        spec: the engine's files, and how they are to be run.
 
     Attributes:
         backend: name of the backend.
         device: the torch device that its inputs have to be on.
+        spec: as given.
         path: the engine's folder.
+        sha256: identity of the engine; empty while it is being built.
         component: ``unet`` or ``transformer``, the denoiser's name in a pipeline.
         precision: what everything that is not int8 is computed in, ``f32`` or ``bf16``.
         config: the denoiser's diffusers configuration.
@@ -84,13 +86,13 @@ class Engine(ABC):
     device: ClassVar[str] = "cpu"
     ports: dict[str, Port]
 
-    def __init__(self, artifact: Artifact) -> None:
-        self.path = artifact.path
-        self.facts = artifact.facts
-        self.sha256 = artifact.sha256
-        self.component = str(self.facts["component"])
-        self.precision = str(self.facts["engine_precision"])
-        self.config: dict[str, Any] = json.loads(artifact.file(f"{self.component}/config.json").read_text())
+    def __init__(self, spec: EngineSpec) -> None:
+        self.spec = spec
+        self.path = spec.folder
+        self.sha256 = spec.sha256
+        self.component = spec.component
+        self.precision = spec.precision
+        self.config = read_json_object(spec.component_folder / "config.json")
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The network's prediction.
@@ -117,7 +119,7 @@ class Engine(ABC):
         t = ready.get("timestep")
         if t is not None:
             for value in set(t.flatten().tolist()):
-                check_timestep(self.facts, value, str(self.path))
+                check_timestep(self.spec.timesteps, self.spec.time_table, value, str(self.path))
         if t is None or t.ndim == 0:
             return self._run(ready)
         groups: dict[float, list[int]] = {}

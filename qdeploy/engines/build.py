@@ -7,13 +7,17 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from qdeploy.engines.base import DYNAMIC, UNKNOWN, Engine
 from qdeploy.engines.int8_share import int8_layers, int8_mac_share
 from qdeploy.engines.measure import latency, read_macs, repeat_rows, row_by_row
 from qdeploy.engines.registry import PRECISIONS, Backend, backends, find_backend
+from qdeploy.engines.spec import EngineSpec
 from qdeploy.model.card import write_card
-from qdeploy.store.artifact import Artifact, open_artifact
+from qdeploy.store.artifact import Artifact, Bundle, Checkpoint, EngineFolder, open_artifact
 from qdeploy.store.builder import Draft
+from qdeploy.store.facts import EngineFacts
 from qdeploy.store.paths import default_output
 from qdeploy.store.probe import read_probe
 from qdeploy.system.decibels import distance, powers
@@ -31,11 +35,6 @@ from qdeploy.system.machine import (
 )
 from qdeploy.system.progress import say
 
-# Facts that an engine takes over from its bundle.
-_CARRIED = (
-    "component", "class", "model_sha256", "precision", "weights", "activations", "target",
-    "timesteps", "timestep_scales", "time_table", "correction", "base_model", "dynamic_group",
-)  # fmt: skip
 # An engine may round differently here and there, and every difference spreads. Two independent roundings are
 # twice the quantization noise apart; beyond twice that, the engine computes something else.
 _NOISE_RATIO = 4.0
@@ -53,7 +52,7 @@ def build_engine(
     min_sqnr: float | None = None,
     overwrite: bool = False,
     **wishes: Any,
-) -> Artifact:
+) -> EngineFolder:
     """Build the engine of an ONNX bundle, and measure it.
 
     Args:
@@ -82,19 +81,19 @@ def build_engine(
     """
     if batch < 1 or (threads is not None and threads < 1):
         raise UsageError(f"batch and threads must be at least 1, not {batch if batch < 1 else threads}")
-    source = open_artifact(bundle, "onnx", "checkpoint")
-    if reasons := source.facts.get("simulated"):
+    source = open_artifact(bundle, Bundle, Checkpoint)
+    if reasons := source.facts.simulated:
         raise CapabilityError(f"{source.path} is a simulation that no engine can run: {'; '.join(reasons)}")
-    if source.kind == "checkpoint":
+    if isinstance(source, Checkpoint):
         raise InvalidInputError(f"{source.path} is a checkpoint: export it first, with `qdeploy export`")
-    chosen = find_backend(backend, (source.facts["weights"], source.facts["activations"]))
+    chosen = find_backend(backend, (source.facts.weights, source.facts.activations))
     _check_goal(chosen, optimize_for, min_sqnr)
     if precision is None:
         precision = "bf16" if optimize_for and "bf16" in chosen.precisions and has_bf16() else "f32"
     check_precision(chosen, precision)
     wishes = {name: value for name, value in wishes.items() if value is not None and value is not False}
     _check_wishes(chosen, wishes)
-    quantized = source.facts.get("activations", "none") not in ("none", DYNAMIC)
+    quantized = source.facts.activations not in ("none", DYNAMIC)
     narrow = quantized and chosen.narrow_sums and int8_sums_saturate()
     options = {
         "backend": chosen.name,
@@ -107,48 +106,54 @@ def build_engine(
         **{name: value for name, value in wishes.items() if not isinstance(value, Path)},
     }
     place = Path(output) if output else default_output(source.path, "engine")
-    made_from = {"onnx": source.sha256, **source.manifest["made_from"]}
-    draft = Draft(place, "engine", made_from, source.recipe, source.manifest["seed"], options, overwrite)
+    made_from = {"onnx": source.sha256, **source.made_from}
+    draft = Draft(place, EngineFolder, made_from, source.recipe, source.seed, options, overwrite)
     if done := draft.finished():
         return done
-    facts = {key: source.facts[key] for key in _CARRIED if key in source.facts} | options
+    facts = EngineFacts(**source.facts.handed_on(), **_known(options))
     if chosen.device == "cpu":
         say(f"this processor: {cpu_model()}, with {', '.join(cpu_features()) or 'features unknown'}")
     if chosen.device == "cpu" and quantized and not has_int8():
         say("this processor has neither VNNI nor AMX: int8 gains less here than on one that has")
     with draft:
         say(f"building a {chosen.name} engine of {source.path.name}")
-        graph = source.file(f"{facts['component']}/model.onnx")
+        graph = source.graph
         searched: dict[str, Any] = {}
         if optimize_for:
             from qdeploy.engines.placement.place import Placer
 
             placement = Placer(chosen, source, draft, facts).search(min_sqnr)
             graph, searched = placement.graph, {"placement": placement.to_json()}
-            facts["quantizers_left_out"] = list(placement.floats)
+            facts = replace(facts, quantizers_left_out=list(placement.floats))
         if quantized and chosen.narrow_sums:
-            facts["int8_sums"] = _sums(graph)
+            facts = replace(facts, int8_sums=_sums(graph))
         _convert(chosen, source, graph, draft, facts, wishes)
-        if "base_model" in facts:  # bundles of earlier versions have no such fact
-            write_card(draft, facts)
+        write_card(draft, facts)
         measured = _measure(chosen, draft, facts) | searched
-        notes = {"source": source.manifest["notes"].get("source")}
-        return draft.finish(facts=facts, measured=measured, notes=notes)
+        return draft.finish(facts, measured, source.manifest.notes)
+
+
+def _known(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a build as facts: those that have no fact of their own go under ``options``."""
+    own = {name: value for name, value in options.items() if name in EngineFacts.__struct_fields__}
+    foreign = {name: value for name, value in options.items() if name not in own}
+    return own | ({"options": foreign} if foreign else {})
 
 
 def load_engine(path: str | Path | Artifact, *, threads: int | None = None) -> Engine:
     """Open an engine that `build_engine` made; its files are verified first.
 
     Args:
-        path: the engine's folder.
+        path: the engine's folder; or the artifact, opened and so verified before.
         threads: number of threads; that of the build if None.
 
     Raises:
         InvalidInputError: it is no engine, or damaged.
         CapabilityError: its runtime is not installed, or this machine cannot run it.
     """
-    artifact = open_artifact(path, "engine")
-    return find_backend(str(artifact.facts["backend"])).load(artifact, threads or artifact.facts["threads"])
+    artifact = path if isinstance(path, EngineFolder) else open_artifact(path, EngineFolder)
+    facts = artifact.facts
+    return find_backend(facts.backend).load(EngineSpec.of(artifact), threads or facts.threads)
 
 
 def check_precision(backend: Backend, precision: str) -> None:
@@ -215,43 +220,42 @@ def _sums(graph: Path) -> int:
 
 def _convert(
     backend: Backend,
-    source: Artifact,
+    source: Bundle,
     graph: Path,
-    draft: Draft,
-    facts: dict[str, Any],
+    draft: Draft[EngineFolder],
+    facts: EngineFacts,
     wishes: dict[str, Any],
 ) -> None:
     """Write the runtime's files, copy what is still needed of the bundle, and store the MACs of all layers."""
     from qdeploy.export.macs import graph_macs, meant_int8
 
-    component = facts["component"]
     if backend.wishes:
-        wishes = wishes | {"precision": facts["engine_precision"], "batch": facts["batch"]}
-    backend.build(graph, draft.content / component, **wishes)
-    for name in source.manifest["files"]:
+        wishes = wishes | {"precision": facts.engine_precision, "batch": facts.batch}
+    backend.build(graph, draft.content / facts.component, **wishes)
+    for name in source.files:
         if not name.endswith((".onnx", ".onnx_data")):
             draft.copy(source.file(name), name)
-    inputs, _, _ = read_probe(source.path)
+    inputs = source.probe().inputs
     shapes = {name: list(x.shape) if name == "timestep" else [1, *x.shape[1:]] for name, x in inputs.items()}
     if "timestep" in shapes:
         shapes["timestep"] = []
     draft.json("macs.json", {"macs": graph_macs(graph, shapes), "meant_int8": sorted(meant_int8(graph))})
 
 
-def _measure(backend: Backend, draft: Draft, facts: dict[str, Any]) -> dict[str, Any]:
+def _measure(backend: Backend, draft: Draft[EngineFolder], facts: EngineFacts) -> dict[str, Any]:
     """Measure the new engine: its latency, its kernels, and its distance from the probe's outputs."""
-    manifest = {"kind": "engine", "facts": facts, "sha256": ""}
+    spec = EngineSpec.described_by(draft.content, facts, facts.engine_precision, int8_sums=facts.int8_sums)
     inputs, reference, simulated = read_probe(draft.content)
     single = repeat_rows(inputs, 1)
     began = time.perf_counter()
-    with backend.load(Artifact(draft.content, manifest), facts["threads"]) as engine:
+    with backend.load(spec, facts.threads) as engine:
         engine(single)
         loaded = time.perf_counter() - began
         macs, meant = read_macs(draft.content)
         kernels = engine.kernels(single)
         shares = int8_mac_share(kernels, macs, meant)
         result = row_by_row(engine, inputs)
-        ms = latency(engine, repeat_rows(inputs, facts["batch"]))
+        ms = latency(engine, repeat_rows(inputs, facts.batch))
     reported = all(kernel.precision != UNKNOWN for kernel in kernels)
     if reported and shares["int8_mac_share_of_meant"] < 0.9:
         left = meant - int8_layers(kernels)
@@ -266,7 +270,7 @@ def _measure(backend: Backend, draft: Draft, facts: dict[str, Any]) -> dict[str,
                 f"warning: this engine is only {parity['pooled_db']} dB from the model that was calibrated, "
                 "further than that is from full precision: choose another backend, and report this"
             )
-    component = draft.content / facts["component"]
+    component = spec.component_folder
     size = sum(file.stat().st_size for file in component.rglob("*") if file.is_file())
     return {
         "ms": ms,

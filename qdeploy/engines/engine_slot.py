@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from qdeploy.engines.base import Engine, Kernel
-from qdeploy.store.artifact import Artifact
+from qdeploy.engines.spec import EngineSpec
+from qdeploy.store.artifact import EngineFolder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,11 +20,11 @@ class EngineSlot:
         load: opens an engine.
     """
 
-    def __init__(self, load: Callable[[Artifact], Engine]) -> None:
+    def __init__(self, load: Callable[[EngineFolder], Engine]) -> None:
         self._load = load
         self._taken: tuple[str, Engine] | None = None
 
-    def take(self, artifact: Artifact) -> Engine:
+    def take(self, artifact: EngineFolder) -> Engine:
         """The engine, loaded; it may be used until another one is opened."""
         if self._taken is None or self._taken[0] != artifact.sha256:
             self.leave()
@@ -45,8 +46,8 @@ class EngineInTurn(Engine):
         slot: shared with the engines that it alternates with.
     """
 
-    def __init__(self, artifact: Artifact, slot: EngineSlot) -> None:
-        super().__init__(artifact)
+    def __init__(self, artifact: EngineFolder, slot: EngineSlot) -> None:
+        super().__init__(EngineSpec.of(artifact))
         self._artifact, self._slot = artifact, slot
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:

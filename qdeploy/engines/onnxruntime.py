@@ -24,7 +24,7 @@ from qdeploy.system.machine import int8_sums_saturate
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qdeploy.store.artifact import Artifact
+    from qdeploy.engines.spec import EngineSpec
 
 MODEL = "model.onnx"
 WEIGHTS = "model.onnx_data"
@@ -48,7 +48,7 @@ class ONNXRuntimeEngine(Engine):
     """A graph on ONNX Runtime's CPU provider.
 
     Args:
-        artifact: the engine's folder.
+        spec: the engine's files, and how they are to be run.
         threads: number of threads; ONNX Runtime's own choice if None.
 
     Raises:
@@ -59,12 +59,12 @@ class ONNXRuntimeEngine(Engine):
     # Execution providers, or names with their options, the preferred one first.
     providers: Sequence[Any] = ("CPUExecutionProvider",)
 
-    def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
-        super().__init__(artifact)
-        self._file = artifact.file(f"{self.component}/{MODEL}")
+    def __init__(self, spec: EngineSpec, threads: int | None = None) -> None:
+        super().__init__(spec)
+        self._file = spec.component_folder / MODEL
         self._threads = threads
         # Merging MatMul with the bias's Add into Gemm would separate it from its Q/DQ, and so from int8.
-        self._disabled = ["MatMulAddFusion"] if self.facts.get("activations") not in (None, "none") else []
+        self._disabled = ["MatMulAddFusion"] if spec.activations != "none" else []
         self._session = self._load(self._session_options())
         self.ports = {
             port.name: Port(_DTYPES[port.type], tuple(d if isinstance(d, int) else None for d in port.shape))
@@ -81,12 +81,12 @@ class ONNXRuntimeEngine(Engine):
         # Signed activations stay signed: rewriting them to unsigned breaks some graphs (1.31).
         options.add_session_config_entry("session.qdqisint8allowed", "1")
         # In front of weights in blocks: 1 for products of floats, 4 for inputs rounded to int8, call by call.
-        level = "4" if self.facts.get("activations") == DYNAMIC else "1"
+        level = "4" if self.spec.activations == DYNAMIC else "1"
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", level)
-        if self.facts.get("target") == "onnxruntime" and int8_sums_saturate():
+        if self.spec.target == "onnxruntime" and int8_sums_saturate():
             # This makes the signed weights behind unsigned activations unsigned too, which is slower and right.
             options.add_session_config_entry("session.x64quantprecision", "1")
-        if self.facts.get("weights") == "fp8":
+        if self.spec.weights == "fp8":
             # Else Q/DQ around a product becomes an integer kernel, which takes no fp8 (1.31).
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         return options

@@ -27,7 +27,7 @@ from qdeploy.system.hashing import sha256_files
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qdeploy.store.artifact import Artifact
+    from qdeploy.engines.spec import EngineSpec
 
 PROVIDER = "TensorrtExecutionProvider"
 PROFILE = "profile.json"
@@ -64,15 +64,15 @@ class ONNXRuntimeTensorRTEngine(plain.ONNXRuntimeEngine):
     """A graph on ONNX Runtime's TensorRT provider, inputs and outputs in the machine's memory.
 
     Args:
-        artifact: the engine's folder.
+        spec: the engine's files, and how they are to be run.
         threads: of what stays on the processor.
     """
 
     backend = "onnxruntime-tensorrt"
 
-    def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
+    def __init__(self, spec: EngineSpec, threads: int | None = None) -> None:
         require()
-        folder = artifact.file(str(artifact.facts["component"]))
+        folder = spec.component_folder
         profile = json.loads((folder / PROFILE).read_text())
         # Plans belong to a machine, and an artifact's folder must not change.
         parts = {name: folder / name for name in (plain.MODEL, plain.WEIGHTS) if (folder / name).is_file()}
@@ -83,7 +83,7 @@ class ONNXRuntimeTensorRTEngine(plain.ONNXRuntimeEngine):
             "CUDAExecutionProvider",
             *self.providers,
         )
-        super().__init__(artifact, threads)
+        super().__init__(spec, threads)
 
     def _kernels(self, inputs: dict[str, Tensor], calls: int) -> list[Kernel]:
         """Nodes of the profile; the part that TensorRT runs is one node without details."""

@@ -22,7 +22,7 @@ from qdeploy.system.progress import say
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qdeploy.store.artifact import Artifact
+    from qdeploy.engines.spec import EngineSpec
 
 # Compiled models that are kept, one per set of input shapes. Each holds its own packed weights.
 KEPT_SHAPES = 4
@@ -58,7 +58,7 @@ class OpenVINOEngine(Engine):
     number of threads may call it at the same time.
 
     Args:
-        artifact: the engine's folder.
+        spec: the engine's files, and how they are to be run.
         threads: number of threads; OpenVINO's own choice if None.
 
     Raises:
@@ -69,13 +69,13 @@ class OpenVINOEngine(Engine):
 
     backend = "openvino"
 
-    def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
+    def __init__(self, spec: EngineSpec, threads: int | None = None) -> None:
         import openvino
 
-        super().__init__(artifact)
+        super().__init__(spec)
         if self.precision == "bf16" and not has_bf16():
             raise CapabilityError(f"{self.path} needs bf16, which this processor lacks: build it with f32")
-        if self.facts.get("int8_sums") == WIDE and int8_sums_saturate():
+        if spec.int8_sums == WIDE and int8_sums_saturate():
             raise CapabilityError(
                 f"{self.path} has 8-bit weights whose sums overflow on this processor, which has no VNNI: "
                 "build it again here, or calibrate with int7 weights"
@@ -86,12 +86,12 @@ class OpenVINOEngine(Engine):
             "INFERENCE_PRECISION_HINT": self.precision,
             # Features of an input that are rounded to int8 with one scale, call by call, in front of weights in
             # blocks. Otherwise the plugin may quantize float activations on its own, which nobody simulated.
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(self.facts.get("dynamic_group", 0)),
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(spec.dynamic_group or 0),
         }
         if threads is not None:
             self._options["INFERENCE_NUM_THREADS"] = threads
         try:
-            self._model = self._core.read_model(artifact.file(f"{self.component}/{MODEL}"))
+            self._model = self._core.read_model(spec.component_folder / MODEL)
         except RuntimeError as error:
             raise InvalidInputError(f"OpenVINO cannot read {self.path}: {why(error)}") from error
         self.ports = {}
@@ -100,9 +100,9 @@ class OpenVINOEngine(Engine):
             shape = tuple(None if dim.is_dynamic else dim.get_length() for dim in dims)
             self.ports[port.any_name] = Port(_DTYPES[port.element_type.get_type_name()], shape)
         # A model whose files have no hashes yet is being built, and measured as it was compiled.
-        hashes = artifact.manifest.get("files", {}).items()
+        hashes = spec.files.items()
         files = {name: digest for name, digest in hashes if name.endswith((".xml", ".bin"))}
-        weights = artifact.path / self.component / MODEL.replace(".xml", ".bin")
+        weights = spec.component_folder / MODEL.replace(".xml", ".bin")
         small = weights.is_file() and weights.stat().st_size <= LARGEST_BYTES
         self._blobs = Blobs(files, f"openvino {openvino.__version__}") if files and small else None
         # One thread at a time compiles; each runs inference requests of its own.

@@ -19,7 +19,7 @@ from qdeploy.system.errors import CapabilityError, UsageError
 
 if TYPE_CHECKING:
     from qdeploy.engines.base import Engine
-    from qdeploy.store.artifact import Artifact
+    from qdeploy.engines.spec import EngineSpec
 
 PRECISIONS = ("f32", "f16", "bf16")
 
@@ -35,7 +35,7 @@ class Backend:
         install: the argument of ``pip install``: the package, or an extra of qdeploy.
         precisions: what it can compute float operations in.
         build: writes the runtime's files for a ``model.onnx`` into a folder.
-        load: the engine of a verified folder, with a number of threads or the runtime's own choice.
+        load: the engine of verified files, with a number of threads or the runtime's own choice.
         rank: ``auto`` takes the available backend of the highest rank; 0 is never taken.
         device: where it computes, as torch calls it.
         wishes: names of further options of its builds; ``build`` takes them, ``precision`` and ``batch`` as
@@ -51,7 +51,7 @@ class Backend:
     package: str
     install: str
     build: Callable[..., None]
-    load: Callable[[Artifact, int | None], Engine]
+    load: Callable[[EngineSpec, int | None], Engine]
     precisions: tuple[str, ...] = ("f32", "bf16")
     rank: int = 0
     device: str = "cpu"

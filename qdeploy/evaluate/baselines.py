@@ -13,7 +13,8 @@ from qdeploy.engines.registry import find_backend
 from qdeploy.export.run import export
 from qdeploy.model.folder import Model
 from qdeploy.model.origin import source_model
-from qdeploy.store.artifact import Artifact
+from qdeploy.store.artifact import Bundle, DenoiserArtifact, EngineFolder
+from qdeploy.store.facts import EngineFacts
 from qdeploy.store.paths import cache_folder
 from qdeploy.system.hashing import sha256_of
 from qdeploy.system.machine import has_bf16
@@ -26,9 +27,9 @@ HALVES = {"cpu": HALF, "cuda": "f16"}
 _ALIKE = ("batch", "shapes", "optimization_level", "workspace")
 
 
-def is_baseline(engine: Artifact) -> bool:
+def is_baseline(engine: DenoiserArtifact) -> bool:
     """Whether an engine is itself a full-precision or 16-bit one: nothing in it is quantized."""
-    return bool(engine.facts.get("weights", "none") == "none")
+    return engine.facts.weights == "none"
 
 
 def baseline_precisions(backend: str) -> list[str]:
@@ -43,7 +44,7 @@ def _folder(model: Model) -> Path:
     return cache_folder() / "reference" / model.sha256[:32]
 
 
-def baseline_bundle(model: Model) -> Artifact:
+def baseline_bundle(model: Model) -> Bundle:
     """A full-precision model as ONNX, exported at its first use and kept in the cache.
 
     Raises:
@@ -54,8 +55,8 @@ def baseline_bundle(model: Model) -> Artifact:
 
 
 def baseline_engine(
-    model: Model, backend: str, precision: str, like: Mapping[str, object] | None = None
-) -> Artifact:
+    model: Model, backend: str, precision: str, like: EngineFacts | None = None
+) -> EngineFolder:
     """The engine of a full-precision model, built at its first use and kept in the cache.
 
     Args:
@@ -71,7 +72,8 @@ def baseline_engine(
     found = find_backend(backend)
     alike: dict[str, Any] = {}
     if found.device != "cpu":
-        alike = {name: like[name] for name in _ALIKE if like and name in like}
+        shared = {name: getattr(like, name) for name in _ALIKE if like is not None}
+        alike = {name: value for name, value in shared.items() if value is not None}
     name = f"{backend}-{found.version().split('-')[0]}-{precision}-{__version__}"
     name += f"-{sha256_of(alike)[:8]}" if alike else ""
     place = _folder(model) / name
@@ -89,30 +91,30 @@ class Entrant:
     """
 
     name: str
-    artifact: Artifact
+    artifact: EngineFolder
     rivals: Mapping[str, str]
 
     @property
     def precision(self) -> str:
         """Its precision, such as ``W8A8``; for a baseline the type that it computes in."""
         facts = self.artifact.facts
-        return str(facts["engine_precision"] if is_baseline(self.artifact) else facts["precision"])
+        return facts.engine_precision if is_baseline(self.artifact) else facts.precision
 
 
-def enter(artifacts: Sequence[Artifact], reference: str | Path | Model | None) -> list[Entrant]:
+def enter(artifacts: Sequence[EngineFolder], reference: str | Path | Model | None) -> list[Entrant]:
     """The engines under unique names, preceded by the baselines of each model and backend."""
     artifacts = list({artifact.path.resolve(): artifact for artifact in artifacts}.values())
     names = _distinct_names(artifacts)
-    groups: dict[tuple[str, str], list[Artifact]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[EngineFolder]] = defaultdict(list)
     for artifact in artifacts:
-        groups[str(artifact.facts.get("model_sha256")), str(artifact.facts["backend"])].append(artifact)
+        groups[artifact.facts.model_sha256, artifact.facts.backend].append(artifact)
     baselines: list[Entrant] = []
     entered: list[Entrant] = []
     for group, members in groups.items():
         backend = group[1]
         rivals: dict[str, str] = {}
         for precision in baseline_precisions(backend):
-            own = [a for a in members if is_baseline(a) and a.facts["engine_precision"] == precision]
+            own = [a for a in members if is_baseline(a) and a.facts.engine_precision == precision]
             if own:
                 rivals[precision] = names[own[0].path]
                 continue
@@ -136,7 +138,7 @@ def _baseline_name(precision: str, model: str, backend: str, groups: Collection[
     return " ".join(parts)
 
 
-def _distinct_names(artifacts: Sequence[Artifact]) -> dict[Path, str]:
+def _distinct_names(artifacts: Sequence[EngineFolder]) -> dict[Path, str]:
     """The folders' names, or their whole paths where two names are equal."""
     names = [artifact.path.resolve().name for artifact in artifacts]
     taken = [*names, FULL, *HALVES.values()]

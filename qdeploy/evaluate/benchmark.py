@@ -18,11 +18,11 @@ from qdeploy.engines.base import Engine
 from qdeploy.engines.engine_slot import EngineInTurn, EngineSlot
 from qdeploy.engines.measure import int8_shares, repeat_rows
 from qdeploy.engines.registry import find_backend
+from qdeploy.engines.spec import EngineSpec
 from qdeploy.engines.timing import quantile, take_turns
 from qdeploy.evaluate.baselines import FULL, HALF, HALVES, Entrant, enter, is_baseline
 from qdeploy.model.folder import Model
-from qdeploy.store.artifact import Artifact, open_artifact
-from qdeploy.store.probe import read_probe
+from qdeploy.store.artifact import Artifact, EngineFolder, open_artifact
 from qdeploy.system.errors import UsageError
 from qdeploy.system.machine import machine
 from qdeploy.system.memory import physical_memory
@@ -154,9 +154,9 @@ def benchmark(
         raise UsageError("name at least one engine, and one batch size")
     if min(*batches, rounds, 1 if threads is None else threads) < 1:
         raise UsageError("batch, rounds and threads must be at least 1")
-    artifacts = [open_artifact(path, "engine") for path in paths]
+    artifacts = [open_artifact(path, EngineFolder) for path in paths]
     if threads is None:
-        built_for = {artifact.facts.get("threads") for artifact in artifacts}
+        built_for = {artifact.facts.threads for artifact in artifacts}
         threads = built_for.pop() if len(built_for) == 1 else None
     entrants = enter(artifacts, reference)
     results: list[dict[str, Any]] = []
@@ -179,16 +179,16 @@ def benchmark(
                     ]
                     ratios[name] = round(median(quotients), 3)
                     spread[name] = [round(quantile(quotients, share), 3) for share in (0.25, 0.75)]
-    devices = {find_backend(str(entrant.artifact.facts["backend"])).device for entrant in entrants}
+    devices = {find_backend(entrant.artifact.facts.backend).device for entrant in entrants}
     conditions = {"machine": machine(max(devices)), "threads": threads, "rounds": rounds}
     return BenchmarkResult(results, ratios, spread, conditions)
 
 
 def _inputs(entrant: Entrant, entrants: Sequence[Entrant]) -> dict[str, Tensor]:
     """The probe to call an engine with: the same for all engines of a model, one of real inputs if possible."""
-    model = entrant.artifact.facts.get("model_sha256")
-    same = [other for other in entrants if other.artifact.facts.get("model_sha256") == model]
-    return read_probe(next((e for e in same if not is_baseline(e.artifact)), entrant).artifact.path)[0]
+    model = entrant.artifact.facts.model_sha256
+    same = [other for other in entrants if other.artifact.facts.model_sha256 == model]
+    return next((e for e in same if not is_baseline(e.artifact)), entrant).artifact.probe().inputs
 
 
 def _engines(entrants: Sequence[Entrant], threads: int | None) -> Iterator[tuple[str, Engine]]:
@@ -203,9 +203,9 @@ def _engines(entrants: Sequence[Entrant], threads: int | None) -> Iterator[tuple
     yield from ((entrant.name, EngineInTurn(entrant.artifact, slot)) for entrant in entrants)
 
 
-def load_timed(artifact: Artifact, threads: int | None) -> Engine:
+def load_timed(artifact: EngineFolder, threads: int | None) -> Engine:
     """Load an engine on the threads that it is timed with."""
-    return find_backend(str(artifact.facts["backend"])).load(artifact, threads)
+    return find_backend(artifact.facts.backend).load(EngineSpec.of(artifact), threads)
 
 
 def _result(
@@ -217,9 +217,9 @@ def _result(
         "name": entrant.name,
         "path": str(entrant.artifact.path),
         "sha256": entrant.artifact.sha256,
-        "backend": facts["backend"],
+        "backend": facts.backend,
         "precision": entrant.precision,
-        "float": facts["engine_precision"],
+        "float": facts.engine_precision,
         "batch": batch,
         "ms": {"median": round(median(times), 4), "p95": round(quantile(times, 0.95), 4)},
         "calls": len(times),
@@ -228,10 +228,9 @@ def _result(
     }
 
 
-def _size_mb(artifact: Artifact) -> float:
+def _size_mb(artifact: EngineFolder) -> float:
     """Size of what the runtime loads, in MB of 10^6 bytes."""
-    folder = artifact.file(str(artifact.facts["component"]))
-    return round(sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) / 1e6, 3)
+    return round(artifact.size(artifact.component) / 1e6, 3)
 
 
 def _ratio_name(name: str, precision: str, batch: int, batches: Sequence[int]) -> str:

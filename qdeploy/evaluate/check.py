@@ -20,8 +20,7 @@ from qdeploy.model.origin import source_model
 from qdeploy.model.sampling import CHECKING, Sampling, SamplingOptions, sampled, with_old_names
 from qdeploy.plots.pictures import picture_folder
 from qdeploy.sampling.correction import check_correction, correct
-from qdeploy.store.artifact import Artifact
-from qdeploy.store.probe import read_probe
+from qdeploy.store.artifact import Artifact, DenoiserArtifact
 from qdeploy.system.decibels import decibels, powers
 from qdeploy.system.errors import InvalidInputError, UsageError
 
@@ -166,7 +165,7 @@ def _metric_context(
 def _quality(
     subject: RunnableArtifact,
     trajectories: Trajectories | None,
-    probe: Artifact,
+    probe: DenoiserArtifact,
     correction: str = "none",
     context: MetricContext | None = None,
 ) -> dict[str, Any]:
@@ -189,9 +188,9 @@ def _quality(
     }
 
 
-def _quality_of_probe(subject: RunnableArtifact, probe: Artifact) -> dict[str, Any]:
+def _quality_of_probe(subject: RunnableArtifact, probe: DenoiserArtifact) -> dict[str, Any]:
     """SQNR on a probe's rows, all that can be measured without the full-precision model."""
-    inputs, reference, _ = read_probe(probe.path)
+    inputs, reference, _ = probe.probe()
     output = subject.predict(inputs)
     sums: dict[float, tuple[float, float]] = {}
     for row, t in enumerate(inputs["timestep"].flatten().tolist()):

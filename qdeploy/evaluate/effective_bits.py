@@ -7,14 +7,14 @@ temporal features multiplies nothing.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from qdeploy.quant.checkpoint import formats_as_described
 from qdeploy.recipe.formats import Format, parse_format
 from qdeploy.recipe.recipe import Recipe
-from qdeploy.store.artifact import Artifact
+from qdeploy.store.artifact import Checkpoint
+from qdeploy.store.bounded_json import read_json_object
 
 FLOAT_BITS = 32
 
@@ -36,21 +36,19 @@ class Operation:
     activations: int
 
 
-def operations(checkpoint: Artifact) -> list[Operation] | None:
+def operations(checkpoint: Checkpoint) -> list[Operation] | None:
     """The multiplications of a checkpoint's denoiser, in execution order, attention products last.
 
     None for a checkpoint of a version that did not store them.
     """
     from safetensors import safe_open
 
-    component = checkpoint.facts.get("component")
-    layers = checkpoint.file(f"{component}/layers.json")
-    described = json.loads(layers.read_text()) if layers.is_file() else {}
+    described = read_json_object(checkpoint.layers)
     if "macs" not in described:
         return None
-    with safe_open(checkpoint.file(f"{component}/quantized.safetensors"), "pt") as stored:
+    with safe_open(checkpoint.quantized, "pt") as stored:
         state = set(stored.keys())
-    recipe = Recipe.from_json(checkpoint.manifest["recipe"])
+    recipe = Recipe.from_json(checkpoint.recipe or {})
     covered = {layer["path"]: layer for layer in described["layers"]}
     found = []
     for path, macs in described["macs"].items():
@@ -74,7 +72,7 @@ def operations(checkpoint: Artifact) -> list[Operation] | None:
     return found
 
 
-def effective_bits(checkpoint: Artifact) -> dict[str, Any] | None:
+def effective_bits(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """Bits of weights and activations, averaged over multiplications, and what is float.
 
     Returns:

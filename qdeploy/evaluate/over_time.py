@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from qdeploy.evaluate.parity import RunnableArtifact, open_subject
-from qdeploy.plots.pictures import ERROR_PICTURE, RANGES_PICTURE, error_by_timestep, range_heat_map
-from qdeploy.quant.time_ranges import RANGES, read_ranges, tensor_names
+from qdeploy.plots.pictures import ERROR_PICTURE, error_by_timestep, range_heat_map
+from qdeploy.quant.time_ranges import read_ranges, tensor_names
 from qdeploy.store.artifact import Artifact
 from qdeploy.store.files import explained_os_errors
+from qdeploy.store.manifest import RANGES_PICTURE
 from qdeploy.system.errors import InvalidInputError
 from qdeploy.system.progress import say
 from qdeploy.system.tables import Table, number
@@ -24,7 +25,7 @@ def open_before(path: str | Path | Artifact, subject: RunnableArtifact) -> Runna
         CapabilityError: its runtime is not installed.
     """
     before = open_subject(path)
-    if before.artifact.facts.get("model_sha256") != subject.artifact.facts.get("model_sha256"):
+    if before.artifact.facts.model_sha256 != subject.artifact.facts.model_sha256:
         raise InvalidInputError(
             f"{before.artifact.path} was made from another model than {subject.artifact.path}: there is no "
             "before and after to compare"
@@ -76,7 +77,7 @@ def draw(
         UsageError: a file cannot be written.
     """
     first = subjects[0].artifact.path
-    found = (_ranges(subject.artifact) for subject in subjects)
+    found = (read_ranges(subject.artifact) for subject in subjects)
     ranges = next((ranges for ranges in found if ranges is not None and tensor_names(ranges)), None)
     summaries = {f"this: {first.name}": quality["sqnr_db"]}
     if before is not None:
@@ -95,9 +96,3 @@ def draw(
             drawn.insert(0, folder / RANGES_PICTURE)
             range_heat_map(ranges, drawn[0])
     return drawn
-
-
-def _ranges(artifact: Artifact) -> dict[str, Any] | None:
-    component = str(artifact.facts["component"])
-    listed = f"{component}/{RANGES}" in artifact.manifest["files"]
-    return read_ranges(artifact.file(component)) if listed else None

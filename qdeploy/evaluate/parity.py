@@ -27,11 +27,11 @@ from qdeploy.engines.base import Engine
 from qdeploy.engines.build import load_engine
 from qdeploy.engines.measure import row_by_row
 from qdeploy.engines.registry import find_backend
+from qdeploy.engines.spec import EngineSpec
 from qdeploy.evaluate.metrics.sqnr import timestep_name
 from qdeploy.model.inputs import denoise
 from qdeploy.quant.checkpoint import checkpoint_model, load_checkpoint
-from qdeploy.store.artifact import Artifact, open_artifact
-from qdeploy.store.probe import read_probe
+from qdeploy.store.artifact import Artifact, Bundle, Checkpoint, DenoiserArtifact, EngineFolder, open_artifact
 from qdeploy.system.decibels import EXACT_DB, SAME_DB, distance, sqnr_by_row
 from qdeploy.system.errors import InvalidInputError
 
@@ -52,7 +52,7 @@ class RunnableArtifact:
         backend: the runtime that computes it.
     """
 
-    artifact: Artifact
+    artifact: DenoiserArtifact
     denoiser: nn.Module
     predict: Callable[[Mapping[str, Tensor]], Tensor]
     sample: str
@@ -71,23 +71,23 @@ def open_subject(path: str | Path | Artifact) -> RunnableArtifact:
         InvalidInputError: it is of another kind, or damaged.
         CapabilityError: its runtime is not installed.
     """
-    artifact = open_artifact(path, *STAGES)
+    artifact = open_artifact(path, Checkpoint, Bundle, EngineFolder)
     # All three hold the denoiser's configuration in the same place.
     sample = list(signature(checkpoint_model(artifact).denoiser_class().forward).parameters)[1]
-    if artifact.kind == "checkpoint":
+    if isinstance(artifact, Checkpoint):
         denoiser = load_checkpoint(artifact)
         return RunnableArtifact(artifact, denoiser, _predictor(denoiser), sample, "torch")
-    engine = _run_bundle(artifact) if artifact.kind == "onnx" else load_engine(artifact)
+    engine = _run_bundle(artifact) if isinstance(artifact, Bundle) else load_engine(artifact)
     denoiser = cast("nn.Module", engine.as_denoiser())
     return RunnableArtifact(
         artifact, denoiser, lambda inputs: row_by_row(engine, inputs), sample, engine.backend
     )
 
 
-def _run_bundle(bundle: Artifact) -> Engine:
+def _run_bundle(bundle: Bundle) -> Engine:
     """A bundle, run by ONNX Runtime in place."""
-    facts = bundle.facts | {"backend": "onnxruntime", "engine_precision": "f32"}
-    return find_backend("onnxruntime").load(Artifact(bundle.path, {**bundle.manifest, "facts": facts}), None)
+    spec = EngineSpec.described_by(bundle.path, bundle.facts, "f32", files=bundle.files, sha256=bundle.sha256)
+    return find_backend("onnxruntime").load(spec, None)
 
 
 def _predictor(denoiser: nn.Module) -> Callable[[Mapping[str, Tensor]], Tensor]:
@@ -114,7 +114,7 @@ def measure_parity(subject: RunnableArtifact, others: Sequence[RunnableArtifact]
     Raises:
         InvalidInputError: a subject cannot take the probe, or computes NaN or Inf.
     """
-    inputs, reference, simulated = read_probe(subject.artifact.path)
+    inputs, reference, simulated = subject.artifact.probe()
     expected = reference if simulated is None else simulated
     output = _finite(subject, subject.predict(inputs))
     floors = rounding_floors(subject, inputs, output)
@@ -174,8 +174,8 @@ def _check_same_way(subject: RunnableArtifact, other: RunnableArtifact) -> None:
         raise InvalidInputError(
             f"{one.path} and {two.path} are both of kind {one.kind!r}: there is no pair to compare"
         )
-    linked = one.manifest["made_from"].get(two.kind) == two.sha256
-    if not linked and two.manifest["made_from"].get(one.kind) != one.sha256:
+    linked = one.made_from.get(two.kind) == two.sha256
+    if not linked and two.made_from.get(one.kind) != one.sha256:
         raise InvalidInputError(
             f"{one.path} was not made from {two.path}: name the one that it was made from"
         )

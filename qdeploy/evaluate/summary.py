@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qdeploy.evaluate.baselines import FULL, HALF
-from qdeploy.store.artifact import Artifact
+from qdeploy.store.artifact import EngineFolder
 from qdeploy.system.tables import Cell, Table, amount, number, percentage
 
 
@@ -59,7 +59,7 @@ class DemoResult:
 
 
 def engine_table(
-    engines: Mapping[str, Artifact],
+    engines: Mapping[str, EngineFolder],
     titles: Mapping[str, str],
     checks: Mapping[str, Mapping[str, Any]],
     speed: Mapping[str, Any],

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qdeploy.quant.time_ranges import read_ranges, tensor_names
 from qdeploy.recipe.formats import Format, parse_format
-from qdeploy.store.artifact import Artifact
+from qdeploy.store.artifact import Checkpoint
 from qdeploy.system.decibels import decibels
 
 
@@ -41,7 +41,7 @@ def gain_db(bank: Mapping[str, Tensor], timesteps: Tensor, number_format: Format
     return decibels(float(one), float(several))
 
 
-def timestep_gain(checkpoint: Artifact) -> dict[str, Any] | None:
+def timestep_gain(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The gain of every quantized tensor of a checkpoint.
 
     Returns:
@@ -50,14 +50,13 @@ def timestep_gain(checkpoint: Artifact) -> dict[str, Any] | None:
     """
     from safetensors import safe_open
 
-    folder = checkpoint.file(str(checkpoint.facts["component"]))
-    ranges = read_ranges(folder) if checkpoint.facts.get("timestep_scales") else None
-    number_format = parse_format(str(checkpoint.facts["activations"]))
+    ranges = read_ranges(checkpoint) if checkpoint.facts.timestep_scales else None
+    number_format = parse_format(checkpoint.facts.activations)
     if ranges is None or number_format is None:
         return None
     gains: dict[str, float] = {}
     groups = 1
-    with safe_open(str(folder / "quantized.safetensors"), framework="pt") as stored:
+    with safe_open(str(checkpoint.quantized), framework="pt") as stored:
         names = set(stored.keys())
         for name in tensor_names(ranges):
             if f"{name}.edges" in names:

@@ -19,6 +19,7 @@ from qdeploy.export.graph import save
 from qdeploy.export.lower import lower
 from qdeploy.export.trace import export_program
 from qdeploy.model.weights import DIFFUSERS, TRANSFORMERS, find_weights
+from qdeploy.store.artifact import Bundle
 from qdeploy.store.builder import Draft
 from qdeploy.system.errors import InvalidInputError
 
@@ -50,7 +51,7 @@ def has_components(path: Path) -> bool:
     return index.is_file() and any((path / name).is_dir() for name in ("vae", "text_encoder"))
 
 
-def write_components(draft: Draft, path: Path) -> None:
+def write_components(draft: Draft[Bundle], path: Path) -> None:
     """Export text encoders and autoencoder of the pipeline in ``path``, and copy its tokenizers.
 
     Raises:

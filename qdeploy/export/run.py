@@ -7,6 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from msgspec.structs import replace
 from torch import Tensor, nn
 
 from qdeploy.export.components import has_components, write_components
@@ -15,16 +16,17 @@ from qdeploy.export.lint.run import lint
 from qdeploy.export.lower import PASSES, lower
 from qdeploy.export.time_table import TimeTable, needs_table, plan_table, tabulate
 from qdeploy.model.card import write_card
-from qdeploy.model.folder import Model, open_if_there, open_model
+from qdeploy.model.folder import Model, open_model
+from qdeploy.model.origin import find_source_model
 from qdeploy.quant.checkpoint import checkpoint_model, copy_pipeline_files, load_checkpoint, write_probe
 from qdeploy.quant.layer import quantized_layers
 from qdeploy.quant.modes import freeze
-from qdeploy.quant.time_ranges import RANGES
 from qdeploy.recipe.recipe import Recipe
 from qdeploy.recipe.targets import TARGETS, find_target
-from qdeploy.store.artifact import Artifact, is_artifact, open_artifact
+from qdeploy.store.artifact import Artifact, Bundle, Checkpoint, is_artifact, open_artifact
 from qdeploy.store.builder import Draft
-from qdeploy.store.correction_table import CORRECTION
+from qdeploy.store.facts import BundleFacts, LintFacts, PortFacts
+from qdeploy.store.manifest import Notes
 from qdeploy.store.paths import default_output
 from qdeploy.store.probe import PROBE
 from qdeploy.system.errors import CapabilityError, UsageError
@@ -42,7 +44,7 @@ def export(
     time_table: str | None = None,
     table_rows: str = "all",
     overwrite: bool = False,
-) -> Artifact:
+) -> Bundle:
     """Write a denoiser as ONNX, in the folder layout that diffusers' ONNX pipelines open.
 
     Args:
@@ -64,8 +66,8 @@ def export(
     """
     path = source.path if isinstance(source, Artifact) else Path(source)
     if is_artifact(path):
-        checkpoint = open_artifact(path, "checkpoint")
-        default = "fp32" if checkpoint.facts.get("temporal") else "none"
+        checkpoint = open_artifact(path, Checkpoint)
+        default = "fp32" if checkpoint.facts.temporal else "none"
         table = _plan_table(checkpoint_model(checkpoint), time_table or default, table_rows)
         return _export_checkpoint(checkpoint, output, target, components, table, overwrite)
     model = open_model(path if path.exists() else str(source))
@@ -82,20 +84,20 @@ def _plan_table(model: Model, storage: str, rows: str) -> TimeTable | None:
 
 
 def _export_checkpoint(
-    checkpoint: Artifact,
+    checkpoint: Checkpoint,
     output: str | Path | None,
     target: str | None,
     components: bool,
     table: TimeTable | None,
     overwrite: bool,
-) -> Artifact:
+) -> Bundle:
     facts = checkpoint.facts
-    if facts["simulated"]:
+    if facts.simulated:
         raise CapabilityError(
-            f"{checkpoint.path} is a simulation and cannot be exported: {'; '.join(facts['simulated'])}"
+            f"{checkpoint.path} is a simulation and cannot be exported: {'; '.join(facts.simulated)}"
         )
-    dialect = _dialect(target or facts["target"])
-    used = Recipe.from_json(checkpoint.manifest["recipe"]).combinations
+    dialect = _dialect(target or facts.target)
+    used = Recipe.from_json(checkpoint.recipe or {}).combinations
     for part, names in zip(("weights", "activations"), zip(*used, strict=True), strict=True):
         foreign = [name for name in names if name not in getattr(TARGETS[dialect], part)]
         if foreign:
@@ -107,10 +109,10 @@ def _export_checkpoint(
     rest = _rest_of_pipeline(checkpoint, components)
     draft = Draft(
         place,
-        "onnx",
-        {"checkpoint": checkpoint.sha256, **checkpoint.manifest["made_from"]},
+        Bundle,
+        {"checkpoint": checkpoint.sha256, **checkpoint.made_from},
         checkpoint.recipe,
-        checkpoint.manifest["seed"],
+        checkpoint.seed,
         {"target": dialect, "components": rest is not None, **_asked(table)},
         overwrite,
     )
@@ -119,21 +121,13 @@ def _export_checkpoint(
     with draft:
         denoiser = load_checkpoint(checkpoint)
         draft.copy(checkpoint.file(PROBE), PROBE)
-        ranges = f"{facts['component']}/{RANGES}"
-        if ranges in checkpoint.manifest["files"]:
-            draft.copy(checkpoint.file(ranges), ranges)
-        kept = ("component", "class", "model_sha256", "precision", "weights", "activations", "simulated")
-        described = {key: facts[key] for key in kept} | {"target": dialect}
-        described |= {
-            key: facts[key]
-            for key in ("timesteps", "timestep_scales", "correction", "base_model")
-            if key in facts
-        }
-        described |= _dynamic_group(denoiser)
-        if "correction" in facts:
-            name = f"{facts['component']}/{CORRECTION}"
-            draft.copy(checkpoint.file(name), name)
-        notes = {"source": checkpoint.manifest["notes"].get("source")}
+        for file in (checkpoint.ranges, checkpoint.correction):
+            if file is not None:
+                draft.copy(file, f"{facts.component}/{file.name}")
+        described = BundleFacts(
+            **facts.handed_on(target=dialect, dynamic_group=_dynamic_group(denoiser)), simulated=[]
+        )
+        notes = checkpoint.manifest.notes
         return _write(draft, denoiser, checkpoint_model(checkpoint), rest, table, described, notes)
 
 
@@ -145,63 +139,66 @@ def _export_model(
     components: bool,
     table: TimeTable | None,
     overwrite: bool,
-) -> Artifact:
+) -> Bundle:
     dialect = _dialect(target or "portable")
     place = Path(output) if output else default_output(model.path, "onnx")
     rest = model.path if components and has_components(model.path) else None
     options = {"target": dialect, "components": rest is not None, **_asked(table)}
-    draft = Draft(place, "onnx", {"model": model.sha256}, None, None, options, overwrite)
+    draft = Draft(place, Bundle, {"model": model.sha256}, None, None, options, overwrite)
     if done := draft.finished():
         return done
     with draft:
         denoiser = model.load()
         write_probe(draft, denoiser, _probe_inputs(model, denoiser, calibration))
-        described = {
-            "component": model.name,
-            "class": model.class_name,
-            "model_sha256": model.sha256,
-            "precision": "fp32",
-            "weights": "none",
-            "activations": "none",
-            "simulated": [],
-            "target": dialect,
-        }
-        return _write(draft, denoiser, model, rest, table, described, {"source": model.source})
+        described = BundleFacts(
+            component=model.name,
+            class_name=model.class_name,
+            model_sha256=model.sha256,
+            precision="fp32",
+            weights="none",
+            activations="none",
+            simulated=[],
+            target=dialect,
+        )
+        notes = Notes(source=model.source)
+        return _write(draft, denoiser, model, rest, table, described, notes)
 
 
-def _dynamic_group(denoiser: nn.Module) -> dict[str, int]:
+def _dynamic_group(denoiser: nn.Module) -> int | None:
     """How many features the runtime shall round with one scale, if it rounds them by itself."""
     found = [
         layer.dynamic.group for layer in quantized_layers(denoiser).values() if layer.dynamic is not None
     ]
-    return {"dynamic_group": min(found)} if found else {}
+    return min(found, default=None)
 
 
 def _asked(table: TimeTable | None) -> dict[str, Any]:
     return {} if table is None else {"time_table": table.storage, "table_rows": table.schedule}
 
 
-def _rest_of_pipeline(checkpoint: Artifact, components: bool) -> Path | None:
+def _rest_of_pipeline(checkpoint: Checkpoint, components: bool) -> Path | None:
     """The folder of the pipeline that a checkpoint was made from, if the rest of it is to be exported."""
-    source = checkpoint.manifest["notes"].get("source")
-    if not components or source is None:
+    if not components or checkpoint.source is None:
         return None
-    model = open_if_there(source)
+    model = find_source_model(checkpoint)
     if model is None:
-        say(f"the model {source} is gone: only its denoiser is exported")
+        say(
+            f"the model that {checkpoint.path} was made from is not at {checkpoint.source} any more: only its "
+            "denoiser is exported"
+        )
         return None
     return model.path if has_components(model.path) else None
 
 
 def _write(
-    draft: Draft,
+    draft: Draft[Bundle],
     denoiser: nn.Module,
     model: Model,
     rest: Path | None,
     table: TimeTable | None,
-    facts: dict[str, Any],
-    notes: dict[str, Any],
-) -> Artifact:
+    facts: BundleFacts,
+    notes: Notes,
+) -> Bundle:
     from safetensors.torch import load_file
 
     from qdeploy.export.trace import trace
@@ -211,7 +208,7 @@ def _write(
     inputs = {name.removeprefix("input."): rows for name, rows in probe.items() if name.startswith("input.")}
     if table is not None:
         size = tabulate(denoiser, inputs, table)
-        facts["time_table"] = table.facts(size)
+        facts = replace(facts, time_table=table.facts(size))
         say(f"temporal features of {len(table.timesteps)} timesteps as a table of {readable_size(size)}")
     elif needs_table(denoiser):
         raise UsageError(
@@ -219,28 +216,28 @@ def _write(
             "hold: choose --time-table fp32, fp16 or int8"
         )
     freeze(denoiser)
-    graph = lower(trace(denoiser, inputs), facts["target"])
+    graph = lower(trace(denoiser, inputs), facts.target)
     _describe(graph, draft, facts)
-    facts["inputs"] = [
-        {"name": value.name, "dtype": str(value.dtype), "shape": [str(axis) for axis in value.shape or ()]}
+    ports = [
+        PortFacts(
+            name=str(value.name), dtype=str(value.dtype), shape=[str(axis) for axis in value.shape or ()]
+        )
         for value in graph.graph.inputs
     ]
     file = draft.content / model.name / "model.onnx"
     save(graph, file)
     del graph
-    if facts["target"] == "tensorrt":
-        facts["lint"] = _lint(file)
+    facts = replace(facts, inputs=ports, lint=_lint(file) if facts.target == "tensorrt" else None)
     draft.json(f"{model.name}/config.json", model.config)
     copy_pipeline_files(draft, model.path)
     if rest is not None:
         say("tracing the rest of the pipeline")
         write_components(draft, rest)
-    if "base_model" in facts:
-        write_card(draft, facts)
+    write_card(draft, facts)
     return draft.finish(facts=facts, notes=notes)
 
 
-def _lint(file: Path) -> dict[str, Any]:
+def _lint(file: Path) -> LintFacts:
     """The findings of the lint rules of the target's engines, for the bundle's facts."""
     report = lint(file)
     if found := report.counts["E"] + report.counts["W"]:
@@ -250,14 +247,14 @@ def _lint(file: Path) -> dict[str, Any]:
     return report.summary()
 
 
-def _describe(graph: ir.Model, draft: Draft, facts: dict[str, Any]) -> None:
+def _describe(graph: ir.Model, draft: Draft[Bundle], facts: BundleFacts) -> None:
     """Write the provenance into the graph itself, so that it survives without the folder."""
     from qdeploy.version import __version__
 
     graph.producer_name, graph.producer_version = "qdeploy", __version__
     graph.metadata_props["qdeploy.version"] = __version__
-    graph.metadata_props["qdeploy.precision"] = facts["precision"]
-    graph.metadata_props["qdeploy.target"] = facts["target"]
+    graph.metadata_props["qdeploy.precision"] = facts.precision
+    graph.metadata_props["qdeploy.target"] = facts.target
     if draft.recipe is not None:
         graph.metadata_props["qdeploy.method"] = str(draft.recipe["method"])
         graph.metadata_props["qdeploy.seed"] = str(draft.seed)

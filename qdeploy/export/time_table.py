@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from qdeploy.network.current_timestep import attach_clock, midpoints
 from qdeploy.network.roles import find_structure
 from qdeploy.quant.feature_table import STORAGES, FeatureTable
 from qdeploy.quant.layer import QuantizedLayer, quantized_layers, replace_module
+from qdeploy.store.facts import TimeTableFacts
 from qdeploy.system.errors import UsageError
 
 
@@ -36,10 +36,10 @@ class TimeTable:
     timesteps: Tensor
     schedule: str | None
 
-    def facts(self, size: int) -> dict[str, Any]:
+    def facts(self, size: int) -> TimeTableFacts:
         """The facts of a bundle about its table; ``size`` in bytes."""
         rows = None if self.schedule is None else self.timesteps.tolist()
-        return {"storage": self.storage, "schedule": self.schedule, "rows": rows, "bytes": size}
+        return TimeTableFacts(storage=self.storage, schedule=self.schedule, rows=rows, bytes=size)
 
 
 def plan_table(model: Model, storage: str, rows: str = "all") -> TimeTable:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,13 +15,13 @@ from qdeploy.mixed.assignment import Assignment, AssignmentProblem
 from qdeploy.mixed.budget import MACS, SIZE, Limit, in_words
 from qdeploy.mixed.costs import Costs, costs_of, stored_bytes
 from qdeploy.mixed.ranking import LayerHarm
-from qdeploy.mixed.sensitivity import SENSITIVITY
 from qdeploy.model.folder import Model
 from qdeploy.network.roles import find_structure
 from qdeploy.quant.insert import quantize_structure
 from qdeploy.recipe.formats import NONE
 from qdeploy.recipe.recipe import Recipe
-from qdeploy.store.artifact import Artifact, open_artifact
+from qdeploy.store.artifact import Artifact, Checkpoint, Sensitivity, open_artifact
+from qdeploy.store.bounded_json import read_json_object
 from qdeploy.store.builder import Draft
 from qdeploy.store.files import write_text
 from qdeploy.store.paths import cache_folder
@@ -72,7 +71,7 @@ class BudgetPlan:
         rows += [("chosen", *_cells(self.chosen))]
         return Table(["weights", "MB", "G bit-operations", "predicted SQNR, dB"], rows).text()
 
-    def write(self, draft: Draft, component: str) -> None:
+    def write(self, draft: Draft[Checkpoint], component: str) -> None:
         """Add ``budget.json``, with the size that was reached, and ``recipe.yaml`` to a finished checkpoint."""
         size = stored_bytes(draft.content / component)
         draft.json(BUDGET, {**self.to_json(), "stored_size": size})
@@ -86,7 +85,7 @@ class BudgetPlan:
 
 
 def plan(
-    recipe: Recipe, sensitivity: Artifact, model: Model, costs: Costs, limits: Mapping[str, Limit]
+    recipe: Recipe, sensitivity: Sensitivity, model: Model, costs: Costs, limits: Mapping[str, Limit]
 ) -> BudgetPlan:
     """The formats of least harm within budgets.
 
@@ -140,22 +139,22 @@ def plan_for(
         name = sha256_of([model.sha256, data.sha256, base.to_json()])[:32]
         place = cache_folder() / "sensitivity" / name
         made = measure(model.path, place, recipe=base, calibration=data.artifact, device=device)
-        assert isinstance(made, Artifact)
+        assert isinstance(made, Sensitivity)
         sensitivity = made
     denoiser = model.load()
     structure = find_structure(denoiser, data.inputs([0]))
     quantize_structure(denoiser, structure, base)
-    found = open_artifact(sensitivity, "sensitivity")
+    found = open_artifact(sensitivity, Sensitivity)
     return plan(recipe, found, model, costs_of(denoiser, structure), limits)
 
 
 def _read(
-    sensitivity: Artifact, model: Model, recipe: Recipe, paths: list[str]
+    sensitivity: Sensitivity, model: Model, recipe: Recipe, paths: list[str]
 ) -> tuple[list[LayerHarm], list[str]]:
     where = sensitivity.path
-    if sensitivity.facts["model_sha256"] != model.sha256:
+    if sensitivity.facts.model_sha256 != model.sha256:
         raise InvalidInputError(f"{where} holds sensitivities of another model than {model.path}")
-    report = json.loads(sensitivity.file(SENSITIVITY).read_text())
+    report = read_json_object(sensitivity.report)
     found = {value["path"]: LayerHarm.from_json(value) for value in report["layers"]}
     if lacking := [path for path in paths if path not in found]:
         raise InvalidInputError(
@@ -165,7 +164,7 @@ def _read(
     known = {name for layer in layers for name in layer.best["activations"]}
     if recipe.activations != NONE and recipe.activations not in known:
         raise InvalidInputError(f"{where} has no entry for {recipe.activations} activations: measure them")
-    if "checkpoint" in sensitivity.manifest["made_from"]:
+    if "checkpoint" in sensitivity.made_from:
         raise InvalidInputError(
             f"{where} was measured on a checkpoint in its own formats: measure the model's"
         )

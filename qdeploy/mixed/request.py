@@ -12,7 +12,7 @@ from qdeploy.recipe.formats import NONE, parse_format
 from qdeploy.recipe.recipe import Recipe
 from qdeploy.recipe.resolve import resolve_recipe
 from qdeploy.recipe.targets import find_target
-from qdeploy.store.artifact import Artifact, is_artifact, open_artifact
+from qdeploy.store.artifact import Artifact, Checkpoint, is_artifact, open_artifact
 from qdeploy.system.errors import UsageError
 
 WIDTHS = ("int8", "int6", "int5", "int4", "int3")
@@ -32,7 +32,7 @@ class Work:
     model: Model
     recipe: Recipe
     formats: tuple[str, ...]
-    checkpoint: Artifact | None
+    checkpoint: Checkpoint | None
 
     @property
     def name(self) -> str:
@@ -60,8 +60,8 @@ def work_of(
         named = [name for name, value in {**given, "recipe": recipe, "formats": formats}.items() if value]
         if named:
             raise UsageError(f"a checkpoint has a recipe of its own: leave out --{named[0]}")
-        checkpoint = open_artifact(path, "checkpoint")
-        own = Recipe.from_json(checkpoint.manifest["recipe"])
+        checkpoint = open_artifact(path, Checkpoint)
+        own = Recipe.from_json(checkpoint.recipe or {})
         names = dict.fromkeys(weights for weights, _ in own.combinations if weights != NONE)
         return Work(source_model(checkpoint, reference), own, tuple(names), checkpoint)
     if reference is not None:

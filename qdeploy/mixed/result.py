@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from qdeploy.mixed.plan import BUDGET
 from qdeploy.mixed.ranking import TOP, LayerHarm, harm_db, score
-from qdeploy.mixed.sensitivity import SENSITIVITY
-from qdeploy.store.artifact import Artifact
+from qdeploy.store.artifact import Checkpoint, Sensitivity
+from qdeploy.store.bounded_json import read_json_object
 from qdeploy.system.tables import Table, number
 
 
-def read_sensitivity(artifact: Artifact) -> dict[str, Any]:
+def read_sensitivity(artifact: Sensitivity) -> dict[str, Any]:
     """The content of ``sensitivity.json``: layers with their harms, most sensitive first."""
-    report: dict[str, Any] = json.loads(artifact.file(SENSITIVITY).read_text())
-    return report
+    return read_json_object(artifact.report)
 
 
-def summary(artifact: Artifact) -> dict[str, Any]:
+def summary(artifact: Sensitivity) -> dict[str, Any]:
     """The extra entries of ``qdeploy sensitivity --json``: rankings, layers, agreement of the passes."""
     report = read_sensitivity(artifact)
     names = ("ranked_by", "formats", "ranking", "agreement", "layers")
     return {name: report[name] for name in names if name in report}
 
 
-def table(artifact: Artifact) -> str:
+def table(artifact: Sensitivity) -> str:
     """The most sensitive layers, with the SQNR of the prediction when each alone is quantized."""
     report = read_sensitivity(artifact)
     formats, ranked_by = report["formats"], report["ranked_by"]
@@ -49,7 +46,6 @@ def table(artifact: Artifact) -> str:
     return "\n".join(lines)
 
 
-def budget_summary(checkpoint: Artifact) -> dict[str, Any]:
+def budget_summary(checkpoint: Checkpoint) -> dict[str, Any]:
     """The extra entries of ``qdeploy calibrate --json`` where formats were chosen within a budget."""
-    file = checkpoint.file(BUDGET)
-    return {"budget": json.loads(file.read_text())} if file.is_file() else {}
+    return {} if checkpoint.budget is None else {"budget": read_json_object(checkpoint.budget)}

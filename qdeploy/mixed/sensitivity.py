@@ -29,8 +29,10 @@ from qdeploy.quant.layer import quantized_layers
 from qdeploy.quant.state import code_shapes, write_state
 from qdeploy.recipe.formats import NONE, parse_format
 from qdeploy.recipe.recipe import Recipe
-from qdeploy.store.artifact import Artifact
+from qdeploy.store.artifact import Artifact, Sensitivity
 from qdeploy.store.builder import Draft
+from qdeploy.store.facts import AgreementFacts, SensitivityFacts
+from qdeploy.store.manifest import Notes
 from qdeploy.store.paths import default_output
 from qdeploy.system.errors import InvalidInputError, UsageError
 from qdeploy.system.estimate import Estimate
@@ -61,7 +63,7 @@ def sensitivity(
     max_memory: int = 4 * 2**30,
     dry_run: bool = False,
     overwrite: bool = False,
-) -> Artifact | Estimate:
+) -> Sensitivity | Estimate:
     """Rank layers by the harm of quantizing each alone, in each format.
 
     Harm is the power of the prediction's error by that of the prediction, mean over timesteps. A first pass
@@ -111,9 +113,7 @@ def sensitivity(
     if work.checkpoint is not None:
         made_from["checkpoint"] = work.checkpoint.sha256
     options = {"formats": list(work.formats), "rows": rows, "probes": probes, "cheap": cheap}
-    draft = Draft(
-        place, "sensitivity", made_from, work.recipe.to_json(), work.recipe.seed, options, overwrite
-    )
+    draft = Draft(place, Sensitivity, made_from, work.recipe.to_json(), work.recipe.seed, options, overwrite)
     if not dry_run and (done := draft.finished()):
         return done
     session = open_session(work.model, data, work.recipe, draft, device, max_memory)
@@ -147,7 +147,7 @@ def _estimate(session: Session, work: Work, rows: TimestepRows, probes: int, che
     return Estimate(call * (ranges + first + left), (2 + len(work.formats)) * sizes)
 
 
-def _measure(session: Session, work: Work, rows: TimestepRows, probes: int, cheap: bool) -> Artifact:
+def _measure(session: Session, work: Work, rows: TimestepRows, probes: int, cheap: bool) -> Sensitivity:
     _set_quantizers(session, work)
     subjects = _subjects(session, work)
 
@@ -175,17 +175,18 @@ def _measure(session: Session, work: Work, rows: TimestepRows, probes: int, chea
     if signal is not None:
         tensors["signal"] = signal
     session.draft.tensors(HARM, lambda: tensors)
-    facts = {
-        "component": work.model.name,
-        "class": work.model.class_name,
-        "model_sha256": work.model.sha256,
-        "layers": len(layers),
-        "formats": list(work.formats),
-        "exact": measured is not None,
-        **({"agreement": report["agreement"]} if "agreement" in report else {}),
-    }
-    notes = {"source": work.model.source}
-    return session.draft.finish(facts, {"pass_seconds": took}, notes)
+    facts = SensitivityFacts(
+        component=work.model.name,
+        class_name=work.model.class_name,
+        model_sha256=work.model.sha256,
+        layers=len(layers),
+        formats=list(work.formats),
+        exact=measured is not None,
+        agreement=AgreementFacts(**report["agreement"]) if "agreement" in report else None,
+    )
+    notes = Notes(source=work.model.source)
+    made: Sensitivity = session.draft.finish(facts, {"pass_seconds": took}, notes)
+    return made
 
 
 def _estimates(

@@ -15,6 +15,7 @@ from typing import Any
 
 from qdeploy.model.folder import INDEX, Model
 from qdeploy.store.builder import Draft
+from qdeploy.store.facts import BundleFacts, CheckpointFacts, DenoiserFacts, EngineFacts
 from qdeploy.store.files import write_text
 from qdeploy.store.probe import read_probe
 from qdeploy.system.decibels import sqnr_by_row
@@ -53,19 +54,19 @@ def base_model(model: Model) -> str:
     return f"{model.class_name}-{model.sha256[:12]}"
 
 
-def write_card(draft: Draft, facts: Mapping[str, Any]) -> None:
+def write_card(draft: Draft[Any], facts: DenoiserFacts) -> None:
     """Put the card of a quantized artifact into its draft; the probe and the pipeline's index lie there already.
 
     Args:
         draft: of a checkpoint, an ONNX bundle or an engine.
         facts: that the artifact will have.
     """
-    if draft.recipe is None:
-        return  # nothing is quantized
-    write_text(draft.content / CARD, card(draft.kind, draft.content, facts, draft.recipe))
+    if draft.recipe is None or facts.base_model is None:
+        return  # nothing is quantized, or an earlier version did not note the model's name
+    write_text(draft.content / CARD, card(draft.kind.KIND, draft.content, facts, draft.recipe))
 
 
-def card(kind: str, folder: Path, facts: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
+def card(kind: str, folder: Path, facts: DenoiserFacts, recipe: Mapping[str, Any]) -> str:
     """The text of a card.
 
     Args:
@@ -77,11 +78,15 @@ def card(kind: str, folder: Path, facts: Mapping[str, Any], recipe: Mapping[str,
     import yaml
 
     sqnr = probe_sqnr(folder)
-    base, precision = str(facts["base_model"]), str(facts["precision"])
+    base, precision = str(facts.base_model), facts.precision
     title = f"{base.rpartition('/')[2]}, {precision} by {recipe['method']}"
     task = _task(folder)
     tags = ["qdeploy", "diffusers", "quantized", precision.lower(), str(recipe["method"])]
-    tags += {"onnx": ["onnx"], "engine": [str(facts.get("backend"))]}.get(kind, [])
+    if kind == "onnx":
+        tags.append("onnx")
+    if isinstance(facts, EngineFacts):
+        tags.append(facts.backend)
+    simulated = facts.simulated if isinstance(facts, CheckpointFacts | BundleFacts) else []
     matter: dict[str, Any] = {
         "base_model": base,
         "base_model_relation": "quantized",
@@ -92,28 +97,25 @@ def card(kind: str, folder: Path, facts: Mapping[str, Any], recipe: Mapping[str,
         "model-index": [{"name": title, "results": [_result(task, sqnr)]}],
     }
     rows = {
-        "denoiser": f"`{facts['class']}`",
-        "weights": facts["weights"],
-        "activations": facts["activations"],
+        "denoiser": f"`{facts.class_name}`",
+        "weights": facts.weights,
+        "activations": facts.activations,
         "method": recipe["method"],
-        "target": facts["target"],
+        "target": facts.target,
         "SQNR of the prediction, held-out probe, median": f"{sqnr:.1f} dB",
-        "base model, SHA-256": f"`{facts['model_sha256']}`",
-        **({"runtime": f"{facts['backend']}, {facts['engine_precision']}"} if kind == "engine" else {}),
+        "base model, SHA-256": f"`{facts.model_sha256}`",
     }
+    if isinstance(facts, EngineFacts):
+        rows["runtime"] = f"{facts.backend}, {facts.engine_precision}"
     parts = [
         f"---\n{yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)}---\n",
         f"# {title}\n",
         f"This is {_WHAT[kind]}, made by qdeploy from `{base}`. `qdeploy inspect` shows what is in it and "
         "whether it is intact.\n",
-        *(
-            [f"It is a simulation that no engine can run: {'; '.join(facts['simulated'])}.\n"]
-            if facts.get("simulated")
-            else []
-        ),
+        *([f"It is a simulation that no engine can run: {'; '.join(simulated)}.\n"] if simulated else []),
         "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in rows.items()),
         "## How to use it\n",
-        _use(kind, facts),
+        _use(_SIMULATE if simulated else _USE[kind], facts),
         "## Recipe\n",
         f"```yaml\n{yaml.safe_dump(dict(recipe), sort_keys=False)}```\n",
         "## What was measured\n",
@@ -130,11 +132,8 @@ def probe_sqnr(folder: Path) -> float:
     return round(median(sqnr_by_row(reference if simulated is None else simulated, reference)), 1)
 
 
-def _use(kind: str, facts: Mapping[str, Any]) -> str:
-    lines = _SIMULATE if facts.get("simulated") else _USE[kind]
-    lines = (_START + lines).format(
-        base=facts["base_model"], here="this-folder", component=facts["component"]
-    )
+def _use(lines: str, facts: DenoiserFacts) -> str:
+    lines = (_START + lines).format(base=facts.base_model, here="this-folder", component=facts.component)
     return f"```python\n{lines}\n```\n"
 
 

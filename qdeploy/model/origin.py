@@ -1,38 +1,44 @@
-"""The model that an artifact was made from."""
+"""Which model an artifact was made from: one way to find it, and to make sure that it still is the same."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from qdeploy.model.folder import Model, open_if_there, open_model
-from qdeploy.store.artifact import Artifact
+from qdeploy.store.artifact import DenoiserArtifact
 from qdeploy.system.errors import InvalidInputError
 
 
-def source_model(engine: Artifact, reference: str | Path | Model | None = None) -> Model:
-    """The full-precision model that an engine was made from.
+def source_model(artifact: DenoiserArtifact, reference: str | Path | Model | None = None) -> Model:
+    """The full-precision model that a checkpoint, a bundle or an engine was made from.
 
     Args:
-        engine: the engine.
-        reference: where the model is; by default where it was when the engine was made.
+        artifact: what was made.
+        reference: where the model is; by default where it was when the artifact was made.
 
     Raises:
         InvalidInputError: it is not there, or is another one.
     """
-    wanted = engine.facts.get("model_sha256")
     if reference is not None:
         model = reference if isinstance(reference, Model) else open_model(reference)
-        if model.sha256 != wanted:
+        if model.sha256 != artifact.facts.model_sha256:
             raise InvalidInputError(
-                f"{engine.path} was not made from {model.path}: name the full-precision model that it was "
+                f"{artifact.path} was not made from {model.path}: name the full-precision model that it was "
                 "made from"
             )
         return model
-    noted = engine.manifest["notes"].get("source")
-    found = open_if_there(noted)
-    if found is not None and found.sha256 == wanted:
+    if found := find_source_model(artifact):
         return found
     raise InvalidInputError(
-        f"the full-precision model that {engine.path} was made from is not at {noted or 'a known place'} any "
-        "more: name its folder with --reference"
+        f"the full-precision model that {artifact.path} was made from is not at "
+        f"{artifact.source or 'a known place'} any more: name its folder with --reference"
     )
+
+
+def find_source_model(artifact: DenoiserArtifact) -> Model | None:
+    """The model that an artifact was made from, if it is still where it was, and the same."""
+    try:
+        model = open_if_there(artifact.source)
+        return model if model and model.sha256 == artifact.facts.model_sha256 else None
+    except InvalidInputError:
+        return None

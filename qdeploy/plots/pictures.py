@@ -17,7 +17,7 @@ from qdeploy.system.errors import InvalidInputError, UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-RANGES_PICTURE, ERROR_PICTURE = "ranges.png", "error.png"
+ERROR_PICTURE = "error.png"
 _DPI = 100
 _ROW, _LEAST_ROW = 0.15, 0.04  # inches; rows become lower where there are more than _LABELLED
 _LABELLED = 120

@@ -14,7 +14,6 @@ The layout is written down, not rediscovered: loading runs no network.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,8 @@ from qdeploy.quant.modes import full_precision
 from qdeploy.quant.state import read_state, write_state
 from qdeploy.recipe.formats import NONE, Format, parse_format, uint8
 from qdeploy.recipe.recipe import Recipe
-from qdeploy.store.artifact import Artifact, open_artifact
+from qdeploy.store.artifact import Artifact, Checkpoint, DenoiserArtifact, open_artifact
+from qdeploy.store.bounded_json import read_json_object
 from qdeploy.store.builder import Draft
 from qdeploy.store.probe import PROBE
 from qdeploy.store.timesteps import check_timestep
@@ -41,7 +41,7 @@ from qdeploy.system.errors import InvalidInputError
 
 
 def write_checkpoint(
-    draft: Draft,
+    draft: Draft[Checkpoint],
     model: Model,
     denoiser: nn.Module,
     layers: list[Layer],
@@ -84,7 +84,7 @@ def _own_formats(layer: QuantizedLayer, recipe: Recipe | None, path: str) -> dic
     return {"formats": names} if differ else {}
 
 
-def copy_pipeline_files(draft: Draft, folder: Path) -> None:
+def copy_pipeline_files(draft: Draft[Any], folder: Path) -> None:
     """Copy the description of a pipeline, without any weights."""
     if (folder / "model_index.json").is_file():
         draft.copy(folder / "model_index.json", "model_index.json")
@@ -92,7 +92,7 @@ def copy_pipeline_files(draft: Draft, folder: Path) -> None:
             draft.copy(file, f"scheduler/{file.name}")
 
 
-def write_probe(draft: Draft, denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def write_probe(draft: Draft[Any], denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Record what the network gives for a few inputs, before and after quantization."""
 
     def compute() -> dict[str, Tensor]:
@@ -113,14 +113,14 @@ def load_checkpoint(checkpoint: str | Path | Artifact, device: str = "cpu") -> n
     Raises:
         InvalidInputError: it is no checkpoint, or damaged.
     """
-    artifact = checkpoint if isinstance(checkpoint, Artifact) else open_artifact(checkpoint, "checkpoint")
-    model, recipe = checkpoint_model(artifact), Recipe.from_json(artifact.manifest["recipe"])
-    denoiser = model.build().float()
-    described = json.loads((model.folder / "layers.json").read_text())
+    artifact = checkpoint if isinstance(checkpoint, Checkpoint) else open_artifact(checkpoint, Checkpoint)
+    recipe = Recipe.from_json(artifact.recipe or {})
+    denoiser = checkpoint_model(artifact).build().float()
+    described = read_json_object(artifact.layers)
     _quantize_as_described(denoiser, described, recipe)
     from safetensors.torch import load_file
 
-    parameters = load_file(model.folder / "parameters.safetensors")
+    parameters = load_file(artifact.parameters)
     missing, unexpected = denoiser.load_state_dict(parameters, strict=False, assign=True)
     left = [name for name in missing if not _is_quantizer_state(name)]
     if left or unexpected:
@@ -132,15 +132,17 @@ def load_checkpoint(checkpoint: str | Path | Artifact, device: str = "cpu") -> n
         for layer in described["layers"]
         for part, shape in enumerate(layer["codes"])
     }
-    write_state(denoiser, load_file(model.folder / "quantized.safetensors"), shapes)
-    where = str(artifact.path)
-    attach_clock(denoiser).check = lambda timestep: check_timestep(artifact.facts, timestep, where)
+    write_state(denoiser, load_file(artifact.quantized), shapes)
+    facts, where = artifact.facts, str(artifact.path)
+    attach_clock(denoiser).check = lambda timestep: check_timestep(
+        facts.timesteps, facts.time_table, timestep, where
+    )
     return denoiser.to(device).eval().requires_grad_(False)
 
 
-def checkpoint_model(artifact: Artifact) -> Model:
+def checkpoint_model(artifact: DenoiserArtifact) -> Model:
     """The model whose configuration a checkpoint holds; it has no weights of its own to load."""
-    return Model(artifact.path, str(artifact.facts["component"]))
+    return Model(artifact.path, artifact.component)
 
 
 def _quantize_as_described(denoiser: nn.Module, described: Mapping[str, Any], recipe: Recipe) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from qdeploy.quant.ranges import Summary
-
-RANGES = "ranges.safetensors"
+from qdeploy.store.artifact import CalibrationFolder, DenoiserArtifact
 
 
 def ranges_by_timestep(summaries: Mapping[str, Summary]) -> dict[str, Tensor]:
@@ -63,8 +61,8 @@ def spans(ranges: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([torch.maximum(-low, high) for low, high in pairs])
 
 
-def read_ranges(folder: Path) -> dict[str, Tensor] | None:
-    """The ranges over time that lie in a calibration set or in a component's folder, if they do."""
+def read_ranges(artifact: CalibrationFolder | DenoiserArtifact) -> dict[str, Tensor] | None:
+    """The ranges over time that a calibration set or a checkpoint has kept, if it has."""
     from safetensors.torch import load_file
 
-    return load_file(folder / RANGES) if (folder / RANGES).is_file() else None
+    return None if artifact.ranges is None else load_file(artifact.ranges)

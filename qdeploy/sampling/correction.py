@@ -27,7 +27,7 @@ from diffusers.configuration_utils import ConfigMixin
 from torch import Tensor, nn
 
 from qdeploy.engines.drop_in.denoiser import DenoiserOutput
-from qdeploy.store.artifact import Artifact
+from qdeploy.store.artifact import DenoiserArtifact
 from qdeploy.store.correction_table import CorrectionTable, check_prediction, prediction_type, read_correction
 from qdeploy.system.errors import InvalidInputError, UsageError
 
@@ -264,7 +264,7 @@ def _guided(sample: Tensor) -> bool:
     return torch.equal(first, second)
 
 
-def check_correction(name: str, artifact: Artifact | None) -> None:
+def check_correction(name: str, artifact: DenoiserArtifact | None) -> None:
     """Refuse a correction that is not possible, before any work.
 
     Args:
@@ -283,7 +283,7 @@ def check_correction(name: str, artifact: Artifact | None) -> None:
         read_correction(artifact)
 
 
-def correct(denoiser: nn.Module, name: str, artifact: Artifact | None, scheduler: Any) -> nn.Module:
+def correct(denoiser: nn.Module, name: str, artifact: DenoiserArtifact | None, scheduler: Any) -> nn.Module:
     """A denoiser with the correction of that name; itself for ``none``.
 
     Args:

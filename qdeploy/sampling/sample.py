@@ -17,12 +17,22 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
 from qdeploy.model.folder import INDEX, Model, open_if_there, open_model
+from qdeploy.model.origin import find_source_model
 from qdeploy.model.pipeline import sample_images
 from qdeploy.model.sampling import SAMPLING, Sampling, SamplingOptions, renamed, sampled
 from qdeploy.model.schedulers import make_scheduler
 from qdeploy.sampling.correction import check_correction, correct
-from qdeploy.store.artifact import Artifact, is_artifact, open_artifact
+from qdeploy.store.artifact import (
+    Artifact,
+    Checkpoint,
+    EngineFolder,
+    Samples,
+    is_artifact,
+    open_artifact,
+)
 from qdeploy.store.builder import Draft
+from qdeploy.store.facts import SamplesFacts
+from qdeploy.store.manifest import Notes
 from qdeploy.store.paths import default_output
 from qdeploy.store.timesteps import explain_schedule
 from qdeploy.system.errors import InvalidInputError, UsageError
@@ -35,6 +45,7 @@ if TYPE_CHECKING:
 IMAGES = "images.safetensors"
 GRID = "grid.png"
 GRID_LIMIT = 64
+_Source = EngineFolder | Checkpoint | None  # what makes the images; None for a full-precision model
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -49,7 +60,7 @@ def sample(
     correction: str = "none",
     overwrite: bool = False,
     **options: Unpack[SamplingOptions],
-) -> Artifact:
+) -> Samples:
     """Make images. Image i has the seed ``seed + i``, in whatever batches they are made.
 
     Args:
@@ -77,12 +88,12 @@ def sample(
     chosen = (sampling or SAMPLING).changed(given)
     if samples < 1:
         raise UsageError(f"samples must be at least 1, not {samples}")
-    if not isinstance(source, Artifact) and is_artifact(Path(source)):
-        source = open_artifact(source, "engine", "checkpoint")
-    check_correction(correction, source if isinstance(source, Artifact) else None)
-    whole = _pipeline_of(source, model)
-    origin = source.kind if isinstance(source, Artifact) else "model"
-    identity = source.sha256 if isinstance(source, Artifact) else whole.sha256
+    made: _Source = None
+    if isinstance(source, Artifact) or is_artifact(Path(source)):
+        made = open_artifact(source, EngineFolder, Checkpoint)
+    check_correction(correction, made)
+    whole = open_model(str(source)) if made is None else _pipeline_of(made, model)
+    origin, identity = ("model", whole.sha256) if made is None else (made.kind, made.sha256)
     prompts = None if chosen.prompts is None else list(chosen.prompts)
     asked: dict[str, Any] = {
         "count": samples,
@@ -96,13 +107,13 @@ def sample(
         **({"negative_prompts": list(chosen.negative_prompts)} if chosen.negative_prompts else {}),
         **({} if correction == "none" else {"correction": correction}),
     }
-    place = Path(output) if output else default_output(_path(source, whole), "samples")
+    place = Path(output) if output else default_output(whole.path if made is None else made.path, "samples")
     made_from = {origin: identity, "pipeline": _rest_sha256(whole)}
-    draft = Draft(place, "samples", made_from, None, chosen.seed, asked, overwrite)
+    draft = Draft(place, Samples, made_from, None, chosen.seed, asked, overwrite)
     if done := draft.finished():
         return done
     with draft:
-        pipeline = cache(lambda: _open_pipeline(source, whole, chosen.scheduler, chosen.steps, correction))
+        pipeline = cache(lambda: _open_pipeline(made, whole, chosen.scheduler, chosen.steps, correction))
         images = _make_images(pipeline, draft, chosen, samples)
         settings = {
             "steps": chosen.steps,
@@ -111,11 +122,13 @@ def sample(
             **({} if correction == "none" else {"correction": correction}),
         }
         _write_images(draft, images, chosen.seed, prompts, settings)
-        facts = asked | settings | {"shape": list(images.shape[1:])}
-        return draft.finish(facts=facts, notes={"pipeline": str(whole.path)})
+        facts = SamplesFacts(**asked | settings, shape=list(images.shape[1:]))
+        return draft.finish(facts, notes=Notes(pipeline=str(whole.path)))
 
 
-def _make_images(pipeline: Callable[[], Any], draft: Draft, sampling: Sampling, samples: int) -> Tensor:
+def _make_images(
+    pipeline: Callable[[], Any], draft: Draft[Samples], sampling: Sampling, samples: int
+) -> Tensor:
     """All images, uint8 ``[N, C, H, W]``; batches that an earlier run finished are not made again."""
 
     def make(numbers: Sequence[int]) -> dict[str, Tensor]:
@@ -134,28 +147,22 @@ def _make_images(pipeline: Callable[[], Any], draft: Draft, sampling: Sampling, 
 # -- the pipeline ------------------------------------------------------------------------------------------
 
 
-def _path(source: str | Path | Artifact, whole: Model) -> Path:
-    return source.path if isinstance(source, Artifact) else whole.path
-
-
-def _pipeline_of(source: str | Path | Artifact, model: str | Path | None) -> Model:
+def _pipeline_of(source: EngineFolder | Checkpoint, model: str | Path | None) -> Model:
     """The folder whose pipeline a source runs in.
 
     Raises:
         InvalidInputError: there is no such folder.
     """
-    if not isinstance(source, Artifact):
-        return open_model(source)
     if model is not None:
         return open_model(model)
-    noted = source.manifest["notes"].get("source")
-    found = open_if_there(noted)
-    if found is not None:
-        if found.has_pipeline and found.sha256 == source.facts.get("model_sha256"):
-            return found
+    found = find_source_model(source)
+    if found is not None and found.has_pipeline:
+        return found
+    noted = source.source
+    if open_if_there(noted) is not None:
         say(f"{noted} has changed since {source.path} was made from it, and is not used", level=2)
-    own = Model(source.path, str(source.facts["component"]))
-    if own.has_pipeline and _is_denoiser_and_scheduler(own):
+    own = Model(source.path, source.component)
+    if source.is_pipeline and _is_denoiser_and_scheduler(own):
         return own
     raise InvalidInputError(
         f"the pipeline that {source.path} was made from is no longer at {noted or 'a known path'}: "
@@ -191,32 +198,29 @@ def _rest_sha256(model: Model) -> str:
     return sha256_files({file.relative_to(model.path).as_posix(): file for file in files})
 
 
-def _open_pipeline(
-    source: str | Path | Artifact, whole: Model, scheduler: str | None, steps: int, correction: str
-) -> Any:
+def _open_pipeline(source: _Source, whole: Model, scheduler: str | None, steps: int, correction: str) -> Any:
     with _quiet_loading():
         pipeline = whole.pipeline(_denoiser(source))
     pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler)
     # Schedules that are shifted by the size of the image are not known before the pipeline runs.
     shifted = pipeline.scheduler.config.get("use_dynamic_shifting", False)
-    if isinstance(source, Artifact) and not shifted:
+    if source is not None and not shifted:
         asked = make_scheduler(type(pipeline.scheduler).__name__, pipeline.scheduler)
         asked.set_timesteps(steps)
         if line := explain_schedule(source.facts, torch.as_tensor(asked.timesteps).tolist()):
             say(line)
     if correction != "none":
-        artifact = source if isinstance(source, Artifact) else None
         denoiser = getattr(pipeline, whole.component)
         with _quiet_loading():
-            corrected = correct(denoiser, correction, artifact, pipeline.scheduler)
+            corrected = correct(denoiser, correction, source, pipeline.scheduler)
             setattr(pipeline, whole.component, corrected)
     return pipeline
 
 
-def _denoiser(source: str | Path | Artifact) -> nn.Module | None:
-    if not isinstance(source, Artifact):
+def _denoiser(source: _Source) -> nn.Module | None:
+    if source is None:
         return None
-    if source.kind == "engine":
+    if isinstance(source, EngineFolder):
         from qdeploy.engines.build import load_engine
 
         return cast(nn.Module, load_engine(source).as_denoiser())
@@ -241,7 +245,7 @@ def _quiet_loading() -> Iterator[None]:
 
 
 def _write_images(
-    draft: Draft, images: Tensor, seed: int, prompts: Sequence[str] | None, settings: dict[str, Any]
+    draft: Draft[Samples], images: Tensor, seed: int, prompts: Sequence[str] | None, settings: dict[str, Any]
 ) -> None:
     for number, image in enumerate(images):
         chunks = PngInfo()

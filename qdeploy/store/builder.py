@@ -16,18 +16,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from qdeploy.store.artifact import (
+import msgspec
+
+from qdeploy.store.artifact import Artifact, described, open_artifact
+from qdeploy.store.facts import Facts
+from qdeploy.store.files import copy_file, explained_os_errors, write_json, write_tensors, write_text
+from qdeploy.store.manifest import (
     IDENTITY,
     MANIFEST,
     SCHEMA,
-    Artifact,
+    Manifest,
+    Notes,
     is_artifact,
-    open_artifact,
     read_manifest,
+    typed,
 )
-from qdeploy.store.files import copy_file, explained_os_errors, write_json, write_tensors, write_text
 from qdeploy.system.errors import InvalidInputError, UsageError
 from qdeploy.system.hashing import canonical, sha256_file, sha256_of
 from qdeploy.version import __version__
@@ -35,14 +40,16 @@ from qdeploy.version import __version__
 if TYPE_CHECKING:
     from torch import Tensor
 
+_A = TypeVar("_A", bound=Artifact)
+
 
 @dataclass
-class Draft:
+class Draft(Generic[_A]):
     """An artifact in the making. Use as a context manager; `finish` makes it appear.
 
     Args:
         output: where the artifact will stand.
-        kind: one of `KINDS`.
+        kind: class of the artifact, such as `qdeploy.store.artifact.Checkpoint`.
         made_from: hashes of the inputs, by name.
         recipe: the resolved recipe, if any.
         seed: the seed that all randomness of the stage derives from.
@@ -55,7 +62,7 @@ class Draft:
     """
 
     output: Path
-    kind: str
+    kind: type[_A]
     made_from: Mapping[str, str]
     recipe: Mapping[str, Any] | None = None
     seed: int | None = None
@@ -70,7 +77,7 @@ class Draft:
         self.started = time.perf_counter()
         self.request = sha256_of(
             {
-                "kind": self.kind,
+                "kind": self.kind.KIND,
                 "version": __version__,
                 "made_from": dict(self.made_from),
                 "recipe": self.recipe,
@@ -80,7 +87,7 @@ class Draft:
         )
         self._lock: int | None = None
 
-    def finished(self) -> Artifact | None:
+    def finished(self) -> _A | None:
         """The artifact, if this very request has already been carried out.
 
         Raises:
@@ -89,7 +96,7 @@ class Draft:
         if not self.output.exists() or (self.output.is_dir() and not any(self.output.iterdir())):
             return None
         try:
-            if is_artifact(self.output) and read_manifest(self.output).get("request") == self.request:
+            if is_artifact(self.output) and read_manifest(self.output).request == self.request:
                 done = open_artifact(self.output, self.kind)
                 shutil.rmtree(self.work, ignore_errors=True)
                 return done
@@ -104,7 +111,7 @@ class Draft:
             + (", or pass --overwrite to replace it" if is_artifact(self.output) else "")
         )
 
-    def __enter__(self) -> Draft:
+    def __enter__(self) -> Draft[_A]:
         with explained_os_errors(self.output):
             self.output.parent.mkdir(parents=True, exist_ok=True)
             self.work.mkdir(exist_ok=True)
@@ -189,19 +196,28 @@ class Draft:
 
     def finish(
         self,
-        facts: Mapping[str, Any] | None = None,
+        facts: Facts,
         measured: Mapping[str, Any] | None = None,
-        notes: Mapping[str, Any] | None = None,
-    ) -> Artifact:
-        """Write the manifest and rename the folder into place."""
+        notes: Notes | None = None,
+    ) -> _A:
+        """Write the manifest and rename the folder into place.
+
+        Args:
+            facts: what the stage says of the content, typed by the kind of artifact.
+            measured: what depends on this machine and run.
+            notes: where things are.
+
+        Raises:
+            InvalidInputError: the facts are not those of the kind.
+        """
         with explained_os_errors(self.output):
             files = {
                 path.relative_to(self.content).as_posix(): sha256_file(path)
                 for path in sorted(self.content.rglob("*"))
                 if path.is_file() and path.name != MANIFEST
             }
-            manifest: dict[str, Any] = {
-                "kind": self.kind,
+            content: dict[str, Any] = {
+                "kind": self.kind.KIND,
                 "schema": SCHEMA,
                 "version": __version__,
                 "request": self.request,
@@ -209,15 +225,17 @@ class Draft:
                 "made_from": dict(self.made_from),
                 "recipe": self.recipe,
                 "seed": self.seed,
-                "facts": dict(facts or {}),
+                "facts": facts.to_json(),
                 "measured": {"seconds": round(time.perf_counter() - self.started, 3), **(measured or {})},
-                "notes": dict(notes or {}),
+                "notes": msgspec.to_builtins(notes or Notes()),
             }
-            manifest["sha256"] = sha256_of({key: manifest[key] for key in IDENTITY})
-            manifest["integrity"] = sha256_of(manifest)
-            write_json(self.content / MANIFEST, manifest)
+            content["sha256"] = sha256_of({key: content[key] for key in IDENTITY})
+            content["integrity"] = sha256_of(content)
+            manifest = typed(json.loads(canonical(content)), Manifest, self.output)
+            described(self.output, manifest)
+            write_json(self.content / MANIFEST, content)
             if self.overwrite and is_artifact(self.output):
                 shutil.rmtree(self.output)
             os.rename(self.content, self.output)
             shutil.rmtree(self.work, ignore_errors=True)
-        return Artifact(self.output, json.loads(canonical(manifest)))
+        return self.kind(self.output, manifest)

@@ -3,7 +3,7 @@
     COMPONENT/correction.safetensors   ``timesteps`` [T] ascending, and [T, C] mean errors of each channel of
                                        the prediction, under the name of the prediction's type
 
-``facts["correction"]`` of a checkpoint, of its bundle and of its engine holds the type and the file's hash.
+The fact ``correction`` of a checkpoint, of its bundle and of its engine holds the type and the file's hash.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qdeploy.store.facts import CorrectionFacts
 from qdeploy.system.errors import InvalidInputError, UsageError
 from qdeploy.system.hashing import sha256_file
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qdeploy.store.artifact import Artifact
-
-CORRECTION = "correction.safetensors"
+    from qdeploy.store.artifact import DenoiserArtifact
 
 
 def prediction_type(scheduler: Mapping[str, Any]) -> str:
@@ -72,17 +71,17 @@ class CorrectionTable:
         return self.means[distances.argmin(1)]
 
 
-def correction_facts(file: Path) -> dict[str, Any]:
-    """What an artifact says of its table; nothing if there is none."""
+def correction_facts(file: Path) -> CorrectionFacts | None:
+    """What an artifact says of its table; None if there is none."""
     from safetensors.torch import load_file
 
     if not file.is_file():
-        return {}
+        return None
     table = CorrectionTable.from_tensors(load_file(file))
-    return {"correction": {"prediction_type": table.prediction, "sha256": sha256_file(file)}}
+    return CorrectionFacts(prediction_type=table.prediction, sha256=sha256_file(file))
 
 
-def read_correction(artifact: Artifact) -> CorrectionTable:
+def read_correction(artifact: DenoiserArtifact) -> CorrectionTable:
     """The table of a checkpoint, a bundle or an engine.
 
     Raises:
@@ -91,14 +90,13 @@ def read_correction(artifact: Artifact) -> CorrectionTable:
     """
     from safetensors.torch import load_file
 
-    facts = artifact.facts.get("correction")
-    if not facts:
+    facts, file = artifact.facts.correction, artifact.correction
+    if facts is None:
         raise UsageError(
             f"{artifact.path} has no correction table: calibrate with the stage measure-errors, or choose "
             "--correction none or online"
         )
-    file = artifact.file(f"{artifact.facts['component']}/{CORRECTION}")
-    if not file.is_file() or sha256_file(file) != facts["sha256"]:
+    if file is None or sha256_file(file) != facts.sha256:
         raise InvalidInputError(
             f"the correction table in {artifact.path} was measured for another checkpoint: calibrate again, "
             "or choose --correction none"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from qdeploy.system.errors import InvalidInputError
 
@@ -14,12 +14,27 @@ if TYPE_CHECKING:
 PROBE = "probe.safetensors"
 
 
-def read_probe(folder: Path) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
-    """The probe of a bundle or engine.
+class Probe(NamedTuple):
+    """A few denoiser inputs and what networks compute for them.
 
-    Returns:
-        The inputs, ``[rows, ...]`` each; the full-precision output; and that of the fake-quantized model,
-        where there is one.
+    Attributes:
+        inputs: by name, ``[rows, ...]`` each.
+        reference: output of the full-precision model.
+        simulated: output of the fake-quantized model; None where nothing is quantized.
+    """
+
+    inputs: dict[str, Tensor]
+    reference: Tensor
+    simulated: Tensor | None
+
+    @property
+    def expected(self) -> Tensor:
+        """What an engine should compute: the simulated output, where there is one."""
+        return self.reference if self.simulated is None else self.simulated
+
+
+def read_probe(folder: Path) -> Probe:
+    """The probe in a folder.
 
     Raises:
         InvalidInputError: the folder has no probe.
@@ -33,4 +48,4 @@ def read_probe(folder: Path) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
     except (OSError, SafetensorError, KeyError) as error:
         raise InvalidInputError(f"{folder} has no usable {PROBE}: export it again") from error
     inputs = {name.removeprefix("input."): x for name, x in tensors.items() if name.startswith("input.")}
-    return inputs, reference, tensors.get("simulated")
+    return Probe(inputs, reference, tensors.get("simulated"))

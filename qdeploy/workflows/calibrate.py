@@ -22,9 +22,11 @@ from qdeploy.recipe.recipe import Recipe
 from qdeploy.recipe.resolve import resolve_recipe
 from qdeploy.recipe.stages import Stage
 from qdeploy.recipe.targets import find_target
-from qdeploy.store.artifact import Artifact
+from qdeploy.store.artifact import CORRECTION, Artifact, Checkpoint
 from qdeploy.store.builder import Draft
-from qdeploy.store.correction_table import CORRECTION, correction_facts
+from qdeploy.store.correction_table import correction_facts
+from qdeploy.store.facts import CheckpointFacts, TimestepFacts
+from qdeploy.store.manifest import Notes
 from qdeploy.store.paths import default_output
 from qdeploy.system.errors import UsageError
 from qdeploy.system.estimate import Estimate
@@ -57,7 +59,7 @@ def calibrate(
     max_memory: int = 4 * 2**30,
     dry_run: bool = False,
     overwrite: bool = False,
-) -> Artifact | Estimate:
+) -> Checkpoint | Estimate:
     """Quantize a denoiser.
 
     Args:
@@ -133,7 +135,7 @@ def calibrate(
         say(planned.table())
     output = Path(output) if output else default_output(source.path, resolved.precision.lower())
     draft = Draft(
-        output, "checkpoint", made_from, resolved.to_json(), resolved.seed, asked, overwrite=overwrite
+        output, Checkpoint, made_from, resolved.to_json(), resolved.seed, asked, overwrite=overwrite
     )
     if not dry_run and (done := draft.finished()):
         return done
@@ -159,27 +161,25 @@ def calibrate(
         _write(session, source, data)
         if planned is not None:
             planned.write(draft, source.name)
-        facts = {
-            "component": source.name,
-            "class": source.class_name,
-            "model_sha256": source.sha256,
-            "base_model": base_model(source),
-            "precision": resolved.precision,
-            "weights": resolved.weights,
-            "activations": resolved.activations,
-            "target": resolved.target,
-            "simulated": resolved.simulated(),
-            "layers": len(session.layers),
-            **timestep_facts(session),
-            **correction_facts(draft.content / source.name / CORRECTION),
-            **({"left_in_float": by_reason(session.left)} if session.left else {}),
-        }
-        write_card(draft, facts)
-        return draft.finish(
-            facts=facts,
-            measured=session.report,
-            notes={"source": source.source},
+        facts = CheckpointFacts(
+            component=source.name,
+            class_name=source.class_name,
+            model_sha256=source.sha256,
+            base_model=base_model(source),
+            precision=resolved.precision,
+            weights=resolved.weights,
+            activations=resolved.activations,
+            target=resolved.target,
+            simulated=resolved.simulated(),
+            layers=len(session.layers),
+            timesteps=timestep_facts(session),
+            timestep_scales=resolved.timestep_groups != 1,
+            temporal=any(layer.path in session.structure.time.layers for layer in session.layers),
+            correction=correction_facts(draft.content / source.name / CORRECTION),
+            left_in_float=by_reason(session.left) or None,
         )
+        write_card(draft, facts)
+        return draft.finish(facts, session.report, Notes(source=source.source))
 
 
 def _write(session: Session, source: Model, data: CalibrationSet | ExampleRows) -> None:
@@ -199,18 +199,13 @@ def _write(session: Session, source: Model, data: CalibrationSet | ExampleRows) 
     write_probe(session.draft, session.denoiser, data.probe_inputs(chosen.tolist(), session.device))
 
 
-def timestep_facts(session: Session) -> dict[str, Any]:
-    """What a runtime has to know of timesteps: limits, which were calibrated, what depends on them."""
-    calibrated = session.data.timesteps[session.rows()].float().unique()
-    timesteps: dict[str, Any] = {"calibrated": calibrated.tolist()}
-    if session.training_timesteps is not None:
-        every = session.all_timesteps()
-        timesteps |= {"low": float(every.min()), "high": float(every.max())}
-    return {
-        "timesteps": timesteps,
-        "timestep_scales": session.recipe.timestep_groups != 1,
-        "temporal": any(layer.path in session.structure.time.layers for layer in session.layers),
-    }
+def timestep_facts(session: Session) -> TimestepFacts:
+    """What a runtime has to know of timesteps: which were calibrated, and the limits of training."""
+    calibrated = session.data.timesteps[session.rows()].float().unique().tolist()
+    if session.training_timesteps is None:
+        return TimestepFacts(calibrated=calibrated)
+    every = session.all_timesteps()
+    return TimestepFacts(calibrated=calibrated, low=float(every.min()), high=float(every.max()))
 
 
 def by_reason(left: dict[str, str]) -> dict[str, list[str]]:

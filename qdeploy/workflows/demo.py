@@ -22,12 +22,13 @@ from qdeploy.evaluate.quality import QualityPlan, Trajectories
 from qdeploy.evaluate.summary import DemoResult, engine_table, summary_notes
 from qdeploy.model.folder import Model, open_model
 from qdeploy.model.sampling import CHECKING, Sampling
-from qdeploy.store.artifact import Artifact
+from qdeploy.store.artifact import Artifact, Bundle, CalibrationFolder, Checkpoint, EngineFolder, Samples
 from qdeploy.store.files import explained_os_errors, write_json, write_text
 from qdeploy.system.machine import int8_sums_saturate, machine
 from qdeploy.system.progress import say, verbosity
 
 T = TypeVar("T")
+A = TypeVar("A", bound=Artifact)
 
 STEPS = 50  # of DDIM, for calibration, images and checks
 IMAGES, FIRST_IMAGE = 32, 1000  # of the picture; the calibration set holds seeds 0 to 63
@@ -118,7 +119,7 @@ class _Work:
     variants: dict[str, Variant] = field(default_factory=variants)
     stages: dict[str, float] = field(default_factory=dict)
 
-    def build(self) -> dict[str, Artifact]:
+    def build(self) -> dict[str, EngineFolder]:
         """The engines: ``f32`` and ``bf16`` as baselines, and one for each variant."""
         from qdeploy.calibration_set.collect import collect
         from qdeploy.engines.build import build_engine
@@ -128,6 +129,7 @@ class _Work:
         source = self.model.path
         data = self._make(
             "collect",
+            CalibrationFolder,
             partial(
                 collect, source, self.output / "set", Sampling(steps=STEPS, scheduler="ddim", batch=BATCH)
             ),
@@ -135,6 +137,7 @@ class _Work:
         checkpoints = {
             name: self._make(
                 f"calibrate {name}",
+                Checkpoint,
                 partial(
                     calibrate,
                     source,
@@ -148,11 +151,13 @@ class _Work:
             for name, variant in self.variants.items()
         }
         bundles = {
-            name: self._make(f"export {name}", partial(export, made, self.output / f"{name}-onnx"))
+            name: self._make(f"export {name}", Bundle, partial(export, made, self.output / f"{name}-onnx"))
             for name, made in checkpoints.items()
         }
         engines = {
-            kind: self._make(f"build {kind}", partial(baseline_engine, self.model, self.backend, kind))
+            kind: self._make(
+                f"build {kind}", EngineFolder, partial(baseline_engine, self.model, self.backend, kind)
+            )
             for kind in baseline_precisions(self.backend)
         }
         # What is not int8 is computed in 16 bits where the processor can: the rival does so too.
@@ -160,14 +165,13 @@ class _Work:
         for name, bundle in bundles.items():
             place = self.output / f"{name}-engine"
             build = partial(build_engine, bundle, place, threads=THREADS, **how)
-            engines[name] = self._make(f"build {name}", build)
+            engines[name] = self._make(f"build {name}", EngineFolder, build)
         return engines
 
-    def picture(self, engines: dict[str, Artifact]) -> None:
+    def picture(self, engines: dict[str, EngineFolder]) -> None:
         """``grid.png``: images of the full-precision model and of each variant, from the same seeds."""
         from safetensors.torch import load_file
 
-        from qdeploy.sampling.sample import IMAGES as FILE
         from qdeploy.sampling.sample import sample
 
         sources: dict[str, tuple[str, Path | Artifact]] = {"full": ("full precision", self.model.path)}
@@ -176,11 +180,11 @@ class _Work:
         groups = {}
         for name, (title, source) in sources.items():
             place = self.output / f"{name}-samples"
-            made = self._make(f"sample {name}", partial(sample, source, place, sampling, samples=IMAGES))
-            groups[title] = load_file(made.file(FILE))["images"]
+            run = partial(sample, source, place, sampling, samples=IMAGES)
+            groups[title] = load_file(self._make(f"sample {name}", Samples, run).images)["images"]
         image_grid(groups, self.output / "grid.png")
 
-    def check(self, engines: dict[str, Artifact]) -> dict[str, dict[str, Any]]:
+    def check(self, engines: dict[str, EngineFolder]) -> dict[str, dict[str, Any]]:
         """Parity and quality of every engine but the full-precision one, by name."""
         from qdeploy.evaluate.check import check
 
@@ -194,7 +198,7 @@ class _Work:
             if name in self.variants:
                 pairs = {"onnx": self.output / f"{name}-onnx", "checkpoint": self.output / name}
 
-            def measure(engine: Artifact = engine, pairs: dict[str, Any] = pairs) -> dict[str, Any]:
+            def measure(engine: EngineFolder = engine, pairs: dict[str, Any] = pairs) -> dict[str, Any]:
                 return check(engine, trajectories=trajectories(), **pairs).to_json()
 
             key = [engine.sha256, self.model.sha256, repr(plan)]
@@ -202,7 +206,7 @@ class _Work:
             results[name] = self._stage(f"check {name}", partial(cached_result, file, key, measure))
         return results
 
-    def benchmark(self, engines: dict[str, Artifact]) -> dict[str, Any]:
+    def benchmark(self, engines: dict[str, EngineFolder]) -> dict[str, Any]:
         """Latency of all engines in one run."""
         from qdeploy.evaluate.benchmark import benchmark
 
@@ -235,9 +239,9 @@ class _Work:
         )
         return self._stage("report", run).path
 
-    def _make(self, name: str, run: Callable[[], object]) -> Artifact:
+    def _make(self, name: str, kind: type[A], run: Callable[[], object]) -> A:
         made = self._stage(name, run)
-        assert isinstance(made, Artifact)
+        assert isinstance(made, kind)
         return made
 
     def _stage(self, name: str, run: Callable[[], T]) -> T:

@@ -6,7 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qdeploy.store.artifact import KINDS, Artifact, damage, is_artifact, read_manifest
+import msgspec
+
+from qdeploy.store.artifact import Checkpoint, described
+from qdeploy.store.manifest import damage, is_artifact, read_manifest
+from qdeploy.store.names import is_contained
 
 _BEST = 10  # tensors that are named to people
 
@@ -25,38 +29,42 @@ def inspect(path: str | Path) -> dict[str, Any]:
     folder = Path(path)
     if not is_artifact(folder):
         return _inspect_model(str(path))
-    manifest = read_manifest(folder)
+    artifact = described(folder, read_manifest(folder))
+    manifest = artifact.manifest
     problems = list(damage(folder, manifest))
-    sizes = {name: (folder / name).stat().st_size for name in manifest["files"] if (folder / name).exists()}
+    sizes = {name: (folder / name).stat().st_size for name in manifest.files if is_contained(folder, name)}
+    extra = {} if problems or not isinstance(artifact, Checkpoint) else _of_checkpoint(artifact)
     return {
-        "kind": manifest["kind"],
-        "description": KINDS[manifest["kind"]],
+        "kind": artifact.kind,
+        "description": artifact.DESCRIPTION,
         "path": str(folder),
-        "schema": manifest["schema"],
-        "version": manifest["version"],
-        "sha256": manifest["sha256"],
+        "schema": manifest.schema,
+        "version": manifest.version,
+        "sha256": manifest.sha256,
         "valid": not problems,
         **({"problem": problems[0]} if problems else {}),
-        "made_from": manifest["made_from"],
-        "recipe": manifest["recipe"],
-        "seed": manifest["seed"],
-        "facts": manifest["facts"],
-        **({} if problems else _effective_bits(Artifact(folder, manifest))),
-        "measured": manifest["measured"],
-        "notes": manifest["notes"],
+        "made_from": manifest.made_from,
+        "recipe": manifest.recipe,
+        "seed": manifest.seed,
+        "facts": manifest.facts,
+        **extra,
+        "measured": manifest.measured,
+        "notes": msgspec.to_builtins(manifest.notes),
         "size_mb": round(sum(sizes.values()) / 2**20, 3),
         "files": sizes,
-        **({} if problems else _timestep_gain(Artifact(folder, manifest))),
     }
 
 
-def _timestep_gain(artifact: Artifact) -> dict[str, Any]:
-    if artifact.kind != "checkpoint" or not artifact.facts.get("timestep_scales"):
-        return {}
+def _of_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What its files show beyond its facts."""
+    from qdeploy.evaluate.effective_bits import effective_bits
     from qdeploy.evaluate.timestep_gain import timestep_gain
 
-    gain = timestep_gain(artifact)
-    return {} if gain is None else {"timestep_gain": gain}
+    bits, gain = effective_bits(checkpoint), timestep_gain(checkpoint)
+    return {
+        **({} if bits is None else {"effective_bits": bits}),
+        **({} if gain is None else {"timestep_gain": gain}),
+    }
 
 
 def description(result: Mapping[str, Any]) -> str:
@@ -68,13 +76,6 @@ def description(result: Mapping[str, Any]) -> str:
     shown = {key: value for key, value in gain.items() if key != "by_tensor_db"}
     what = f"best {len(best)} of {len(gain['by_tensor_db'])} tensors, dB"
     return as_text({**result, "timestep_gain": {**shown, what: best}})
-
-
-def _effective_bits(artifact: Artifact) -> dict[str, Any]:
-    from qdeploy.evaluate.effective_bits import effective_bits
-
-    found = effective_bits(artifact) if artifact.manifest["kind"] == "checkpoint" else None
-    return {} if found is None else {"effective_bits": found}
 
 
 def _inspect_model(source: str) -> dict[str, Any]:

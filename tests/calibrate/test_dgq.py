@@ -576,7 +576,7 @@ def test_the_paper_preset_groups_and_takes_logarithms(artifacts: dict[str, Artif
     assert all(isinstance(a.probabilities, LogQuantizer) and a.probabilities.bits == 6 for a in attentions)
     axes = {q.axis for layer in quantized_layers(denoiser).values() for q in layer.activation_quantizers}
     assert {1, -1} <= axes
-    assert len(artifacts["paper"].facts["simulated"]) >= 3
+    assert len(artifacts["paper"].facts.simulated) >= 3
     with pytest.raises(CapabilityError, match="simulation"):
         qdeploy.export(artifacts["paper"])
 
@@ -601,7 +601,7 @@ def test_engines_compute_it_in_int8(artifacts: dict[str, Artifact], tmp_path: Pa
     else:
         assert any(layer.order is not None for layer in layers.values())
     engine = qdeploy.build_engine(bundle, tmp_path / "engine", backend="openvino", threads=1)
-    measured = engine.manifest["measured"]
+    measured = engine.measured
     if name == "split" or not int8_sums_saturate():  # without VNNI, 8-bit weights are computed in floats
         assert measured["int8_mac_share_of_meant"] == 1.0
     assert measured["parity"]["sqnr_db"] >= 45

@@ -29,8 +29,8 @@ from qdeploy.quant.checkpoint import load_checkpoint
 from qdeploy.quant.layer import QuantizedLayer, quantized_layers
 from qdeploy.recipe.formats import int8
 from qdeploy.recipe.stages import check_stages
-from qdeploy.store.artifact import Artifact
-from qdeploy.store.correction_table import CORRECTION, CorrectionTable, read_correction
+from qdeploy.store.artifact import CORRECTION, Artifact
+from qdeploy.store.correction_table import CorrectionTable, read_correction
 from qdeploy.store.probe import PROBE
 from qdeploy.system.errors import UsageError
 from qdeploy.workflows.calibrate import calibrate
@@ -426,7 +426,7 @@ def test_the_table_travels_to_the_engine(checkpoint: Artifact, tmp_path: Path) -
     engine = build_engine(bundle, tmp_path / "engine", threads=1)
     tables = [read_correction(artifact) for artifact in (checkpoint, bundle, engine)]
     assert all(torch.equal(table.means, tables[0].means) for table in tables)
-    assert tables[0].prediction == engine.facts["correction"]["prediction_type"] == "epsilon"
+    assert tables[0].prediction == engine.facts.correction.prediction_type == "epsilon"
     assert tables[0].means.shape == (4, 3)
 
 

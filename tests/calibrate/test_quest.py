@@ -38,7 +38,16 @@ from qdeploy.recipe.resolve import resolve_recipe
 from qdeploy.recipe.stages import Stage, check_stages
 from qdeploy.system.errors import CapabilityError, UsageError
 from qdeploy.workflows.calibrate import any_attention
-from tests.helpers import MemoryRows, Stopped, calibrating, relative, same_state, sqnr_db, tiny_unet
+from tests.helpers import (
+    MemoryRows,
+    Stopped,
+    calibrating,
+    relative,
+    same_state,
+    some_facts,
+    sqnr_db,
+    tiny_unet,
+)
 from tests.models import ddpm_folder
 from tests.models.networks import make_two_rows
 
@@ -434,7 +443,7 @@ def test_a_tuned_checkpoint_needs_no_calibration_data(tmp_path: Path) -> None:
         write_checkpoint(
             session.draft, model, session.denoiser, session.layers, list(session.structure.attentions)
         )
-        artifact = session.draft.finish({"component": model.name})
+        artifact = session.draft.finish(some_facts(component=model.name))
     inputs = DATA.inputs(range(8))
     with torch.no_grad():
         expected = denoise(session.denoiser, inputs)

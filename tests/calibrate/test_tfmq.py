@@ -42,7 +42,6 @@ from qdeploy.recipe.effort import Effort
 from qdeploy.recipe.formats import int8, uint8
 from qdeploy.recipe.stages import find_method
 from qdeploy.system.errors import UsageError
-from qdeploy.workflows.calibrate import timestep_facts
 from tests.helpers import MemoryRows, calibrating, relative, tiny_unet
 from tests.models import make
 
@@ -106,7 +105,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Session:
     folder = tmp_path_factory.mktemp("finished")
     with opened(folder / "out", **ASYMMETRIC) as session:
         run_stages(session)
-        session.report["facts"] = timestep_facts(session)
     return session
 
 
@@ -426,8 +424,7 @@ def test_the_rest_of_the_network_has_static_scales(finished: Session) -> None:
     for path, layer in quantized_layers(finished.denoiser).items():
         for quantizer in layer.activation_quantizers:
             assert quantizer.banked == (path in block), path
-    assert finished.report["facts"]["temporal"]
-    assert not finished.report["facts"]["timestep_scales"]
+    assert finished.recipe.timestep_groups == 1
 
 
 def test_outputs_are_those_of_the_features_that_were_chosen(finished: Session) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qdeploy.calibrate.methods import minmax
@@ -24,9 +25,10 @@ from qdeploy.quant.operators import fake_quantize
 from qdeploy.quant.quantizers import ActivationQuantizer
 from qdeploy.quant.ranges import Summary, minmax_weights, to_scale
 from qdeploy.quant.state import code_shapes, quantizers, read_state, write_state
-from qdeploy.quant.time_ranges import RANGES, ranges_by_timestep, read_ranges
+from qdeploy.quant.time_ranges import ranges_by_timestep
 from qdeploy.recipe.effort import Effort
 from qdeploy.recipe.formats import int8, uint8
+from qdeploy.store.artifact import RANGES
 from qdeploy.system.errors import CapabilityError, InvalidInputError, UsageError
 from tests.helpers import MemoryRows, calibrating, relative, tiny_unet
 
@@ -356,9 +358,7 @@ def banks(session: Session) -> list[ActivationQuantizer]:
 def test_every_scale_covers_its_group_and_no_other(tmp_path: Path) -> None:
     """Each group's min-max scale, from the ranges that were kept beside the checkpoint."""
     session = calibrated(tmp_path, groups=3)
-    ranges = read_ranges(session.draft.content / session.component)
-    assert ranges is not None
-    assert (session.draft.content / session.component / RANGES).is_file()
+    ranges = load_file(session.draft.content / session.component / RANGES)
     edges = banks(session)[0].edges
     assert len(edges) == 2
     group = torch.bucketize(ranges["timesteps"], edges)

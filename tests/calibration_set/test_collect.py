@@ -176,7 +176,7 @@ def test_without_guidance_there_are_no_pairs(models: dict[str, Path], tmp_path: 
     )
     assert len(data) == 4
     assert data.conditional is None
-    assert data.facts["pairs"] is None
+    assert data.facts.pairs is None
 
 
 @given(st.floats(1.1, 20), st.booleans(), st.floats(0.5, 2), st.integers(0, 1000), st.booleans())
@@ -213,7 +213,7 @@ def test_steps_are_exactly_as_many_as_asked_for_and_evenly_spread(calls: int, da
 
 def test_25_of_51_calls_are_25(models: dict[str, Path], tmp_path: Path) -> None:
     data = collected(models["sd"], tmp_path / "set", keep=25, samples=1, steps=50, prompts=PROMPTS)
-    assert data.facts["steps"] == 25
+    assert data.facts.steps == 25
     assert len(data) == 50
 
 
@@ -228,7 +228,7 @@ def test_fractional_timesteps_are_kept(models: dict[str, Path], tmp_path: Path) 
         prompts=PROMPTS,
     )
     assert data.timesteps.is_floating_point()
-    assert 166.5 in data.facts["timesteps"]
+    assert 166.5 in data.facts.timesteps
     assert 166.5 in data.timesteps.tolist()
 
 
@@ -426,7 +426,7 @@ def test_another_request_does_not_overwrite_by_itself(models: dict[str, Path], t
     collect(models["ddpm"], tmp_path / "set", keep=2, **options)
     with pytest.raises(UsageError, match="--overwrite"):
         collect(models["ddpm"], tmp_path / "set", keep=3, **options)
-    assert collected(models["ddpm"], tmp_path / "set", keep=3, overwrite=True, **options).facts["steps"] == 3
+    assert collected(models["ddpm"], tmp_path / "set", keep=3, overwrite=True, **options).facts.steps == 3
 
 
 def test_a_changed_text_encoder_makes_another_set(models: dict[str, Path], tmp_path: Path) -> None:

@@ -17,12 +17,13 @@ from torch import Tensor
 from qdeploy.calibration_set.batch import Batch
 from qdeploy.calibration_set.collect import collect
 from qdeploy.calibration_set.dataset import CalibrationSet
-from qdeploy.calibration_set.shards import describe, open_shards, shard_name
+from qdeploy.calibration_set.shards import describe, open_shards, shard_files, shard_name
 from qdeploy.model.folder import open_model
 from qdeploy.model.inputs import denoise
-from qdeploy.store.artifact import Artifact
+from qdeploy.store.artifact import Artifact, CalibrationFolder, Checkpoint
 from qdeploy.store.builder import Draft
 from qdeploy.system.errors import InvalidInputError
+from tests.helpers import some_facts
 from tests.models import ddpm_folder, stable_diffusion_folder
 
 CALLS = 3
@@ -76,14 +77,14 @@ def written(
     path: Path, shards: list[dict[str, Tensor]], sample: str = "sample", model: str = "0" * 64
 ) -> Path:
     """An artifact with these shards, whatever they hold; the manifest is in order."""
-    with Draft(path, "calibration-set", {"model": model}) as draft:
+    with Draft(path, CalibrationFolder, {"model": model}) as draft:
         for number, shard in enumerate(shards):
             (draft.content / shard_name(number)).parent.mkdir(exist_ok=True)
             save_file(
                 {name: value.contiguous() for name, value in shard.items()},
                 draft.content / shard_name(number),
             )
-        draft.finish({"sample": sample})
+        draft.finish(some_facts(CalibrationFolder, sample=sample))
     return path
 
 
@@ -148,10 +149,10 @@ def test_what_is_given_out_can_be_changed_without_harm(small: CalibrationSet) ->
 
 def test_facts_describe_the_rows(small: CalibrationSet) -> None:
     facts = small.facts
-    assert facts["rows"] == len(small) == 10
-    assert facts["images"] == 5
-    assert facts["timesteps"] == sorted(set(small.timesteps.tolist()))
-    assert {entry["name"]: (entry["dtype"], entry["shape"]) for entry in facts["inputs"]} == {
+    assert facts.rows == len(small) == 10
+    assert facts.images == 5
+    assert facts.timesteps == sorted(set(small.timesteps.tolist()))
+    assert {entry.name: (entry.dtype, entry.shape) for entry in facts.inputs} == {
         "sample": ("float32", [3, 8, 8]),
         "timestep": ("int64", []),
     }
@@ -258,8 +259,8 @@ def test_foreign_folders_and_files_are_refused(tmp_path: Path, ddpm: Path) -> No
         CalibrationSet.open(tmp_path / "nowhere")
     with pytest.raises(InvalidInputError, match="not a qdeploy artifact"):
         CalibrationSet.open(ddpm)
-    with Draft(tmp_path / "checkpoint", "checkpoint", {}) as draft:
-        draft.finish()
+    with Draft(tmp_path / "checkpoint", Checkpoint, {}) as draft:
+        draft.finish(some_facts())
     with pytest.raises(InvalidInputError, match="of kind 'checkpoint'"):
         CalibrationSet.open(tmp_path / "checkpoint")
 
@@ -282,9 +283,9 @@ def test_a_changed_byte_is_found(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_no_safetensors_is_refused(tmp_path: Path) -> None:
-    with Draft(tmp_path / "set", "calibration-set", {}) as draft:
+    with Draft(tmp_path / "set", CalibrationFolder, {}) as draft:
         draft.content.joinpath(shard_name(0)).write_bytes(b"not safetensors at all")
-        draft.finish({"sample": "sample"})
+        draft.finish(some_facts(CalibrationFolder))
     with pytest.raises(InvalidInputError, match="is damaged"):
         CalibrationSet.open(tmp_path / "set")
 
@@ -350,7 +351,8 @@ def test_guided_rows_of_unknown_order_are_said_to_be_so(tmp_path: Path) -> None:
     half = torch.randn(2, 1)
     batch.add(0, {"sample": torch.cat([half, half]), "timestep": torch.tensor(1)})
     path = written(tmp_path / "set", [batch.pack()])
-    assert describe(open_shards(path), "sample")["pairs"] == "undecided"
+    shards = open_shards(path, shard_files(path))
+    assert describe(shards, "sample", scheduler=None, inference_steps=1, guidance=None).pairs == "undecided"
     data = CalibrationSet.open(path)
     assert data.conditional is None
     assert data.images.tolist() == [0, 0, 1, 1]

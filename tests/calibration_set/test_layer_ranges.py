@@ -33,7 +33,7 @@ def made(ddpm: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 
 def ranges_of(artifact: Any) -> dict[str, Tensor]:
-    ranges = read_ranges(artifact.path)
+    ranges = read_ranges(artifact)
     assert ranges is not None
     return ranges
 
@@ -72,7 +72,7 @@ def test_ranges_and_picture_are_the_same_every_time(ddpm: Path, made: Artifact, 
     again = collect(ddpm, tmp_path / "again", **OPTIONS)
     assert isinstance(again, Artifact)
     assert again.sha256 == made.sha256
-    assert "ranges.safetensors" in made.manifest["files"]
+    assert "ranges.safetensors" in made.files
     assert again.file("ranges.png").read_bytes() == made.file("ranges.png").read_bytes()
 
 

@@ -19,8 +19,10 @@ from onnx_ir.passes import InPlacePass
 from onnx_ir.passes import Sequential as Passes
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from qdeploy.store.artifact import Artifact
+from qdeploy.store.artifact import Artifact, Bundle
 from qdeploy.store.builder import Draft
+from qdeploy.store.facts import BundleFacts
+from qdeploy.store.manifest import Notes
 
 CHANNELS, WIDTH, SIZE = 3, 16, 6
 SCALE = 0.03
@@ -184,7 +186,7 @@ def write_bundle(
         probe["simulated"] = truth if simulated is None else simulated
     described = {
         "component": "unet",
-        "class": "UNet2DModel",
+        "class_name": "UNet2DModel",
         "model_sha256": "0" * 64,
         "precision": "W8A8" if quantized else "fp32",
         "weights": "int8" if quantized else "none",
@@ -192,7 +194,7 @@ def write_bundle(
         "simulated": [],
         "target": "portable",
     }
-    with Draft(folder, "onnx", {"model": "0" * 64}, options={"test": str(folder)}) as draft:
+    with Draft(folder, Bundle, {"model": "0" * 64}, options={"test": str(folder)}) as draft:
         (draft.content / "unet").mkdir()
         if passes:
             model = ir.from_proto(onnx.shape_inference.infer_shapes(graph))
@@ -202,4 +204,6 @@ def write_bundle(
         onnx.save(graph, draft.content / "unet" / "model.onnx")
         draft.json("unet/config.json", CONFIG)
         draft.tensors("probe.safetensors", lambda: probe)
-        return draft.finish(facts=described | dict(facts or {}), notes={"source": "/nowhere/model"})
+        return draft.finish(
+            BundleFacts(**{**described, **(facts or {})}), notes=Notes(source="/nowhere/model")
+        )

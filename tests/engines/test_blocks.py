@@ -39,7 +39,7 @@ def test_no_calibration_set_is_needed_or_made(blocks: tuple[Artifact, Artifact])
     from qdeploy.store.paths import cache_folder
 
     assert not (cache_folder() / "calibration").exists()
-    assert set(blocks[0].manifest["made_from"]) == {"model"}
+    assert set(blocks[0].made_from) == {"model"}
 
 
 def test_what_blocks_do_not_fit_has_eight_bit_weights_and_float_inputs(
@@ -52,7 +52,7 @@ def test_what_blocks_do_not_fit_has_eight_bit_weights_and_float_inputs(
     assert set(kinds) == {("int4b64", "int8-dynamic"), ("int8", "none")}
     assert kinds["int8", "none"] == {"Conv2d"}
     assert kinds["int4b64", "int8-dynamic"] == {"Conv2d", "Linear"}
-    assert blocks[1].facts["dynamic_group"] == 32  # of the narrowest layer: OpenVINO has one for all
+    assert blocks[1].facts.dynamic_group == 32  # of the narrowest layer: OpenVINO has one for all
     bits = effective_bits(blocks[0])
     assert bits is not None
     assert 4 < bits["weights"] < 32
@@ -74,7 +74,7 @@ def test_an_engine_computes_what_was_simulated(
     blocks: tuple[Artifact, Artifact], backend: str, tmp_path: Path
 ) -> None:
     engine = build_engine(blocks[1], tmp_path / "engine", backend=backend, threads=1)
-    assert engine.manifest["measured"]["parity"]["sqnr_db"] >= 40
+    assert engine.measured["parity"]["sqnr_db"] >= 40
     network = load_checkpoint(blocks[0])
     inputs, reference, simulated = read_probe(engine.path)
     assert simulated is not None

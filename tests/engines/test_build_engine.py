@@ -6,13 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
 from qdeploy.engines.build import build_engine, load_engine
 from qdeploy.engines.measure import int8_shares, row_by_row
 from qdeploy.export.lower import PASSES
-from qdeploy.store.artifact import Artifact, open_artifact
+from qdeploy.store.artifact import Artifact, EngineFolder, open_artifact
 from qdeploy.store.probe import read_probe
 from qdeploy.system import machine
 from qdeploy.system.decibels import distance
@@ -23,9 +24,9 @@ from tests.helpers import pretend_processor
 
 def test_quantized_layers_run_on_int8_kernels_of_openvino(quantized_bundle: Artifact, tmp_path: Path) -> None:
     artifact = build_engine(quantized_bundle, tmp_path / "engine", threads=1)
-    assert artifact.facts["backend"] == "openvino"  # what auto takes here
-    assert artifact.manifest["measured"]["int8_mac_share_of_meant"] == 1.0
-    assert 0.5 < artifact.manifest["measured"]["int8_mac_share"] < 1.0  # conv_in and conv_out stay float
+    assert artifact.facts.backend == "openvino"  # what auto takes here
+    assert artifact.measured["int8_mac_share_of_meant"] == 1.0
+    assert 0.5 < artifact.measured["int8_mac_share"] < 1.0  # conv_in and conv_out stay float
     with load_engine(artifact) as engine:
         kernels = {layer: kernel for kernel in engine.kernels(example_inputs(1)) for layer in kernel.layers}
         assert int8_shares(engine, example_inputs(2))["int8_mac_share_of_meant"] == 1.0
@@ -35,7 +36,7 @@ def test_quantized_layers_run_on_int8_kernels_of_openvino(quantized_bundle: Arti
 
 
 def test_a_float_graph_has_no_int8_share(float_bundle: Artifact, tmp_path: Path) -> None:
-    measured = build_engine(float_bundle, tmp_path / "engine", threads=1).manifest["measured"]
+    measured = build_engine(float_bundle, tmp_path / "engine", threads=1).measured
     assert measured["int8_mac_share"] == 0.0
     assert measured["int8_mac_share_of_meant"] == 1.0
     assert measured["parity"]["sqnr_db"] > 100
@@ -50,7 +51,7 @@ def test_onnxruntime_tells_which_layers_it_ran_in_float(
             layer: kernel.kind for kernel in engine.kernels(example_inputs(1)) for layer in kernel.layers
         }
     assert kinds["body.linear"] == "MatMulIntegerToFloat"
-    assert 0 < artifact.manifest["measured"]["int8_mac_share_of_meant"] < 0.9
+    assert 0 < artifact.measured["int8_mac_share_of_meant"] < 0.9
     assert "in float, first body.conv" in capsys.readouterr().err
 
 
@@ -59,7 +60,7 @@ def test_onnxruntime_tells_which_layers_it_ran_in_float(
 def test_an_engine_is_the_model_that_was_calibrated(tmp_path: Path, backend: str, concat: bool) -> None:
     # With a Concat that only the quantizer reads, OpenVINO 2026.4 left to itself is 10 dB from the truth.
     bundle = write_bundle(tmp_path / "onnx", concat=concat)
-    measured = build_engine(bundle, tmp_path / "engine", backend=backend, threads=1).manifest["measured"]
+    measured = build_engine(bundle, tmp_path / "engine", backend=backend, threads=1).measured
     assert measured["parity"]["sqnr_db"] > 100
     assert measured["parity"]["max_abs"] < 1e-4
 
@@ -67,19 +68,19 @@ def test_an_engine_is_the_model_that_was_calibrated(tmp_path: Path, backend: str
 def test_the_manifest_says_what_was_built_and_measured(
     engine_folder: Path, quantized_bundle: Artifact
 ) -> None:
-    artifact = open_artifact(engine_folder, "engine")
-    assert artifact.manifest["made_from"]["onnx"] == quantized_bundle.sha256
-    assert artifact.manifest["notes"]["source"] == quantized_bundle.manifest["notes"]["source"]
-    for name in ("component", "class", "model_sha256", "precision", "weights", "activations", "target"):
-        assert artifact.facts[name] == quantized_bundle.facts[name]
-    assert artifact.facts["engine_precision"] == "f32"
-    measured = artifact.manifest["measured"]
+    artifact = open_artifact(engine_folder, EngineFolder)
+    assert artifact.made_from["onnx"] == quantized_bundle.sha256
+    assert artifact.manifest.notes.source == quantized_bundle.manifest.notes.source
+    for name in ("component", "class_name", "model_sha256", "precision", "weights", "activations", "target"):
+        assert getattr(artifact.facts, name) == getattr(quantized_bundle.facts, name)
+    assert artifact.facts.engine_precision == "f32"
+    measured = artifact.measured
     assert 0 < measured["ms"]["median"] <= measured["ms"]["p95"]
     assert measured["size_mb"] > 0
     assert measured["load_seconds"] > 0
     assert measured["machine"] == machine.machine()
-    assert {"unet/config.json", "probe.safetensors", "macs.json"} <= artifact.manifest["files"].keys()
-    json.dumps(artifact.manifest, allow_nan=False)
+    assert {"unet/config.json", "probe.safetensors", "macs.json"} <= artifact.files.keys()
+    json.dumps(msgspec.to_builtins(artifact.manifest), allow_nan=False)
 
 
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
@@ -107,16 +108,16 @@ def test_the_same_request_is_carried_out_once(quantized_bundle: Artifact, tmp_pa
     with pytest.raises(UsageError, match="--overwrite"):
         build_engine(quantized_bundle, tmp_path / "engine", threads=1, batch=2)
     replaced = build_engine(quantized_bundle, tmp_path / "engine", threads=1, batch=2, overwrite=True)
-    assert replaced.facts["batch"] == 2
+    assert replaced.facts.batch == 2
 
 
 @pytest.mark.skipif(not machine.has_bf16(), reason="the processor has no bf16 instructions")
 def test_bf16_is_near_and_leaves_int8_layers_as_they_are(quantized_bundle: Artifact, tmp_path: Path) -> None:
     artifact = build_engine(quantized_bundle, tmp_path / "engine", precision="bf16", threads=1)
-    assert artifact.facts["engine_precision"] == "bf16"
-    assert artifact.facts["precision"] == "W8A8"
-    assert artifact.manifest["measured"]["int8_mac_share_of_meant"] == 1.0
-    assert 25 < artifact.manifest["measured"]["parity"]["sqnr_db"] < 80
+    assert artifact.facts.engine_precision == "bf16"
+    assert artifact.facts.precision == "W8A8"
+    assert artifact.measured["int8_mac_share_of_meant"] == 1.0
+    assert 25 < artifact.measured["parity"]["sqnr_db"] < 80
     with load_engine(artifact) as engine:
         kernels = {layer: kernel for kernel in engine.kernels(example_inputs(1)) for layer in kernel.layers}
         assert engine(example_inputs(1)).dtype == torch.float32
@@ -226,19 +227,19 @@ def test_weights_of_eight_bits_are_right_without_vnni(
     """On this processor and as on one without VNNI; seven bits run in int8 on both."""
     wide, narrow = (write_bundle(tmp_path / f"onnx{limit}", limit=limit) for limit in (127, 63))
     here = build_engine(wide, tmp_path / "here", threads=1)
-    assert here.facts["int8_sums"] == (machine.NARROW if machine.int8_sums_saturate() else machine.WIDE)
-    assert here.manifest["measured"]["parity"]["sqnr_db"] > 100
+    assert here.facts.int8_sums == (machine.NARROW if machine.int8_sums_saturate() else machine.WIDE)
+    assert here.measured["parity"]["sqnr_db"] > 100
     pretend_processor(monkeypatch, tmp_path, "avx2 avx512f")
     capsys.readouterr()
     floats = build_engine(wide, tmp_path / "floats", threads=1)
     assert "2 layers with 8-bit weights are computed in floats" in capsys.readouterr().err
-    assert floats.facts["int8_sums"] == machine.NARROW
-    assert floats.manifest["measured"]["int8_mac_share"] == 0
-    assert floats.manifest["measured"]["parity"]["sqnr_db"] > 100
+    assert floats.facts.int8_sums == machine.NARROW
+    assert floats.measured["int8_mac_share"] == 0
+    assert floats.measured["parity"]["sqnr_db"] > 100
     seven = build_engine(narrow, tmp_path / "seven", threads=1)
     assert "in floats" not in capsys.readouterr().err
-    assert seven.manifest["measured"]["int8_mac_share_of_meant"] == 1
-    assert seven.manifest["measured"]["parity"]["sqnr_db"] > 100
+    assert seven.measured["int8_mac_share_of_meant"] == 1
+    assert seven.measured["parity"]["sqnr_db"] > 100
 
 
 def test_an_engine_with_wide_sums_is_refused_where_they_saturate(
@@ -278,8 +279,8 @@ def test_products_stay_exact_on_processors_whose_byte_products_saturate(
     """Without VNNI ONNX Runtime makes the weights unsigned too; the dialect's products still load, and agree."""
     bundle = write_bundle(tmp_path / "onnx", facts={"target": "onnxruntime"}, passes=PASSES["onnxruntime"])
     plain = build_engine(bundle, tmp_path / "engine", backend="onnxruntime", threads=1)
-    assert plain.manifest["measured"]["int8_mac_share_of_meant"] == 1.0
-    assert plain.manifest["measured"]["parity"]["sqnr_db"] > 100
+    assert plain.measured["int8_mac_share_of_meant"] == 1.0
+    assert plain.measured["parity"]["sqnr_db"] > 100
     pretend_processor(monkeypatch, tmp_path, "avx2")
     with load_engine(plain) as engine:
         kinds = {kernel.kind for kernel in engine.kernels(example_inputs(1))}

@@ -13,7 +13,7 @@ from click.testing import Result
 from qdeploy.engines import onnxruntime_tensorrt as module
 from qdeploy.engines.onnxruntime_tensorrt import PROVIDER, ONNXRuntimeTensorRTEngine, build, provider_options
 from qdeploy.engines.registry import backends
-from qdeploy.store.artifact import Artifact
+from qdeploy.engines.spec import EngineSpec
 from qdeploy.system.errors import CapabilityError, UsageError
 from tests.engines.bundles import CONFIG, denoiser_graph, example_inputs, expected
 from tests.engines.tensorrt.bench import ADA
@@ -43,7 +43,6 @@ def test_it_asks_for_tensorrt_first_and_computes_the_graph(
 ) -> None:
     build(graph, tmp_path / "engine" / "unet", precision="f16")
     (tmp_path / "engine" / "unet" / "config.json").write_text(json.dumps(CONFIG))
-    facts = {"component": "unet", "engine_precision": "f16", "activations": "int8"}
     asked: list[Any] = []
 
     import onnxruntime
@@ -57,7 +56,7 @@ def test_it_asks_for_tensorrt_first_and_computes_the_graph(
     monkeypatch.setattr(module, "require", lambda: None)
     monkeypatch.setattr(module, "find_gpu", lambda: ADA)
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
-    engine = ONNXRuntimeTensorRTEngine(Artifact(tmp_path / "engine", {"facts": facts, "sha256": ""}), 1)
+    engine = ONNXRuntimeTensorRTEngine(EngineSpec(tmp_path / "engine", "unet", "f16", activations="int8"), 1)
     name, options = asked[0]
     assert name == PROVIDER
     assert asked[1:] == ["CUDAExecutionProvider", "CPUExecutionProvider"]
@@ -86,7 +85,6 @@ def test_it_computes_the_graph_on_a_gpu(graph: Path, tmp_path: Path) -> None:
         pytest.skip("needs onnxruntime-gpu")
     build(graph, tmp_path / "engine" / "unet")
     (tmp_path / "engine" / "unet" / "config.json").write_text(json.dumps(CONFIG))
-    facts = {"component": "unet", "engine_precision": "f32", "activations": "int8"}
-    engine = ONNXRuntimeTensorRTEngine(Artifact(tmp_path / "engine", {"facts": facts, "sha256": ""}), 1)
+    engine = ONNXRuntimeTensorRTEngine(EngineSpec(tmp_path / "engine", "unet", "f32", activations="int8"), 1)
     inputs = example_inputs(2)
     torch.testing.assert_close(engine(inputs), expected(denoiser_graph(True), inputs), rtol=0.02, atol=0.05)

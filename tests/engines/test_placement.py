@@ -163,13 +163,13 @@ def test_the_engine_is_one_of_those_measured_and_not_slower_than_16_bits(
     quantized_bundle: Artifact, tmp_path: Path
 ) -> None:
     engine = optimized(quantized_bundle, tmp_path / "engine")
-    found = engine.manifest["measured"]["placement"]
+    found = engine.measured["placement"]
     ms = {name: told["ms"] for name, told in found["engines"].items()}
     assert {place.ALL, place.NONE} <= ms.keys()
     assert ms[found["taken"]] <= (1 + place._SAME) * min(ms.values())
     decided = {decision["quantizer"]: decision["int8"] for decision in found["decisions"]}
     assert set(decided) == {"act_conv/q", "act_linear/q"}
-    assert engine.facts["quantizers_left_out"] == [name for name, int8 in decided.items() if not int8]
+    assert engine.facts.quantizers_left_out == [name for name, int8 in decided.items() if not int8]
     assert all(decision["why"] and decision["macs"] > 0 for decision in found["decisions"])
     assert not (engine.path.parent / ".engine.work").exists()
 
@@ -189,7 +189,7 @@ def test_a_least_sqnr_is_kept(
     both, one = by_gates[True, True], max(by_gates[True, False], by_gates[False, True])
     least_sqnr = (both + one) / 2
     engine = optimized(quantized_bundle, tmp_path / "engine", min_sqnr=least_sqnr)
-    assert engine.facts["quantizers_left_out"]
+    assert engine.facts.quantizers_left_out
     with load_engine(engine) as loaded:
         assert median(sqnr_by_row(row_by_row(loaded, inputs), reference)) >= least_sqnr
         int8 = {
@@ -198,7 +198,7 @@ def test_a_least_sqnr_is_kept(
             if kernel.precision == "int8"
             for name in kernel.layers
         }
-    for decision in engine.manifest["measured"]["placement"]["decisions"]:
+    for decision in engine.measured["placement"]["decisions"]:
         assert decision["int8"] == int8.issuperset(decision["products"])
 
 

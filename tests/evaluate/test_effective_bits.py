@@ -12,7 +12,7 @@ import qdeploy
 from qdeploy.evaluate.effective_bits import Operation, effective_bits, operations, summary
 from qdeploy.store.artifact import Artifact
 from qdeploy.workflows.inspect import inspect
-from tests.helpers import small_artifact
+from tests.helpers import small_draft, some_facts
 
 
 @pytest.fixture(scope="module")
@@ -90,5 +90,9 @@ def test_features_from_tables_multiply_nothing(collected: tuple[Path, Any], tmp_
 
 
 def test_a_checkpoint_that_does_not_tell_is_no_error(tmp_path: Path) -> None:
-    assert effective_bits(small_artifact(tmp_path / "other")) is None
+    """Versions that did not write multiplications down."""
+    with small_draft(tmp_path / "other") as draft:
+        draft.json("unet/layers.json", {"layers": [], "attentions": []})
+        made = draft.finish(some_facts())
+    assert effective_bits(made) is None
     assert "effective_bits" not in inspect(tmp_path / "other")

@@ -37,7 +37,7 @@ def test_bundle_and_engine_carry_the_ranges_of_their_checkpoint(way: Way) -> Non
     name = "unet/ranges.safetensors"
     expected = way.checkpoint.file(name).read_bytes()
     assert way.onnx.file(name).read_bytes() == way.engine.file(name).read_bytes() == expected
-    assert name in way.engine.manifest["files"]
+    assert name in way.engine.files
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "onnx", "engine"])

@@ -16,7 +16,7 @@ from qdeploy.engines.build import build_engine
 from qdeploy.evaluate.check import check
 from qdeploy.evaluate.parity import RunnableArtifact, measure_parity, open_subject, rounding_floors
 from qdeploy.evaluate.thresholds import parity_floor, rows_out_of_parity
-from qdeploy.store.artifact import Artifact
+from qdeploy.store.artifact import Artifact, Bundle
 from qdeploy.store.builder import Draft
 from qdeploy.system.decibels import distance
 from qdeploy.system.errors import InvalidInputError
@@ -27,7 +27,7 @@ Edit = Callable[[dict[str, np.ndarray]], None]
 
 def edited(bundle: Artifact, folder: Path, edit: Edit) -> Artifact:
     """A copy of a bundle with other initializers, and with the probe of the original."""
-    with Draft(folder, "onnx", bundle.manifest["made_from"], options={"edited": str(folder)}) as draft:
+    with Draft(folder, Bundle, bundle.made_from, options={"edited": str(folder)}) as draft:
         shutil.copytree(bundle.path, draft.content, dirs_exist_ok=True)
         file = draft.content / "unet" / "model.onnx"
         graph = onnx.load(file)
@@ -36,7 +36,7 @@ def edited(bundle: Artifact, folder: Path, edit: Edit) -> Artifact:
         for tensor in graph.graph.initializer:
             tensor.CopyFrom(numpy_helper.from_array(values[tensor.name], tensor.name))
         onnx.save(graph, file)
-        return draft.finish(facts=bundle.facts, notes=bundle.manifest["notes"])
+        return draft.finish(facts=bundle.facts, notes=bundle.manifest.notes)
 
 
 def codes_of_a_convolution(values: dict[str, np.ndarray]) -> np.ndarray:

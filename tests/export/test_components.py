@@ -35,9 +35,9 @@ def run(bundle: Artifact, part: str, **inputs: np.ndarray) -> list[np.ndarray]:
 
 
 def test_every_component_of_the_index_is_there(bundle: Artifact, pipeline_folder: Path) -> None:
-    folders = {name.split("/")[0] for name in bundle.manifest["files"] if "/" in name}
+    folders = {name.split("/")[0] for name in bundle.files if "/" in name}
     assert folders == {"unet", "text_encoder", "tokenizer", "scheduler", "vae_encoder", "vae_decoder"}
-    graphs = [name for name in bundle.manifest["files"] if name.endswith(".onnx")]
+    graphs = [name for name in bundle.files if name.endswith(".onnx")]
     for graph in graphs:
         assert json.loads(bundle.file(graph).with_name("config.json").read_text())
 

@@ -183,7 +183,7 @@ def test_presets_lead_to_an_engine(
         model, tmp_path / "c", recipe=preset, method="minmax", effort="fast", calibration=data
     )
     assert isinstance(checkpoint, Artifact)
-    left = checkpoint.facts.get("left_in_float", {})
+    left = checkpoint.facts.left_in_float or {}
     if preset == "int4-weights":
         (reason,) = (reason for reason in left if "convolution" in reason)
         assert all("conv" in path for path in left[reason])

@@ -26,7 +26,7 @@ from qdeploy.network.roles import find_structure
 from qdeploy.quant.checkpoint import load_checkpoint
 from qdeploy.quant.feature_table import STORAGES, FeatureTable
 from qdeploy.quant.layer import quantized_layers
-from qdeploy.store.artifact import Artifact, open_artifact
+from qdeploy.store.artifact import Artifact, Bundle, open_artifact
 from qdeploy.system.errors import InvalidInputError, UsageError
 from qdeploy.workflows.calibrate import calibrate
 from tests.helpers import Stopped, relative
@@ -126,13 +126,13 @@ def test_rows_are_all_of_training_or_a_schedules(ddpm: Path) -> None:
     assert torch.equal(plan_table(model, "fp32").timesteps, ALL)
     ddim = plan_table(model, "int8", "ddim:20")
     assert ddim.timesteps.tolist() == list(range(0, 1000, 50))
-    assert ddim.facts(7) == {
+    assert ddim.facts(7).to_json() == {
         "storage": "int8",
         "schedule": "ddim:20",
         "rows": ddim.timesteps.tolist(),
         "bytes": 7,
     }
-    assert plan_table(model, "fp32").facts(7)["rows"] is None
+    assert plan_table(model, "fp32").facts(7).rows is None
     assert len(plan_table(model, "fp32", "dpm++:10").timesteps) == 10
 
 
@@ -290,13 +290,15 @@ def test_without_a_table_zero_points_that_move_are_refused_in_one_sentence(
 
 
 def test_the_manifest_says_what_the_table_is(checkpoint: Artifact, bundle: Artifact) -> None:
-    facts = open_artifact(bundle.path, "onnx").facts
-    table = facts["time_table"]
-    assert (table["storage"], table["schedule"]) == ("int8", "ddim:20")
-    assert table["rows"] == list(range(0, 200, 10))
-    assert table["bytes"] > 0
-    assert facts["timesteps"] == checkpoint.facts["timesteps"]
-    assert (facts["timesteps"]["low"], facts["timesteps"]["high"]) == (0.0, 199.0)
+    facts = open_artifact(bundle.path, Bundle).facts
+    table = facts.time_table
+    assert table is not None
+    assert (table.storage, table.schedule) == ("int8", "ddim:20")
+    assert table.rows == list(range(0, 200, 10))
+    assert table.bytes > 0
+    assert facts.timesteps is not None
+    assert facts.timesteps == checkpoint.facts.timesteps
+    assert (facts.timesteps.low, facts.timesteps.high) == (0.0, 199.0)
 
 
 def test_codes_that_calibration_stored_are_in_the_graph_bit_for_bit(

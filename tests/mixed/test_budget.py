@@ -182,7 +182,7 @@ def test_its_recipe_makes_the_same_checkpoint_and_can_be_edited(
     again = qdeploy.calibrate(ddpm, tmp_path / "again", calibration=data, recipe=tmp_path / "own.yaml")
     assert isinstance(again, Artifact)
     stored = "unet/quantized.safetensors"
-    assert again.manifest["files"][stored] == budgeted.manifest["files"][stored]
+    assert again.files[stored] == budgeted.files[stored]
     (tmp_path / "own.yaml").write_text(f"{text}\n")
     edited = json.loads(json.dumps(budgeted.recipe))
     path = next(iter(edited["layers"][0]))

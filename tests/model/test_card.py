@@ -38,7 +38,7 @@ def way(ddpm: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Artifact]:
 @pytest.mark.parametrize("place", range(3), ids=["checkpoint", "onnx", "engine"])
 def test_the_hub_reads_it(way: list[Artifact], place: int, ddpm: Path) -> None:
     artifact = way[place]
-    assert CARD in artifact.manifest["files"]
+    assert CARD in artifact.files
     read = ModelCard.load(artifact.file(CARD)).data.to_dict()
     assert read["base_model_relation"] == "quantized"
     assert read["base_model"] == base_model(open_model(ddpm))

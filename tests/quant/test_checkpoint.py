@@ -38,7 +38,7 @@ from qdeploy.store.artifact import Artifact
 from qdeploy.store.probe import PROBE
 from qdeploy.system.errors import InvalidInputError
 from qdeploy.workflows.calibrate import any_attention
-from tests.helpers import MemoryRows, calibrating, minmax_layer
+from tests.helpers import MemoryRows, calibrating, minmax_layer, some_facts
 from tests.models import ddpm_folder
 
 DATA = MemoryRows.noisy()
@@ -66,7 +66,7 @@ def written(session: Session, model: Model) -> Artifact:
     attentions = list(session.structure.attentions) if any_attention(session) else []
     write_checkpoint(session.draft, model, session.denoiser, session.layers, attentions)
     write_probe(session.draft, session.denoiser, DATA.inputs([0, 5, 9]))
-    return session.draft.finish({"component": model.name})
+    return session.draft.finish(some_facts(component=model.name))
 
 
 @pytest.fixture(scope="module")

@@ -26,12 +26,11 @@ from qdeploy.model.folder import open_model
 from qdeploy.model.sampling import CHECKING
 from qdeploy.sampling.correction import Corrected, OnlineCorrection, TableCorrection, correct
 from qdeploy.sampling.sample import sample
-from qdeploy.store.artifact import MANIFEST, Artifact, read_manifest
+from qdeploy.store.artifact import Artifact
 from qdeploy.store.correction_table import CorrectionTable, read_correction
-from qdeploy.store.files import write_json
 from qdeploy.system.errors import InvalidInputError, UsageError
-from qdeploy.system.hashing import sha256_file, sha256_of
 from qdeploy.workflows.calibrate import calibrate
+from tests.helpers import reseal
 
 STEPS, SIZE = 50, 24
 SHAPE = (3, SIZE, SIZE)
@@ -359,8 +358,8 @@ def test_sampling_with_a_correction_says_so(checkpoint: Artifact, tmp_path: Path
         name: sample(checkpoint, tmp_path / name, correction=name, **FEW)
         for name in ("none", "table", "online")
     }
-    assert "correction" not in made["none"].facts
-    assert made["table"].facts["correction"] == "table"
+    assert made["none"].facts.correction is None
+    assert made["table"].facts.correction == "table"
     assert len({artifact.sha256 for artifact in made.values()}) == 3
     assert not torch.equal(images_of(made["none"]), images_of(made["table"]))
     again = sample(checkpoint, tmp_path / "again", correction="online", **{**FEW, "batch": 3})
@@ -439,10 +438,7 @@ def foreign(
     shutil.copytree(checkpoint.path, folder)
     file = folder / "unet" / "correction.safetensors"
     save_file(change(load_file(file)), file)
-    manifest = read_manifest(folder)
-    manifest["files"]["unet/correction.safetensors"] = sha256_file(file)
-    del manifest["integrity"]
-    write_json(folder / MANIFEST, {**manifest, "integrity": sha256_of(manifest)})
+    reseal(folder)
     return folder
 
 

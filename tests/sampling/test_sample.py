@@ -15,6 +15,7 @@ from qdeploy.sampling import sample as module
 from qdeploy.sampling.sample import sample
 from qdeploy.store.artifact import Artifact, open_artifact
 from qdeploy.system.errors import InvalidInputError, UsageError
+from tests.helpers import reseal
 
 FEW: dict[str, Any] = {"samples": 5, "steps": 3, "batch": 2, "scheduler": "ddim"}
 
@@ -64,8 +65,8 @@ def test_pictures_carry_how_they_were_made(ddpm_engine: Artifact, tmp_path: Path
         assert grid.size == (3 * 8, 2 * 8)
         assert np.array_equal(np.asarray(grid)[8:, 8:16].transpose(2, 0, 1), images[4].numpy())
         assert np.asarray(grid)[8:, 16:].max() == 0
-    assert artifact.manifest["made_from"]["engine"] == ddpm_engine.sha256
-    assert artifact.facts["steps"] == 3
+    assert artifact.made_from["engine"] == ddpm_engine.sha256
+    assert artifact.facts.steps == 3
 
 
 def test_prompts_are_used_in_turns_and_written_down(stable_diffusion: Path, tmp_path: Path) -> None:
@@ -120,17 +121,14 @@ def movable(ddpm: Path, ddpm_engine: Artifact, tmp_path: Path) -> tuple[Path, Pa
 
 
 def _point_to(engine: Path, model: Path) -> None:
-    from qdeploy.system.hashing import sha256_of
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["notes"]["source"] = str(model)
 
-    manifest = json.loads((engine / "qdeploy.json").read_text())
-    manifest["notes"]["source"] = str(model)
-    del manifest["integrity"]
-    manifest["integrity"] = sha256_of(manifest)
-    (engine / "qdeploy.json").write_text(json.dumps(manifest))
+    reseal(engine, change)
 
 
 def used(artifact: Artifact) -> str:
-    return str(artifact.manifest["notes"]["pipeline"])
+    return str(artifact.manifest.notes.pipeline)
 
 
 def test_the_model_it_was_made_from_comes_first(movable: tuple[Path, Path], tmp_path: Path) -> None:

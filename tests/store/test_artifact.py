@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from qdeploy.store.artifact import MANIFEST, SCHEMA, open_artifact, read_manifest
-from qdeploy.store.files import write_json
+from qdeploy.store.artifact import Bundle, EngineFolder, open_artifact
+from qdeploy.store.manifest import MANIFEST, SCHEMA, Notes, read_manifest
 from qdeploy.system.errors import InvalidInputError
 from qdeploy.system.hashing import sha256_file, sha256_files, sha256_of
-from tests.helpers import REQUEST, files_in, small_artifact
+from tests.helpers import REQUEST, files_in, reseal, small_artifact, some_facts
 
 # -- identity ----------------------------------------------------------------------------------------------
 
@@ -26,7 +26,7 @@ def test_equal_content_made_in_the_same_way_has_an_equal_hash(tmp_path: Path) ->
 def test_measurements_and_notes_are_not_part_of_the_identity(tmp_path: Path) -> None:
     plain = small_artifact(tmp_path / "a")
     told = small_artifact(
-        tmp_path / "b", measured={"seconds": 1e6, "peak": 7}, notes={"source": "/somewhere"}
+        tmp_path / "b", measured={"seconds": 1e6, "peak": 7}, notes=Notes(source="/somewhere")
     )
     assert plain.sha256 == told.sha256
     assert plain.manifest != told.manifest
@@ -36,11 +36,11 @@ def test_measurements_and_notes_are_not_part_of_the_identity(tmp_path: Path) -> 
     "change",
     [
         {"content": 2.0},
-        {"facts": {"layers": 5}},
+        {"facts": some_facts(layers=5)},
         {"seed": 4},
         {"made_from": {"model": "b" * 64}},
         {"recipe": {"method": "lp", "seed": 3}},
-        {"kind": "onnx"},
+        {"kind": Bundle},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -62,7 +62,7 @@ def test_a_hash_of_files_depends_on_names_and_bytes(tmp_path: Path) -> None:
 
 def test_every_file_is_listed_with_its_hash(tmp_path: Path) -> None:
     made = small_artifact(tmp_path / "a")
-    listed = read_manifest(made.path)["files"]
+    listed = read_manifest(made.path).files
     assert set(listed) == set(files_in(made.path)) - {MANIFEST}
     assert all(sha256_file(made.path / name) == digest for name, digest in listed.items())
 
@@ -75,7 +75,7 @@ def test_a_summary_says_what_was_written(tmp_path: Path) -> None:
         "sha256": made.sha256,
         "seconds": 1.235,
     }
-    assert (made.facts, made.recipe) == ({"layers": 4}, REQUEST["recipe"])
+    assert (made.facts, made.recipe) == (some_facts(layers=4), REQUEST["recipe"])
     assert made.file("config.json").is_file()
 
 
@@ -92,7 +92,7 @@ def says_the_same(damaged: bytes, content: bytes) -> bool:
 
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
     """One bit of each byte of each file, the manifest's own included."""
-    made = small_artifact(tmp_path / "a", notes={"über": "ß"})
+    made = small_artifact(tmp_path / "a", notes=Notes(source="/über/ß"))
     for name, content in files_in(made.path).items():
         for place in range(len(content)):
             damaged = bytearray(content)
@@ -128,7 +128,7 @@ def test_a_newer_schema_is_refused_with_what_to_do(tmp_path: Path) -> None:
 def test_an_unknown_kind_and_an_unwelcome_one_are_refused(tmp_path: Path) -> None:
     made = small_artifact(tmp_path / "a")
     with pytest.raises(InvalidInputError, match="'checkpoint', but 'onnx or engine'"):
-        open_artifact(made.path, "onnx", "engine")
+        open_artifact(made.path, Bundle, EngineFolder)
     rewrite(made.path, kind="sculpture")
     with pytest.raises(InvalidInputError, match="sculpture"):
         open_artifact(made.path)
@@ -136,9 +136,7 @@ def test_an_unknown_kind_and_an_unwelcome_one_are_refused(tmp_path: Path) -> Non
 
 def rewrite(path: Path, **changes: Any) -> None:
     """Change a manifest as if it had been written so."""
-    manifest = json.loads((path / MANIFEST).read_text()) | changes
-    manifest["integrity"] = sha256_of({key: value for key, value in manifest.items() if key != "integrity"})
-    write_json(path / MANIFEST, manifest)
+    reseal(path, lambda manifest: manifest.update(changes))
 
 
 @pytest.mark.parametrize("manifest", ["", "[]", "null", "{}", '{"schema": "one", "kind": 1}', "\udcff"])

@@ -17,11 +17,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from qdeploy.store.artifact import MANIFEST, is_artifact, open_artifact
+from qdeploy.store.artifact import Checkpoint, open_artifact
 from qdeploy.store.builder import Draft
 from qdeploy.store.files import write_atomically
+from qdeploy.store.manifest import MANIFEST, is_artifact
 from qdeploy.system.errors import CapabilityError, InvalidInputError, UsageError
-from tests.helpers import files_in, small_artifact, small_draft
+from tests.helpers import files_in, small_artifact, small_draft, some_facts
 
 # -- whole or not at all -----------------------------------------------------------------------------------
 
@@ -31,7 +32,7 @@ def test_nothing_is_at_the_output_before_the_end(tmp_path: Path) -> None:
     with small_draft(output) as work:
         work.tensors("weights.safetensors", lambda: {"x": torch.ones(2)})
         assert not output.exists()
-        work.finish()
+        work.finish(some_facts())
     assert is_artifact(output)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -86,7 +87,7 @@ def test_half_written_files_of_a_killed_process_are_not_taken_up(tmp_path: Path)
         work.json("config.json", {})
     with small_draft(output) as work:
         assert torch.equal(work.step("one", counted)["x"], torch.arange(4))
-        made = work.finish()
+        made = work.finish(some_facts())
     assert set(files_in(made.path)) == {MANIFEST, "config.json"}
 
 
@@ -106,10 +107,12 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> 
 SCRIPT = """
 import sys, time, torch
 from pathlib import Path
+from qdeploy.store.artifact import Checkpoint
 from qdeploy.store.builder import Draft
+from tests.helpers import some_facts
 
 output, pause = Path(sys.argv[1]), float(sys.argv[2])
-with Draft(output, "checkpoint", {"model": "a"}, None, 7) as draft:
+with Draft(output, Checkpoint, {"model": "a" * 64}, None, 7) as draft:
     for number in range(3):
         def compute():
             print("computing", number, flush=True)
@@ -117,7 +120,7 @@ with Draft(output, "checkpoint", {"model": "a"}, None, 7) as draft:
             return {"x": torch.full((4,), float(number))}
         draft.step(f"step-{number}", compute)
         draft.tensors(f"part-{number}.safetensors", lambda: draft.step(f"step-{number}", compute))
-    print(draft.finish({"parts": 3}).sha256, flush=True)
+    print(draft.finish(some_facts()).sha256, flush=True)
 """
 
 
@@ -146,7 +149,7 @@ def killed(tmp_path: Path) -> Iterator[Path]:
 
 
 def in_script(output: Path) -> Draft:
-    return Draft(output, "checkpoint", {"model": "a"}, None, 7)
+    return Draft(output, Checkpoint, {"model": "a" * 64}, None, 7)
 
 
 def test_kill_leaves_nothing_at_the_output_and_the_next_run_ends_the_same(
@@ -177,7 +180,7 @@ def test_two_writers_exclude_each_other(tmp_path: Path) -> None:
             pytest.fail("both were let in")
         with small_draft(tmp_path / "elsewhere"):
             pass
-        first.finish()
+        first.finish(some_facts())
     open_artifact(output)
 
 
@@ -274,7 +277,7 @@ def test_a_full_disk_is_explained_and_finished_steps_are_kept(small_disk: Path) 
     with small_draft(output) as work:
         work.step("one", counted)
         work.step("two", lambda: {"x": torch.zeros(10)})
-        work.finish()
+        work.finish(some_facts())
     assert counted.calls == 1
     open_artifact(output)
 
@@ -284,7 +287,7 @@ WRITES: dict[str, Write] = {
     "step": lambda work: work.step("two", Counted()),
     "tensors": lambda work: work.tensors("two.safetensors", Counted()),
     "json": lambda work: work.json("config.json", {}),
-    "finish": lambda work: work.finish(),
+    "finish": lambda work: work.finish(some_facts()),
 }
 
 
@@ -357,4 +360,4 @@ def test_errors_of_the_work_itself_pass_unchanged(tmp_path: Path) -> None:
 def test_the_time_it_took_is_noted(tmp_path: Path) -> None:
     before = time.perf_counter()
     made = small_artifact(tmp_path / "a")
-    assert 0 <= made.manifest["measured"]["seconds"] <= time.perf_counter() - before + 0.001
+    assert 0 <= made.measured["seconds"] <= time.perf_counter() - before + 0.001

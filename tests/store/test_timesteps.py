@@ -24,9 +24,11 @@ from qdeploy.quant.quantizers import ActivationQuantizer
 from qdeploy.recipe.resolve import resolve_recipe
 from qdeploy.sampling.sample import sample
 from qdeploy.store.artifact import Artifact
+from qdeploy.store.facts import TimestepFacts, TimeTableFacts
 from qdeploy.store.timesteps import check_timestep, explain_schedule
 from qdeploy.system.errors import InvalidInputError
 from qdeploy.workflows.calibrate import calibrate
+from tests.helpers import some_facts
 from tests.models import ddpm_folder, stable_diffusion_folder
 
 CALIBRATED = torch.arange(20) * 50.0 + 1  # those of 20 steps, as Stable Diffusion's samplers take them
@@ -203,11 +205,12 @@ def test_the_reference_formula_misses_entries_where_steps_do_not_divide_1000(ste
 # -- what is said of it ------------------------------------------------------------------------------------
 
 
-def facts(*calibrated: float, scales: bool = True) -> dict[str, Any]:
-    return {
-        "timesteps": {"low": 0.0, "high": 999.0, "calibrated": list(calibrated)},
-        "timestep_scales": scales,
-    }
+def limits(*calibrated: float) -> TimestepFacts:
+    return TimestepFacts(low=0.0, high=999.0, calibrated=list(calibrated))
+
+
+def facts(*calibrated: float, scales: bool = True) -> Any:
+    return some_facts(timesteps=limits(*calibrated), timestep_scales=scales)
 
 
 def test_a_schedule_is_explained_in_one_sentence() -> None:
@@ -224,26 +227,26 @@ def test_a_schedule_is_explained_in_one_sentence() -> None:
 
 def test_nothing_is_said_where_scales_do_not_depend_on_the_timestep() -> None:
     assert explain_schedule(facts(1, 501, scales=False), [7]) is None
-    assert explain_schedule({}, [7]) is None
+    assert explain_schedule(some_facts(), [7]) is None
 
 
 def test_timesteps_outside_of_training_are_refused() -> None:
     for timestep in (0, 0.5, 999, 999.0005):
-        check_timestep(facts(1), timestep, "it")
+        check_timestep(limits(1), None, timestep, "it")
     for timestep in (-1, -0.01, 999.01, 1000):
         with pytest.raises(InvalidInputError, match=r"it was calibrated for timesteps from 0 to 999, not"):
-            check_timestep(facts(1), timestep, "it")
-    check_timestep({}, 1e9, "an artifact that says nothing")
+            check_timestep(limits(1), None, timestep, "it")
+    check_timestep(None, None, 1e9, "an artifact that says nothing")
 
 
 def test_a_table_of_one_schedule_has_no_other_rows() -> None:
-    table = {**facts(1), "time_table": {"schedule": "ddim:2", "rows": [0, 500.5]}}
-    check_timestep(table, 500.5, "it")
-    check_timestep({**facts(1), "time_table": {"schedule": None, "rows": None}}, 77, "it")
+    table = TimeTableFacts(storage="fp32", schedule="ddim:2", rows=[0, 500.5], bytes=8)
+    check_timestep(limits(1), table, 500.5, "it")
+    check_timestep(limits(1), TimeTableFacts(storage="fp32", schedule=None, rows=None, bytes=8), 77, "it")
     with pytest.raises(
         InvalidInputError, match=r"ddim:2 and has no row for timestep 500: .*--table-rows all"
     ):
-        check_timestep(table, 500, "it")
+        check_timestep(limits(1), table, 500, "it")
 
 
 def test_sampling_says_how_the_schedule_meets_the_scales(
@@ -254,9 +257,9 @@ def test_sampling_says_how_the_schedule_meets_the_scales(
         ddpm, tmp_path / "checkpoint", calibration=tmp_path / "set", method="minmax", timestep_groups=2
     )
     assert isinstance(checkpoint, Artifact)
-    calibrated = checkpoint.facts["timesteps"]["calibrated"]
+    calibrated = checkpoint.facts.timesteps.calibrated
     assert len(calibrated) == 2
-    assert checkpoint.facts["timestep_scales"]
+    assert checkpoint.facts.timestep_scales
     capsys.readouterr()
     sample(checkpoint, tmp_path / "samples", samples=1, steps=4, scheduler="ddim")
     told = capsys.readouterr().err

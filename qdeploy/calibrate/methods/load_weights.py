@@ -16,7 +16,7 @@ from qdeploy.quant.state import code_shapes, quantizers, read_state, unpack
 from qdeploy.recipe.effort import Effort
 from qdeploy.recipe.recipe import Recipe
 from qdeploy.recipe.stages import ROUNDINGS, WEIGHT_SCALES, Stage
-from qdeploy.store.artifact import Artifact, open_artifact
+from qdeploy.store.artifact import Checkpoint, open_artifact
 from qdeploy.system.errors import InvalidInputError, UsageError
 
 
@@ -49,9 +49,9 @@ class LoadWeights(Stage):
 
     def run(self, session: Session) -> None:
         """Set scales and codes of all weights."""
-        source = open_artifact(self.checkpoint, "checkpoint")
+        source = open_artifact(self.checkpoint, Checkpoint)
         _check_alike(session, source)
-        stored = load_file(source.path / session.component / "quantized.safetensors")
+        stored = load_file(source.quantized)
         shapes = code_shapes(session.denoiser)
 
         _check_channels(session, stored, self.checkpoint)
@@ -75,10 +75,10 @@ class LoadWeights(Stage):
         return 0, 0
 
 
-def _check_alike(session: Session, source: Artifact) -> None:
-    if source.manifest["made_from"]["model"] != session.draft.made_from["model"]:
+def _check_alike(session: Session, source: Checkpoint) -> None:
+    if source.made_from.get("model") != session.draft.made_from["model"]:
         raise InvalidInputError(f"{source.path} was made from another model")
-    recipe = Recipe.from_json(source.manifest["recipe"])
+    recipe = Recipe.from_json(source.recipe or {})
     if recipe.weights != session.recipe.weights and not (recipe.layers or session.recipe.layers):
         raise InvalidInputError(
             f"{source.path} has {recipe.weights} weights, and {session.recipe.weights} are wanted"

@@ -36,7 +36,8 @@ from qdeploy.network.observe import ModuleCall
 from qdeploy.quant.layer import QuantizedLayer, quantized_layers
 from qdeploy.recipe.effort import Effort
 from qdeploy.recipe.stages import ACTIVATION_SCALES, RESULTS, WEIGHT_SCALES, Method, Stage
-from qdeploy.store.correction_table import CORRECTION, CorrectionTable
+from qdeploy.store.artifact import CORRECTION
+from qdeploy.store.correction_table import CorrectionTable
 from qdeploy.system.progress import say, track
 
 EPSILON = 1e-3

@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from qdeploy.engines.base import Engine, Kernel
 from qdeploy.engines.measure import repeat_rows, row_by_row, single_rows
@@ -18,12 +17,13 @@ from qdeploy.engines.placement.decision import ALL, CHOSEN, NONE, Decision, Plac
 from qdeploy.engines.placement.noise import GATES, noise_of_each, with_gates
 from qdeploy.engines.placement.switches import Switch, find_switches, take_out
 from qdeploy.engines.registry import Backend, find_backend
+from qdeploy.engines.spec import EngineSpec
 from qdeploy.engines.timing import take_turns
 from qdeploy.export.graph import read, save
 from qdeploy.export.graph.network import Network
-from qdeploy.store.artifact import Artifact
+from qdeploy.store.artifact import Bundle, EngineFolder
 from qdeploy.store.builder import Draft
-from qdeploy.store.probe import read_probe
+from qdeploy.store.facts import EngineFacts
 from qdeploy.system.decibels import powers, sqnr_by_row
 from qdeploy.system.errors import CheckFailed, UsageError
 from qdeploy.system.progress import say, track
@@ -46,16 +46,18 @@ class Placer:
         backend: where the engine will run; it has to report the times of its kernels.
         source: the ONNX bundle.
         draft: of the engine; keeps finished measurements, so that an interrupted search continues.
-        facts: of the engine: ``component``, ``engine_precision``, ``batch``, ``threads``.
+        facts: of the engine.
     """
 
-    def __init__(self, backend: Backend, source: Artifact, draft: Draft, facts: Mapping[str, Any]) -> None:
+    def __init__(
+        self, backend: Backend, source: Bundle, draft: Draft[EngineFolder], facts: EngineFacts
+    ) -> None:
         self._backend, self._source, self._draft, self._facts = backend, source, draft, facts
-        self._component = str(facts["component"])
-        self._graph = source.file(f"{self._component}/model.onnx")
+        self._component = facts.component
+        self._graph = source.graph
         self._work = draft.work / "candidates"
-        self._inputs, self._reference, _ = read_probe(source.path)
-        self._batch = repeat_rows(self._inputs, int(facts["batch"]))
+        self._inputs, self._reference, _ = source.probe()
+        self._batch = repeat_rows(self._inputs, facts.batch)
         self._shapes = {name: [] if name == "timestep" else list(x.shape) for name, x in self._batch.items()}
         self._network = Network(self._graph, self._shapes)
         self._macs = self._network.macs()
@@ -84,7 +86,7 @@ class Placer:
             if min_sqnr is not None and sqnr[NONE] < min_sqnr:
                 raise CheckFailed(
                     f"no placement of {self._source.path} reaches {min_sqnr:g} dB: with all activations in "
-                    f"{self._facts['engine_precision']} it is {sqnr[NONE]:.1f} dB, from the quantized weights alone"
+                    f"{self._facts.engine_precision} it is {sqnr[NONE]:.1f} dB, from the quantized weights alone"
                 )
             kept = self._choose(stack, engines, sqnr, switches, gains, noise, min_sqnr)
             ms = self.compare_latency(engines)
@@ -267,15 +269,15 @@ class Placer:
     def _build(self, floats: Sequence[str]) -> Engine:
         graph = self._placed(floats) if floats else self._graph
         folder = self._work / f"engine-{len(list(self._work.glob('engine-*')))}"
-        wishes = {"precision": self._facts["engine_precision"], "batch": self._facts["batch"]}
+        wishes = {"precision": self._facts.engine_precision, "batch": self._facts.batch}
         self._backend.build(graph, folder / self._component, **(wishes if self._backend.wishes else {}))
         return self._load(self._backend, graph, folder.name)
 
     def _load(self, backend: Backend, graph: Path, name: str) -> Engine:
         folder = self._work / name / self._component
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(self._source.file(f"{self._component}/config.json"), folder / "config.json")
-        precision = self._facts["engine_precision"] if backend is self._backend else "f32"
-        facts = {**self._source.facts, **self._facts, "engine_precision": precision}
-        manifest = {"kind": "engine", "facts": facts, "sha256": ""}
-        return backend.load(Artifact(folder.parent, manifest), self._facts["threads"])
+        shutil.copyfile(self._source.config, folder / "config.json")
+        precision = self._facts.engine_precision if backend is self._backend else "f32"
+        return backend.load(
+            EngineSpec.described_by(folder.parent, self._facts, precision), self._facts.threads
+        )

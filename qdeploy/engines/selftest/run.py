@@ -14,7 +14,7 @@ from qdeploy.engines.build import check_precision
 from qdeploy.engines.doctor import doctor
 from qdeploy.engines.registry import Backend, find_backend
 from qdeploy.engines.selftest.graphs import CHANNELS, FORMATS, PATTERNS, SIZE, GraphFormat, model
-from qdeploy.store.artifact import Artifact
+from qdeploy.engines.spec import EngineSpec
 from qdeploy.system.errors import QDeployError, UsageError
 from qdeploy.system.progress import track
 from qdeploy.system.tables import Table
@@ -169,7 +169,7 @@ def _play(case: Case, backend: Backend, kind: GraphFormat, precision: str, folde
     onnx.save(model(case.pattern, kind), path)
     wishes = {"precision": precision, "batch": max(BATCHES)} if backend.wishes else {}
     backend.build(path, folder / "engine" / COMPONENT, **wishes)
-    with backend.load(_artifact(folder / "engine", precision, kind), 1) as engine:
+    with backend.load(_spec(folder / "engine", precision, kind), 1) as engine:
         found: list[Mapping[str, float]] = []
         for batch in BATCHES:
             inputs = example(batch)
@@ -189,15 +189,12 @@ def _least(kind: GraphFormat, precision: str) -> float:
     return min(LEAST[kind.name], {"f32": 99.0, "f16": 50.0, "bf16": 30.0}[precision])
 
 
-def _artifact(folder: Path, precision: str, kind: GraphFormat) -> Artifact:
+def _spec(folder: Path, precision: str, kind: GraphFormat) -> EngineSpec:
     """A minimal engine folder, with what loading reads."""
     (folder / COMPONENT / "config.json").write_text(_CONFIG)
-    facts = {
-        "component": COMPONENT,
-        "engine_precision": precision,
-        "activations": "none" if kind.activations is None else "int8",
-    }
-    return Artifact(folder, {"kind": "engine", "facts": facts, "sha256": ""})
+    return EngineSpec(
+        folder, COMPONENT, precision, activations="none" if kind.activations is None else "int8"
+    )
 
 
 def example(batch: int) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from qdeploy.system.gpu import require_gpu
 
 if TYPE_CHECKING:
     from qdeploy.engines.base import Engine
-    from qdeploy.store.artifact import Artifact
+    from qdeploy.engines.spec import EngineSpec
 
 
 def build(onnx_path: Path, folder: Path, **wishes: Any) -> None:
@@ -25,11 +25,11 @@ def build(onnx_path: Path, folder: Path, **wishes: Any) -> None:
     build(onnx_path, folder, **wishes)
 
 
-def load(artifact: Artifact, threads: int | None = None) -> Engine:
+def load(spec: EngineSpec, threads: int | None = None) -> Engine:
     """The engine of a verified folder."""
     from qdeploy.engines.tensorrt.engine import TensorRTEngine
 
-    return TensorRTEngine(artifact, threads)
+    return TensorRTEngine(spec, threads)
 
 
 def _check() -> None:

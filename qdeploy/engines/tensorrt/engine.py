@@ -16,7 +16,7 @@ from qdeploy.system.gpu import require_gpu
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qdeploy.store.artifact import Artifact
+    from qdeploy.engines.spec import EngineSpec
 
 
 class TensorRTEngine(Engine):
@@ -25,7 +25,7 @@ class TensorRTEngine(Engine):
     Tensors that already lie there are used in place. Batches larger than the plan's profile run in parts.
 
     Args:
-        artifact: the engine's folder.
+        spec: the engine's files, and how they are to be run.
         threads: of no use on a GPU.
 
     Raises:
@@ -36,12 +36,12 @@ class TensorRTEngine(Engine):
     backend = "tensorrt"
     device = "cuda"
 
-    def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
-        super().__init__(artifact)
+    def __init__(self, spec: EngineSpec, threads: int | None = None) -> None:
+        super().__init__(spec)
         gpu = require_gpu()
         self._trt = load_tensorrt()
         cuda = TorchCuda()
-        self._plan = open_plan(self._trt, artifact.file(self.component), gpu)
+        self._plan = open_plan(self._trt, spec.component_folder, gpu)
         try:
             self._execution = Execution(self._trt, self._plan, cuda)
         except BaseException:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from qdeploy.evaluate.report_page.subjects import Given, Subject
 from qdeploy.mixed.ranking import LayerHarm
 from qdeploy.model.folder import Model
-from qdeploy.quant.time_ranges import RANGES, read_ranges, tensor_names
-from qdeploy.store.artifact import Artifact
+from qdeploy.quant.time_ranges import read_ranges, tensor_names
+from qdeploy.store.artifact import CalibrationFolder, DenoiserArtifact, EngineFolder, Samples
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +38,7 @@ class Content:
     speed: dict[str, Any] | None
     layers: dict[str, dict[str, Any]]
     kernels: dict[str, dict[str, Any]]
-    samples: tuple[Artifact | None, dict[str, Artifact]]
+    samples: tuple[Samples | None, dict[str, Samples]]
     sensitivity: list[LayerHarm] | None
     pictures: int
 
@@ -51,9 +51,7 @@ class Content:
     def title(self) -> str:
         """What the page is about."""
         first = self.given.subjects[0].artifact
-        return (
-            self.model.path.resolve().name if self.model else str(first.facts.get("class", first.path.name))
-        )
+        return self.model.path.resolve().name if self.model else first.facts.class_name
 
     def described(self) -> list[tuple[Subject, str]]:
         """The subjects with a line on each."""
@@ -100,18 +98,19 @@ class Content:
         found: dict[str, dict[str, Tensor]] = {}
         seen: set[str] = set()
         for name, artifact in self._carriers():
-            component = str(artifact.facts.get("component", ""))
-            file = f"{component}/{RANGES}" if artifact.kind != "calibration-set" else RANGES
-            sha256 = artifact.manifest["files"].get(file)
-            if sha256 is None or sha256 in seen:
+            file = artifact.ranges
+            if file is None:
+                continue
+            sha256 = artifact.files[file.relative_to(artifact.path).as_posix()]
+            if sha256 in seen:
                 continue
             seen.add(sha256)
-            ranges = read_ranges(artifact.file(file).parent)
+            ranges = read_ranges(artifact)
             if ranges is not None and tensor_names(ranges) and len(ranges["timesteps"]):
                 found[name] = dict(ranges)
         return found
 
-    def _carriers(self) -> Iterator[tuple[str, Artifact]]:
+    def _carriers(self) -> Iterator[tuple[str, CalibrationFolder | DenoiserArtifact]]:
         for subject in self.given.subjects:
             for artifact in (subject.artifact, *subject.before.values()):
                 yield subject.name, artifact
@@ -140,10 +139,11 @@ class Content:
 
 def describe(subject: Subject) -> str:
     """Formats, method and runtime of a subject in a few words."""
-    facts, recipe = subject.artifact.facts, subject.artifact.recipe or {}
-    runtime = {"checkpoint": "simulated in torch", "onnx": "ONNX"}.get(subject.artifact.kind)
-    if runtime is None:
-        runtime = f"{facts['backend']} {str(facts.get('backend_version', '')).split('-')[0]}".strip()
-        runtime += f", {facts['engine_precision']}"
-    precision = "nothing quantized" if subject.is_baseline else str(facts.get("precision"))
+    artifact, recipe = subject.artifact, subject.artifact.recipe or {}
+    if isinstance(artifact, EngineFolder):
+        facts = artifact.facts
+        runtime = f"{facts.backend} {facts.backend_version.split('-')[0]}, {facts.engine_precision}"
+    else:
+        runtime = {"checkpoint": "simulated in torch", "onnx": "ONNX"}[artifact.kind]
+    precision = "nothing quantized" if subject.is_baseline else artifact.facts.precision
     return " · ".join(str(part) for part in (precision, recipe.get("method"), runtime) if part)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdeploy.store.artifact import Artifact
+from qdeploy.store.artifact import Samples
 from qdeploy.system.errors import InvalidInputError
 
 LARGEST = 256  # pixels of the longer side on the page
@@ -19,7 +19,7 @@ _SHARE = 0.995  # of all differences that are not brighter than white
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
-def gallery(reference: Artifact, samples: Mapping[str, Artifact], count: int) -> dict[str, Any]:
+def gallery(reference: Samples, samples: Mapping[str, Samples], count: int) -> dict[str, Any]:
     """Images of the same seeds and prompts, next to those of full precision.
 
     Args:
@@ -41,10 +41,10 @@ def gallery(reference: Artifact, samples: Mapping[str, Artifact], count: int) ->
     shown = min([len(expected), *map(len, images.values())])
     differences = {name: (own[:shown].int() - expected[:shown].int()).abs() for name, own in images.items()}
     factor = _amplification(list(differences.values()))
-    prompts = reference.facts.get("prompts")
+    prompts = reference.facts.prompts
     seeds = []
     for index in range(shown):
-        seed = int(reference.manifest["seed"]) + index
+        seed = (reference.seed or 0) + index
         tiles = [_tile("full precision", expected[index], f"seed {seed}, full precision")]
         for name, own in images.items():
             amplified = (differences[name][index] * factor).clamp(0, 255).to(torch.uint8)
@@ -54,11 +54,11 @@ def gallery(reference: Artifact, samples: Mapping[str, Artifact], count: int) ->
         prompt = prompts[index % len(prompts)] if prompts else None
         seeds.append({"seed": seed, "prompt": prompt, "tiles": tiles})
     facts = reference.facts
-    return {"amplified": factor, "steps": facts["steps"], "scheduler": facts["scheduler"], "seeds": seeds}
+    return {"amplified": factor, "steps": facts.steps, "scheduler": facts.scheduler, "seeds": seeds}
 
 
-def _check_alike(reference: Artifact, other: Artifact) -> None:
-    one, two = ({**artifact.facts, "seed": artifact.manifest["seed"]} for artifact in (reference, other))
+def _check_alike(reference: Samples, other: Samples) -> None:
+    one, two = ({**artifact.facts.to_json(), "seed": artifact.seed} for artifact in (reference, other))
     for key in (*_ALIKE, "seed"):
         if one.get(key) != two.get(key):
             raise InvalidInputError(
@@ -66,10 +66,10 @@ def _check_alike(reference: Artifact, other: Artifact) -> None:
             )
 
 
-def _images(artifact: Artifact) -> Tensor:
+def _images(artifact: Samples) -> Tensor:
     from safetensors.torch import load_file
 
-    return load_file(artifact.file("images.safetensors"))["images"]
+    return load_file(artifact.images)["images"]
 
 
 def _amplification(differences: list[Tensor]) -> int:

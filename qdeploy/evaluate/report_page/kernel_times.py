@@ -9,13 +9,14 @@ from typing import Any
 from qdeploy.engines.base import Kernel
 from qdeploy.engines.measure import repeat_rows
 from qdeploy.engines.registry import find_backend
-from qdeploy.store.artifact import Artifact
+from qdeploy.engines.spec import EngineSpec
+from qdeploy.store.artifact import EngineFolder
 from qdeploy.store.probe import read_probe
 
 _CALLS = 10
 
 
-def kernel_times(engine: Artifact, probe: Path, batch: int, threads: int | None = None) -> dict[str, Any]:
+def kernel_times(engine: EngineFolder, probe: Path, batch: int, threads: int | None = None) -> dict[str, Any]:
     """Time of one call by type of operation.
 
     Args:
@@ -29,7 +30,7 @@ def kernel_times(engine: Artifact, probe: Path, batch: int, threads: int | None 
         those that compute in int8. ``kinds`` is empty where the runtime reports no times.
     """
     inputs = repeat_rows(read_probe(probe)[0], batch)
-    with find_backend(str(engine.facts["backend"])).load(engine, threads) as running:
+    with find_backend(engine.facts.backend).load(EngineSpec.of(engine), threads) as running:
         return {"batch": batch, "kinds": by_kind(running.kernels(inputs, calls=_CALLS))}
 
 

@@ -12,14 +12,13 @@ from qdeploy.model.inputs import denoise
 from qdeploy.network.observe import ModuleCall, observing
 from qdeploy.quant.checkpoint import load_checkpoint
 from qdeploy.quant.layer import QuantizedLayer, quantized_layers
-from qdeploy.store.artifact import Artifact
-from qdeploy.store.probe import read_probe
+from qdeploy.store.artifact import Checkpoint
 from qdeploy.system.decibels import decibels, powers
 
 _ROWS = 4  # of the probe, evenly spread over its timesteps
 
 
-def layer_errors(checkpoint: Artifact, model: Model, rows: int = _ROWS) -> dict[str, Any]:
+def layer_errors(checkpoint: Checkpoint, model: Model, rows: int = _ROWS) -> dict[str, Any]:
     """The error of every quantized layer's output on held-out inputs.
 
     The full-precision network runs first, one row at a time; then the quantized one, in which every layer
@@ -36,7 +35,7 @@ def layer_errors(checkpoint: Artifact, model: Model, rows: int = _ROWS) -> dict[
         Layers that a table replaced are left out.
     """
     reference, student = model.load(), load_checkpoint(checkpoint)
-    inputs, _, _ = read_probe(checkpoint.path)
+    inputs = checkpoint.probe().inputs
     count = len(inputs["timestep"])
     chosen = torch.linspace(0, count - 1, min(rows, count)).round().long().unique()
     own: dict[str, list[tuple[float, float]]] = {}

@@ -15,7 +15,7 @@ from qdeploy.evaluate.report_page.kernel_times import kernel_times
 from qdeploy.evaluate.report_page.layer_errors import layer_errors
 from qdeploy.evaluate.report_page.subjects import Given, Subject, can_run
 from qdeploy.model.folder import Model, read_json
-from qdeploy.store.artifact import Artifact, open_artifact
+from qdeploy.store.artifact import DenoiserArtifact, EngineFolder, Samples, open_artifact
 from qdeploy.system.errors import InvalidInputError, QDeployError
 from qdeploy.system.machine import machine
 from qdeploy.system.progress import say
@@ -109,7 +109,7 @@ def benchmark_of(
         if "results" not in given_result or "ratios" not in given_result:
             raise InvalidInputError(f"{_named(result)} is not a result of `qdeploy benchmark --json`")
         return given_result
-    engines = [s.artifact for s in given.subjects if s.artifact.kind == "engine" and can_run(s)]
+    engines = [s.artifact for s in given.subjects if isinstance(s.artifact, EngineFolder) and can_run(s)]
     if not engines or reference is None:
         return None
 
@@ -160,7 +160,7 @@ def kernel_times_of(given: Given, speed: Mapping[str, Any] | None, folder: Path)
 
 def samples_of(
     given: Given, reference: Model | None, pictures: Pictures, folder: Path
-) -> tuple[Artifact | None, dict[str, Artifact]]:
+) -> tuple[Samples | None, dict[str, Samples]]:
     """Images of full precision, and of every quantized subject by name; None where there are none.
 
     Samples that were passed are used; others are made where the pipeline is available.
@@ -171,7 +171,7 @@ def samples_of(
     by_source = {
         sha256: samples
         for samples in given.samples
-        for kind, sha256 in samples.manifest["made_from"].items()
+        for kind, sha256 in samples.made_from.items()
         if kind in ("model", "engine", "checkpoint")
     }
     make = partial(_sample, pictures, folder)
@@ -183,7 +183,7 @@ def samples_of(
     if full is None:
         assert reference is not None
         full = make(reference.path, "full")
-    found: dict[str, Artifact] = {}
+    found: dict[str, Samples] = {}
     for number, subject in enumerate(given.subjects):
         chain = (subject.artifact, subject.checkpoint)
         known = (by_source.get(artifact.sha256) for artifact in chain if artifact is not None)
@@ -201,8 +201,8 @@ def samples_of(
 
 
 def _sample(
-    pictures: Pictures, folder: Path, source: Path | Artifact, name: str, model: Path | None = None
-) -> Artifact:
+    pictures: Pictures, folder: Path, source: Path | DenoiserArtifact, name: str, model: Path | None = None
+) -> Samples:
     from qdeploy.sampling.sample import sample
 
     sampling = pictures.plan.sampling
@@ -216,10 +216,10 @@ def _sample(
     )
 
 
-def _still_there(result: Mapping[str, Any]) -> Artifact | None:
+def _still_there(result: Mapping[str, Any]) -> EngineFolder | None:
     """The engine of a benchmark's entry, if its folder still exists."""
     try:
-        engine = open_artifact(result["path"], "engine")
+        engine = open_artifact(result["path"], EngineFolder)
     except QDeployError:
         return None
     return engine if engine.sha256 == result["sha256"] else None

@@ -8,10 +8,17 @@ from pathlib import Path
 
 from qdeploy.engines.registry import find_backend
 from qdeploy.evaluate.baselines import is_baseline
-from qdeploy.evaluate.parity import STAGES
 from qdeploy.model.folder import Model
 from qdeploy.model.origin import source_model
-from qdeploy.store.artifact import Artifact, open_artifact
+from qdeploy.store.artifact import (
+    Artifact,
+    CalibrationFolder,
+    Checkpoint,
+    DenoiserArtifact,
+    EngineFolder,
+    Samples,
+    open_artifact,
+)
 from qdeploy.system.errors import CapabilityError, InvalidInputError, UsageError
 from qdeploy.system.progress import say
 
@@ -27,13 +34,14 @@ class Subject:
     """
 
     name: str
-    artifact: Artifact
-    before: dict[str, Artifact]
+    artifact: DenoiserArtifact
+    before: dict[str, DenoiserArtifact]
 
     @property
-    def checkpoint(self) -> Artifact | None:
+    def checkpoint(self) -> Checkpoint | None:
         """The checkpoint, if it was named."""
-        return self.artifact if self.artifact.kind == "checkpoint" else self.before.get("checkpoint")
+        chain = (self.artifact, *self.before.values())
+        return next((artifact for artifact in chain if isinstance(artifact, Checkpoint)), None)
 
     @property
     def is_baseline(self) -> bool:
@@ -53,8 +61,8 @@ class Given:
     """
 
     subjects: list[Subject]
-    samples: list[Artifact]
-    sets: list[Artifact]
+    samples: list[Samples]
+    sets: list[CalibrationFolder]
     model_sha256: str
 
 
@@ -66,12 +74,12 @@ def open_given(paths: Sequence[str | Path | Artifact]) -> Given:
         InvalidInputError: a path is no artifact, or they belong to different models.
     """
     artifacts = {artifact.sha256: artifact for path in paths for artifact in [open_artifact(path)]}.values()
-    staged = [artifact for artifact in artifacts if artifact.kind in STAGES]
-    used = {sha256 for artifact in staged for sha256 in artifact.manifest["made_from"].values()}
+    staged = [artifact for artifact in artifacts if isinstance(artifact, DenoiserArtifact)]
+    used = {sha256 for artifact in staged for sha256 in artifact.made_from.values()}
     ends = [artifact for artifact in staged if artifact.sha256 not in used]
     if not ends:
         raise UsageError("name at least one engine, ONNX bundle or checkpoint to report on")
-    models = {str(artifact.facts.get("model_sha256")) for artifact in ends}
+    models = {artifact.facts.model_sha256 for artifact in ends}
     if len(models) > 1:
         named = ", ".join(str(artifact.path) for artifact in ends)
         raise InvalidInputError(f"{named} were made from different models: make one report for each")
@@ -80,19 +88,13 @@ def open_given(paths: Sequence[str | Path | Artifact]) -> Given:
         Subject(
             name if names.count(name) == 1 else str(artifact.path),
             artifact,
-            {
-                other.kind: other
-                for other in staged
-                if other.sha256 in artifact.manifest["made_from"].values()
-            },
+            {other.kind: other for other in staged if other.sha256 in artifact.made_from.values()},
         )
         for name, artifact in zip(names, ends, strict=True)
     ]
-    kinds = {
-        kind: [artifact for artifact in artifacts if artifact.kind == kind]
-        for kind in ("samples", "calibration-set")
-    }
-    return Given(subjects, kinds["samples"], kinds["calibration-set"], models.pop())
+    samples = [artifact for artifact in artifacts if isinstance(artifact, Samples)]
+    sets = [artifact for artifact in artifacts if isinstance(artifact, CalibrationFolder)]
+    return Given(subjects, samples, sets, models.pop())
 
 
 def find_reference(given: Given, reference: str | Path | Model | None) -> Model | None:
@@ -113,10 +115,10 @@ def find_reference(given: Given, reference: str | Path | Model | None) -> Model 
 
 def can_run(subject: Subject) -> bool:
     """Whether this machine can run an engine; others are shown without new measurements."""
-    if subject.artifact.kind != "engine":
+    if not isinstance(subject.artifact, EngineFolder):
         return True
     try:
-        find_backend(str(subject.artifact.facts["backend"]))
+        find_backend(subject.artifact.facts.backend)
     except CapabilityError as error:
         say(f"{subject.name} is not measured here: {error}")
         return False

@@ -207,7 +207,7 @@ def size_table(content: Content) -> Table:
         rows.append([Cell("full precision"), Cell("weights"), amount(megabytes, 2)])
     for subject in content.given.subjects:
         for artifact in (*subject.before.values(), subject.artifact):
-            megabytes = sum(artifact.file(name).stat().st_size for name in artifact.manifest["files"]) / 1e6
+            megabytes = artifact.size() / 1e6
             rows.append([Cell(subject.name), Cell(artifact.kind), amount(megabytes, 2)])
     most = max((row[2].sort or 0.0 for row in rows), default=0.0) or 1.0
     rows = [[*row[:2], Cell(row[2].text, row[2].sort, (row[2].sort or 0.0) / most)] for row in rows]
@@ -219,10 +219,10 @@ def provenance_table(content: Content) -> Table:
     rows = []
     for subject in content.given.subjects:
         artifact = subject.artifact
-        hashes = {artifact.kind: artifact.sha256, **artifact.manifest["made_from"]}
+        hashes = {artifact.kind: artifact.sha256, **artifact.made_from}
         for kind, sha256 in hashes.items():
             rows.append([Cell(subject.name), Cell(kind), Cell(str(sha256), code=True)])
         rows.append([Cell(subject.name), Cell("made as"), Cell(describe(subject))])
-        rows.append([Cell(subject.name), Cell("qdeploy"), Cell(str(artifact.manifest["version"]))])
-        rows.append([Cell(subject.name), Cell("seed"), Cell(str(artifact.manifest["seed"]))])
+        rows.append([Cell(subject.name), Cell("qdeploy"), Cell(artifact.manifest.version)])
+        rows.append([Cell(subject.name), Cell("seed"), Cell(str(artifact.seed))])
     return Table(["", "what", "value"], rows, "Identities (SHA-256), versions and seeds")

@@ -22,7 +22,8 @@ from qdeploy.export.lint.rule import SEVERITIES, E, Hit, Rule, rules
 from qdeploy.export.lint.scope import Scope
 from qdeploy.export.lint.waivers import WAIVERS
 from qdeploy.recipe.targets import find_target
-from qdeploy.store.artifact import is_artifact, open_artifact
+from qdeploy.store.artifact import Bundle, is_artifact, open_artifact
+from qdeploy.store.facts import LintFacts
 from qdeploy.store.files import explained_os_errors
 from qdeploy.system.errors import InvalidInputError, QDeployError, UsageError
 
@@ -79,18 +80,18 @@ class LintReport:
         }
         return result | ({"output": self.output, "fixed": self.fixed} if self.output else {})
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> LintFacts:
         """The part that a bundle stores: findings by severity, each rule's number of them, shares of MACs."""
         by_rule = {
             waived: Counter(finding.rule for finding in self.findings if bool(finding.waived) is waived)
             for waived in (False, True)
         }
-        return {
-            "counts": self.counts,
-            "rules": dict(sorted(by_rule[False].items())),
-            "waived": dict(sorted(by_rule[True].items())),
-            "shares": self.macs["shares"],
-        }
+        return LintFacts(
+            counts=self.counts,
+            rules=dict(sorted(by_rule[False].items())),
+            waived=dict(sorted(by_rule[True].items())),
+            shares=self.macs["shares"],
+        )
 
     def table(self) -> str:
         """For people."""
@@ -200,8 +201,7 @@ def graph_file(source: Path) -> Path:
         InvalidInputError: there is no such file.
     """
     if is_artifact(source):
-        bundle = open_artifact(source, "onnx")
-        return bundle.file(f"{bundle.facts['component']}/model.onnx")
+        return open_artifact(source, Bundle).graph
     if not source.is_file():
         raise InvalidInputError(f"{source} is neither an ONNX file nor an ONNX bundle")
     return source

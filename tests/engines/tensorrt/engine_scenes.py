@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from qdeploy.engines.base import Engine
+from qdeploy.engines.spec import EngineSpec
 from qdeploy.engines.tensorrt import engine as module
-from qdeploy.store.artifact import Artifact
 from qdeploy.system.errors import InvalidInputError
 from tests.engines.bundles import CONFIG
 from tests.engines.tensorrt.bench import ADA, Library, plan_folder
@@ -61,15 +61,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, library.failing("compute"):
         plan_folder(Path(folder) / "unet")
         (Path(folder) / "unet" / "config.json").write_text(json.dumps(CONFIG))
-        facts = {"component": "unet", "engine_precision": "f16"}
-        artifact = Artifact(Path(folder), {"kind": "engine", "facts": facts, "sha256": "0"})
+        spec = EngineSpec(Path(folder), "unet", "f16", sha256="0")
         with (
             mock.patch.object(module, "require_gpu", return_value=ADA),
             mock.patch.object(module, "TorchCuda", HostCuda),
             mock.patch.object(module.TensorRTEngine, "device", "cpu"),
             # what is on the GPU is told apart by the device's type, which is the same here
             mock.patch("qdeploy.engines.tensorrt.execution.Execution._check"),
-            module.TensorRTEngine(artifact) as engine,
+            module.TensorRTEngine(spec) as engine,
         ):
             assert isinstance(engine, Engine)
             assert {name: (p.dtype, p.shape) for name, p in engine.ports.items()} == {

@@ -10,8 +10,10 @@ import torch
 
 from qdeploy.engines.build import build_engine, load_engine
 from qdeploy.engines.registry import backends
+from qdeploy.engines.spec import EngineSpec
 from qdeploy.engines.tensorrt.engine import TensorRTEngine
-from qdeploy.store.artifact import Artifact
+from qdeploy.store.artifact import EngineFolder
+from qdeploy.store.manifest import read_manifest
 from qdeploy.system.decibels import sqnr_db
 from qdeploy.system.errors import InvalidInputError, QDeployError
 from tests.engines.bundles import MEANT, denoiser_graph, example_inputs, expected, write_bundle
@@ -80,9 +82,9 @@ def test_a_truncated_plan_is_refused(folder: Path, tmp_path: Path) -> None:
     plan.write_bytes(plan.read_bytes()[:1000])
     with pytest.raises(InvalidInputError, match="damaged"):
         load_engine(copy)
-    manifest = json.loads((copy / "qdeploy.json").read_text())
+    spec = EngineSpec.of(EngineFolder(copy, read_manifest(copy)))
     with pytest.raises(InvalidInputError, match="1000 of"):
-        backends()["tensorrt"].load(Artifact(copy, manifest), None)
+        backends()["tensorrt"].load(spec, None)
 
 
 @pytest.mark.parametrize(

@@ -53,12 +53,12 @@ def test_an_export_for_tensorrt_is_clean(bundles: dict[str, Artifact]) -> None:
 
 def test_a_bundle_says_what_lint_found(bundles: dict[str, Artifact]) -> None:
     report = lint(bundles["tensorrt"].path)
-    told = bundles["tensorrt"].facts["lint"]
-    assert told["counts"] == report.counts
-    assert sum(told["rules"].values()) == sum(report.counts.values())
-    assert sum(told["waived"].values()) == sum(bool(finding.waived) for finding in report.findings)
-    assert told["shares"] == report.macs["shares"]
-    assert "lint" not in bundles["portable"].facts
+    told = bundles["tensorrt"].facts.lint
+    assert told.counts == report.counts
+    assert sum(told.rules.values()) == sum(report.counts.values())
+    assert sum(told.waived.values()) == sum(bool(finding.waived) for finding in report.findings)
+    assert told.shares == report.macs["shares"]
+    assert bundles["portable"].facts.lint is None
 
 
 def test_a_portable_export_quantizes_layers_that_are_too_thin(bundles: dict[str, Artifact]) -> None:

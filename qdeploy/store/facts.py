@@ -1,0 +1,291 @@
+"""What each kind of artifact says of its content: one class of typed facts per kind.
+
+Facts are part of an artifact's identity. They are read strictly: a fact that is missing, unknown or of another
+type or range than stated here is refused with its place. A fact that is None by default is left out of the
+manifest where it is None, so that artifacts of earlier versions of the same schema, which do not know it, are
+read too, and keep their hashes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct, field
+
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", max_length=64)]
+Word = Annotated[str, Meta(min_length=1, max_length=200)]
+Identifier = Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$(?!\n)", max_length=100)]
+Component = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]*$(?!\n)", max_length=64)]
+Count = Annotated[int, Meta(ge=0, le=2**48)]
+Positive = Annotated[int, Meta(ge=1, le=2**48)]
+Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+LARGEST_TIMESTEP = 1e9
+Timestep = (
+    Annotated[int, Meta(ge=-(10**9), le=10**9)]
+    | Annotated[float, Meta(ge=-LARGEST_TIMESTEP, le=LARGEST_TIMESTEP)]
+)
+Number = Annotated[int, Meta(ge=-(2**63) + 1, le=2**63 - 1)] | float
+Formats = Annotated[list[Word], Meta(max_length=64)]
+
+
+class Facts(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """What an artifact says of its content."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The facts as they stand in the manifest."""
+        found: dict[str, Any] = msgspec.to_builtins(self)
+        return found
+
+
+class InputFacts(Facts, frozen=True, kw_only=True):
+    """An input of a denoiser: its shape without the batch dimension, unless it is ``shared`` by all rows."""
+
+    name: Word
+    dtype: Identifier
+    shape: Annotated[list[Count], Meta(max_length=16)]
+    shared: bool
+
+
+class CalibrationSetFacts(Facts, frozen=True, kw_only=True):
+    """What a calibration set says of itself.
+
+    Attributes:
+        sample: name of the input that holds the noisy sample.
+        inputs: all inputs.
+        rows: how many denoiser inputs there are.
+        images: from how many images.
+        steps: denoiser calls that were kept of each trajectory.
+        timesteps: at which the network was called, ascending.
+        pairs: whether rows are told apart under guidance: ``known``, ``undecided``; None without guidance.
+        scheduler: class of the scheduler; None if an import does not say.
+        inference_steps: of the trajectory.
+        guidance: scale of classifier-free guidance.
+        layout: of the file that was imported.
+    """
+
+    sample: Word
+    inputs: Annotated[list[InputFacts], Meta(min_length=1, max_length=256)]
+    rows: Positive
+    images: Positive
+    steps: Positive
+    timesteps: list[Timestep]
+    pairs: Literal["known", "undecided"] | None
+    scheduler: Identifier | None
+    inference_steps: Positive
+    guidance: Number | None
+    layout: Word | None = None
+
+
+class TimestepFacts(Facts, frozen=True, kw_only=True):
+    """Timesteps that scales were found at; the limits of training where the scheduler states them."""
+
+    calibrated: list[Timestep]
+    low: Timestep | None = None
+    high: Timestep | None = None
+
+
+class TimeTableFacts(Facts, frozen=True, kw_only=True):
+    """A table of temporal features: how its entries are stored, in how many bytes, and for which timesteps.
+
+    ``schedule`` and ``rows`` are None where it holds all timesteps of training.
+    """
+
+    storage: Word
+    schedule: Word | None
+    rows: list[Timestep] | None
+    bytes: Count
+
+
+class CorrectionFacts(Facts, frozen=True, kw_only=True):
+    """The type of prediction that mean errors were measured for, and the hash of their file."""
+
+    prediction_type: Word
+    sha256: Sha256
+
+
+class DenoiserFacts(Facts, frozen=True, kw_only=True):
+    """What a checkpoint says of its denoiser, and hands on to its bundle and its engines.
+
+    Attributes:
+        component: its name in a pipeline, ``unet`` or ``transformer``, and that of its folder.
+        class_name: its diffusers class; ``class`` in the manifest.
+        model_sha256: identity of the full-precision denoiser.
+        precision: ``W8A8`` or the like; ``fp32`` where nothing is quantized.
+        weights: format of weights, or ``none``.
+        activations: format of activations, or ``none``.
+        target: what it was made to run on.
+        base_model: Hub id or name of the model.
+        timesteps: that it was calibrated for.
+        timestep_scales: whether scales depend on the timestep.
+        time_table: the table that stands for the layers that compute temporal features.
+        correction: mean errors of the prediction that travel with it.
+        dynamic_group: features that the runtime rounds with one scale, where it rounds activations itself.
+    """
+
+    component: Component
+    class_name: Identifier = field(name="class")
+    model_sha256: Sha256
+    precision: Word
+    weights: Word
+    activations: Word
+    target: Word
+    base_model: Word | None = None
+    timesteps: TimestepFacts | None = None
+    timestep_scales: bool | None = None
+    time_table: TimeTableFacts | None = None
+    correction: CorrectionFacts | None = None
+    dynamic_group: Positive | None = None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether weights or activations are quantized."""
+        return (self.weights, self.activations) != ("none", "none")
+
+    def handed_on(self, **changes: Any) -> dict[str, Any]:
+        """The facts that travel with the denoiser, by field, with some changed."""
+        travelling = {name: getattr(self, name) for name in DenoiserFacts.__struct_fields__}
+        return travelling | changes
+
+
+class CheckpointFacts(DenoiserFacts, frozen=True, kw_only=True):
+    """What a checkpoint says of itself.
+
+    Attributes:
+        simulated: why no engine can run it; empty if one can.
+        layers: how many are quantized.
+        temporal: whether layers that depend on the timestep alone are among them.
+        left_in_float: layers of the coverage that are not, by the reason.
+    """
+
+    simulated: list[str]
+    layers: Count
+    temporal: bool | None = None
+    left_in_float: dict[str, list[str]] | None = None
+
+
+class PortFacts(Facts, frozen=True, kw_only=True):
+    """An input of a graph; axes of free size have names."""
+
+    name: Word
+    dtype: Word
+    shape: Annotated[list[Word], Meta(max_length=16)]
+
+
+class LintFacts(Facts, frozen=True, kw_only=True):
+    """What `lint` said of a graph: findings by severity and by rule, and shares of multiplications by type."""
+
+    counts: dict[str, Count]
+    rules: dict[str, Count]
+    waived: dict[str, Count]
+    shares: dict[str, Number]
+
+
+class BundleFacts(DenoiserFacts, frozen=True, kw_only=True):
+    """What an ONNX bundle says of itself.
+
+    Attributes:
+        simulated: why no engine can run it; empty, since such checkpoints are not exported.
+        inputs: of the graph.
+        lint: what the rules of TensorRT said of it.
+    """
+
+    simulated: list[str]
+    inputs: list[PortFacts] | None = None
+    lint: LintFacts | None = None
+
+
+class EngineFacts(DenoiserFacts, frozen=True, kw_only=True):
+    """What an engine says of itself; the last eight are options of TensorRT alone.
+
+    Attributes:
+        backend: its name.
+        backend_version: of the runtime that built it.
+        engine_precision: what everything that is not int8 is computed in.
+        batch: that its speed was measured with.
+        threads: that it runs on; None for the runtime's own choice.
+        int8_sums: bits that the sums of its int8 products need.
+        optimize_for: what its placement was searched for.
+        min_sqnr: least SQNR of the placement, in dB.
+        quantizers_left_out: by the placement.
+        options: of a backend that another package brings.
+    """
+
+    backend: Word
+    backend_version: Word
+    engine_precision: Word
+    batch: Positive
+    threads: Positive | None
+    int8_sums: Literal[16, 32] | None = None
+    optimize_for: Word | None = None
+    min_sqnr: Number | None = None
+    quantizers_left_out: list[str] | None = None
+    shapes: str | None = None
+    workspace: Number | None = None
+    refit: bool | None = None
+    weight_streaming: bool | None = None
+    hardware_compatible: bool | None = None
+    version_compatible: bool | None = None
+    strip_plan: bool | None = None
+    optimization_level: Annotated[int, Meta(ge=0, le=5)] | None = None
+    options: dict[str, Any] | None = None
+
+
+class SamplesFacts(Facts, frozen=True, kw_only=True):
+    """How images were made; the hash of what made them stands under its kind.
+
+    Attributes:
+        count: of images.
+        steps: of the sampling.
+        scheduler: class of the scheduler.
+        prompts: in turns.
+        guidance: scale of classifier-free guidance; None for the pipeline's own.
+        eta: share of fresh noise.
+        height: of the images in pixels, if it was chosen.
+        width: as height.
+        shape: channels, height and width.
+        negative_prompts: in turns.
+        correction: how mean errors were taken out.
+        model: hash of the model that made them.
+        checkpoint: hash of the checkpoint that did.
+        engine: hash of the engine that did.
+    """
+
+    count: Positive
+    steps: Positive
+    scheduler: Identifier
+    prompts: list[str] | None
+    guidance: Number | None
+    eta: Number | None
+    height: Positive | None
+    width: Positive | None
+    shape: Annotated[list[Positive], Meta(min_length=3, max_length=3)]
+    negative_prompts: list[str] | None = None
+    correction: Word | None = None
+    model: Sha256 | None = None
+    checkpoint: Sha256 | None = None
+    engine: Sha256 | None = None
+
+
+class AgreementFacts(Facts, frozen=True, kw_only=True):
+    """How far the cheap ranking of layers agrees with the exact one."""
+
+    top: Count
+    shared: Count
+    layers: list[str]
+    spearman: Number
+
+
+class SensitivityFacts(Facts, frozen=True, kw_only=True):
+    """What was judged: layers, formats, and whether exactly (one layer alone) or to first order.
+
+    ``agreement`` says how far the two rankings agree where both were made.
+    """
+
+    component: Component
+    class_name: Identifier = field(name="class")
+    model_sha256: Sha256
+    layers: Count
+    formats: Formats
+    exact: bool
+    agreement: AgreementFacts | None = None
