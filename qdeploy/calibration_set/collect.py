@@ -29,7 +29,7 @@ from qdeploy.model.pipeline import sample_images
 from qdeploy.model.sampling import COLLECTING, Sampling, SamplingOptions, sampled, with_old_names
 from qdeploy.model.schedulers import make_scheduler
 from qdeploy.quant.time_ranges import merge_ranges, read_ranges
-from qdeploy.store.artifact import RANGES, Artifact, CalibrationFolder
+from qdeploy.store.artifact import RANGES, CalibrationFolder
 from qdeploy.store.builder import Draft
 from qdeploy.store.manifest import RANGES_PICTURE, Notes
 from qdeploy.system.estimate import Estimate, readable_size, readable_time
@@ -66,7 +66,7 @@ def collect(
     overwrite: bool = False,
     dry_run: Literal[False] = False,
     **options: Unpack[SamplingOptions],
-) -> Artifact: ...
+) -> CalibrationFolder: ...
 
 
 @sampled(COLLECTING)
