@@ -370,7 +370,7 @@ def sample(source: str, as_json: bool, **options: Any) -> None:
 @click.option("--min-sqnr", type=float, help="dB, median over timesteps.  [default: 20]")
 @click.option("--min-psnr", type=float, help="dB, of images on the same seeds.")
 @click.option("--max-fd-increase", type=float, help="FD-local above the reference's.")
-@click.option("--scheduler", default="ddim", show_default=True)
+@click.option("--scheduler", help="ddim, euler, ...  [default: as its calibration set]")
 @click.option("--seed", type=int, default=1, show_default=True, help="Seed of the held-out trajectories.")
 @click.option("--features", type=FOLDER, help="Feature network: a folder, or Inception's weights file.")
 @click.option("--real", type=FOLDER, help="Folder of real images to compare sets with.")
@@ -379,6 +379,8 @@ def sample(source: str, as_json: bool, **options: Any) -> None:
 @CORRECTION
 @prompted
 @GUIDANCE
+@click.option("--height", type=int, help="Of the images.  [default: as its calibration set]")
+@click.option("--width", type=int)
 @verb
 def check(subject: Path, as_json: bool, **options: Any) -> None:
     """Compare with the simulation and with full precision; exit code 3 if a threshold is missed."""
@@ -419,7 +421,7 @@ def benchmark(paths: tuple[Path, ...], as_json: bool, **options: Any) -> None:
 @click.option("--pictures", type=int, default=8, show_default=True, help="Seeds to show images of.")
 @click.option("--samples", type=int, default=64, show_default=True, help="Images for paired quality.")
 @click.option("--inference-steps", type=int, default=50, show_default=True, help="Length of the trajectory.")
-@click.option("--scheduler", default="ddim", show_default=True)
+@click.option("--scheduler", help="ddim, euler, ...  [default: as its calibration set]")
 @click.option("--seed", type=int, default=1, show_default=True, help="Seed of the held-out trajectories.")
 @click.option(
     "--batch", type=int, multiple=True, default=(1,), show_default=True, help="Of speed; repeatable."

@@ -53,7 +53,7 @@ def calibration_for(source: Model, given: Any, seed: int, device: str) -> Path:
         raise UsageError(f"{source.path} takes prompts: collect a set with `qdeploy collect --prompts` first")
     say("no calibration set was given: collecting a default one")
     name = f"{source.sha256[:16]}-seed{seed}"
-    collected = collect(source.path, cache_folder() / "calibration" / name, seed=seed, device=device)
+    collected = collect(source, cache_folder() / "calibration" / name, seed=seed, device=device)
     assert isinstance(collected, CalibrationFolder)
     return collected.path
 
@@ -88,6 +88,7 @@ def open_session(
         device,
         max_memory,
         training_timesteps=source.training_timesteps,
+        timestep_range=data.timestep_range(source.training_timesteps),
         component=source.name,
         prediction_type=prediction_type(source.scheduler_config),
         left=left,

@@ -22,6 +22,7 @@ from qdeploy.recipe.effort import Effort, find_effort
 from qdeploy.recipe.recipe import Recipe
 from qdeploy.store.artifact import RANGES
 from qdeploy.store.builder import Draft
+from qdeploy.store.facts import RangeFacts
 
 if TYPE_CHECKING:
     from qdeploy.calibration_set.dataset import CalibrationSet
@@ -45,6 +46,8 @@ class Session:
         max_memory: bytes that recorded activations may take.
         report: what stages found out about their work; kept with the checkpoint's measurements.
         stage: the stage that is running, with its place in the recipe; names its steps in the journal.
+        timestep_range: of a network that is not called with its scheduler's whole numbers; see
+            `qdeploy.store.timesteps`.
         training_timesteps: how many timesteps the model was trained with, if its scheduler says so.
         component: the denoiser's name in its pipeline.
         prediction_type: what its output is, as of `qdeploy.store.correction_table.prediction_type`.
@@ -62,6 +65,7 @@ class Session:
     report: dict[str, Any] = field(default_factory=dict)
     stage: str = "stage"
     training_timesteps: int | None = None
+    timestep_range: RangeFacts | None = None
     component: str = "unet"
     prediction_type: str = "epsilon"
     left: dict[str, str] = field(default_factory=dict)
@@ -107,10 +111,11 @@ class Session:
     def all_timesteps(self) -> Tensor:
         """[T] every timestep that the network may be asked for, ascending, in the data's dtype.
 
-        Those of training, and those of the calibration set where these are fractional.
+        Those of training, and those of the calibration set where these are fractional; those of the set alone where
+        the network is called with other numbers than its scheduler's.
         """
         seen = self.data.timesteps.flatten()
-        if self.training_timesteps is not None:
+        if self.training_timesteps is not None and self.timestep_range is None:
             seen = torch.cat([seen, torch.arange(self.training_timesteps).to(seen.dtype)])
         distinct: Tensor = seen.unique()
         return distinct

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.calibration_set.layer_ranges import LayerRanges
-from qdeploy.calibration_set.recorder import Recorded, Recorder
+from qdeploy.calibration_set.recorder import Recorder, chosen_calls
 from qdeploy.calibration_set.request import Request, check_pipeline, pipeline_sha256
 from qdeploy.calibration_set.shards import describe, open_shards, shard_files, shard_name
+from qdeploy.calibration_set.survey import Recorded, Survey, survey
 from qdeploy.model.folder import Model, open_model
 from qdeploy.model.inputs import sample_name
 from qdeploy.model.pipeline import sample_images
@@ -119,16 +120,22 @@ def collect(
         pipeline = model.pipeline(denoiser).to(device)
     pipeline.scheduler = make_scheduler(chosen.scheduler, pipeline.scheduler)
     work = _Work(request, pipeline, denoiser, dry_run)
+    work.look()
     if dry_run:
         return work.estimate_only()
     with draft:
         work.run(draft)
+        scheduler = type(pipeline.scheduler).__name__
+        guidance = _default(pipeline, "guidance_scale") if chosen.guidance is None else chosen.guidance
         facts = describe(
             open_shards(draft.output, shard_files(draft.content)),
             sample_name(denoiser),
-            scheduler=type(pipeline.scheduler).__name__,
+            scheduler=scheduler,
             inference_steps=chosen.steps,
-            guidance=_default(pipeline, "guidance_scale") if chosen.guidance is None else chosen.guidance,
+            guidance=guidance,
+            call=work.plan.facts,
+            sampled=chosen.facts(scheduler, guidance),
+            range=work.plan.timestep_range,
         )
         made = draft.finish(facts, notes=Notes(source=model.source))
     _draw(made)
@@ -140,9 +147,22 @@ class _Work:
 
     def __init__(self, request: Request, pipeline: Any, denoiser: nn.Module, dry_run: bool) -> None:
         self.request, self.pipeline, self.denoiser, self.dry_run = request, pipeline, denoiser, dry_run
+        self.plan: Survey
         self.estimate: Estimate | None = None
         self._left = request.samples
         self._bar: Iterator[object] | None = None
+
+    def look(self) -> None:
+        """Find out how the pipeline calls its denoiser; seconds, before hours are spent."""
+
+        sampling = self.request.sampling
+
+        def run(images: range) -> None:
+            with _seeded(sampling.seed):
+                sample_images(self.pipeline, sampling, images, latents_alone=True)
+
+        self.plan = survey(self.pipeline, self.denoiser, run)
+        chosen_calls(self.plan.steps, self.request.keep)
 
     def estimate_only(self) -> Estimate:
         """Make a call or two of the first batch."""
@@ -178,7 +198,9 @@ class _Work:
     def _record(self, images: range) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         sampling = self.request.sampling
         numbers = torch.tensor(images)
-        recorder = Recorder(self.pipeline, self.denoiser, numbers, self.request.keep, self._after_call)
+        recorder = Recorder(
+            self.pipeline, self.denoiser, numbers, self.request.keep, self.plan, self._after_call
+        )
         ranges = LayerRanges(self.denoiser, lambda: recorder.timestep)
         with _seeded(sampling.seed + images[0]), ranges, recorder:
             sample_images(self.pipeline, sampling, images)
@@ -198,12 +220,13 @@ class _Work:
         packed = recorder.batch.pack()
         sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in packed.items()}
         once = sum(size for name, size in sizes.items() if name.startswith(("condition.", "shared.")))
-        per_call = (sum(sizes.values()) - once) / len(recorder.batch.calls)
+        per_call = (sum(sizes.values()) - once) / len(recorder.batch.calls) * self.plan.branches
         seconds = min(recorder.seconds[:2]) * recorder.needed * self._left / full
         size = (once + per_call * request.keep) * request.samples / full
         self.estimate = Estimate(seconds, round(size))
+        kept = request.keep * self.plan.branches
         say(
-            f"collecting {request.keep} of {recorder.total} denoiser calls for {request.samples} images, "
+            f"collecting {kept} of {self.plan.calls} denoiser calls for {request.samples} images, "
             f"{type(self.pipeline.scheduler).__name__}: about {readable_time(seconds)}, "
             f"{readable_size(size)} on disk"
         )

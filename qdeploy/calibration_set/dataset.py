@@ -7,19 +7,19 @@ copied.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from qdeploy.calibration_set.shards import Shard, open_shards
-from qdeploy.model.inputs import denoise, sample_name
+from qdeploy.model.call import CallForm, signature_of, time_parameter
+from qdeploy.model.inputs import attach_form, denoise, sample_name
 from qdeploy.store.artifact import CalibrationFolder, open_artifact
-from qdeploy.store.facts import CalibrationSetFacts
+from qdeploy.store.facts import CalibrationSetFacts, RangeFacts
 from qdeploy.system.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -74,6 +74,35 @@ class CalibrationSet:
         """What the set says of itself: inputs, rows, images, timesteps, scheduler, guidance, ..."""
         return self.artifact.facts
 
+    @property
+    def form(self) -> CallForm | None:
+        """How the denoiser is called; None for calls that are plain (see `qdeploy.model.call`)."""
+        return CallForm.of(self.facts.call)
+
+    @property
+    def carried(self) -> dict[str, Any]:
+        """Facts that everything made from this set carries: how the denoiser is called, and how it was sampled."""
+        return {"call": self.facts.call, "sampled": self.facts.sampled}
+
+    def timestep_range(self, training: int | None) -> RangeFacts | None:
+        """The timesteps that the network can be called with, as of `qdeploy.calibration_set.timestep_range`.
+
+        Sets of before it was recorded are asked for their own timesteps.
+
+        Args:
+            training: how many timesteps the model was trained with, if that is known.
+        """
+        if self.facts.sampled is not None:
+            return self.facts.range
+        low, high = float(self.timesteps.min()), float(self.timesteps.max())
+        if (
+            training is None
+            or (low >= 0 and 1 < high <= training - 1)
+            or not self.timesteps.is_floating_point()
+        ):
+            return None
+        return RangeFacts(low=low, high=high, slope=None, offset=None)
+
     @cached_property
     def timesteps(self) -> Tensor:
         """The t that the network was given, ``[rows]``, in its own dtype; may be fractional."""
@@ -127,8 +156,8 @@ class CalibrationSet:
     ) -> dict[str, Tensor]:
         """As `inputs`, for probes and graphs, in which every input has rows.
 
-        An input that has no batch dimension is repeated for each row. The one known network that has such inputs,
-        Flux with its positions, takes the first of them then.
+        An input that has no batch dimension is repeated for each row; the network is given the first of them
+        (`qdeploy.model.call.CallForm`).
         """
         inputs = self.inputs(rows, device)
         count = len(inputs["timestep"])
@@ -137,6 +166,8 @@ class CalibrationSet:
 
     def check_fits(self, model: Model, denoiser: nn.Module) -> None:
         """Make sure that the set belongs to a model, by its hash, its input names and one call.
+
+        From then on `qdeploy.model.inputs.denoise` calls the network as the set says.
 
         Args:
             model: the model on disk.
@@ -151,13 +182,16 @@ class CalibrationSet:
                 f"the calibration set {path} was made from another model than {model.path}: "
                 "collect one from this model"
             )
-        known = inspect.signature(denoiser.forward).parameters
-        foreign = [name for name in self._layout if name.partition(".")[0] not in known]
+        known = signature_of(denoiser).parameters
+        time = time_parameter(known)
+        named = list(self.form.arguments) if self.form else [name.partition(".")[0] for name in self._layout]
+        foreign = [name for name in named if name not in known and not (name == "timestep" and time)]
         if foreign or self.sample != sample_name(denoiser):
             what = (foreign or [self.sample])[0]
             raise InvalidInputError(
                 f"the calibration set {path} has an input {what!r} that {model.class_name} has not"
             )
+        attach_form(denoiser, self.form)
         first = next(denoiser.parameters(), torch.empty(0))
         try:
             with torch.no_grad():

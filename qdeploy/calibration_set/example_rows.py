@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -48,6 +48,15 @@ class ExampleRows:
     ) -> dict[str, Tensor]:
         """As `inputs`."""
         return self.inputs(rows, device)
+
+    @property
+    def carried(self) -> dict[str, Any]:
+        """Facts that follow from a calibration set: none."""
+        return {}
+
+    def timestep_range(self, training: int | None) -> None:
+        """Nothing is known but what the scheduler says."""
+        return
 
     def check_fits(self, model: Model, denoiser: nn.Module) -> None:
         """They were made for the model."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
@@ -13,13 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.calibration_set.batch import Batch
-from qdeploy.model.inputs import flatten_inputs, sample_name
+from qdeploy.calibration_set.survey import Recorded, Survey
+from qdeploy.model.call import read_call, signature_of
+from qdeploy.model.inputs import sample_name
 from qdeploy.network.observe import ModuleCall, observing
 from qdeploy.system.errors import InvalidInputError, UsageError
-
-
-class Recorded(Exception):
-    """Raised inside the pipeline to stop it: everything wanted is recorded, nothing need be decoded."""
 
 
 def chosen_calls(calls: int, steps: int) -> list[int]:
@@ -78,13 +76,13 @@ class Recorder:
         pipeline: the pipeline, with a scheduler.
         denoiser: its denoiser.
         images: numbers of the images in the batch, ``[N]``.
-        steps: number of calls to keep.
+        steps: number of steps of the trajectory to keep, with all calls that each makes.
+        plan: how the pipeline calls its denoiser.
         after_call: called after each denoiser call.
 
     Attributes:
         batch: what has been recorded.
         calls: number of denoiser calls made.
-        total: number of calls in the whole trajectory; 0 before the first.
         seconds: duration of each call; on a GPU only of the first two.
         timestep: that of the running call if it is one that is kept, else None.
     """
@@ -95,29 +93,29 @@ class Recorder:
         denoiser: nn.Module,
         images: Tensor,
         steps: int,
+        plan: Survey,
         after_call: Callable[[Recorder], None] = lambda recorder: None,
     ) -> None:
-        self.pipeline, self.denoiser, self.images, self.steps = pipeline, denoiser, images, steps
+        self.pipeline, self.denoiser, self.images, self.plan = pipeline, denoiser, images, plan
         self.batch: Batch | None = None
-        self.calls = self.total = 0
+        self.calls = 0
         self.seconds: list[float] = []
         self._after_call = after_call
         self.timestep: float | None = None
-        self._wanted: list[int] = []
-        self._timestep: Tensor | None = None
-        self._prediction: Tensor | None = None
+        self._wanted = set(chosen_calls(plan.steps, steps))
+        self._predictions: list[Tensor] = []
         self._observers = ExitStack()
         self._began = 0.0
 
     @property
-    def complete(self) -> bool:
-        """Whether all wanted calls are recorded."""
-        return self.batch is not None and len(self.batch.calls) == self.steps
+    def needed(self) -> int:
+        """Number of calls up to the last one wanted."""
+        return (max(self._wanted) + 1) * self.plan.branches
 
     @property
-    def needed(self) -> int:
-        """Number of calls up to the last one wanted; known from the first call on."""
-        return self._wanted[-1] + 1
+    def complete(self) -> bool:
+        """Whether all wanted calls are recorded."""
+        return self.batch is not None and len(self.batch.calls) == len(self._wanted) * self.plan.branches
 
     def __enter__(self) -> Recorder:
         self._observers.enter_context(observing({"denoiser": self.denoiser}, self._before, self._after))
@@ -142,19 +140,20 @@ class Recorder:
         if error is None and not self.complete:
             raise InvalidInputError(
                 f"{type(self.pipeline).__name__} called its denoiser {self.calls} times for a trajectory of "
-                f"{self.total} calls: it cannot be recorded"
+                f"{self.plan.calls} calls: it cannot be recorded"
             )
         return kind is Recorded
 
     def _before(self, call: ModuleCall) -> None:
-        inputs = flatten_inputs(call.module, call.args, call.kwargs)
-        if not self.calls:
-            self.total = len(self.pipeline.scheduler.timesteps)
-            self._wanted = chosen_calls(self.total, self.steps)
-            self.batch = self._new_batch(inputs)
-        self._check_one_call_per_step(inputs["timestep"])
-        if self.batch is not None and self.calls in self._wanted:
-            self.batch.add(self.calls, inputs)
+        where = type(self.pipeline).__name__
+        form, inputs = read_call(signature_of(call.module), call.args, call.kwargs, where)
+        rows = len(inputs[sample_name(self.denoiser)])
+        step, branch = divmod(self.calls, self.plan.branches)
+        if self.batch is None:
+            self.batch = self._new_batch(rows)
+        if step in self._wanted:
+            self.plan.check(inputs, rows, form, where)
+            self.batch.add(step, inputs, branch)
             self.timestep = float(inputs["timestep"].flatten()[0])
         self._wait_to_be_timed()
         self._began = time.perf_counter()
@@ -163,9 +162,9 @@ class Recorder:
         self._wait_to_be_timed()
         self.seconds.append(time.perf_counter() - self._began)
         self.timestep = None
-        if not self.calls:
+        if self.calls < self.plan.branches:
             first = call.output if isinstance(call.output, Tensor) else call.output[0]
-            self._prediction = first.detach()
+            self._predictions.append(first.detach())
         self.calls += 1
         self._after_call(self)
 
@@ -174,36 +173,28 @@ class Recorder:
         if self.calls < 2 and torch.cuda.is_available():
             torch.cuda.synchronize()
 
-    def _new_batch(self, inputs: Mapping[str, Tensor]) -> Batch:
-        name = sample_name(self.denoiser)
-        sample, images = inputs[name], len(self.images)
-        if len(sample) % images:
+    def _new_batch(self, rows: int) -> Batch:
+        images = len(self.images)
+        if rows % images:
             raise InvalidInputError(
-                f"{type(self.pipeline).__name__} gives its denoiser {len(sample)} rows for {images} images: "
-                "it cannot be recorded"
+                f"{type(self.pipeline).__name__} gives its denoiser {rows} rows for {images} images: it cannot be "
+                "recorded"
             )
-        return Batch(name, self.images.repeat(len(sample) // images))
-
-    def _check_one_call_per_step(self, timestep: Tensor) -> None:
-        """Refuse pipelines that make two calls for guidance: which call is which could not be told."""
-        times = self.pipeline.scheduler.timesteps
-        if self.calls >= len(times) or (
-            self._timestep is not None
-            and torch.equal(timestep, self._timestep)
-            and times[self.calls] != times[self.calls - 1]
-        ):
-            raise InvalidInputError(
-                f"{type(self.pipeline).__name__} calls its denoiser more than once per step: "
-                "it cannot be recorded"
-            )
-        self._timestep = timestep.detach().clone()
+        numbers = self.images.repeat(rows // images)
+        return Batch(sample_name(self.denoiser), numbers, shared=frozenset(self.plan.form.shared))
 
     def _guided(self, guided: Tensor) -> None:
-        """Look at what the scheduler is given for the first time."""
-        prediction, self._prediction = self._prediction, None
-        if prediction is None or self.batch is None or len(self.batch.images) != 2 * len(self.images):
+        """Look at what the scheduler is given first, to tell conditional rows from unconditional ones."""
+        predictions, self._predictions = self._predictions, []
+        if self.batch is None or not predictions or self.calls > self.plan.branches:
             return
-        sample = self.batch.inputs[0][self.batch.sample]
-        if torch.equal(*sample.chunk(2)) and (half := conditional_half(prediction, guided)) is not None:
-            rows = torch.arange(len(self.batch.images))
-            self.batch.conditional = (rows >= len(self.images)) == bool(half)
+        rows, images = len(self.batch.images), len(self.images)
+        if len(predictions) == 1 and rows == 2 * images:
+            sample = self.batch.inputs[0][self.batch.sample]
+            if (
+                torch.equal(*sample.chunk(2))
+                and (half := conditional_half(predictions[0], guided)) is not None
+            ):
+                self.batch.conditional = (torch.arange(rows) >= images) == bool(half)
+        elif len(predictions) == 2 and rows == images:
+            self.batch.conditional_branch = conditional_half(torch.cat(predictions), guided)

@@ -47,8 +47,9 @@ class Request:
         """What determines the set, in the words of sets that exist."""
         value = {**asdict(self.sampling), "samples": self.samples, "device": self.device}
         value |= {"steps": self.keep, "inference_steps": self.sampling.steps}
-        if self.sampling.negative_prompts is None:
-            del value["negative_prompts"]
+        for name in ("negative_prompts", "arguments"):
+            if not value[name]:
+                del value[name]
         return value
 
     def batches(self) -> list[range]:

@@ -1,8 +1,8 @@
 """Shards of a calibration set: how recorded denoiser inputs lie on disk.
 
 A shard ``rows-00000.safetensors`` holds one batch of images. A row is one denoiser input; rows are ordered by
-call, then by image, then conditional before unconditional. ``NAME`` is an input's name as
-`qdeploy.model.inputs.flatten_inputs` gives it.
+call, then by branch, then by image, then conditional before unconditional. ``NAME`` is an input's flat name, as of
+`qdeploy.model.call`.
 
     input.SAMPLE      [rows, ...]      the noisy sample, named as the first parameter of ``forward``
     input.timestep    [rows]           t as the network was given it, in its own dtype
@@ -11,10 +11,11 @@ call, then by image, then conditional before unconditional. ``NAME`` is an input
     condition_row     [rows] int64     where in ``condition.*`` a row finds its conditions
     shared.NAME       as given         an input that has no batch dimension and never changes
     image             [rows] int64     number of the image, counted through the whole set
-    call              [rows] int64     number of the denoiser call in the trajectory, from 0
-    conditional       [rows] bool      under classifier-free guidance, which of the two halves a row is from
+    call              [rows] int64     number of the trajectory's step that called the denoiser, from 0
+    branch            [rows] int64     which call of that step it was, from 0; missing where each makes one
+    conditional       [rows] bool      under classifier-free guidance, which of the two branches a row is from
 
-Under guidance two neighbouring rows share image, sample and t. ``conditional`` is missing if there is no
+Under guidance in one call two neighbouring rows share image, sample and t. ``conditional`` is missing if there is no
 guidance, or if it could not be told which half is which.
 """
 
@@ -35,6 +36,7 @@ TIMESTEP_DTYPES = (torch.int64, torch.int32, torch.float16, torch.bfloat16, torc
 _INDEX_DTYPES = {
     "image": torch.int64,
     "call": torch.int64,
+    "branch": torch.int64,
     "condition_row": torch.int64,
     "conditional": torch.bool,
 }
@@ -173,7 +175,7 @@ def describe(
     scheduler: str | None,
     inference_steps: int,
     guidance: float | None,
-    layout: str | None = None,
+    **more: Any,
 ) -> CalibrationSetFacts:
     """The facts of a set: those that follow from its shards, and how they were sampled."""
     timesteps, images, calls = (
@@ -193,5 +195,5 @@ def describe(
         scheduler=scheduler,
         inference_steps=inference_steps,
         guidance=guidance,
-        layout=layout,
+        **more,
     )

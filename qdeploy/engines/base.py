@@ -79,6 +79,7 @@ class Engine(ABC):
         component: ``unet`` or ``transformer``, the denoiser's name in a pipeline.
         precision: what everything that is not int8 is computed in, ``f32`` or ``bf16``.
         config: the denoiser's diffusers configuration.
+        call: how the denoiser is called, if that does not follow from its inputs.
         ports: the graph's inputs.
     """
 
@@ -93,6 +94,7 @@ class Engine(ABC):
         self.component = spec.component
         self.precision = spec.precision
         self.config = read_json_object(spec.component_folder / "config.json")
+        self.call = spec.call
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The network's prediction.

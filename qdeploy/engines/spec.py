@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qdeploy.store.artifact import EngineFolder
-from qdeploy.store.facts import DenoiserFacts, TimestepFacts, TimeTableFacts
+from qdeploy.store.facts import CallFacts, DenoiserFacts, TimestepFacts, TimeTableFacts
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class EngineSpec:
         files: SHA-256 of its files by name relative to ``folder``; empty while it is being built.
         sha256: identity of the artifact; empty while it is being built.
         dynamic_group: features that the runtime rounds with one scale, where it rounds activations itself.
+        call: how the denoiser is called, if that does not follow from its inputs.
     """
 
     folder: Path
@@ -41,6 +42,7 @@ class EngineSpec:
     files: Mapping[str, str] = field(default_factory=dict)
     sha256: str = ""
     dynamic_group: int | None = None
+    call: CallFacts | None = None
 
     @classmethod
     def of(cls, artifact: EngineFolder) -> EngineSpec:
@@ -80,6 +82,7 @@ class EngineSpec:
             files or {},
             sha256,
             facts.dynamic_group,
+            facts.call,
         )
 
     @property

@@ -14,8 +14,8 @@ from qdeploy.export.run import export
 from qdeploy.model.folder import Model
 from qdeploy.model.origin import source_model
 from qdeploy.store.artifact import Bundle, DenoiserArtifact, EngineFolder
-from qdeploy.store.facts import EngineFacts
 from qdeploy.store.paths import cache_folder
+from qdeploy.store.probe import read_probe
 from qdeploy.system.hashing import sha256_of
 from qdeploy.system.machine import has_bf16
 from qdeploy.system.progress import say
@@ -44,18 +44,31 @@ def _folder(model: Model) -> Path:
     return cache_folder() / "reference" / model.sha256[:32]
 
 
-def baseline_bundle(model: Model) -> Bundle:
+def baseline_bundle(model: Model, like: DenoiserArtifact | None = None) -> Bundle:
     """A full-precision model as ONNX, exported at its first use and kept in the cache.
+
+    Args:
+        model: the model.
+        like: an artifact of the model that takes the same inputs, in the same shapes.
 
     Raises:
         InvalidInputError: the model cannot be exported.
         UsageError: another process is exporting it right now.
     """
-    return export(model.source, _folder(model) / f"onnx-{__version__}")
+    name = f"onnx-{__version__}" + ("" if like is None else f"-{inputs_key(like)}")
+    return export(model.source, _folder(model) / name, calibration=like)
+
+
+def inputs_key(artifact: DenoiserArtifact) -> str:
+    """What tells artifacts of one model apart by the inputs that they take: names, shapes and constants."""
+    inputs, _, _ = read_probe(artifact.path)
+    shapes = {n: [str(x.dtype), *x.shape[1:]] for n, x in sorted(inputs.items()) if n != "timestep"}
+    call = artifact.facts.call
+    return sha256_of([shapes, None if call is None else call.to_json()])[:8]
 
 
 def baseline_engine(
-    model: Model, backend: str, precision: str, like: EngineFacts | None = None
+    model: Model, backend: str, precision: str, like: EngineFolder | None = None
 ) -> EngineFolder:
     """The engine of a full-precision model, built at its first use and kept in the cache.
 
@@ -63,7 +76,8 @@ def baseline_engine(
         model: the model.
         backend: name of the backend.
         precision: what it computes in.
-        like: facts of the engine that it will be compared with, for backends that tune for sizes.
+        like: the engine that it will be compared with: its inputs are taken, and its sizes where backends tune for
+            them.
 
     Raises:
         InvalidInputError: the model cannot be exported.
@@ -72,12 +86,13 @@ def baseline_engine(
     found = find_backend(backend)
     alike: dict[str, Any] = {}
     if found.device != "cpu":
-        shared = {name: getattr(like, name) for name in _ALIKE if like is not None}
+        shared = {name: getattr(like.facts, name) for name in _ALIKE if like is not None}
         alike = {name: value for name, value in shared.items() if value is not None}
     name = f"{backend}-{found.version().split('-')[0]}-{precision}-{__version__}"
     name += f"-{sha256_of(alike)[:8]}" if alike else ""
+    name += f"-{inputs_key(like)}" if like else ""
     place = _folder(model) / name
-    return build_engine(baseline_bundle(model), place, backend=backend, precision=precision, **alike)
+    return build_engine(baseline_bundle(model, like), place, backend=backend, precision=precision, **alike)
 
 
 @dataclass(frozen=True)
@@ -105,9 +120,10 @@ def enter(artifacts: Sequence[EngineFolder], reference: str | Path | Model | Non
     """The engines under unique names, preceded by the baselines of each model and backend."""
     artifacts = list({artifact.path.resolve(): artifact for artifact in artifacts}.values())
     names = _distinct_names(artifacts)
-    groups: dict[tuple[str, str], list[EngineFolder]] = defaultdict(list)
+    groups: dict[tuple[str, str, str], list[EngineFolder]] = defaultdict(list)
     for artifact in artifacts:
-        groups[artifact.facts.model_sha256, artifact.facts.backend].append(artifact)
+        facts = artifact.facts
+        groups[facts.model_sha256, facts.backend, inputs_key(artifact)].append(artifact)
     baselines: list[Entrant] = []
     entered: list[Entrant] = []
     for group, members in groups.items():
@@ -120,7 +136,7 @@ def enter(artifacts: Sequence[EngineFolder], reference: str | Path | Model | Non
                 continue
             say(f"the {precision} engine to compare with, on {backend}", level=2)
             model = source_model(members[0], reference)
-            built = baseline_engine(model, backend, precision, members[0].facts)
+            built = baseline_engine(model, backend, precision, members[0])
             rivals[precision] = name = _baseline_name(precision, *group, groups)
             baselines.append(Entrant(name, built, {}))
         entered += [
@@ -131,11 +147,14 @@ def enter(artifacts: Sequence[EngineFolder], reference: str | Path | Model | Non
     return baselines + entered
 
 
-def _baseline_name(precision: str, model: str, backend: str, groups: Collection[tuple[str, str]]) -> str:
-    """The precision, followed by model and backend where several baselines would have one name."""
+def _baseline_name(
+    precision: str, model: str, backend: str, inputs: str, groups: Collection[tuple[str, str, str]]
+) -> str:
+    """The precision, with as much more as tells baselines of several models, backends and sizes apart."""
     models, backends = ({group[index] for group in groups} for index in (0, 1))
-    parts = [precision, *([backend] if len(backends) > 1 else []), *([model[:8]] if len(models) > 1 else [])]
-    return " ".join(parts)
+    sizes = {group[2] for group in groups if group[0] == model}
+    more = ((backend, backends), (model[:8], models), (inputs, sizes))
+    return " ".join([precision, *(name for name, every in more if len(every) > 1)])
 
 
 def _distinct_names(artifacts: Sequence[EngineFolder]) -> dict[Path, str]:

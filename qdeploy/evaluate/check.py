@@ -17,7 +17,7 @@ from qdeploy.evaluate.quality import QualityPlan, Trajectories, measure_quality
 from qdeploy.evaluate.thresholds import THRESHOLDS
 from qdeploy.model.folder import Model, open_model
 from qdeploy.model.origin import source_model
-from qdeploy.model.sampling import CHECKING, Sampling, SamplingOptions, sampled, with_old_names
+from qdeploy.model.sampling import AS_COLLECTED, Sampling, SamplingOptions, sampled, with_old_names
 from qdeploy.plots.pictures import picture_folder
 from qdeploy.sampling.correction import check_correction, correct
 from qdeploy.store.artifact import Artifact, DenoiserArtifact
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-@sampled(CHECKING)
+@sampled(AS_COLLECTED)
 def check(
     subject: str | Path | Artifact,
     sampling: Sampling | None = None,
@@ -102,7 +102,7 @@ def check(
         "max_fd_increase": max_fd_increase,
     }
     changes, keep = with_old_names(dict(options), keep)
-    plan = QualityPlan((sampling or CHECKING).changed(changes), samples, keep)
+    plan = QualityPlan((sampling or AS_COLLECTED).changed(changes), samples, keep)
     model = trajectories.model if trajectories else _model(reference)
     _check_measurable(given, model)
     if correction != "none" and model is None:
@@ -112,6 +112,7 @@ def check(
     folder = None if pictures is None else picture_folder(pictures)
     opened = open_subject(subject)
     check_correction(correction, opened.artifact)
+    plan = replace(plan, sampling=plan.sampling.like(opened.artifact.facts.sampled))
     earlier = None if before is None else open_before(before, opened)
     resources = {"features": features, "real": real, "lpips": lpips, "clip": clip}
     context = _metric_context(model, resources, plan.sampling.prompts)

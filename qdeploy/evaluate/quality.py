@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 
 from qdeploy.calibration_set.recorder import chosen_calls
 from qdeploy.calibration_set.request import pipeline_sha256
+from qdeploy.calibration_set.survey import Survey, survey
 from qdeploy.evaluate.metric_context import MetricContext
 from qdeploy.evaluate.metrics.base import Meter, metrics
 from qdeploy.evaluate.paired_sample import Call, Pair
 from qdeploy.evaluate.shared_work import in_parts, journal, processes
 from qdeploy.model.folder import Model
-from qdeploy.model.inputs import denoise, flatten_inputs, sample_name
+from qdeploy.model.inputs import attach_form, denoise, flatten_inputs, sample_name
 from qdeploy.model.pipeline import sample_images
 from qdeploy.model.sampling import CHECKING, Sampling
 from qdeploy.model.schedulers import make_scheduler
@@ -114,6 +116,21 @@ class Trajectories:
         self._pipeline.scheduler = make_scheduler(plan.sampling.scheduler, self._pipeline.scheduler)
         self._kept: dict[int, Trajectory] = {}
 
+    @cached_property
+    def survey(self) -> Survey:
+        """How the pipeline calls its denoiser."""
+        setattr(self._pipeline, self.model.component, self._denoiser)
+
+        def run(images: range) -> None:
+            with _seeded(self.plan.first_seed):
+                sample_images(
+                    self._pipeline, self.plan.sampling, images, self.plan.first_seed, latents_alone=True
+                )
+
+        found = survey(self._pipeline, self._denoiser, run)
+        attach_form(self._denoiser, found.saved_form)
+        return found
+
     @property
     def scheduler(self) -> Any:
         """The scheduler that all of them are sampled with."""
@@ -176,13 +193,16 @@ class Trajectories:
 
     def _run(self, denoiser: nn.Module, images: range, keep_inputs: bool) -> Trajectory:
         plan = self.plan
+        attach_form(denoiser, self.survey.saved_form)
         setattr(self._pipeline, self.model.component, denoiser)
         with (
-            _watching(self._pipeline, denoiser, self.sample, plan.keep, keep_inputs) as seen,
+            _watching(self.survey, denoiser, self.sample, plan.keep, keep_inputs) as seen,
             _seeded(plan.first_seed),
         ):
             made = sample_images(self._pipeline, plan.sampling, images, plan.first_seed)
-        return Trajectory(seen.inputs, seen.samples, seen.outputs, made.clamp(0, 1))
+        pictures = made.pictures
+        images_made = made.values if pictures is None else pictures.clamp(0, 1)
+        return Trajectory(seen.inputs, seen.samples, seen.outputs, images_made)
 
 
 class _Seen:
@@ -194,17 +214,16 @@ class _Seen:
 
 @contextmanager
 def _watching(
-    pipeline: Any, denoiser: nn.Module, sample: str, steps: int, keep_inputs: bool
+    plan: Survey, denoiser: nn.Module, sample: str, steps: int, keep_inputs: bool
 ) -> Iterator[_Seen]:
-    """Record inputs and outputs of a denoiser in ``steps`` of its calls."""
-    seen, wanted, number = _Seen(), set[int](), -1
+    """Record inputs and outputs of a denoiser in ``steps`` steps of the trajectory."""
+    seen, number = _Seen(), -1
+    chosen = chosen_calls(plan.steps, min(steps, plan.steps))
+    wanted = {step * plan.branches + branch for step in chosen for branch in range(plan.branches)}
 
     def before(call: ModuleCall) -> None:
         nonlocal number
         number += 1
-        if number == 0:
-            calls = len(pipeline.scheduler.timesteps)
-            wanted.update(chosen_calls(calls, min(steps, calls)))
         if number not in wanted:
             return
         given = call.kwargs[sample] if sample in call.kwargs else call.args[0]

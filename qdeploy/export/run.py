@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import torch
 from msgspec.structs import replace
-from torch import Tensor, nn
+from torch import nn
 
 from qdeploy.export.components import has_components, write_components
 from qdeploy.export.graph import save
 from qdeploy.export.lint.run import lint
 from qdeploy.export.lower import PASSES, lower
+from qdeploy.export.probe_inputs import probe_of
 from qdeploy.export.time_table import TimeTable, needs_table, plan_table, tabulate
 from qdeploy.model.card import write_card
 from qdeploy.model.folder import Model, open_model
@@ -23,12 +23,19 @@ from qdeploy.quant.layer import quantized_layers
 from qdeploy.quant.modes import freeze
 from qdeploy.recipe.recipe import Recipe
 from qdeploy.recipe.targets import TARGETS, find_target
-from qdeploy.store.artifact import Artifact, Bundle, Checkpoint, is_artifact, open_artifact
+from qdeploy.store.artifact import (
+    Artifact,
+    Bundle,
+    Checkpoint,
+    is_artifact,
+    open_artifact,
+)
 from qdeploy.store.builder import Draft
-from qdeploy.store.facts import BundleFacts, LintFacts, PortFacts
+from qdeploy.store.facts import BundleFacts, LintFacts, PortFacts, TimestepFacts
 from qdeploy.store.manifest import Notes
 from qdeploy.store.paths import default_output
 from qdeploy.store.probe import PROBE
+from qdeploy.store.timesteps import on_grid
 from qdeploy.system.errors import CapabilityError, UsageError
 from qdeploy.system.estimate import readable_size
 from qdeploy.system.progress import say
@@ -51,7 +58,8 @@ def export(
         source: a checkpoint; or a model, which is exported in full precision.
         output: folder of the bundle; by default a folder in the working directory.
         target: the dialect; by default the one that the checkpoint was calibrated for.
-        calibration: for a model, the set that its probe comes from; one is made from noise otherwise.
+        calibration: for a model, the set that its probe comes from; or another artifact, whose probe is taken. By
+            default the model's own pipeline is asked how it calls its denoiser.
         components: also export the pipeline's text encoders and autoencoder, in float32.
         time_table: how to store what depends on the timestep alone, in place of the layers that compute it:
             ``fp32``, ``fp16``, ``int8``; or ``none`` to keep the layers. By default the layers stay, unless
@@ -68,16 +76,19 @@ def export(
     if is_artifact(path):
         checkpoint = open_artifact(path, Checkpoint)
         default = "fp32" if checkpoint.facts.temporal else "none"
-        table = _plan_table(checkpoint_model(checkpoint), time_table or default, table_rows)
+        limits = checkpoint.facts.timesteps
+        table = _plan_table(checkpoint_model(checkpoint), time_table or default, table_rows, limits)
         return _export_checkpoint(checkpoint, output, target, components, table, overwrite)
     model = open_model(path if path.exists() else str(source))
     table = _plan_table(model, time_table or "none", table_rows)
     return _export_model(model, output, target, calibration, components, table, overwrite)
 
 
-def _plan_table(model: Model, storage: str, rows: str) -> TimeTable | None:
+def _plan_table(
+    model: Model, storage: str, rows: str, limits: TimestepFacts | None = None
+) -> TimeTable | None:
     if storage != "none":
-        return plan_table(model, storage, rows)
+        return plan_table(model, storage, rows, limits)
     if rows != "all":
         raise UsageError("--table-rows needs a time table: choose --time-table fp32, fp16 or int8")
     return None
@@ -144,12 +155,19 @@ def _export_model(
     place = Path(output) if output else default_output(model.path, "onnx")
     rest = model.path if components and has_components(model.path) else None
     options = {"target": dialect, "components": rest is not None, **_asked(table)}
+    if calibration is not None:
+        calibration = open_artifact(calibration)
+        options["probe"] = calibration.sha256
     draft = Draft(place, Bundle, {"model": model.sha256}, None, None, options, overwrite)
     if done := draft.finished():
         return done
     with draft:
         denoiser = model.load()
-        write_probe(draft, denoiser, _probe_inputs(model, denoiser, calibration))
+        inputs, carried = probe_of(model, denoiser, calibration)
+        limits = carried.get("timesteps")
+        if table is not None and table.schedule is None and not on_grid(limits):
+            table = plan_table(model, table.storage, "all", limits)
+        write_probe(draft, denoiser, inputs)
         described = BundleFacts(
             component=model.name,
             class_name=model.class_name,
@@ -159,6 +177,7 @@ def _export_model(
             activations="none",
             simulated=[],
             target=dialect,
+            **carried,
         )
         notes = Notes(source=model.source)
         return _write(draft, denoiser, model, rest, table, described, notes)
@@ -269,16 +288,3 @@ def _dialect(target: str) -> str:
             f"target {target!r} is for simulation and has no ONNX form: choose from {', '.join(PASSES)}"
         )
     return target
-
-
-def _probe_inputs(model: Model, denoiser: nn.Module, calibration: Any) -> dict[str, Tensor]:
-    if calibration is not None:
-        from qdeploy.calibration_set.dataset import CalibrationSet
-
-        data = CalibrationSet.open(calibration.path if isinstance(calibration, Artifact) else calibration)
-        data.check_fits(model, denoiser)
-        rows = torch.linspace(0, len(data) - 1, min(16, len(data))).round().long()
-        return data.probe_inputs(rows)
-    from qdeploy.model.inputs import example_inputs
-
-    return example_inputs(model, rows=4)

@@ -18,7 +18,7 @@ from qdeploy.network.current_timestep import attach_clock, midpoints
 from qdeploy.network.roles import find_structure
 from qdeploy.quant.feature_table import STORAGES, FeatureTable
 from qdeploy.quant.layer import QuantizedLayer, quantized_layers, replace_module
-from qdeploy.store.facts import TimeTableFacts
+from qdeploy.store.facts import TimestepFacts, TimeTableFacts
 from qdeploy.system.errors import UsageError
 
 
@@ -42,13 +42,17 @@ class TimeTable:
         return TimeTableFacts(storage=self.storage, schedule=self.schedule, rows=rows, bytes=size)
 
 
-def plan_table(model: Model, storage: str, rows: str = "all") -> TimeTable:
+def plan_table(
+    model: Model, storage: str, rows: str = "all", limits: TimestepFacts | None = None
+) -> TimeTable:
     """Check a requested table, before any work.
 
     Args:
         model: the model, with its scheduler.
         storage: one of `STORAGES`.
-        rows: ``all`` timesteps of training, or a schedule such as ``ddim:50``.
+        rows: ``all`` timesteps of training, or a schedule such as ``ddim:50``. Where the network is not called with
+            whole numbers, ``all`` are those of its calibration set.
+        limits: timesteps of the checkpoint.
 
     Raises:
         UsageError: the storage or the schedule is unknown, or the model does not state its timesteps.
@@ -57,6 +61,9 @@ def plan_table(model: Model, storage: str, rows: str = "all") -> TimeTable:
         raise UsageError(
             f"unknown storage {storage!r} of a time table: choose from none, {', '.join(STORAGES)}"
         )
+    span = None if limits is None else limits.range
+    if rows == "all" and limits is not None and span is not None:
+        return TimeTable(storage, torch.tensor(limits.calibrated).unique(), "its calibration set")
     if rows == "all":
         count = model.training_timesteps
         if count is None:
@@ -73,7 +80,15 @@ def plan_table(model: Model, storage: str, rows: str = "all") -> TimeTable:
         scheduler.set_timesteps(int(steps))
     except ValueError as error:
         raise UsageError(f"a time table cannot have the rows of {rows}: {error}") from error
-    return TimeTable(storage, torch.as_tensor(scheduler.timesteps).unique(), rows)
+    timesteps = torch.as_tensor(scheduler.timesteps)
+    if span is not None:
+        if span.slope is None or span.offset is None:
+            raise UsageError(
+                f"a time table cannot have the rows of {rows}: how the network's timesteps follow from the "
+                "scheduler's is not known; leave out --table-rows for those of the calibration set"
+            )
+        timesteps = (span.slope * timesteps.double() + span.offset).float()
+    return TimeTable(storage, timesteps.unique(), rows)
 
 
 def tabulate(denoiser: nn.Module, inputs: Mapping[str, Tensor], table: TimeTable) -> int:
@@ -90,7 +105,8 @@ def tabulate(denoiser: nn.Module, inputs: Mapping[str, Tensor], table: TimeTable
         Bytes that the table takes.
 
     Raises:
-        UsageError: nothing depends on the timestep alone, or float16 cannot hold the features.
+        UsageError: nothing depends on the timestep alone, float16 cannot hold the features, or the network has
+            none at one of the timesteps.
     """
     time = find_structure(denoiser, inputs).time
     if not time.features:
@@ -99,6 +115,7 @@ def tabulate(denoiser: nn.Module, inputs: Mapping[str, Tensor], table: TimeTable
     timesteps = table.timesteps
     with torch.no_grad():
         features = time(denoiser, timesteps)
+    _check_finite(features, timesteps)
     edges = midpoints(timesteps.float())
     size = 0
     for name, values in features.items():
@@ -119,6 +136,16 @@ def tabulate(denoiser: nn.Module, inputs: Mapping[str, Tensor], table: TimeTable
         if isinstance(layer, QuantizedLayer):  # nothing reads it any more, so the graph will be without it
             layer.input_quantizers = nn.ModuleList()
     return size
+
+
+def _check_finite(features: Mapping[str, Tensor], timesteps: Tensor) -> None:
+    for values in features.values():
+        broken = ~values.flatten(1).isfinite().all(1)
+        if broken.any():
+            raise UsageError(
+                f"at timestep {float(timesteps[broken][0]):g} the network's own temporal features are NaN or "
+                "Inf: choose rows that it is called with, such as --table-rows ddim:50"
+            )
 
 
 def needs_table(denoiser: nn.Module) -> bool:

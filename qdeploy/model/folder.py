@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qdeploy.model.call import time_parameter
 from qdeploy.model.fill import fill
 from qdeploy.model.requirements import require_libraries
 from qdeploy.model.weights import WeightFiles, find_weights, variants_needed
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 COMPONENTS = ("unet", "transformer", "prior", "decoder")
-TIMESTEPS = ("timestep", "timestep_ratio", "r", "t")
 INDEX = "model_index.json"
 
 
@@ -212,22 +212,12 @@ class Model:
         import diffusers
 
         found = getattr(diffusers, self.class_name, None)
-        if found is None or time_parameter(found) is None:
+        if found is None or time_parameter(inspect.signature(found.forward).parameters) is None:
             raise InvalidInputError(
                 f"{self.folder} holds a {self.class_name}, which is no denoiser: diffusers has no such class "
                 "with a timestep among its inputs"
             )
         return found
-
-
-def time_parameter(denoiser: Any) -> str | None:
-    """The parameter of a denoiser's ``forward`` that takes the timestep; None if it has none.
-
-    Args:
-        denoiser: a network, or its class.
-    """
-    known = inspect.signature(denoiser.forward).parameters
-    return next((name for name in TIMESTEPS if name in known), None)
 
 
 def open_model(source: str | Path) -> Model:

@@ -1,8 +1,4 @@
-"""The inputs of a denoiser: flat names for tensors, calls with them, and examples.
-
-A denoiser's inputs are called by the parameters of its ``forward``; tensors in dictionaries are
-``parameter.key``.
-"""
+"""The inputs of a denoiser: calls with them, and examples. Their names are those of `qdeploy.model.call`."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from qdeploy.model.call import CallForm, plain_arguments, read_call, signature_of
 from qdeploy.model.folder import Model, read_json
 from qdeploy.system.errors import InvalidInputError
 
@@ -20,37 +17,35 @@ NUMBERS_AT_ONCE = 2**16  # of samples: four latents of 64 by 64 pixels
 
 
 def flatten_inputs(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors of one ``forward`` call by parameter name; those in dictionaries as ``name.key``."""
-    import torch
-
-    bound = inspect.signature(denoiser.forward).bind(*args, **kwargs).arguments
-    flat: dict[str, Any] = {}
-    for name, value in bound.items():
-        if isinstance(value, torch.Tensor):
-            flat[name] = value
-        elif isinstance(value, Mapping):
-            flat |= {f"{name}.{key}": item for key, item in value.items() if isinstance(item, torch.Tensor)}
-        elif name == "timestep":
-            flat[name] = torch.as_tensor(value)
-    return flat
+    """The tensors of one ``forward`` call by flat name; see `qdeploy.model.call`."""
+    return read_call(signature_of(denoiser), args, kwargs)[1]
 
 
-def nest_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Undo the dotted names of `flatten_inputs`."""
-    nested: dict[str, Any] = {}
-    for name, value in inputs.items():
-        outer, _, inner = name.partition(".")
-        if inner:
-            nested.setdefault(outer, {})[inner] = value
-        else:
-            nested[outer] = value
-    return nested
+def attach_form(denoiser: nn.Module, form: CallForm | None) -> None:
+    """Say how a network is called, for `denoise`; None for calls that are plain."""
+    denoiser.__dict__["_call_form"] = form
+
+
+def form_of(denoiser: nn.Module) -> CallForm | None:
+    """How a network is called; None if its calls are plain."""
+    found: CallForm | None = denoiser.__dict__.get("_call_form")
+    return found
 
 
 def denoise(denoiser: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """The network's prediction for inputs named as in `flatten_inputs`."""
-    output: Tensor = denoiser(**nest_inputs(inputs), return_dict=False)[0]
-    return output
+    """The network's prediction for inputs by flat name, and the constants that `attach_form` gave it."""
+    form, parameters = form_of(denoiser), signature_of(denoiser).parameters
+    if form is None:
+        arguments = plain_arguments(inputs)
+    else:
+        arguments = form.build(inputs, inputs[sample_name(denoiser)].shape[0])
+    if "return_dict" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        arguments["return_dict"] = False
+    output = denoiser(**arguments)
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    prediction: Tensor = output[0] if isinstance(output, tuple | list) else output
+    return prediction
 
 
 def rows_at_once(sample: Tensor) -> int:
@@ -118,4 +113,4 @@ def _prompt_tokens(model: Model) -> int:
 
 def sample_name(denoiser: nn.Module) -> str:
     """Name of the input that holds the noisy sample: the first parameter of ``forward``."""
-    return next(iter(inspect.signature(denoiser.forward).parameters))
+    return next(iter(signature_of(denoiser).parameters))

@@ -1,14 +1,17 @@
-"""Call any stock diffusers pipeline in one way: seeds in, images out."""
+"""Call any stock diffusers pipeline in one way: seeds in, images, videos, sounds or embeddings out."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
+from qdeploy.model.folder import COMPONENTS
+from qdeploy.model.media import Media, read_media
 from qdeploy.model.sampling import Sampling
 from qdeploy.system.errors import InvalidInputError, UsageError
 
@@ -22,11 +25,12 @@ def generate(
     prompts: Sequence[str] | None = None,
     guidance: float | None = None,
     on_step: Callable[[], None] | None = None,
+    latents_alone: bool = False,
     **options: Any,
-) -> Tensor:
-    """Images of a pipeline, one for each seed.
+) -> Media:
+    """What a pipeline makes, one of it for each seed.
 
-    Every image has its own generator, so that it does not depend on the batch it was made in.
+    Each has its own generator, so that it does not depend on the batch it was made in.
 
     Args:
         pipeline: a diffusers pipeline.
@@ -36,21 +40,21 @@ def generate(
             numbers, for pipelines that take those.
         guidance: classifier-free guidance scale, where the pipeline knows one.
         on_step: called after each step, where the pipeline offers a callback.
+        latents_alone: ask for latents and decode none, where the pipeline can do so.
         options: further arguments of the pipeline, such as ``eta``, ``height`` or ``width``.
-
-    Returns:
-        Images ``[N, C, H, W]`` in [0, 1].
 
     Raises:
         UsageError: prompts are missing, or an option is unknown to the pipeline.
-        InvalidInputError: the pipeline cannot make images of that size.
+        InvalidInputError: the pipeline cannot make images of that size, made something unknown, or did not call the
+            denoiser that it was given.
     """
     known = inspect.signature(pipeline.__call__).parameters
     arguments: dict[str, Any] = {
         "num_inference_steps": steps,
         "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
-        "output_type": "np",
+        "output_type": "latent" if latents_alone else "np",
     }
+    arguments = {name: value for name, value in arguments.items() if name in known}
     if "prompt" in known:
         if prompts is None:
             raise UsageError(f"{type(pipeline).__name__} needs prompts: pass --prompts FILE")
@@ -61,7 +65,7 @@ def generate(
             arguments["class_labels"] = [int(label) for label in labels]
         except ValueError as error:
             raise UsageError(f"{type(pipeline).__name__} takes class numbers as prompts: {error}") from error
-    elif "batch_size" in known:
+    if "batch_size" in known and "prompt" not in known:
         arguments["batch_size"] = len(seeds)
     if "use_resolution_binning" in known and not _has_bins(pipeline):
         arguments["use_resolution_binning"] = False
@@ -75,17 +79,42 @@ def generate(
         arguments[name] = value
     if on_step is not None and "callback_on_step_end" in known:
         arguments["callback_on_step_end"] = _callback(on_step)
+    with _must_be_called(pipeline):
+        try:
+            result = pipeline(**arguments)
+        except (ValueError, RuntimeError, TypeError, IndexError, AttributeError, ImportError) as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InvalidInputError(f"{type(pipeline).__name__} cannot sample as asked: {first}") from error
+    return Media("latents", torch.empty(0)) if latents_alone else read_media(result, type(pipeline).__name__)
+
+
+@contextmanager
+def _must_be_called(pipeline: Any) -> Iterator[None]:
+    """Within, the pipeline has to call its denoiser: never results of another network under its name."""
+    name = next((name for name in COMPONENTS if isinstance(getattr(pipeline, name, None), nn.Module)), None)
+    calls = 0
+
+    def count(module: nn.Module, args: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    hook = None if name is None else getattr(pipeline, name).register_forward_pre_hook(count)
     try:
-        images = pipeline(**arguments).images
-    except (ValueError, RuntimeError, TypeError, IndexError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InvalidInputError(f"{type(pipeline).__name__} cannot sample as asked: {first}") from error
-    return torch.as_tensor(images).permute(0, 3, 1, 2).contiguous()
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
+    if hook is not None and not calls:
+        raise InvalidInputError(f"{type(pipeline).__name__} did not call the {name} that it was given")
 
 
 def sample_images(
-    pipeline: Any, sampling: Sampling, images: Sequence[int], first_seed: int | None = None
-) -> Tensor:
+    pipeline: Any,
+    sampling: Sampling,
+    images: Sequence[int],
+    first_seed: int | None = None,
+    latents_alone: bool = False,
+) -> Media:
     """Some images of a pipeline, by their numbers, sampled as `Sampling` says.
 
     Args:
@@ -93,9 +122,7 @@ def sample_images(
         sampling: how.
         images: numbers of the images.
         first_seed: seed of image 0; the sampling's by default.
-
-    Returns:
-        Images ``[N, C, H, W]`` in [0, 1].
+        latents_alone: as of `generate`.
 
     Raises:
         UsageError: prompts are missing, or an option is unknown to the pipeline.
@@ -108,10 +135,12 @@ def sample_images(
         sampling.steps,
         sampling.prompts_of(images),
         sampling.guidance,
+        latents_alone=latents_alone,
         eta=sampling.eta,
         height=sampling.height,
         width=sampling.width,
         negative_prompt=sampling.negative_prompts_of(images),
+        **(sampling.arguments or {}),
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypedDict, TypeVar
 
+from qdeploy.store.facts import SampledFacts
 from qdeploy.system.errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -34,6 +35,7 @@ class Sampling:
         batch: images that are sampled together; memory grows with it.
         height: height of the images in pixels, where the pipeline offers a choice.
         width: width of the images in pixels.
+        arguments: further arguments of the pipeline by name, such as ``num_frames``.
 
     Raises:
         UsageError: an impossible number, or an empty list of prompts.
@@ -49,6 +51,7 @@ class Sampling:
     batch: int = _option("Images at a time.", 16)
     height: int | None = _option("Height of the images in pixels.")
     width: int | None = _option("Width of the images in pixels.")
+    arguments: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "height", "width"):
@@ -84,6 +87,34 @@ class Sampling:
         starts = range(0, samples, self.batch)
         return [range(first, min(first + self.batch, samples)) for first in starts]
 
+    def facts(self, scheduler: str, guidance: float | None) -> SampledFacts:
+        """What a calibration set says of how it was sampled, so that what is made from it can be sampled alike.
+
+        Args:
+            scheduler: the class that was used.
+            guidance: the scale that was used.
+        """
+        size = {"height": self.height, "width": self.width}
+        arguments = dict(self.arguments or {}) or None
+        return SampledFacts(scheduler=scheduler, guidance=guidance, eta=self.eta, arguments=arguments, **size)
+
+    def like(self, known: SampledFacts | None) -> Sampling:
+        """The same, with what it leaves open as the calibration set of an artifact was sampled.
+
+        Args:
+            known: what the artifact says. Those of before this was recorded are sampled with DDIM.
+        """
+        known = known or SampledFacts(scheduler="DDIMScheduler")
+        names = ("scheduler", "guidance", "height", "width", "eta")
+        own = {name: getattr(known, name) for name in names if getattr(self, name) is None}
+        arguments = {**(known.arguments or {}), **(self.arguments or {})}
+        return replace(self, **own, arguments=arguments or None)
+
+    def sized_like(self, known: SampledFacts | None) -> Sampling:
+        """As `like`, of the size and the pipeline's arguments alone: what the graph of an engine is fixed to."""
+        found = self.like(known)
+        return replace(self, height=found.height, width=found.width, arguments=found.arguments)
+
     def changed(self, given: Mapping[str, Any]) -> Sampling:
         """The same with some options replaced.
 
@@ -102,6 +133,7 @@ class Sampling:
 COLLECTING = Sampling(steps=100)
 SAMPLING = Sampling()
 CHECKING = Sampling(scheduler="ddim", seed=1)
+AS_COLLECTED = Sampling(seed=1)  # what is open is done as for the calibration set
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -117,6 +149,7 @@ class SamplingOptions(TypedDict, total=False):
     batch: int
     height: int | None
     width: int | None
+    arguments: Mapping[str, Any] | None
 
 
 def sampled(defaults: Sampling) -> Callable[[F], F]:

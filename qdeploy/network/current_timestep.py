@@ -7,13 +7,14 @@ number of steps finds the nearest entry.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from qdeploy.model.call import signature_of, time_parameter
 
 
 def midpoints(values: Tensor) -> Tensor:
@@ -69,10 +70,11 @@ def attach_clock(denoiser: nn.Module) -> Clock:
     if found is not None:
         return found
     clock = Clock()
-    signature = inspect.signature(denoiser.forward)
+    signature = signature_of(denoiser)
+    time = time_parameter(signature.parameters) or "timestep"
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        given = signature.bind_partial(*args, **kwargs).arguments.get("timestep")
+        given = signature.bind_partial(*args, **kwargs).arguments.get(time)
         clock.now = None if given is None else torch.as_tensor(given).float().flatten()
         if clock.check is not None and clock.now is not None and not torch.compiler.is_compiling():
             for timestep in clock.now.unique().tolist():

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from qdeploy.model.inputs import form_of, sample_name
 from qdeploy.network.observe import ModuleCall
 from qdeploy.network.time_path import Tape, TimePart
 from qdeploy.network.tracer import Tracer
@@ -94,9 +95,9 @@ def find_structure(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> Structu
         denoiser: the network, in evaluation mode.
         inputs: one row or more of its inputs, named as `qdeploy.model.inputs.flatten_inputs` names them.
     """
-    one_row = _first_row(inputs)
+    one_row = _first_row(denoiser, inputs)
     trace = _run(denoiser, one_row)
-    other = _run(denoiser, _same_timestep(one_row))
+    other = _run_otherwise(denoiser, one_row)
     time_only = {
         path
         for path in trace.from_time
@@ -138,10 +139,15 @@ def _attends(denoiser: nn.Module, path: str, unit: str, attentions: Iterable[str
     return inside or (beside and isinstance(denoiser.get_submodule(path), nn.Linear))
 
 
-def _first_row(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    sample = next(name for name in inputs if name != "timestep")
-    rows = len(inputs[sample])
-    row = {name: value[:1] if value.ndim and len(value) == rows else value for name, value in inputs.items()}
+def _first_row(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    form, rows = form_of(denoiser), len(inputs[sample_name(denoiser)])
+    shared = {} if form is None else form.shared
+
+    def first(name: str, value: Tensor) -> Tensor:
+        given_once = value.ndim == shared.get(name, -1)
+        return value[:1] if value.ndim and len(value) == rows and not given_once else value
+
+    row = {name: first(name, value) for name, value in inputs.items()}
     return {**row, "timestep": inputs["timestep"].reshape(-1)[:1]}
 
 
@@ -243,19 +249,28 @@ def _run(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> _StructureTracer:
     return tracer
 
 
-def _same_timestep(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Other values for everything but the timestep."""
+def _run_otherwise(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> _StructureTracer:
+    """A run with other values for everything but the timestep.
+
+    Integers are moved by one. A table of one row knows no other index, and a network may refuse another length: then
+    integers stay as they are. Bools always do, since a mask of nothing leaves attention nothing to attend to.
+    """
     generator = torch.Generator().manual_seed(0)
-    other: dict[str, Tensor] = {}
+    floats: dict[str, Tensor] = {}
+    integers: dict[str, Tensor] = {}
     for name, value in inputs.items():
-        if name == "timestep":
-            other[name] = value
-        elif value.is_floating_point():
-            noise = torch.randn(value.shape, generator=generator).to(value)
-            other[name] = value + noise
-        else:
-            other[name] = torch.where(value > 0, value - 1, value + 1).to(value.dtype)
-    return other
+        if name == "timestep" or value.dtype == torch.bool:
+            continue
+        if value.is_floating_point():
+            floats[name] = value + torch.randn(value.shape, generator=generator).to(value)
+        elif not value.is_complex():
+            integers[name] = torch.where(value > 0, value - 1, value + 1).to(value.dtype)
+    if not integers:
+        return _run(denoiser, {**inputs, **floats})
+    try:
+        return _run(denoiser, {**inputs, **floats, **integers})
+    except (IndexError, RuntimeError, ValueError, AssertionError):
+        return _run(denoiser, {**inputs, **floats})
 
 
 def _units(denoiser: nn.Module, weighted: set[str]) -> list[str]:

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qdeploy.model.call import CallForm, read_call, signature_of
 from qdeploy.model.folder import Model
-from qdeploy.model.inputs import denoise_rows
+from qdeploy.model.inputs import attach_form, denoise_rows
 from qdeploy.network.current_timestep import attach_clock
 from qdeploy.network.roles import Layer, Structure
 from qdeploy.quant.attention import AttentionQuantizers, quantize_attention
@@ -137,7 +138,31 @@ def load_checkpoint(checkpoint: str | Path | Artifact, device: str = "cpu") -> n
     attach_clock(denoiser).check = lambda timestep: check_timestep(
         facts.timesteps, facts.time_table, timestep, where
     )
+    guard_form(denoiser, CallForm.of(facts.call), where)
     return denoiser.to(device).eval().requires_grad_(False)
+
+
+def guard_form(denoiser: nn.Module, form: CallForm | None, where: str) -> None:
+    """Let a network be called as it was calibrated alone: with the same constants (see `qdeploy.model.call`).
+
+    Args:
+        denoiser: the network.
+        form: how it was called; None for calls that are plain.
+        where: the artifact, for messages.
+    """
+    if form is None:
+        return
+    signature = signature_of(denoiser)
+    attach_form(denoiser, form)
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if torch.compiler.is_exporting():
+            return
+        found, tensors = read_call(signature, args, kwargs)
+        if difference := form.difference(found, len(tensors[next(iter(signature.parameters))])):
+            raise InvalidInputError(f"{where} was calibrated for other calls than one with {difference}")
+
+    denoiser.register_forward_pre_hook(before, with_kwargs=True)
 
 
 def checkpoint_model(artifact: DenoiserArtifact) -> Model:

@@ -19,6 +19,7 @@ from qdeploy.quant.layer import (
 )
 from qdeploy.quant.quantizers import ActivationQuantizer
 from qdeploy.recipe.coverage import covered, find_coverage, float_inputs
+from qdeploy.recipe.exclusions import check_exclude
 from qdeploy.recipe.formats import BLOCKS, Format, blocked, parse_format, uint8
 from qdeploy.recipe.kernel_limits import thin_conv, thin_float_conv, thin_product
 from qdeploy.recipe.layer_formats import check_overrides
@@ -36,9 +37,11 @@ def quantize_structure(denoiser: nn.Module, structure: Structure, recipe: Recipe
         The covered layers, in execution order, but those of `left_in_float`.
 
     Raises:
-        UsageError: no layer is left to quantize.
+        UsageError: no layer is left to quantize, or a pattern of the recipe matches none.
     """
     coverage = find_coverage(recipe.coverage)
+    every = [layer.path for layer in structure.layers]
+    check_exclude(recipe.exclude, every, [layer.path for layer in covered(structure, coverage)])
     wanted = covered(structure, coverage, recipe.exclude)
     check_overrides(recipe.layers, (layer.path for layer in wanted), recipe.coverage)
     left = left_in_float(denoiser, structure, recipe)

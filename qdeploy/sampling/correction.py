@@ -16,7 +16,6 @@ steps. Departures of the latter from the released code, each for a reason:
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any, Protocol, cast
@@ -27,6 +26,7 @@ from diffusers.configuration_utils import ConfigMixin
 from torch import Tensor, nn
 
 from qdeploy.engines.drop_in.denoiser import DenoiserOutput
+from qdeploy.model.call import signature_of, time_parameter
 from qdeploy.store.artifact import DenoiserArtifact
 from qdeploy.store.correction_table import CorrectionTable, check_prediction, prediction_type, read_correction
 from qdeploy.system.errors import InvalidInputError, UsageError
@@ -94,7 +94,9 @@ class Corrected(diffusers.ModelMixin, ConfigMixin):
 
         sample: Tensor = given[name]
         output = predict(sample)
-        timestep = torch.as_tensor(given["timestep"]).float().flatten().cpu()
+        timestep = (
+            torch.as_tensor(given[str(time_parameter(self.signature.parameters))]).float().flatten().cpu()
+        )
         result = self.correction(predict, sample, timestep, output)
         return DenoiserOutput(sample=result) if wanted else (result,)
 
@@ -105,12 +107,6 @@ class Corrected(diffusers.ModelMixin, ConfigMixin):
             if name.startswith("_") or "denoiser" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.denoiser, name)
-
-
-def signature_of(denoiser: nn.Module) -> inspect.Signature:
-    """The parameters of a denoiser's ``forward``; a substitute reports those of the class that it replaces."""
-    found = getattr(denoiser, "signature", None)
-    return found if isinstance(found, inspect.Signature) else inspect.signature(denoiser.forward)
 
 
 class TableCorrection:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
@@ -12,16 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
 from qdeploy.model.folder import INDEX, Model, open_if_there, open_model
+from qdeploy.model.media import IMAGES, Media
 from qdeploy.model.origin import find_source_model
 from qdeploy.model.pipeline import sample_images
 from qdeploy.model.sampling import SAMPLING, Sampling, SamplingOptions, renamed, sampled
 from qdeploy.model.schedulers import make_scheduler
 from qdeploy.sampling.correction import check_correction, correct
+from qdeploy.sampling.media_files import as_stored, file_of, write_media
 from qdeploy.store.artifact import (
     Artifact,
     Checkpoint,
@@ -42,11 +41,7 @@ from qdeploy.system.progress import say, track
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-IMAGES = "images.safetensors"
-GRID = "grid.png"
-GRID_LIMIT = 64
 _Source = EngineFolder | Checkpoint | None  # what makes the images; None for a full-precision model
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 @sampled(SAMPLING)
@@ -75,7 +70,8 @@ def sample(
 
     Returns:
         An artifact of kind ``samples``: ``00000.png`` and so on, each with its seed in a text chunk;
-        ``images.safetensors`` with uint8 ``images`` ``[N, C, H, W]``; and ``grid.png``.
+        ``images.safetensors`` with uint8 ``images`` ``[N, C, H, W]``; and ``grid.png``. Of videos ``00000.gif``, of
+        sounds ``00000.wav``, of embeddings their tensors alone, as of `qdeploy.sampling.media_files`.
 
     Raises:
         UsageError: an impossible number, an unknown scheduler, missing prompts, no table of corrections.
@@ -94,6 +90,7 @@ def sample(
     check_correction(correction, made)
     whole = open_model(str(source)) if made is None else _pipeline_of(made, model)
     origin, identity = ("model", whole.sha256) if made is None else (made.kind, made.sha256)
+    chosen = chosen if made is None else chosen.sized_like(made.facts.sampled)
     prompts = None if chosen.prompts is None else list(chosen.prompts)
     asked: dict[str, Any] = {
         "count": samples,
@@ -105,6 +102,7 @@ def sample(
         "height": chosen.height,
         "width": chosen.width,
         **({"negative_prompts": list(chosen.negative_prompts)} if chosen.negative_prompts else {}),
+        **({"arguments": dict(chosen.arguments)} if chosen.arguments else {}),
         **({} if correction == "none" else {"correction": correction}),
     }
     place = Path(output) if output else default_output(whole.path if made is None else made.path, "samples")
@@ -114,34 +112,35 @@ def sample(
         return done
     with draft:
         pipeline = cache(lambda: _open_pipeline(made, whole, chosen.scheduler, chosen.steps, correction))
-        images = _make_images(pipeline, draft, chosen, samples)
+        media = _make(pipeline, draft, chosen, samples)
         settings = {
             "steps": chosen.steps,
             "scheduler": type(pipeline().scheduler).__name__,
             origin: identity,
             **({} if correction == "none" else {"correction": correction}),
         }
-        _write_images(draft, images, chosen.seed, prompts, settings)
-        facts = SamplesFacts(**asked | settings, shape=list(images.shape[1:]))
+        write_media(draft, media, chosen.seed, prompts, settings)
+        kind = None if media.kind == IMAGES else media.kind
+        facts = SamplesFacts(**asked | settings, shape=list(media.values.shape[1:]), media=kind)
         return draft.finish(facts, notes=Notes(pipeline=str(whole.path)))
 
 
-def _make_images(
-    pipeline: Callable[[], Any], draft: Draft[Samples], sampling: Sampling, samples: int
-) -> Tensor:
-    """All images, uint8 ``[N, C, H, W]``; batches that an earlier run finished are not made again."""
+def _make(pipeline: Callable[[], Any], draft: Draft[Samples], sampling: Sampling, samples: int) -> Media:
+    """All of them, pictures as uint8; batches that an earlier run finished are not made again."""
 
     def make(numbers: Sequence[int]) -> dict[str, Tensor]:
-        images = sample_images(pipeline(), sampling, numbers)
-        if not bool(images.isfinite().all()):
-            raise InvalidInputError("the images hold NaN or Inf: does the scheduler fit the model?")
-        return {"images": (images * 255).round().clamp(0, 255).to(torch.uint8)}
+        media = sample_images(pipeline(), sampling, numbers)
+        if not bool(media.values.isfinite().all()):
+            raise InvalidInputError(f"the {media.kind} hold NaN or Inf: does the scheduler fit the model?")
+        return {media.kind: as_stored(media)}
 
     made = [
-        draft.step(f"images-{sampling.seed + part[0]}-{len(part)}", partial(make, part))["images"]
+        draft.step(f"images-{sampling.seed + part[0]}-{len(part)}", partial(make, part))
         for part in track(sampling.batches(samples), "sampling")
     ]
-    return draft.tensors(IMAGES, lambda: {"images": torch.cat(made)})["images"]
+    kind = next(iter(made[0]))
+    stored = draft.tensors(file_of(kind), lambda: {kind: torch.cat([part[kind] for part in made])})
+    return Media(kind, stored[kind])
 
 
 # -- the pipeline ------------------------------------------------------------------------------------------
@@ -239,38 +238,3 @@ def _quiet_loading() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-# -- files -------------------------------------------------------------------------------------------------
-
-
-def _write_images(
-    draft: Draft[Samples], images: Tensor, seed: int, prompts: Sequence[str] | None, settings: dict[str, Any]
-) -> None:
-    for number, image in enumerate(images):
-        chunks = PngInfo()
-        for key, value in {"seed": seed + number, **settings}.items():
-            chunks.add_text(key, str(value))
-        if prompts is not None:
-            chunks.add_text("prompt", prompts[number % len(prompts)])
-        _picture(image).save(draft.content / f"{number:05d}.png", pnginfo=chunks)
-    _picture(_grid(images[:GRID_LIMIT])).save(draft.content / GRID)
-
-
-def _grid(images: Tensor) -> Tensor:
-    """Images ``[N, C, H, W]`` side by side, as square as possible: ``[C, rows * H, columns * W]``."""
-    count, channels, height, width = images.shape
-    columns = math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
-    padded = images.new_zeros(rows * columns, channels, height, width)
-    padded[:count] = images
-    grid = padded.reshape(rows, columns, channels, height, width).permute(2, 0, 3, 1, 4)
-    return grid.reshape(channels, rows * height, columns * width)
-
-
-def _picture(image: Tensor) -> Image.Image:
-    channels = image.shape[0]
-    if channels not in _MODES:
-        raise InvalidInputError(f"images of {channels} channels cannot be written as PNG")
-    pixels = image.permute(1, 2, 0).squeeze(2) if channels == 1 else image.permute(1, 2, 0)
-    return Image.fromarray(pixels.contiguous().numpy(), mode=_MODES[channels])

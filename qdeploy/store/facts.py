@@ -47,6 +47,41 @@ class InputFacts(Facts, frozen=True, kw_only=True):
     shared: bool
 
 
+class CallFacts(Facts, frozen=True, kw_only=True):
+    """How a denoiser is called, where that does not follow from the names of its inputs (`qdeploy.model.call`).
+
+    Attributes:
+        arguments: a node for each argument.
+        shared: inputs that are given once for all rows, with their number of axes.
+    """
+
+    arguments: Annotated[dict[Word, dict[str, Any]], Meta(max_length=256)]
+    shared: dict[Word, Count]
+
+
+class SampledFacts(Facts, frozen=True, kw_only=True):
+    """How a calibration set was sampled, for what is made from it: fields of `Sampling` that were not left open."""
+
+    scheduler: Identifier | None = None
+    guidance: Number | None = None
+    eta: Number | None = None
+    height: Positive | None = None
+    width: Positive | None = None
+    arguments: dict[str, Any] | None = None
+
+
+class RangeFacts(Facts, frozen=True, kw_only=True):
+    """The timesteps of a network that is not called with its scheduler's whole numbers, as flows and EDM are not.
+
+    The network's t is ``slope`` times the scheduler's plus ``offset``; both None where it is no such function.
+    """
+
+    low: Timestep
+    high: Timestep
+    slope: Number | None
+    offset: Number | None
+
+
 class CalibrationSetFacts(Facts, frozen=True, kw_only=True):
     """What a calibration set says of itself.
 
@@ -62,6 +97,9 @@ class CalibrationSetFacts(Facts, frozen=True, kw_only=True):
         inference_steps: of the trajectory.
         guidance: scale of classifier-free guidance.
         layout: of the file that was imported.
+        call: how the denoiser is called, if that does not follow from its inputs.
+        sampled: how the set was sampled.
+        range: of the timesteps, where they are not the scheduler's whole numbers.
     """
 
     sample: Word
@@ -75,14 +113,23 @@ class CalibrationSetFacts(Facts, frozen=True, kw_only=True):
     inference_steps: Positive
     guidance: Number | None
     layout: Word | None = None
+    call: CallFacts | None = None
+    sampled: SampledFacts | None = None
+    range: RangeFacts | None = None
 
 
 class TimestepFacts(Facts, frozen=True, kw_only=True):
-    """Timesteps that scales were found at; the limits of training where the scheduler states them."""
+    """Timesteps that scales were found at; the limits of training where the scheduler states them.
+
+    ``range`` is there only where the network is not called with the scheduler's whole numbers. ``exact`` is true
+    where features are stored for single timesteps: then a timestep has to be calibrated, or a whole number.
+    """
 
     calibrated: list[Timestep]
     low: Timestep | None = None
     high: Timestep | None = None
+    range: RangeFacts | None = None
+    exact: bool | None = None
 
 
 class TimeTableFacts(Facts, frozen=True, kw_only=True):
@@ -121,6 +168,8 @@ class DenoiserFacts(Facts, frozen=True, kw_only=True):
         time_table: the table that stands for the layers that compute temporal features.
         correction: mean errors of the prediction that travel with it.
         dynamic_group: features that the runtime rounds with one scale, where it rounds activations itself.
+        call: how it is called, if that does not follow from its inputs.
+        sampled: how its calibration set was sampled.
     """
 
     component: Component
@@ -136,6 +185,8 @@ class DenoiserFacts(Facts, frozen=True, kw_only=True):
     time_table: TimeTableFacts | None = None
     correction: CorrectionFacts | None = None
     dynamic_group: Positive | None = None
+    call: CallFacts | None = None
+    sampled: SampledFacts | None = None
 
     @property
     def quantized(self) -> bool:
@@ -243,12 +294,14 @@ class SamplesFacts(Facts, frozen=True, kw_only=True):
         eta: share of fresh noise.
         height: of the images in pixels, if it was chosen.
         width: as height.
-        shape: channels, height and width.
+        shape: of one: channels, height and width of an image; with frames before them of a video.
         negative_prompts: in turns.
         correction: how mean errors were taken out.
         model: hash of the model that made them.
         checkpoint: hash of the checkpoint that did.
         engine: hash of the engine that did.
+        media: what they are, if no images: ``frames``, ``audio`` or ``embeddings``.
+        arguments: further ones of the pipeline.
     """
 
     count: Positive
@@ -259,12 +312,14 @@ class SamplesFacts(Facts, frozen=True, kw_only=True):
     eta: Number | None
     height: Positive | None
     width: Positive | None
-    shape: Annotated[list[Positive], Meta(min_length=3, max_length=3)]
+    shape: Annotated[list[Positive], Meta(min_length=1, max_length=8)]
     negative_prompts: list[str] | None = None
     correction: Word | None = None
     model: Sha256 | None = None
     checkpoint: Sha256 | None = None
     engine: Sha256 | None = None
+    media: Word | None = None
+    arguments: dict[str, Any] | None = None
 
 
 class AgreementFacts(Facts, frozen=True, kw_only=True):

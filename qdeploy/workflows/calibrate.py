@@ -18,6 +18,7 @@ from qdeploy.model.card import base_model, write_card
 from qdeploy.model.folder import Model, open_model
 from qdeploy.quant.attention import AttentionQuantizers
 from qdeploy.quant.checkpoint import write_checkpoint, write_probe
+from qdeploy.quant.layer import quantized_layers
 from qdeploy.recipe.recipe import Recipe
 from qdeploy.recipe.resolve import resolve_recipe
 from qdeploy.recipe.stages import Stage
@@ -177,6 +178,7 @@ def calibrate(
             temporal=any(layer.path in session.structure.time.layers for layer in session.layers),
             correction=correction_facts(draft.content / source.name / CORRECTION),
             left_in_float=by_reason(session.left) or None,
+            **data.carried,
         )
         write_card(draft, facts)
         return draft.finish(facts, session.report, Notes(source=source.source))
@@ -202,10 +204,14 @@ def _write(session: Session, source: Model, data: CalibrationSet | ExampleRows) 
 def timestep_facts(session: Session) -> TimestepFacts:
     """What a runtime has to know of timesteps: which were calibrated, and the limits of training."""
     calibrated = session.data.timesteps[session.rows()].float().unique().tolist()
+    tables = any(layer.table is not None for layer in quantized_layers(session.denoiser).values())
+    exact, span = True if tables else None, session.timestep_range
+    if span is not None:
+        return TimestepFacts(calibrated=calibrated, low=span.low, high=span.high, range=span, exact=exact)
     if session.training_timesteps is None:
-        return TimestepFacts(calibrated=calibrated)
+        return TimestepFacts(calibrated=calibrated, exact=exact)
     every = session.all_timesteps()
-    return TimestepFacts(calibrated=calibrated, low=float(every.min()), high=float(every.max()))
+    return TimestepFacts(calibrated=calibrated, low=float(every.min()), high=float(every.max()), exact=exact)
 
 
 def by_reason(left: dict[str, str]) -> dict[str, list[str]]:

@@ -16,7 +16,7 @@ from torch import nn
 from qdeploy.model.folder import open_model
 from qdeploy.model.weights import find_weights
 from qdeploy.system.errors import InvalidInputError
-from tests.models import ddpm_folder, dit_folder, stable_diffusion_folder
+from tests.models.pipelines import ddpm_folder, dit_folder, stable_diffusion_folder
 
 SINGLE = "diffusion_pytorch_model.safetensors"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"

@@ -244,7 +244,7 @@ def test_a_table_of_one_schedule_has_no_other_rows() -> None:
     check_timestep(limits(1), table, 500.5, "it")
     check_timestep(limits(1), TimeTableFacts(storage="fp32", schedule=None, rows=None, bytes=8), 77, "it")
     with pytest.raises(
-        InvalidInputError, match=r"ddim:2 and has no row for timestep 500: .*--table-rows all"
+        InvalidInputError, match=r"ddim:2 and has no row for timestep 500: .*--table-rows SCHEDULER"
     ):
         check_timestep(limits(1), table, 500, "it")
 

@@ -15,7 +15,8 @@ from qdeploy.evaluate.check import check
 from qdeploy.export.run import export
 from qdeploy.model.folder import open_model
 from qdeploy.model.zoo import zoo_models
-from qdeploy.sampling.sample import IMAGES, sample
+from qdeploy.sampling.media_files import file_of
+from qdeploy.sampling.sample import sample
 from qdeploy.store.artifact import Artifact
 from qdeploy.workflows.calibrate import calibrate
 
@@ -44,7 +45,7 @@ def test_from_the_model_to_a_checked_engine(name: str, tmp_path: Path) -> None:
     bundle = export(checkpoint, tmp_path / "onnx")
     engine = build_engine(bundle, tmp_path / "engine", backend="openvino", threads=1)
     made = sample(engine, tmp_path / "images", samples=3, steps=4, prompts=prompts, guidance=3.0)
-    assert list(load_file(made.path / IMAGES)["images"].shape) == SHAPES[name]
+    assert list(load_file(made.path / file_of("images"))["images"].shape) == SHAPES[name]
     result = check(
         engine,
         reference=open_model(name),

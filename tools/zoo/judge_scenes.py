@@ -57,7 +57,7 @@ def sampled(pipeline: Any, prompts: Sequence[str], steps: int, guidance: float, 
     for start in range(0, len(prompts), BATCH):
         part = prompts[start : start + BATCH]
         seeds = range(seed + start, seed + start + len(part))
-        parts.append(generate(pipeline, seeds, steps, part, guidance))
+        parts.append(generate(pipeline, seeds, steps, part, guidance).values)
     return torch.cat(parts)
 
 

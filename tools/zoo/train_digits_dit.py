@@ -135,7 +135,7 @@ def _judge(pipeline: Any, output: Path) -> dict[str, Any]:
 
     pipeline.set_progress_bar_config(disable=True)
     classes = [number % 10 for number in range(_JUDGED)]
-    images = generate(pipeline, range(_JUDGED), _JUDGED_STEPS, [str(number) for number in classes])
+    images = generate(pipeline, range(_JUDGED), _JUDGED_STEPS, [str(number) for number in classes]).values
     with torch.no_grad():
         seen = FeatureNetwork.load(output / "features")(images * 2 - 1).argmax(1)
     right = (seen == torch.tensor(classes)).float().mean().item()

@@ -17,10 +17,9 @@ from diffusers.utils.outputs import BaseOutput
 from torch import Tensor, nn
 
 from qdeploy.engines.drop_in.refusals import refusal
+from qdeploy.model.call import CallForm, read_call
+from qdeploy.store.facts import CallFacts
 from qdeploy.system.errors import CapabilityError, InvalidInputError
-
-# Parameters of the diffusers classes that choose the form of the result, not what is computed.
-_MANNERS = ("return_dict",)
 
 
 @dataclass
@@ -41,10 +40,12 @@ class Predictor(Protocol):
     Attributes:
         path: its folder, for messages.
         config: the denoiser's diffusers configuration.
+        call: how the denoiser is called, if that does not follow from its inputs.
     """
 
     path: Path
     config: dict[str, Any]
+    call: CallFacts | None
 
     @property
     def ports(self) -> Mapping[str, Any]:
@@ -102,31 +103,40 @@ class EngineDenoiser(diffusers.ModelMixin, ConfigMixin):
             InvalidInputError: an argument has an effect that the graph does not compute.
         """
         try:
-            given = self.signature.bind(*args, **kwargs).arguments
+            found, tensors = read_call(self.signature, args, kwargs)
         except TypeError as error:
             raise InvalidInputError(f"{self._original.__name__}: {error}") from error
-        flat = self._with_rows(self._flatten(given))
-        result = self.engine(flat)
-        sample = flat.get(next(iter(self.signature.parameters)))
+        self._check(found, tensors)
+        result = self.engine(self._with_rows(tensors))
+        sample = tensors.get(next(iter(self.signature.parameters)))
         if sample is not None and sample.is_floating_point():
             result = result.to(sample.dtype)
-        return DenoiserOutput(sample=result) if given.get("return_dict", True) else (result,)
+        wanted = self.signature.bind(*args, **kwargs).arguments.get("return_dict", True)
+        return DenoiserOutput(sample=result) if wanted else (result,)
 
-    def _flatten(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The tensors among the arguments, named as in `qdeploy.model.inputs.flatten_inputs`."""
-        flat: dict[str, Tensor] = {}
-        for name, value in given.items():
-            if name in _MANNERS:
-                continue
-            if name == "timestep" and not isinstance(value, Tensor):
-                # not as_tensor's int64 for Python integers: schedulers have fractional timesteps too
-                flat[name] = torch.tensor(value, dtype=torch.float32)
-            elif isinstance(value, Mapping):
-                for key, item in value.items():
-                    self._take(flat, f"{name}.{key}", item, None)
-            else:
-                self._take(flat, name, value, self.signature.parameters[name].default)
-        return flat
+    def _check(self, found: CallForm, tensors: Mapping[str, Tensor]) -> None:
+        """Make sure that the graph computes all that a call asks for.
+
+        Raises:
+            InvalidInputError: the call has a tensor that the graph does not take, or other constants.
+        """
+        unknown = [name for name in tensors if name not in self.engine.ports]
+        rows = len(tensors.get(next(iter(self.signature.parameters)), ()))
+        form = CallForm.of(self.engine.call)
+        if form is not None:
+            difference = form.difference(found, rows)
+        else:
+            unknown += list(found.constants)
+            difference = None
+        if unknown:
+            raise InvalidInputError(
+                f"the engine {self.engine.path} was exported without {unknown[0]!r} and cannot take it: use the "
+                "original model for this"
+            )
+        if difference:
+            raise InvalidInputError(
+                f"the engine {self.engine.path} was made for other calls than one with {difference}"
+            )
 
     def _with_rows(self, flat: dict[str, Tensor]) -> dict[str, Tensor]:
         """Repeat for each row the inputs that a pipeline passes once for all rows, such as Flux's positions."""
@@ -138,16 +148,7 @@ class EngineDenoiser(diffusers.ModelMixin, ConfigMixin):
                 flat[name] = value.expand(rows, *value.shape)
         return flat
 
-    def _take(self, flat: dict[str, Tensor], name: str, value: Any, default: Any) -> None:
-        if isinstance(value, Tensor) and name in self.engine.ports:
-            flat[name] = value
-        elif value is not None and (isinstance(value, Tensor) or value is not default):
-            raise InvalidInputError(
-                f"the engine {self.engine.path} was exported without {name!r} and cannot take it: use the "
-                "original model for this"
-            )
-
-    # -- what pipelines use of a denoiser besides calling it ------------------------------------------------
+    # -- what pipelines ask of a denoiser beside calling it ------------------------------------------------
 
     @contextmanager
     def cache_context(self, name: str) -> Iterator[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from qdeploy.evaluate.report_page.render import render
 from qdeploy.evaluate.report_page.sensitivity import read_sensitivity
 from qdeploy.evaluate.report_page.subjects import find_reference, open_given
 from qdeploy.model.folder import Model
-from qdeploy.model.sampling import CHECKING, Sampling, SamplingOptions, renamed, sampled, with_old_names
+from qdeploy.model.sampling import AS_COLLECTED, Sampling, SamplingOptions, renamed, sampled, with_old_names
 from qdeploy.store.artifact import Artifact
 from qdeploy.store.files import explained_os_errors, write_text
 from qdeploy.system.errors import UsageError
@@ -61,7 +61,7 @@ class ReportResult:
         return "\n".join([*lines, *(f"not shown: {line}" for line in self.missing)])
 
 
-@sampled(CHECKING)
+@sampled(AS_COLLECTED)
 def report(
     paths: Sequence[str | Path | Artifact],
     output: str | Path = "report.html",
@@ -114,10 +114,11 @@ def report(
     if isinstance(changes.get("batch"), Sequence):
         renamed(changes, "batch", "speed_batch")
         speed_batch = changes.pop("speed_batch")
-    plan = QualityPlan((sampling or CHECKING).changed(changes), samples, keep)
+    plan = QualityPlan((sampling or AS_COLLECTED).changed(changes), samples, keep)
     ranking = None if sensitivity is None else read_sensitivity(sensitivity)
     given = open_given(paths)
     model = find_reference(given, reference)
+    plan = replace(plan, sampling=plan.sampling.like(given.sampled))
     work = Path(folder) if folder is not None else output.with_name(f"{output.stem}-measured")
     with explained_os_errors(work):
         speed = measured.benchmark_of(

@@ -19,6 +19,7 @@ from qdeploy.store.artifact import (
     Samples,
     open_artifact,
 )
+from qdeploy.store.facts import SampledFacts
 from qdeploy.system.errors import CapabilityError, InvalidInputError, UsageError
 from qdeploy.system.progress import say
 
@@ -64,6 +65,12 @@ class Given:
     samples: list[Samples]
     sets: list[CalibrationFolder]
     model_sha256: str
+
+    @property
+    def sampled(self) -> SampledFacts | None:
+        """How the calibration set of the first subject that says so was sampled."""
+        every = (subject.artifact.facts.sampled for subject in self.subjects)
+        return next((sampled for sampled in every if sampled is not None), None)
 
 
 def open_given(paths: Sequence[str | Path | Artifact]) -> Given:
