@@ -429,7 +429,7 @@ def test_timestep_groups_that_make_no_sense_are_refused(
     ("options", "words"),
     [
         (("--timestep-groups", 3), ("3 groups", "2 calibrated timesteps", "at most 2")),
-        (("--timestep-groups", "100,200"), ("no calibrated timestep lies between", "100 and 200")),
+        (("--timestep-groups", "100,200"), ("no calibrated timestep between", "100 and 200")),
         (("--timestep-groups", "5000,"), ("ascending boundaries",)),
         (("--timestep-groups", 2, "--activations", "none"), ("activations are 'none'",)),
         (

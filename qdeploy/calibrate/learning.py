@@ -1,4 +1,4 @@
-"""The loop that tunes: Adam on rows drawn at random, which goes on where it was stopped."""
+"""The training loop of tuning: Adam on rows drawn at random, resumable."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def learn(
     lr_scales: float,
     micro_batch: int,
 ) -> None:
-    """Adam with a cosine, on rows drawn at random; goes on where an interrupted run of the stage was.
+    """Adam with a cosine, on rows drawn at random; an interrupted run continues.
 
     Args:
         session: the calibration.

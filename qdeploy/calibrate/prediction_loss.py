@@ -26,7 +26,7 @@ class Losses:
     """What is minimised: ``mean_l L_l * local + L_G * overall``.
 
     Every term is a squared distance from full precision, relative to the square of full precision, of each
-    row: layers of any size count alike, and rows add up over micro-batches.
+    row: layers of any size have equal weight, and rows add up over micro-batches.
 
     Attributes:
         session: the calibration.

@@ -1,4 +1,4 @@
-"""Unit-by-unit reconstruction: each unit learns to give, from quantized inputs, full-precision outputs.
+"""Unit-by-unit reconstruction: each unit learns to compute, from quantized inputs, full-precision outputs.
 
 BRECQ (Li et al., ICLR 2021) as Q-Diffusion uses it (section 3.3.1). Units come in execution order, so the
 inputs of a unit have passed through units that are done. A unit is a whole block, attention included: its
@@ -48,7 +48,7 @@ class UnitRecorder:
 
     Args:
         denoiser: the network.
-        load: gives the denoiser's inputs for some row numbers.
+        load: returns the denoiser's inputs for some row numbers.
         rows: row numbers, in the order in which they are stored.
         batch: rows per forward pass.
         scratch: folder for mapped files.
@@ -164,7 +164,7 @@ def output_error(output: Any, target: Any, p: float) -> Tensor:
 
 
 class Problem(Protocol):
-    """What an optimiser needs to know of what it shall make better.
+    """What an optimiser needs to know of its objective.
 
     Attributes:
         learn: numbers of the rows to learn from.

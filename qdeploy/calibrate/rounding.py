@@ -114,7 +114,7 @@ def learn_rounding(
     The decision is kept only if rows that were not learned from agree that it beats rounding to nearest.
 
     Args:
-        problem: gives the error that the weights lead to.
+        problem: computes the error that the weights lead to.
         pairs: the weights with their quantizers.
         steps: of the optimiser.
         batch: rows per step.

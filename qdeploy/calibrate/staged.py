@@ -41,7 +41,7 @@ def estimate_cost(session: Session) -> Estimate:
     weights = sum(parameter.numel() for parameter in session.denoiser.parameters())
     row = sum(tensor[0].numel() * tensor.element_size() for tensor in batch.values() if tensor.ndim)
     recorded = min(session.max_memory, 64 * row * len(rows)) if steps else 0
-    # What the batch took; then codes of a byte for each weight, and their packed copy on its way to the file.
+    # What the batch took; then codes of a byte for each weight, and their packed copy until it is written.
     reached = peak_memory() or 5 * weights
     return Estimate(seconds, reached + 2 * weights + 2 * recorded)
 

@@ -25,20 +25,20 @@ from qdeploy.system.errors import UsageError
 
 
 def check_groups(groups: int | tuple[float, ...], timesteps: Tensor) -> None:
-    """Make sure that every group has timesteps to be calibrated at.
+    """Check that every group has timesteps to be calibrated at.
 
     Args:
         groups: as in a recipe.
         timesteps: those of the calibration rows, any shape.
 
     Raises:
-        UsageError: there are more groups than timesteps, or nothing lies between two boundaries.
+        UsageError: there are more groups than timesteps, or there is no timestep between two boundaries.
     """
     seen = timesteps.float().unique()
     if isinstance(groups, int):
         if groups > len(seen):
             raise UsageError(
-                f"{groups} groups of timesteps cannot be told apart by {len(seen)} calibrated timesteps: "
+                f"{groups} groups of timesteps cannot be distinguished by {len(seen)} calibrated timesteps: "
                 f"choose at most {len(seen)}, or collect with more --steps"
             )
         return
@@ -47,7 +47,7 @@ def check_groups(groups: int | tuple[float, ...], timesteps: Tensor) -> None:
         bounds = ["the lowest", *(f"{bound:g}" for bound in groups), "the highest"]
         empty = int((counts == 0).nonzero()[0])
         raise UsageError(
-            f"no calibrated timestep lies between {bounds[empty]} and {bounds[empty + 1]}: the calibration set "
+            f"there is no calibrated timestep between {bounds[empty]} and {bounds[empty + 1]}: the calibration set "
             f"has {len(seen)} from {seen[0]:g} to {seen[-1]:g}"
         )
 
@@ -57,7 +57,7 @@ def find_edges(groups: int | tuple[float, ...], ranges: Mapping[str, Tensor]) ->
 
     Args:
         groups: how many, or the largest timestep of each group but the last.
-        ranges: as of `ranges_by_timestep`.
+        ranges: from `ranges_by_timestep`.
     """
     if not isinstance(groups, int):
         return torch.tensor(groups)

@@ -1,1 +1,1 @@
-"""The calibration set: what a denoiser is given along its sampling trajectory, recorded and stored."""
+"""The calibration set: denoiser inputs recorded along the sampling trajectory."""

@@ -70,7 +70,7 @@ def import_qdiffusion(
         overwrite: replace another artifact at ``output``.
 
     Raises:
-        UsageError: the file holds fewer steps or samples than asked for.
+        UsageError: the file holds fewer steps or samples than requested.
         InvalidInputError: the file is not in this layout, holds more than tensors, or does not fit the model.
     """
     model, path = model if isinstance(model, Model) else open_model(model), Path(file)
@@ -134,7 +134,7 @@ class QDiffusionFile:
                     raise InvalidInputError(f"{self.path}: the shape of {name!r} differs at step {call}")
                 if len(step) < samples:
                     raise UsageError(
-                        f"{self.path} holds {len(step)} samples of {name!r} at step {call}: ask for no more"
+                        f"{self.path} holds {len(step)} samples of {name!r} at step {call}: request no more"
                     )
                 if not finite(step[:samples]):
                     raise InvalidInputError(f"{self.path} holds NaN or Inf in {name!r} at step {call}")

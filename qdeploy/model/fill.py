@@ -20,7 +20,7 @@ _LORA = re.compile(r"(^|\.)(lora_\w+|base_layer)(\.|$)")
 
 
 def fill(denoiser: nn.Module, files: Sequence[Path], folder: Path) -> None:
-    """Give a network the weights that files hold, converted to float32.
+    """Load the weights in files into a network, converted to float32.
 
     A tensor is read, converted and put in its place before the next one is read, so that a network in another type
     takes no second copy of itself. What is stored in float32 stays mapped into memory.

@@ -1,7 +1,7 @@
 """Prompt sets: one prompt per line, or captions as COCO's JSON holds them.
 
-Only as much is read as is wanted: a file of a million lines costs no more than one of a hundred, unless a random
-sample of it is asked for.
+Only the needed lines are read: a file of a million lines costs no more than one of a hundred, unless a random
+sample of it is requested.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def make_scheduler(name: str | None, current: Any) -> Any:
         )
     if _is_flow(type(current)) and not _is_flow(found):
         raise UsageError(
-            f"{name} cannot stand in for {type(current).__name__}: the model is a flow; pass --scheduler "
+            f"{name} cannot replace {type(current).__name__}: the model is a flow; pass --scheduler "
             f"{type(current).__name__}, or scheduler=None in Python"
         )
     try:
@@ -60,7 +60,7 @@ def _is_flow(scheduler: type) -> bool:
 
 
 def _for_any_pipeline(found: Any) -> Any:
-    """A scheduler class that pipelines written for another one can call, or are told that they cannot.
+    """A scheduler class with the interface that pipelines written for another one use, or an error that it lacks it.
 
     `DDPMPipeline`, for one, passes ``generator`` to every scheduler, even to those that take none. And it
     never scales its samples: with a scheduler that needs this, diffusers would sample garbage without a word.

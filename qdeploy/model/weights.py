@@ -8,7 +8,7 @@ again for every variant (``fp16``, ``bf16``, ``non_ema``, ...):
     diffusion_pytorch_model.VARIANT.safetensors        one file of a variant
     diffusion_pytorch_model.safetensors.index.VARIANT.json
 
-Diffusers takes the index before the single file, and no variant unless it is asked for one. The same is done here,
+Diffusers takes the index before the single file, and no variant unless one is requested. The same is done here,
 and what is not read is named.
 """
 
@@ -94,7 +94,7 @@ def variants_needed(path: Path, components: Sequence[str], chosen: str | None = 
 
 
 def read_tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of safetensors files, one after the other; a tensor is read when it is asked for.
+    """Names and tensors of safetensors files, one after the other; a tensor is read when it is used.
 
     On a CPU a tensor stays in its file, mapped into memory.
 

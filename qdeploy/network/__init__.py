@@ -1,1 +1,1 @@
-"""What a denoiser is made of, found by running it."""
+"""The structure of a denoiser, found by running it."""

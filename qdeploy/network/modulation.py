@@ -1,11 +1,11 @@
-"""Where the timestep's embedding enters a network, found by running it once.
+"""Find where each block consumes the timestep embedding, by tracing one call.
 
-Two patterns are known, by what is computed and not by name (QNCD, arXiv 2403.19140, section 3.1):
+Two patterns are recognised, by what is computed and not by name (QNCD, arXiv 2403.19140, section 3.1):
 
     additive        layer(f(GroupNorm(h + e)))
     scale-shift     layer(f(norm(h) * (1 + scale) + shift))
 
-where e, or scale and shift together, are what a layer of the time path gives, one value per channel, and f is
+where e, or scale and shift together, are the output of a layer of the time path, one value per channel, and f is
 a pointwise activation. Classes or texts may have entered the embedding before.
 """
 
@@ -44,13 +44,13 @@ class Modulation:
 
     Attributes:
         kind: ``additive`` or ``scale-shift``.
-        projection: path of the layer that gives the embedding.
+        projection: path of the layer that computes the embedding.
         start: the first of its output channels that is e, or scale.
         channels: C, how many these are.
         layers: paths of the layers that read the modulated tensor, in execution order.
         gamma: [C] the normalisation's weight, None for ones; of additive ones.
         groups: of the normalisation; of additive ones.
-        eps: likewise.
+        eps: of the normalisation; of additive ones.
     """
 
     kind: str
@@ -106,7 +106,7 @@ class _Modulated:
 
 
 class _ModulationTracer(Tracer):
-    """Follows what layers of the time path give, until a layer reads what it was added to or scaled."""
+    """Follows the outputs of layers of the time path, until a layer reads what it was added to or scaled."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class _ModulationTracer(Tracer):
             mark.readers.append(call.name)
 
     def layer_ends(self, call: ModuleCall) -> None:
-        # One row with nothing but channels: no sample comes this way.
+        # One row with channels only: this value does not depend on the sample.
         output = call.output
         if isinstance(output, Tensor) and output.numel() == max(output.shape):
             self._held.append(output)

@@ -1,7 +1,7 @@
 """The one way in which modules are watched while a network runs.
 
 Everything that looks at a layer's inputs or outputs (ranges, reconstruction targets, structure, errors by layer)
-says which modules it wants to see and what to do with each of their calls.
+names the modules that it observes and what to do with each of their calls.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def observing(
     before: Callable[[ModuleCall], None] | None = None,
     after: Callable[[ModuleCall], Any] | None = None,
 ) -> Iterator[None]:
-    """Within, every call of some modules is reported.
+    """Within this context, every call of some modules is reported.
 
     Args:
         modules: what is observed, by name. One module may have several names.

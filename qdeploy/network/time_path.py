@@ -22,7 +22,7 @@ from qdeploy.network.current_timestep import clock_of
 
 @dataclass(frozen=True)
 class Slot:
-    """The place of a value on the tape; 0 is the timestep."""
+    """The index of a value on the tape; 0 is the timestep."""
 
     number: int
 
@@ -39,7 +39,7 @@ class Step:
 
 @dataclass(frozen=True)
 class TimePart:
-    """What depends on the timestep alone.
+    """The operations that depend on the timestep alone.
 
     Attributes:
         layers: paths of its layers, in execution order.
@@ -67,7 +67,7 @@ class TimePart:
         return dict(zip(self.features, columns, strict=True))
 
     def together(self, denoiser: nn.Module, timesteps: Tensor) -> dict[str, Tensor]:
-        """As a call, in one batch: fast, differentiable, and equal but for the last digits."""
+        """As `__call__`, in one batch: fast, differentiable, and equal except for the last digits."""
 
         def one(timestep: Tensor) -> tuple[Tensor, ...]:
             return self._run(denoiser, timestep[None])
@@ -102,7 +102,7 @@ class TimePart:
 
 @dataclass
 class Tape:
-    """What is recorded of one forward pass of one row.
+    """A record of one forward pass of one row.
 
     Args:
         timestep: the tensor that the network is given as timestep.

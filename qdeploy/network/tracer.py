@@ -1,7 +1,7 @@
 """One forward pass, followed operation by operation and layer by layer.
 
-What a network is made of (`qdeploy.network.roles`) and where the timestep's embedding enters it
-(`qdeploy.network.modulation`) are found by subclasses, which say what they make of each event.
+The structure of a network (`qdeploy.network.roles`) and the places where the timestep's embedding enters it
+(`qdeploy.network.modulation`) are found by subclasses, which handle these events.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Linear)
 
 
 class WrappedLayer(nn.Module):
-    """A module that stands in the place of one weighted layer and counts as that layer in every trace.
+    """A module that replaces one weighted layer and counts as that layer in every trace.
 
     Attributes:
         inner: the layer.

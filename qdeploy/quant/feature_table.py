@@ -24,7 +24,7 @@ class FeatureTable(nn.Module):
         rows: [T, ...], float32, float16 or integer codes.
         edges: [T - 1] midpoints between the timesteps of the rows.
         scale: [T] steps, if the rows are codes; else None.
-        zero_point: [T] codes of zero, likewise.
+        zero_point: [T] codes of zero, if the rows are codes; else None.
     """
 
     rows: Tensor

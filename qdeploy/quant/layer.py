@@ -40,14 +40,14 @@ class QuantizedLayer(WrappedLayer):
         smoothing: [C] positive factors of the input channels: the input is divided by them, the weight
             multiplied. Without quantization nothing changes (SmoothQuant, Xiao et al. 2023, equation 3).
         tuned: the weight that is quantized in place of the original, if a stage has tuned it.
-        tuned_bias: likewise.
+        tuned_bias: the bias in place of the original, if a stage has tuned it.
         rotation: [n, n] orthogonal; each block of n channels of the smoothed input and of the weight is multiplied
             by it.
         branch_down: [C, rank]; with ``branch_up`` a part of the smoothed weight that is multiplied in float.
         branch_up: [rank, O].
         order: [C] the input channels in the order in which ``split`` cuts them; None for their own.
         table: what the layer looks up instead of computing, if it is a temporal feature.
-        dynamic: what stands for the runtime's own rounding of the input, if nothing is calibrated for it.
+        dynamic: simulates the runtime's own rounding of the input, if nothing is calibrated for it.
     """
 
     smoothing: Tensor | None
@@ -148,7 +148,7 @@ class QuantizedLayer(WrappedLayer):
 
     @property
     def device(self) -> torch.device:
-        """Where its tensors are, but those that are only described."""
+        """The device of its tensors, except those that are only described."""
         there = (t.device for t in (*self.parameters(), *self.buffers()) if not t.is_meta)
         return next(there, torch.device("cpu"))
 
@@ -202,7 +202,7 @@ class QuantizedLayer(WrappedLayer):
                 quantizer = quantizers[number] if quantizers else None
                 outputs.append(self._product(quantizer, part, weight, None if number else self.bias))
         else:
-            # The factor of the timestep stands between the product and the bias.
+            # The factor of the timestep is applied between the product and the bias.
             bias, outputs = self.bias, []
             for quantizer, (part, weight) in zip(quantizers, parts, strict=True):
                 product = quantizer.restore(self._operate(quantizer(part), weight, None))

@@ -5,7 +5,7 @@ the words get decide what is drawn. Codes are powers of two below the largest pr
 start token bypasses them. Departures from the released code, each for a reason:
 
 - the largest probability is that of the sample; the code's is that of the batch, so images change each other;
-- one code stands for zero; the code's smallest step is a floor, which gives mass to thousands of keys.
+- one code represents zero; the released code's smallest step is a floor, which assigns mass to thousands of keys.
 """
 
 from __future__ import annotations

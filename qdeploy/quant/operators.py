@@ -1,7 +1,7 @@
 """The arithmetic operations of a quantized network, and how they are written in ONNX.
 
 They are registered with torch, so that the exporter meets them in the traced graph and writes each as the
-very ONNX operators that compute the same function: what the simulation did is what the graph says.
+very ONNX operators that compute the same function: the graph computes what the simulation computed.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def fake_quantize_float8(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def to_grid(x: Tensor, scale: Tensor, zero_point: Tensor, number_format: Format) -> Tensor:
-    """Quantize and dequantize in any format; arguments as of `fake_quantize`."""
+    """Quantize and dequantize in any format; arguments as for `fake_quantize`."""
     if number_format.floating:
         return fake_quantize_float8(x, scale)
     return fake_quantize(x, scale, zero_point, number_format.qmin, number_format.qmax)
@@ -108,7 +108,7 @@ def over_weight(values: Tensor, shape: torch.Size) -> Tensor:
 
 
 def dequantize_codes(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """``(codes - zero_point) * scale``; scale and zero point as of `over_weight`."""
+    """``(codes - zero_point) * scale``; scale and zero point as for `over_weight`."""
     zero = over_weight(zero_point, codes.shape).to(scale.dtype)
     return (codes.to(scale.dtype) - zero) * over_weight(scale, codes.shape)
 

@@ -1,9 +1,9 @@
 """Convolutions whose im2col matrix is quantized in groups (DGQ, arXiv 2501.04304), simulated.
 
 The matrix has a row for each input channel and kernel position and a column for each output pixel. A row's scale
-stands inside of the sum, and one value of the input, which lies in as many rows as the kernel has positions,
-gets as many codes; an output pixel's scale stands outside of the sum, and one value gets as many codes as
-there are pixels that read it. A convolution kernel reads one code, so no engine computes this.
+is inside the sum, and one value of the input, which is in as many rows as the kernel has positions, gets as
+many codes; an output pixel's scale is outside the sum, and one value gets as many codes as there are pixels
+that read it. A convolution kernel reads one code, so no engine computes this.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class PatchQuantizer(ActivationQuantizer):
 
     @property
     def along(self) -> str:
-        """What there are scales of along the axis, in a word for people."""
+        """A word for what the scales run along, for messages."""
         return "channels" if self.axis == AXES[ROWS] else PIXELS
 
     @property
@@ -63,7 +63,7 @@ class PatchQuantizer(ActivationQuantizer):
         return False
 
     def freeze(self) -> None:
-        """There is nothing that could be exported.
+        """A simulation cannot be exported.
 
         Raises:
             CapabilityError: always.
@@ -95,7 +95,7 @@ def convolve(
     """The product of a weight and the quantized im2col matrix: a sum over kernel positions.
 
     Args:
-        inner: tells kernel, stride, padding, dilation and groups.
+        inner: has kernel, stride, padding, dilation and groups.
         x: [B, C, H, W].
         weight: [O, C / groups, kh, kw].
         bias: [O], or None.

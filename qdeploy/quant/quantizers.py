@@ -14,17 +14,17 @@ from qdeploy.system.errors import CapabilityError, InvalidInputError
 class ActivationQuantizer(nn.Module):
     """Quantization of a layer's input, with one scale; or one for each group of timesteps; or along an axis.
 
-    Layers that read the same tensor share one of these. Where scales stand outside of a layer's sum (they
+    Layers that read the same tensor share one of these. Where scales are outside a layer's sum (they
     depend on the timestep or on the token) the tensor is multiplied by s0 / s and quantized with one nominal
     scale s0; `restore` multiplies what a layer computes from it by s / s0. That is how an engine computes it
-    too, whose scales are constants. Scales along the features stand inside of the sum: they are a simulation.
+    too, whose scales are constants. Scales along the features are inside the sum: they are a simulation.
 
     Attributes:
         scale: [], or [K] for groups of timesteps, or [A] along an axis, or [K, A].
         zero_point: codes of zero, shaped like ``scale``.
         edges: [K - 1] timesteps between the groups, ascending; empty for one group.
         axis: the input's axis that scales run along; None for one scale per tensor.
-        clock: tells the timestep; needed where there are several groups.
+        clock: holds the timestep; needed where there are several groups.
     """
 
     scale: Tensor
@@ -78,7 +78,7 @@ class ActivationQuantizer(nn.Module):
 
     @property
     def along(self) -> str:
-        """What there are scales of along the axis, in a word for people."""
+        """A word for what the scales run along, for messages."""
         return "tokens" if self.axis == -2 else "channels"
 
     @property
@@ -99,7 +99,7 @@ class ActivationQuantizer(nn.Module):
         if not self.hoisted:
             moves = self.axis in (None, -2)
             what = "a zero point that moves" if moves else "a scale for each input channel"
-            raise CapabilityError(f"{what} has no place in a static integer kernel: this is a simulation")
+            raise CapabilityError(f"{what} is not possible in a static integer kernel: this is a simulation")
         self.frozen = torch.zeros((), dtype=stored, device=self.scale.device)
         self.nominal = _nominal(self.scale)
         self.to_nominal, self.from_nominal = self.nominal / self.scale, self.scale / self.nominal
@@ -120,7 +120,7 @@ class ActivationQuantizer(nn.Module):
         return to_grid(x, scale, zero_point, self.format)
 
     def restore(self, y: Tensor) -> Tensor:
-        """What is linear in this quantizer's output, back in the scales of its rows."""
+        """Undo the per-timestep rescaling on a result that is linear in this quantizer's output."""
         if not self.enabled or not self.hoisted:
             return y
         factor = self.scale / _nominal(self.scale) if self.from_nominal is None else self.from_nominal
@@ -163,7 +163,7 @@ class WeightQuantizer(nn.Module):
         zero_point: codes of zero, shaped like ``scale``.
         codes: quantized weights, once rounding is decided; until then None, and the weight is rounded to
             nearest.
-        rounding: a module that gives the (soft) weight while rounding is being learned; else None.
+        rounding: a module that computes the (soft) weight while rounding is being learned; else None.
     """
 
     scale: Tensor
@@ -189,7 +189,7 @@ class WeightQuantizer(nn.Module):
 
     @property
     def decided(self) -> bool:
-        """Whether it gives the weight without being given one."""
+        """Whether it holds the quantized weight itself."""
         return any(part is not None for part in (self.codes, self.frozen, self.rounding))
 
     def nearest(self, weight: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class Coverage:
         attention: the operands of the attention products and the softmax output.
         split: quantize the two halves of a concatenation on their own.
         shortcuts: the shortcuts of blocks, and layers that lower the resolution.
-        second: the inputs of the layers that read what the first float ones give.
+        second: the inputs of the layers that read the outputs of the first float ones.
         target: the one that is meant where none is named.
     """
 

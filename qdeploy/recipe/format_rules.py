@@ -76,7 +76,7 @@ def _check_pair(weights_name: str, activations_name: str, target: Target, stages
     uniform = [stage.name for stage in stages if stage.uniform]
     if weights and weights.floating and uniform:
         raise UsageError(
-            f"stage {uniform[0]} needs steps that are all alike, and those of {weights.name} grow with the "
+            f"stage {uniform[0]} needs equal steps, and those of {weights.name} grow with the "
             "value: choose --method minmax, or integers"
         )
 

@@ -1,6 +1,6 @@
 """Number formats, as data.
 
-An integer format stores codes ``q`` and stands for ``x = (q - zero_point) * scale``. Symmetric formats
+An integer format stores codes ``q`` that represent ``x = (q - zero_point) * scale``. Symmetric formats
 have zero point 0 and a range that is used symmetrically: scale = absmax / qmax. A float format stores small
 floats; it is symmetric, and its grid is finer near zero.
 """
@@ -34,7 +34,7 @@ class Format:
 
     @property
     def floating(self) -> bool:
-        """Whether codes are floats, so that the steps between them are not all alike."""
+        """Whether codes are floats, so that the steps between them differ."""
         return self.largest > 0
 
     @property

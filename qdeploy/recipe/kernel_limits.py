@@ -31,7 +31,7 @@ def thin_conv(weight: Sequence[int], group: int = 1, first: bool = False) -> boo
 
 
 def thin_float_conv(weight: Sequence[int], group: int = 1) -> bool:
-    """Whether an fp8 convolution is too thin, or its kernel too large; arguments as of `thin_conv`."""
+    """Whether an fp8 convolution is too thin, or its kernel too large; arguments as for `thin_conv`."""
     return prod(weight[2:]) > FLOAT_KERNEL or min(weight[0], weight[1] * group) <= CHANNELS
 
 

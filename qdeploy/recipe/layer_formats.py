@@ -1,7 +1,7 @@
-"""Formats of single layers, where a recipe gives some layers others than the rest.
+"""Formats of single layers that differ from the rest of a recipe.
 
 A recipe's ``layers`` is a list of shell globs of layer paths, each with the formats of the layers that it
-matches; a later entry stands above an earlier one:
+matches; later entries override earlier ones:
 
     layers:
       - "down_blocks.0.*": {weights: int8}

@@ -49,7 +49,7 @@ class Recipe:
         exclude: shell globs of layer paths that stay in float.
         timestep_groups: how many groups of timesteps have activation scales of their own, or the largest
             timestep of each group but the last.
-        layers: shell globs of layer paths with formats of their own, as of `qdeploy.recipe.layer_formats`.
+        layers: shell globs of layer paths with formats of their own, see `qdeploy.recipe.layer_formats`.
         unblocked: where ``weights`` are in blocks, the format of the weights that blocks do not fit, such as those of
             convolutions, whose inputs stay in float; ``none`` leaves these layers in float.
 
@@ -159,7 +159,7 @@ class Recipe:
 
     @property
     def precision(self) -> str:
-        """The usual short form, such as W4A8; ``fp`` stands for what is left in float.
+        """The usual short form, such as W4A8; ``fp`` means left in float.
 
         W3-8A8 says that layers have formats of their own, from 3 to 8 bits.
         """

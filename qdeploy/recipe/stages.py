@@ -215,10 +215,10 @@ def make_stage(name: str, options: Mapping[str, Any]) -> Stage:
 
 
 def parse_stage(entry: Any) -> Stage:
-    """A stage from what Python or YAML gives: a stage, its name, or its name with options.
+    """A stage from Python or YAML: a stage, its name, or its name with options.
 
     Raises:
-        UsageError: it is none of these, or names an unknown stage or option.
+        UsageError: it is of another type, or names an unknown stage or option.
     """
     if isinstance(entry, Stage):
         return entry

@@ -281,7 +281,7 @@ class Sensitivity(Artifact):
     """How much each layer suffers from each number format."""
 
     KIND = "sensitivity"
-    DESCRIPTION = "how much each layer suffers from each number format"
+    DESCRIPTION = "how sensitive each layer is to each number format"
 
     @cached_property
     def facts(self) -> SensitivityFacts:

@@ -1,4 +1,4 @@
-"""Artifacts in the making: locked, journalled, and renamed into place when whole.
+"""Artifacts while they are made: locked, journalled, and renamed into place when whole.
 
 While it is being made, an artifact lives in a hidden sibling, ``.NAME.work``. Finished steps stay there
 after an interruption and are found again by the next run of the same request. One rename makes the
@@ -45,10 +45,10 @@ _A = TypeVar("_A", bound=Artifact)
 
 @dataclass
 class Draft(Generic[_A]):
-    """An artifact in the making. Use as a context manager; `finish` makes it appear.
+    """An artifact that is being made. Use as a context manager; `finish` makes it appear.
 
     Args:
-        output: where the artifact will stand.
+        output: path of the finished artifact.
         kind: class of the artifact, such as `qdeploy.store.artifact.Checkpoint`.
         made_from: hashes of the inputs, by name.
         recipe: the resolved recipe, if any.
@@ -91,7 +91,7 @@ class Draft(Generic[_A]):
         """The artifact, if this very request has already been carried out.
 
         Raises:
-            UsageError: something else stands at ``output``.
+            UsageError: there is something else at ``output``.
         """
         if not self.output.exists() or (self.output.is_dir() and not any(self.output.iterdir())):
             return None

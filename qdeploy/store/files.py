@@ -56,7 +56,7 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file atomically; the same tensors give the same bytes."""
+    """Write a safetensors file atomically; the same tensors make the same bytes."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     write_atomically(path, lambda partial: _save_tensors(contiguous, partial))
 

@@ -2,10 +2,10 @@
 
 Section 3.2: input channel j of a weight is multiplied by ``s_j`` before it is quantized, and the input is
 divided by it. A salient channel then gets finer steps, as long as it does not widen the range that it shares with
-its block. Equation 5: ``s_j = mean|X_j|^alpha``, with the alpha between 0 and 1 that gives the least error of the
+its block. Equation 5: ``s_j = mean|X_j|^alpha``, with the alpha between 0 and 1 that has the least error of the
 layer's output, ``|Q(W diag(s)) diag(s)^-1 X - W X|^2``; alpha = 0 is rounding to nearest.
 
-Departures: layers that read one tensor share s, as their errors' sum wants it; 1 / s stays in front of them as a
+Departures: layers that read one tensor share s, chosen for the sum of their errors; 1 / s stays in front of them as a
 factor of its own, which engines fuse, instead of being folded into what comes before; weights are not clipped.
 """
 
@@ -80,7 +80,7 @@ class ScaleSalient(Stage):
         session.once("salient", compute)
 
     def cost(self, units: int, effort: Effort) -> tuple[float, float]:
-        """As of `Stage.cost`."""
+        """See `Stage.cost`."""
         return 1.5, 0
 
 

@@ -53,7 +53,7 @@ class LogAttention(Stage):
         session.once("attention", compute)
 
     def cost(self, units: int, effort: Effort) -> tuple[float, float]:
-        """As of `Stage.cost`."""
+        """See `Stage.cost`."""
         return 0, 0
 
     def simulated(self) -> str:

@@ -71,7 +71,7 @@ class LoadWeights(Stage):
         session.once("weights", compute)
 
     def cost(self, units: int, effort: Effort) -> tuple[float, float]:
-        """As of `Stage.cost`."""
+        """See `Stage.cost`."""
         return 0, 0
 
 

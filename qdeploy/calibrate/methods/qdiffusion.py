@@ -89,7 +89,7 @@ class AdaRound(Stage):
             session.once(f"{number:04d}", compute, prefix=unit)
 
     def cost(self, units: int, effort: Effort) -> tuple[float, float]:
-        """As of `Stage.cost`."""
+        """See `Stage.cost`."""
         return units, self.steps or effort.rounding
 
 
@@ -151,7 +151,7 @@ class LearnScales(Stage):
         say(f"learned activation scales were kept in {kept} of {len(session.units)} units", level=2)
 
     def cost(self, units: int, effort: Effort) -> tuple[float, float]:
-        """As of `Stage.cost`."""
+        """See `Stage.cost`."""
         return units, effort.scales
 
 

@@ -2,7 +2,7 @@
 
 Within: adding or scaling by the timestep's embedding spreads the channels of what the next layer of a residual
 block reads. The stage smooth-embeddings divides them by factors S that follow from the embedding alone. From
-it: the mean error of the prediction is subtracted while sampling, from the table that measure-errors gives,
+it: the mean error of the prediction is subtracted while sampling, from the table that measure-errors writes,
 or as estimated on the way (`qdeploy.sampling.correction`). Departures from the released code, each for a reason:
 
 - blocks are found by tracing, both kinds of them (`qdeploy.network.modulation`); the code knows one, by position;
@@ -140,7 +140,7 @@ def smoothing_factors(place: Modulation, output: Tensor) -> Tensor:
 
 
 def _projections(session: Session, paths: set[str]) -> dict[str, Tensor]:
-    """Outputs of the layers that give embeddings, in full precision.
+    """Outputs of the layers that compute embeddings, in full precision.
 
     At every timestep of training; where more than the timestep enters, at those of the calibration rows.
     """
@@ -157,7 +157,7 @@ def _projections(session: Session, paths: set[str]) -> dict[str, Tensor]:
 
 
 def _row_outputs(session: Session, paths: set[str]) -> dict[str, Tensor]:
-    """What some layers give for the calibration rows, in full precision."""
+    """Outputs of some layers for the calibration rows, in full precision."""
     outputs: dict[str, list[Tensor]] = {path: [] for path in sorted(paths)}
     layers = {path: session.denoiser.get_submodule(path) for path in outputs}
 
@@ -190,7 +190,7 @@ class MeasureErrors(Stage):
         )
 
     def cost(self, units: int, effort: Effort) -> tuple[float, float]:
-        """As of `Stage.cost`."""
+        """See `Stage.cost`."""
         return 2, 0
 
 

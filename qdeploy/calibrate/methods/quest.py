@@ -1,9 +1,9 @@
 """QuEST (Wang et al., ICCV 2025, arXiv 2402.03666).
 
-A small share of the weights is tuned, so that what they give can be quantized: temporal layer alignment
+A small share of the weights is tuned, so that their outputs can be quantized: temporal layer alignment
 (TLA), then critical module alignment (CMA), each with the activation scales that belong to it. Losses as in
 section 3.3: ``L_TLA = sum_l E_t |O_l - O^_l|^2`` over the layers that bring the time embedding into blocks,
-``L_CMA`` alike over the layers of attention and feed-forward, and ``L_G = E_t |eps_fp - eps_q|^2``, which
+``L_CMA`` in the same way over the layers of attention and feed-forward, and ``L_G = E_t |eps_fp - eps_q|^2``, which
 counts twice. The tuned weights are ordinary integer weights in the end: they cost an engine nothing.
 
 The roles are found by tracing. Temporal features are quantized by the coverage ``portable-time``, which is
@@ -113,7 +113,7 @@ class AlignAttention(_Alignment):
     """Critical module alignment (section 3.3): attention and feed-forward, and all scales but those of time.
 
     Attributes:
-        reach: as of `AlignTime`, like all that follow.
+        reach: see `AlignTime`, as for all that follow.
         reach_scales: how much the logarithm of a scale may change.
         local: weight of the layers' own errors.
         overall: weight of the error of the network's prediction.

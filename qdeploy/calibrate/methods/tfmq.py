@@ -56,7 +56,7 @@ class TemporalProblem:
 
     @classmethod
     def open(cls, session: Session) -> TemporalProblem:
-        """The problem over every timestep that the network may be asked for."""
+        """The problem over every timestep that the network may be called with."""
         timesteps = session.all_timesteps().to(session.device)
         with torch.no_grad(), session.teacher():
             targets = session.structure.time.together(session.denoiser, timesteps)
