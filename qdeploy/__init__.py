@@ -20,19 +20,65 @@ from typing import TYPE_CHECKING, Any
 from qdeploy.version import __version__
 
 if TYPE_CHECKING:
+    from qdeploy.calibrate.methods.awq import ScaleSalient
+    from qdeploy.calibrate.methods.dgq import GroupChannels
+    from qdeploy.calibrate.methods.dgq_attention import LogAttention
+    from qdeploy.calibrate.methods.dgq_patches import GroupPatches
+    from qdeploy.calibrate.methods.dgq_tokens import GroupTokens
+    from qdeploy.calibrate.methods.load_weights import LoadWeights
+    from qdeploy.calibrate.methods.minmax import ActivationRanges, WeightRanges
+    from qdeploy.calibrate.methods.qdiffusion import AdaRound, LearnScales
+    from qdeploy.calibrate.methods.qncd import MeasureErrors, SmoothEmbeddings
+    from qdeploy.calibrate.methods.quest import AlignAttention, AlignEnd, AlignTime
+    from qdeploy.calibrate.methods.rotation import Rotate
+    from qdeploy.calibrate.methods.smoothquant import MigrateOutliers
+    from qdeploy.calibrate.methods.svdquant import LowRank
+    from qdeploy.calibrate.methods.tfmq import FiniteSetRanges, TemporalRounding, TemporalSelection
     from qdeploy.calibration_set.collect import collect
     from qdeploy.engines.build import build_engine, load_engine
+    from qdeploy.engines.doctor import doctor
+    from qdeploy.engines.selftest.run import selftest
     from qdeploy.evaluate.benchmark import benchmark
     from qdeploy.evaluate.check import check
     from qdeploy.evaluate.report_page.run import report
+    from qdeploy.export.lint.run import lint
     from qdeploy.export.run import export
     from qdeploy.mixed.sensitivity import sensitivity
+    from qdeploy.model.sampling import Sampling
     from qdeploy.quant.checkpoint import load_checkpoint
+    from qdeploy.recipe.recipe import Recipe
+    from qdeploy.recipe.stages import Method, Stage
     from qdeploy.sampling.sample import sample
     from qdeploy.workflows.calibrate import calibrate
     from qdeploy.workflows.demo import demo
+    from qdeploy.workflows.inspect import inspect, methods
 
 __all__ = [
+    "ActivationRanges",
+    "AdaRound",
+    "AlignAttention",
+    "AlignEnd",
+    "AlignTime",
+    "FiniteSetRanges",
+    "GroupChannels",
+    "GroupPatches",
+    "GroupTokens",
+    "LearnScales",
+    "LoadWeights",
+    "LogAttention",
+    "LowRank",
+    "MeasureErrors",
+    "Method",
+    "MigrateOutliers",
+    "Recipe",
+    "Rotate",
+    "Sampling",
+    "ScaleSalient",
+    "SmoothEmbeddings",
+    "Stage",
+    "TemporalRounding",
+    "TemporalSelection",
+    "WeightRanges",
     "__version__",
     "benchmark",
     "build_engine",
@@ -40,29 +86,81 @@ __all__ = [
     "check",
     "collect",
     "demo",
+    "doctor",
     "export",
+    "inspect",
+    "lint",
     "load_checkpoint",
     "load_engine",
+    "methods",
     "report",
     "sample",
+    "selftest",
     "sensitivity",
 ]
 
-# Where each public name is defined; imported when it is first used.
-_HOMES = {
-    "benchmark": "qdeploy.evaluate.benchmark",
-    "build_engine": "qdeploy.engines.build",
-    "calibrate": "qdeploy.workflows.calibrate",
-    "check": "qdeploy.evaluate.check",
-    "collect": "qdeploy.calibration_set.collect",
-    "demo": "qdeploy.workflows.demo",
-    "export": "qdeploy.export.run",
-    "load_checkpoint": "qdeploy.quant.checkpoint",
-    "load_engine": "qdeploy.engines.build",
-    "report": "qdeploy.evaluate.report_page.run",
-    "sample": "qdeploy.sampling.sample",
-    "sensitivity": "qdeploy.mixed.sensitivity",
+# Where public names are defined; a module is imported when one of its names is first used.
+_NAMES = {
+    "qdeploy.calibrate.methods.awq": ("ScaleSalient",),
+    "qdeploy.calibrate.methods.dgq": ("GroupChannels",),
+    "qdeploy.calibrate.methods.dgq_attention": ("LogAttention",),
+    "qdeploy.calibrate.methods.dgq_patches": ("GroupPatches",),
+    "qdeploy.calibrate.methods.dgq_tokens": ("GroupTokens",),
+    "qdeploy.calibrate.methods.load_weights": ("LoadWeights",),
+    "qdeploy.calibrate.methods.minmax": (
+        "ActivationRanges",
+        "WeightRanges",
+    ),
+    "qdeploy.calibrate.methods.qdiffusion": (
+        "AdaRound",
+        "LearnScales",
+    ),
+    "qdeploy.calibrate.methods.qncd": (
+        "MeasureErrors",
+        "SmoothEmbeddings",
+    ),
+    "qdeploy.calibrate.methods.quest": (
+        "AlignAttention",
+        "AlignEnd",
+        "AlignTime",
+    ),
+    "qdeploy.calibrate.methods.rotation": ("Rotate",),
+    "qdeploy.calibrate.methods.smoothquant": ("MigrateOutliers",),
+    "qdeploy.calibrate.methods.svdquant": ("LowRank",),
+    "qdeploy.calibrate.methods.tfmq": (
+        "FiniteSetRanges",
+        "TemporalRounding",
+        "TemporalSelection",
+    ),
+    "qdeploy.calibration_set.collect": ("collect",),
+    "qdeploy.engines.build": (
+        "build_engine",
+        "load_engine",
+    ),
+    "qdeploy.engines.doctor": ("doctor",),
+    "qdeploy.engines.selftest.run": ("selftest",),
+    "qdeploy.evaluate.benchmark": ("benchmark",),
+    "qdeploy.evaluate.check": ("check",),
+    "qdeploy.evaluate.report_page.run": ("report",),
+    "qdeploy.export.lint.run": ("lint",),
+    "qdeploy.export.run": ("export",),
+    "qdeploy.mixed.sensitivity": ("sensitivity",),
+    "qdeploy.model.sampling": ("Sampling",),
+    "qdeploy.quant.checkpoint": ("load_checkpoint",),
+    "qdeploy.recipe.recipe": ("Recipe",),
+    "qdeploy.recipe.stages": (
+        "Method",
+        "Stage",
+    ),
+    "qdeploy.sampling.sample": ("sample",),
+    "qdeploy.workflows.calibrate": ("calibrate",),
+    "qdeploy.workflows.demo": ("demo",),
+    "qdeploy.workflows.inspect": (
+        "inspect",
+        "methods",
+    ),
 }
+_HOMES = {name: home for home, names in _NAMES.items() for name in names}
 
 
 class _Package(ModuleType):

@@ -24,7 +24,7 @@ from qdeploy.calibration_set.recorder import Recorder, chosen_calls
 from qdeploy.calibration_set.request import Request, check_pipeline, pipeline_sha256
 from qdeploy.calibration_set.shards import describe, open_shards, shard_files, shard_name
 from qdeploy.calibration_set.survey import Recorded, Survey, survey
-from qdeploy.model.folder import Model, open_model
+from qdeploy.model.in_memory import ModelSource, model_of
 from qdeploy.model.inputs import sample_name
 from qdeploy.model.pipeline import sample_images
 from qdeploy.model.sampling import COLLECTING, Sampling, SamplingOptions, sampled, with_old_names
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 @overload
 def collect(
-    model: str | Path | Model,
+    model: ModelSource,
     output: str | Path,
     sampling: Sampling | None = None,
     *,
@@ -57,7 +57,7 @@ def collect(
 
 @overload
 def collect(
-    model: str | Path | Model,
+    model: ModelSource,
     output: str | Path,
     sampling: Sampling | None = None,
     *,
@@ -72,7 +72,7 @@ def collect(
 
 @sampled(COLLECTING)
 def collect(
-    model: str | Path | Model,
+    model: ModelSource,
     output: str | Path,
     sampling: Sampling | None = None,
     *,
@@ -105,7 +105,7 @@ def collect(
         UsageError: impossible numbers, missing prompts, or a trajectory shorter than ``keep``.
         InvalidInputError: the model cannot be used.
     """
-    model = model if isinstance(model, Model) else open_model(model)
+    model = model_of(model)
     given, keep = with_old_names(dict(options), keep)
     chosen = (sampling or COLLECTING).changed(given)
     request = Request(replace(chosen, batch=min(chosen.batch, max(1, samples))), keep, samples, device)

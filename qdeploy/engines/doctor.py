@@ -19,6 +19,7 @@ from qdeploy.system.machine import (
     has_int8,
     machine,
 )
+from qdeploy.system.suggest import unknown
 from qdeploy.version import __version__
 
 # Packages whose versions decide what works, by their names in pip.
@@ -89,7 +90,7 @@ def doctor(require: str | None = None) -> Diagnosis:
     """
     if require is not None:
         if require not in backends():
-            raise UsageError(f"unknown backend {require!r}: choose from {', '.join(backends())}")
+            raise UsageError(unknown("backend", require, backends()))
         backends()[require].require()
     gpu = _gpu()
     return Diagnosis(

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import pkgutil
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING
 
 from qdeploy.system.errors import CapabilityError, UsageError
+from qdeploy.system.plugins import ENGINES, named
+from qdeploy.system.suggest import unknown
 
 if TYPE_CHECKING:
     from qdeploy.engines.base import Engine
@@ -95,17 +95,14 @@ class Backend:
         return str(importlib.import_module(self.package).__version__)
 
 
-@cache
 def backends() -> dict[str, Backend]:
-    """All backends by name, best first: one for each module of this package that has a ``BACKEND``."""
-    package = importlib.import_module("qdeploy.engines")
-    found: list[Backend] = []
-    for info in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"qdeploy.engines.{info.name}")
-        backend = getattr(module, "BACKEND", None)
-        if isinstance(backend, Backend):
-            found.append(backend)
-    return {backend.name: backend for backend in sorted(found, key=lambda b: (-b.rank, b.name))}
+    """All backends by name, best first: this package's, and those that other packages register.
+
+    Raises:
+        CapabilityError: a package registers one that cannot be imported.
+    """
+    found: dict[str, Backend] = named(ENGINES, lambda value: isinstance(value, Backend), "backend")
+    return {backend.name: backend for backend in sorted(found.values(), key=lambda b: (-b.rank, b.name))}
 
 
 def find_backend(name: str = "auto", formats: Iterable[str] = ()) -> Backend:
@@ -137,6 +134,6 @@ def _named(name: str) -> Backend:
         chosen.require()
         return chosen
     if name not in backends():
-        raise UsageError(f"unknown backend {name!r}: choose from auto, {', '.join(backends())}")
+        raise UsageError(unknown("backend", name, ["auto", *backends()]))
     backends()[name].require()
     return backends()[name]

@@ -26,6 +26,8 @@ from qdeploy.export.passes.sunk_transpositions import SunkTranspositions
 from qdeploy.export.passes.transposed_keys import TransposedKeys
 from qdeploy.export.passes.transposed_weights import TransposedWeights
 from qdeploy.export.passes.unsigned_codes import UnsignedCodes
+from qdeploy.system.plugins import PASSES as GROUP
+from qdeploy.system.plugins import objects
 
 _COMMON: tuple[type[InPlacePass], ...] = (
     SplitShortcut,
@@ -63,8 +65,24 @@ PASSES: dict[str, tuple[type[InPlacePass], ...]] = {
 
 def lower(model: ir.Model, target: str) -> ir.Model:
     """Rewrite a traced graph for a target; the numbers in it stay the same."""
-    adapt(model, PASSES[target])
+    adapt(model, (*PASSES[target], *registered_passes(target)))
     return Names()(model).model
+
+
+def registered_passes(target: str) -> list[type[InPlacePass]]:
+    """Passes of other packages for a target; they run behind its own, in the order of their entry points.
+
+    A pass names its targets in ``targets``, a tuple of names of `qdeploy.recipe.targets`.
+
+    Raises:
+        CapabilityError: a package registers one that cannot be imported.
+    """
+
+    def wanted(value: object) -> bool:
+        is_pass = isinstance(value, type) and issubclass(value, InPlacePass)
+        return is_pass and target in getattr(value, "targets", ())
+
+    return [each.value for each in objects(GROUP, wanted)]
 
 
 def adapt(model: ir.Model, rewrites: tuple[type[InPlacePass], ...]) -> bool:

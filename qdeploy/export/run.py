@@ -12,7 +12,7 @@ from torch import nn
 from qdeploy.export.components import has_components, write_components
 from qdeploy.export.graph import save
 from qdeploy.export.lint.run import lint
-from qdeploy.export.lower import PASSES, lower
+from qdeploy.export.lower import PASSES, lower, registered_passes
 from qdeploy.export.probe_inputs import probe_of
 from qdeploy.export.time_table import TimeTable, needs_table, plan_table, tabulate
 from qdeploy.model.card import write_card
@@ -124,7 +124,7 @@ def _export_checkpoint(
         {"checkpoint": checkpoint.sha256, **checkpoint.made_from},
         checkpoint.recipe,
         checkpoint.seed,
-        {"target": dialect, "components": rest is not None, **_asked(table)},
+        {"target": dialect, "components": rest is not None, **_asked(table), **_passes(dialect)},
         overwrite,
     )
     if done := draft.finished():
@@ -154,7 +154,7 @@ def _export_model(
     dialect = _dialect(target or "portable")
     place = Path(output) if output else default_output(model.path, "onnx")
     rest = model.path if components and has_components(model.path) else None
-    options = {"target": dialect, "components": rest is not None, **_asked(table)}
+    options = {"target": dialect, "components": rest is not None, **_asked(table), **_passes(dialect)}
     if calibration is not None:
         calibration = open_artifact(calibration)
         options["probe"] = calibration.sha256
@@ -189,6 +189,12 @@ def _dynamic_group(denoiser: nn.Module) -> int | None:
         layer.dynamic.group for layer in quantized_layers(denoiser).values() if layer.dynamic is not None
     ]
     return min(found, default=None)
+
+
+def _passes(target: str) -> dict[str, Any]:
+    """Passes of other packages, which decide the graph too."""
+    found = [f"{each.__module__}.{each.__qualname__}" for each in registered_passes(target)]
+    return {"passes": found} if found else {}
 
 
 def _asked(table: TimeTable | None) -> dict[str, Any]:

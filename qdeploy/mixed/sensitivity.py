@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from safetensors.torch import load_file
@@ -38,8 +38,52 @@ from qdeploy.system.errors import InvalidInputError, UsageError
 from qdeploy.system.estimate import Estimate
 from qdeploy.system.progress import say, track
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 SENSITIVITY = "sensitivity.json"
 HARM = "harm.safetensors"
+
+
+class _Options(TypedDict, total=False):
+    """Keyword arguments of `sensitivity`."""
+
+    recipe: str | Path | Recipe | None
+    calibration: str | Path | Artifact | None
+    reference: str | Path | None
+    method: str | None
+    formats: Sequence[str] | None
+    activations: str | None
+    coverage: str | None
+    target: str | None
+    exclude: tuple[str, ...] | None
+    rows: int
+    probes: int
+    cheap: bool
+    seed: int | None
+    device: str
+    max_memory: int
+    overwrite: bool
+
+
+@overload
+def sensitivity(
+    source: str | Path | Artifact,
+    output: str | Path | None = None,
+    *,
+    dry_run: Literal[True],
+    **options: Unpack[_Options],
+) -> Estimate: ...
+
+
+@overload
+def sensitivity(
+    source: str | Path | Artifact,
+    output: str | Path | None = None,
+    *,
+    dry_run: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> Sensitivity: ...
 
 
 def sensitivity(

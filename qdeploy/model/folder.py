@@ -19,10 +19,11 @@ from qdeploy.model.call import time_parameter
 from qdeploy.model.fill import fill
 from qdeploy.model.requirements import require_libraries
 from qdeploy.model.weights import WeightFiles, find_weights, variants_needed
-from qdeploy.model.zoo import find_zoo_model
+from qdeploy.model.zoo import find_zoo_model, zoo_models
 from qdeploy.system.errors import InvalidInputError
 from qdeploy.system.hashing import sha256_files
 from qdeploy.system.progress import say
+from qdeploy.system.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn
@@ -264,7 +265,11 @@ def open_if_there(source: str | None) -> Model | None:
 
 def _download(source: str, variant: str | None) -> Path:
     if source.count("/") != 1 or source.startswith((".", "/")):
-        raise InvalidInputError(f"{source} does not exist, and is no Hub id of the form owner/name")
+        bundled = zoo_models()
+        raise InvalidInputError(
+            f"{source} does not exist{did_you_mean(source, bundled)}: it is neither a local folder, a bundled model "
+            f"({', '.join(bundled)}), nor a Hub id (owner/name)"
+        )
     import diffusers
 
     try:

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 
 from qdeploy.network.roles import Layer, Structure
 from qdeploy.system.errors import UsageError
+from qdeploy.system.suggest import unknown
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def find_coverage(name: str) -> Coverage:
         UsageError: there is none.
     """
     if name not in COVERAGES:
-        raise UsageError(f"unknown coverage {name!r}: choose from {', '.join(COVERAGES)}")
+        raise UsageError(unknown("coverage", name, COVERAGES))
     return COVERAGES[name]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qdeploy.system.errors import UsageError
+from qdeploy.system.suggest import unknown
 
 
 @dataclass(frozen=True)
@@ -46,5 +47,5 @@ def find_effort(name: str) -> Effort:
         UsageError: there is none.
     """
     if name not in EFFORTS:
-        raise UsageError(f"unknown effort {name!r}: choose from {', '.join(EFFORTS)}")
+        raise UsageError(unknown("effort", name, EFFORTS))
     return EFFORTS[name]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qdeploy.system.errors import UsageError
+from qdeploy.system.suggest import unknown
 
 
 @dataclass(frozen=True)
@@ -113,5 +114,5 @@ def parse_format(name: str) -> Format | None:
     if name == NONE:
         return None
     if name not in FORMATS:
-        raise UsageError(f"unknown number format {name!r}: choose from {', '.join([*FORMATS, NONE])}")
+        raise UsageError(unknown("number format", name, [*FORMATS, NONE]))
     return FORMATS[name]

@@ -14,6 +14,7 @@ from typing import Any
 from qdeploy.recipe.recipe import Recipe
 from qdeploy.recipe.stages import Stage, make_stage
 from qdeploy.system.errors import InvalidInputError, UsageError
+from qdeploy.system.suggest import unknown
 
 _PRESETS = Path(__file__).parent / "presets"
 
@@ -83,9 +84,7 @@ def _read(preset: str | Path) -> Mapping[str, Any]:
     if path.suffix not in (".yaml", ".yml"):
         path = _PRESETS / f"{preset}.yaml"
         if not path.is_file():
-            raise UsageError(
-                f"unknown recipe {str(preset)!r}: choose from {', '.join(presets())}, or a YAML file"
-            )
+            raise UsageError(unknown("recipe", str(preset), presets(), ", or a YAML file"))
     values = _load(path)
     stages = values.get("stages")
     if stages is not None:

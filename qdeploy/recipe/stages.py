@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_type_hints
 from qdeploy.recipe.effort import Effort
 from qdeploy.system.errors import UsageError
 from qdeploy.system.plugins import METHODS, named
+from qdeploy.system.suggest import did_you_mean, unknown
 
 if TYPE_CHECKING:
     from qdeploy.calibrate.session import Session
@@ -195,7 +196,7 @@ def find_method(name: str) -> Method:
         UsageError: there is none.
     """
     if name not in methods():
-        raise UsageError(f"unknown method {name!r}: choose from {', '.join(methods())}")
+        raise UsageError(unknown("method", name, methods()))
     return methods()[name]
 
 
@@ -206,11 +207,14 @@ def make_stage(name: str, options: Mapping[str, Any]) -> Stage:
         UsageError: there is none, or it has no such option.
     """
     if name not in stages():
-        raise UsageError(f"unknown stage {name!r}: choose from {', '.join(stages())}")
+        raise UsageError(unknown("stage", name, stages()))
     kind = stages()[name]
-    if unknown := options.keys() - kind.defaults().keys():
-        known = ", ".join(kind.defaults()) or "none"
-        raise UsageError(f"stage {name!r} has no option {sorted(map(str, unknown))[0]!r}: it has {known}")
+    if foreign := sorted(map(str, options.keys() - kind.defaults().keys())):
+        known = list(kind.defaults())
+        near = did_you_mean(foreign[0], known)
+        raise UsageError(
+            f"stage {name!r} has no option {foreign[0]!r}{near}: it has {', '.join(known) or 'none'}"
+        )
     return kind(**options)
 
 

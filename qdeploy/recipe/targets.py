@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from qdeploy.recipe.formats import BLOCKS
 from qdeploy.system.errors import UsageError
+from qdeploy.system.suggest import unknown
 
 
 @dataclass(frozen=True)
@@ -97,5 +98,5 @@ def find_target(name: str) -> Target:
         UsageError: there is none.
     """
     if name not in TARGETS:
-        raise UsageError(f"unknown target {name!r}: choose from {', '.join(TARGETS)}")
+        raise UsageError(unknown("target", name, TARGETS))
     return TARGETS[name]

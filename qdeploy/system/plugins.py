@@ -17,7 +17,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pkgutil import iter_modules
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple
 
 from qdeploy.system.errors import CapabilityError
 
@@ -40,14 +40,6 @@ class Registered(NamedTuple):
 
     package: str
     value: Any
-
-
-class _Named(Protocol):
-    @property
-    def name(self) -> str: ...
-
-
-N = TypeVar("N", bound=_Named)
 
 
 @cache
@@ -75,16 +67,27 @@ def named(group: str, wanted: Callable[[Any], bool], what: str) -> dict[str, Any
         CapabilityError: a module cannot be imported, or two packages use one name for different objects.
     """
     found: dict[str, Registered] = {}
-    for package, value in registered(group):
-        for each in _objects(value):
-            if not wanted(each):
-                continue
-            first = found.setdefault(each.name, Registered(package, each))
-            if first.value is not each:
-                raise CapabilityError(
-                    f"{first.package} and {package} both register a {what} {each.name!r}: uninstall one of them"
-                )
+    for package, each in objects(group, wanted):
+        first = found.setdefault(each.name, Registered(package, each))
+        if first.value is not each:
+            raise CapabilityError(
+                f"{first.package} and {package} both register a {what} {each.name!r}: uninstall one of them"
+            )
     return {name: each.value for name, each in found.items()}
+
+
+def objects(group: str, wanted: Callable[[Any], bool]) -> list[Registered]:
+    """The objects of a group that are looked for, as of `named`, in the order in which they are found.
+
+    Raises:
+        CapabilityError: a module cannot be imported.
+    """
+    return [
+        Registered(package, each)
+        for package, value in registered(group)
+        for each in _objects(value)
+        if wanted(each)
+    ]
 
 
 def _objects(value: Any) -> Iterator[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 
@@ -15,7 +15,8 @@ from qdeploy.calibration_set.dataset import CalibrationSet
 from qdeploy.calibration_set.example_rows import ExampleRows
 from qdeploy.mixed.budget import parse_budget
 from qdeploy.model.card import base_model, write_card
-from qdeploy.model.folder import Model, open_model
+from qdeploy.model.folder import Model
+from qdeploy.model.in_memory import ModelSource, model_of
 from qdeploy.quant.attention import AttentionQuantizers
 from qdeploy.quant.checkpoint import write_checkpoint, write_probe
 from qdeploy.quant.layer import quantized_layers
@@ -34,11 +35,57 @@ from qdeploy.system.estimate import Estimate
 from qdeploy.system.machine import int8_sums_saturate
 from qdeploy.system.progress import say
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 PROBE_ROWS = 16
 
 
+class _Options(TypedDict, total=False):
+    """Keyword arguments of `calibrate`."""
+
+    recipe: str | Path | Recipe | None
+    calibration: str | Path | Artifact | None
+    method: str | None
+    weights: str | None
+    activations: str | None
+    coverage: str | None
+    target: str | None
+    effort: str | None
+    stages: Sequence[Stage] | None
+    options: Mapping[str, Mapping[str, Any]] | None
+    exclude: Sequence[str] | None
+    timestep_groups: str | int | tuple[float, ...] | None
+    budget: str | Sequence[str] | None
+    sensitivity: str | Path | Artifact | None
+    seed: int | None
+    device: str
+    max_memory: int
+    overwrite: bool
+
+
+@overload
 def calibrate(
-    model: str | Path,
+    model: ModelSource,
+    output: str | Path | None = None,
+    *,
+    dry_run: Literal[True],
+    **options: Unpack[_Options],
+) -> Estimate: ...
+
+
+@overload
+def calibrate(
+    model: ModelSource,
+    output: str | Path | None = None,
+    *,
+    dry_run: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> Checkpoint: ...
+
+
+def calibrate(
+    model: ModelSource,
     output: str | Path | None = None,
     *,
     recipe: str | Path | Recipe | None = None,
@@ -64,7 +111,7 @@ def calibrate(
     """Quantize a denoiser.
 
     Args:
-        model: a diffusers folder, a zoo model's name or a Hub id.
+        model: a diffusers folder, a bundled model's name, a Hub id, or a loaded diffusers pipeline or network.
         output: folder of the checkpoint; by default a folder in the working directory.
         recipe: a `Recipe`, a preset's name or a YAML file; the arguments below override it.
         calibration: a calibration set that `collect` made from this model; without one, a default set is
@@ -119,7 +166,7 @@ def calibrate(
         seed=seed,
     )
     check_device(device)
-    source = open_model(model)
+    source = model_of(model)
     data: CalibrationSet | ExampleRows
     made_from, asked = {"model": source.sha256}, {}
     if calibration is None and not limits and not resolved.needs_rows:

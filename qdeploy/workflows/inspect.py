@@ -109,13 +109,14 @@ def _inspect_model(source: str) -> dict[str, Any]:
     }
 
 
-def vocabulary() -> dict[str, Any]:
+def methods() -> dict[str, Any]:
     """The words that recipes and options know, with a line on each."""
     from qdeploy.recipe.coverage import COVERAGES
     from qdeploy.recipe.effort import EFFORTS
     from qdeploy.recipe.formats import FORMATS, NONE
     from qdeploy.recipe.resolve import presets
-    from qdeploy.recipe.stages import methods, stages
+    from qdeploy.recipe.stages import methods as known_methods
+    from qdeploy.recipe.stages import stages
     from qdeploy.recipe.targets import TARGETS
 
     return {
@@ -125,7 +126,7 @@ def vocabulary() -> dict[str, Any]:
                 "paper": method.paper,
                 "stages": [stage.name for stage in method.stages],
             }
-            for name, method in methods().items()
+            for name, method in known_methods().items()
         },
         "stages": {
             name: {"description": stage.description, "options": stage.defaults()}

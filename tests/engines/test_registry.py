@@ -5,21 +5,14 @@ from pathlib import Path
 
 import pytest
 
-import qdeploy.engines
 from qdeploy.engines.registry import backends, find_backend
 from qdeploy.system.errors import CapabilityError, UsageError
+from tests.plugins import install
 
 NEW = """
 from qdeploy.engines.registry import Backend
 BACKEND = Backend("abacus", "beads on wires", "abacus_runtime", "abacus-runtime", print, print, rank=99)
 """
-
-
-@pytest.fixture
-def fresh_registry() -> None:
-    backends.cache_clear()
-    yield
-    backends.cache_clear()
 
 
 def test_backends_are_found_and_described() -> None:
@@ -28,15 +21,12 @@ def test_backends_are_found_and_described() -> None:
     assert find_backend("auto").name == "openvino"
 
 
-@pytest.mark.usefixtures("fresh_registry")
 def test_one_new_file_makes_a_new_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "abacus.py").write_text(NEW)
-    monkeypatch.setattr(qdeploy.engines, "__path__", [*qdeploy.engines.__path__, str(tmp_path)])
+    install(tmp_path, monkeypatch, {"qdeploy.engines": {"abacus": "my_package.abacus"}}, abacus=NEW)
     assert next(iter(backends())) == "abacus"
     with pytest.raises(CapabilityError, match="pip install abacus-runtime"):
         find_backend("abacus")
     assert find_backend("auto").name == "openvino"  # the best of those that are installed
-    monkeypatch.delitem(sys.modules, "qdeploy.engines.abacus")
 
 
 def test_a_missing_package_is_a_missing_capability(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qdeploy.evaluate import metrics as package
 from qdeploy.evaluate.metric_context import MetricContext
 from qdeploy.evaluate.metrics.base import Meter, metrics
 from qdeploy.evaluate.metrics.drift import DriftMeter, drift
@@ -31,6 +30,7 @@ from qdeploy.evaluate.metrics.sqnr import SqnrMeter, summary
 from qdeploy.evaluate.paired_sample import Call, Pair
 from qdeploy.model.folder import open_model
 from qdeploy.system.decibels import decibels, sqnr_by_row, sqnr_db
+from tests.plugins import install
 
 FEATURES = open_model("digits").path / "features"
 
@@ -237,13 +237,10 @@ def test_a_metric_without_its_means_is_left_out(ddpm: Path) -> None:
 
 
 def test_a_new_metric_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "brightness.py").write_text(
+    source = (
         "from qdeploy.evaluate.metrics.base import Metric\n"
         "METRIC = Metric('brightness', 'how bright images are', lambda model: None)\n"
     )
-    monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
-    metrics.cache_clear()
-    try:
-        assert "brightness" in metrics()
-    finally:
-        metrics.cache_clear()
+    entries = {"qdeploy.metrics": {"brightness": "my_package.brightness"}}
+    install(tmp_path, monkeypatch, entries, brightness=source)
+    assert metrics()["brightness"].description == "how bright images are"

@@ -5,16 +5,14 @@ A metric sees one `Pair` after the other, so that only its own sums are kept.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Protocol
 
 from qdeploy.evaluate.metric_context import MetricContext
 from qdeploy.evaluate.paired_sample import Pair
 from qdeploy.model.folder import Model
+from qdeploy.system.plugins import METRICS, named
 
 
 class Meter(Protocol):
@@ -48,13 +46,10 @@ class Metric:
         return self.start(context.model) if self.begin is None else self.begin(context)
 
 
-@cache
 def metrics() -> dict[str, Metric]:
-    """All metrics by name, in alphabetical order of their modules."""
-    package = importlib.import_module("qdeploy.evaluate.metrics")
-    found: dict[str, Metric] = {}
-    for info in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"{package.__name__}.{info.name}")
-        named = (getattr(module, "METRIC", None), *getattr(module, "METRICS", ()))
-        found |= {metric.name: metric for metric in named if isinstance(metric, Metric)}
-    return found
+    """All metrics by name: this package's in alphabetical order of their modules, then those of other packages.
+
+    Raises:
+        CapabilityError: a package registers one that cannot be imported.
+    """
+    return named(METRICS, lambda value: isinstance(value, Metric), "metric")

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
-from pkgutil import iter_modules
 from typing import Any, NamedTuple
 
 from qdeploy.export.graph.network import Network
 from qdeploy.export.lint.scope import Scope
+from qdeploy.system.plugins import LINT_RULES, registered
 
 E, W, I = "E", "W", "I"  # noqa: E741 - the letters that people read in the output
 SEVERITIES = {
@@ -88,10 +86,11 @@ def rule(
     return register
 
 
-@cache
 def rules() -> dict[str, Rule]:
-    """All rules by id: from every module of ``rules/``."""
-    package = import_module("qdeploy.export.lint.rules")
-    for module in iter_modules(package.__path__):
-        import_module(f"{package.__name__}.{module.name}")
+    """All rules by id: those of every module of ``rules/``, and of the modules that other packages register.
+
+    Raises:
+        CapabilityError: a package registers a module that cannot be imported.
+    """
+    registered(LINT_RULES)  # importing a module is what makes its checks rules
     return dict(sorted(_RULES.items()))

@@ -5,14 +5,12 @@ A fix is a class in a file here that names its rule; nothing else lists it.
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
-from pkgutil import iter_modules
 from typing import ClassVar
 
 from onnx_ir.passes import InPlacePass
 
 from qdeploy.export.lint.scope import Scope
+from qdeploy.system.plugins import LINT_RULES, registered
 
 _DEFAULT = Scope()
 
@@ -27,9 +25,11 @@ class Fix(InPlacePass):
         self.scope = scope
 
 
-@cache
 def fixes() -> dict[str, type[Fix]]:
-    """All fixes by their rule."""
-    for module in iter_modules(__path__):
-        import_module(f"{__name__}.{module.name}")
+    """All fixes by their rule: those of the modules here, and of the modules that other packages register.
+
+    Raises:
+        CapabilityError: a package registers a module that cannot be imported.
+    """
+    registered(LINT_RULES)
     return {fix.rule: fix for fix in sorted(Fix.__subclasses__(), key=lambda fix: fix.rule)}

@@ -1,0 +1,146 @@
+"""``collect``, ``calibrate`` and ``sensitivity``: from a model to a checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qdeploy.commands.base import report_made, verb
+from qdeploy.commands.options import Verb, sampling_of, sampling_options
+from qdeploy.model.sampling import COLLECTING
+from qdeploy.system.errors import UsageError
+
+_COLLECT = Verb("qdeploy.calibration_set.collect", "collect")
+_CALIBRATE = Verb("qdeploy.workflows.calibrate", "calibrate")
+_SENSITIVITY = Verb("qdeploy.mixed.sensitivity", "sensitivity")
+_IMPORT = Verb("qdeploy.calibration_set.importers", "import_qdiffusion")
+
+
+@click.command()
+@click.argument("model")
+@_COLLECT.option("output", "Folder to write.", required=True)
+@_COLLECT.option("samples", "Images to sample.")
+@_COLLECT.option("keep", "Denoiser calls of each image to keep.")
+@sampling_options(COLLECTING)
+@click.option(
+    "--from-qdiffusion",
+    type=click.Path(path_type=Path),
+    help="Import Q-Diffusion's .pt file instead of sampling.",
+)
+@_COLLECT.option("device", "Torch device.")
+@_COLLECT.option("dry_run", "Say what it would cost, and stop.")
+@_COLLECT.option("overwrite", "Replace another artifact at the output.")
+@verb
+def collect(model: str, output: str, from_qdiffusion: Path | None, as_json: bool, **options: Any) -> None:
+    """Record a calibration set: denoiser inputs along the sampling trajectory."""
+    began = time.perf_counter()
+    if from_qdiffusion:
+        kept = {name: options[name] for name in ("keep", "samples", "seed", "overwrite")}
+        report_made(_IMPORT.call(model, from_qdiffusion, output, **kept), began, as_json)
+        return
+    report_made(_COLLECT.call(model, output, **sampling_of(options)), began, as_json)
+
+
+@click.command()
+@click.argument("model")
+@_CALIBRATE.option("output", "Folder to write.  [default: MODEL-PRECISION in the working directory]")
+@_CALIBRATE.option("recipe", "A preset's name or a YAML file.", "-r", "--recipe")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="STAGE.OPTION=VALUE",
+    help="An option of one of the recipe's stages, such as round-weights.steps=5000. Repeatable.",
+)
+@_CALIBRATE.option("calibration", "A set that `qdeploy collect` wrote.")
+@_CALIBRATE.option("method", "minmax, qdiffusion, ...: see `qdeploy methods`.")
+@_CALIBRATE.option("weights", "Weight format: int8, int4, int4b128, fp8, ...")
+@_CALIBRATE.option("activations", "Activation format: int8, ... or none.")
+@_CALIBRATE.option("coverage", "Which layers: portable, qdiffusion-paper, ...")
+@_CALIBRATE.option("target", "What the result must run on.")
+@_CALIBRATE.option("effort", "fast, balanced or best.")
+@_CALIBRATE.option("exclude", "Shell glob of layers that stay in float.")
+@_CALIBRATE.option(
+    "timestep_groups",
+    "Groups of timesteps with scales of their own: how many, or boundaries such as 200,500.",
+    multiple=False,
+)
+@_CALIBRATE.option("budget", "Choose formats layer by layer: size=3.2MB, size=50%, macs=5%.")
+@_CALIBRATE.option("sensitivity", "For --budget: what `qdeploy sensitivity` wrote.")
+@_CALIBRATE.option("max_memory", "GiB for recorded activations.  [default: 4]", type=float)
+@_CALIBRATE.option("seed", "Where all randomness comes from.  [default: 0]")
+@_CALIBRATE.option("device", "Torch device.")
+@_CALIBRATE.option("dry_run", "Say what it would cost, and stop.")
+@_CALIBRATE.option("overwrite", "Replace another artifact at the output.")
+@verb
+def calibrate(
+    model: str, settings: Sequence[str], max_memory: float | None, as_json: bool, **options: Any
+) -> None:
+    """Quantize a model: integer weights and scales."""
+    from qdeploy.mixed.result import budget_summary
+
+    began = time.perf_counter()
+    memory = None if max_memory is None else int(max_memory * 2**30)
+    result = _CALIBRATE.call(model, max_memory=memory, options=_stage_options(settings), **options)
+    report_made(result, began, as_json, budget_summary)
+
+
+def _stage_options(settings: Sequence[str]) -> dict[str, dict[str, Any]] | None:
+    """Options by stage, from ``stage.option=value`` with values as YAML writes them.
+
+    Raises:
+        UsageError: the text is not of that form.
+    """
+    import yaml
+
+    found: dict[str, dict[str, Any]] = {}
+    for text in settings:
+        name, equals, value = text.partition("=")
+        stage, dot, option = name.rpartition(".")
+        if not (equals and dot and stage and option):
+            raise UsageError(
+                f"--set cannot be read at {text!r}: write stage.option=value, as in round-weights.steps=5000"
+            )
+        try:
+            found.setdefault(stage.strip(), {})[option.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UsageError(f"--set cannot be read at {text!r}: {str(error).splitlines()[0]}") from error
+    return found or None
+
+
+@click.command()
+@click.argument("source")
+@_SENSITIVITY.option("output", "Folder to write.  [default: SOURCE-sensitivity in the working directory]")
+@_SENSITIVITY.option(
+    "recipe", "A preset's name or a YAML file: which layers, which finders of ranges.", "-r", "--recipe"
+)
+@_SENSITIVITY.option("calibration", "A set that `qdeploy collect` wrote.")
+@_SENSITIVITY.option("reference", "For a checkpoint: its model.  [default: the one it was made from]")
+@_SENSITIVITY.option("method", "minmax, qdiffusion, ...: whose finders of ranges.")
+@_SENSITIVITY.option(
+    "formats",
+    "Weight formats to try, such as int8,int4.  [default: 3 to 8 bits]",
+    multiple=False,
+)
+@_SENSITIVITY.option("activations", "Activation format: int8, ... or none.")
+@_SENSITIVITY.option("coverage", "Which layers: portable, ...")
+@_SENSITIVITY.option("target", "What the result must run on.")
+@_SENSITIVITY.option("exclude", "Shell glob of layers that stay in float.")
+@_SENSITIVITY.option("rows", "Calibration rows to measure on.")
+@_SENSITIVITY.option("probes", "Backward passes of the cheap pass.")
+@_SENSITIVITY.option("cheap", "The cheap pass alone: estimates for all layers from gradients.")
+@_SENSITIVITY.option("seed", "Where all randomness comes from.  [default: 0]")
+@_SENSITIVITY.option("device", "Torch device.")
+@_SENSITIVITY.option("dry_run", "Say what it would cost, and stop.")
+@_SENSITIVITY.option("overwrite", "Replace another artifact at the output.")
+@verb
+def sensitivity(source: str, formats: str | None, as_json: bool, **options: Any) -> None:
+    """Rank layers by the harm of quantizing each, in each bit width."""
+    from qdeploy.mixed.result import summary, table
+
+    began, listed = time.perf_counter(), formats.split(",") if formats else None
+    report_made(_SENSITIVITY.call(source, formats=listed, **options), began, as_json, summary, table)

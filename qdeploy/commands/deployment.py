@@ -1,0 +1,129 @@
+"""``export``, ``build-engine``, ``lint``, ``doctor`` and ``selftest``: from a checkpoint to an engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from qdeploy.commands.base import print_result, report_made, verb
+from qdeploy.commands.options import Verb
+from qdeploy.system.errors import CheckFailed, UsageError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_EXPORT = Verb("qdeploy.export.run", "export")
+_BUILD = Verb("qdeploy.engines.build", "build_engine")
+_LINT = Verb("qdeploy.export.lint.run", "lint")
+_DOCTOR = Verb("qdeploy.engines.doctor", "doctor")
+_SELFTEST = Verb("qdeploy.engines.selftest.run", "selftest")
+
+
+@click.command()
+@click.argument("source")
+@_EXPORT.option("output", "Folder to write.  [default: SOURCE-onnx in the working directory]")
+@_EXPORT.option("target", "Dialect of Q/DQ.  [default: what the checkpoint was calibrated for]")
+@_EXPORT.option("calibration", "For a model: the set that its probe comes from.")
+@_EXPORT.option("time_table", "Features of the timestep from a table: none, fp32, fp16 or int8.")
+@_EXPORT.option("table_rows", "Its rows: all, or a schedule: ddim:50.")
+@_EXPORT.option(
+    "components", "Also text encoders and autoencoder.", "--components/--no-components", default=True
+)
+@_EXPORT.option("overwrite", "Replace another artifact at the output.")
+@verb
+def export(source: str, as_json: bool, **options: Any) -> None:
+    """Write a checkpoint, or a model in full precision, as ONNX."""
+    began = time.perf_counter()
+    report_made(_EXPORT.call(source, **options), began, as_json)
+
+
+def _tensorrt(function: F) -> F:
+    """The options that only builds with TensorRT have: fields of `qdeploy.engines.build.BackendOptions`."""
+    decorated: Any = function
+    for option in (
+        click.option(
+            "--shapes", help="TensorRT: NAME:MIN,OPT,MAX;...  [default: from the graph and --batch]"
+        ),
+        click.option(
+            "--timing-cache",
+            type=click.Path(path_type=Path),
+            help="TensorRT: keeps timings of kernels between builds.",
+        ),
+        click.option("--workspace", type=float, help="TensorRT: GiB of scratch memory.  [default: all]"),
+        click.option("--refit", is_flag=True, help="TensorRT: weights can be replaced later."),
+        click.option("--weight-streaming", is_flag=True, help="TensorRT: weights need not fit on the GPU."),
+        click.option("--hardware-compatible", is_flag=True, help="TensorRT: for every GPU from Ampere on."),
+        click.option("--version-compatible", is_flag=True, help="TensorRT: for later versions of it."),
+        click.option("--strip-plan", is_flag=True, help="TensorRT: weights stay outside of the plan."),
+        click.option("--optimization-level", type=int, help="TensorRT: 0 to 5, how long to search.  [3]"),
+    )[::-1]:
+        decorated = option(decorated)
+    return decorated  # type: ignore[no-any-return]
+
+
+@click.command("build-engine")
+@click.argument("onnx")
+@_BUILD.option("output", "Folder to write.  [default: ONNX-engine in the working directory]")
+@_BUILD.option("backend", "tensorrt, openvino, onnxruntime, ...: see `qdeploy doctor`.")
+@_BUILD.option("precision", "What is not integer: f32, bf16 or f16.  [default: f32; optimized: bf16]")
+@_BUILD.option("optimize_for", "latency: keep int8 only where it is measured to pay.")
+@_BUILD.option("min_sqnr", "Least SQNR that --optimize-for may end with, in dB.")
+@_BUILD.option("batch", "Batch size that is measured.")
+@_BUILD.option("threads", "CPU threads.  [default: all]")
+@_tensorrt
+@_BUILD.option("overwrite", "Replace another artifact at the output.")
+@verb
+def build_engine(onnx: str, as_json: bool, **options: Any) -> None:
+    """Build an engine from an ONNX bundle, and measure it."""
+    began = time.perf_counter()
+    report_made(_BUILD.call(onnx, **options), began, as_json)
+
+
+@click.command()
+@click.argument("source", metavar="ONNX")
+@_LINT.option("target", "Whose rules: see `qdeploy methods`.")
+@_LINT.option("tensorrt", "TensorRT's version.")
+@_LINT.option("compute_capability", "The GPU's, as 8.9.")
+@_LINT.option("shapes", "Smallest, optimal, largest: sample:1x4x64x64,2x4x64x64,8x4x64x64;...")
+@click.option("--fix", is_flag=True, help="Mend what can be without changing the function; needs -o.")
+@click.option("-o", "--output", metavar="PATH", help="ONNX file for the mended graph.")
+@verb
+def lint(source: str, fix: bool, output: str | None, as_json: bool, **options: Any) -> None:
+    """Say what an engine would reject or run slowly, before a build; exit code 3 if it would reject."""
+    if fix != (output is not None):
+        raise UsageError("--fix and -o belong together: the mended graph is written to another file")
+    result = _LINT.call(source, fix=output, **options)
+    print_result(as_json, result.to_json, result.table)
+    if not result.passed:
+        raise CheckFailed(f"{source}: {result.counts['E']} findings that an engine rejects")
+
+
+@click.command()
+@_DOCTOR.option("require", "A backend that has to be usable: exit code 4 with the reason if it is not.")
+@verb
+def doctor(require: str | None, as_json: bool) -> None:
+    """What this machine can build and run, and how to get what is missing."""
+    result = _DOCTOR.call(require=require)
+    print_result(as_json, result.to_json, result.as_text)
+
+
+@click.command()
+@_SELFTEST.option("backend", "tensorrt, openvino, onnxruntime, ...: see `qdeploy doctor`.")
+@_SELFTEST.option("precision", "What is not quantized: f32, bf16 or f16.")
+@_SELFTEST.option("formats", "fp32, int8, int4, fp8.  [default: all]", "--format")
+@click.option("-o", "--output", metavar="PATH", help="File to write the report into, as JSON.")
+@verb
+def selftest(output: str | None, as_json: bool, **options: Any) -> None:
+    """Build and run tiny graphs on a backend, and compare with ONNX Runtime: one report to send."""
+    result = _SELFTEST.call(**options)
+    if output is not None:
+        from qdeploy.store.files import explained_os_errors, write_json
+
+        with explained_os_errors(Path(output)):
+            write_json(Path(output), result.to_json())
+    print_result(as_json, result.to_json, result.table)
+    if not result.passed:
+        raise CheckFailed(result.failures)

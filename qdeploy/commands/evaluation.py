@@ -1,0 +1,118 @@
+"""``demo``, ``sample``, ``check``, ``benchmark`` and ``report``: how good and how fast it is."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import click
+
+from qdeploy.commands.base import print_result, report_made, verb
+from qdeploy.commands.options import Verb, sampling_of, sampling_options
+from qdeploy.model.sampling import AS_COLLECTED, SAMPLING
+from qdeploy.system.errors import CheckFailed
+from qdeploy.system.progress import say
+
+_DEMO = Verb("qdeploy.workflows.demo", "demo")
+_SAMPLE = Verb("qdeploy.sampling.sample", "sample")
+_CHECK = Verb("qdeploy.evaluate.check", "check")
+_BENCHMARK = Verb("qdeploy.evaluate.benchmark", "benchmark")
+_REPORT = Verb("qdeploy.evaluate.report_page.run", "report")
+
+_AS = "ddim, euler, ... or a diffusers class.  [default: as its calibration set]"
+_HEIGHT = "Height of the images in pixels.  [default: as its calibration set]"
+_CORRECTIONS = click.Choice(["none", "table", "online"])
+_CORRECTION = "Take mean errors out of predictions: from the calibration's table, or estimated on the way."
+
+
+@click.command()
+@_DEMO.option("output", "Folder to write.")
+@verb
+def demo(as_json: bool, **options: Any) -> None:
+    """The whole way on a model that the package ships."""
+    result = _DEMO.call(**options)
+    print_result(as_json, result.to_json, lambda: result.table)
+
+
+@click.command()
+@click.argument("source")
+@_SAMPLE.option("output", "Folder to write.", required=True)
+@_SAMPLE.option("samples", "Images to sample.")
+@click.option("--count", type=int, hidden=True)  # until 0.4
+@_SAMPLE.option("model", "The model whose pipeline is used.  [default: the one the engine was made from]")
+@_SAMPLE.option("correction", _CORRECTION, type=_CORRECTIONS)
+@sampling_options(SAMPLING)
+@_SAMPLE.option("overwrite", "Replace another artifact at the output.")
+@verb
+def sample(source: str, count: int | None, as_json: bool, **options: Any) -> None:
+    """Sample images with an engine, a checkpoint or a model."""
+    began = time.perf_counter()
+    if count is not None:
+        say("--count is now called --samples: the old word goes with the next version")
+        options["samples"] = count
+    report_made(_SAMPLE.call(source, **sampling_of(options)), began, as_json)
+
+
+@click.command()
+@click.argument("subject")
+@_CHECK.option("reference", "The full-precision model to compare quality with.")
+@_CHECK.option("onnx", "Also compare with this ONNX bundle.")
+@_CHECK.option("checkpoint", "Also compare with this checkpoint.")
+@_CHECK.option("before", "Compare the error by timestep with this engine or checkpoint.")
+@_CHECK.option("pictures", "Folder for pictures of ranges and error over time.")
+@_CHECK.option("samples", "Images for paired quality.")
+@_CHECK.option("keep", "Denoiser calls of each image at which SQNR is taken.")
+@_CHECK.option("min_parity", "dB.  [default: 45, for engines at f32 40]")
+@_CHECK.option("min_sqnr", "dB, median over timesteps.  [default: 20]")
+@_CHECK.option("min_psnr", "dB, of images on the same seeds.")
+@_CHECK.option("max_fd_increase", "FD-local above the reference's.")
+@_CHECK.option("features", "Feature network: a folder, or Inception's weights file.")
+@_CHECK.option("real", "Folder of real images to compare sets with.")
+@_CHECK.option("lpips", "Folder with LPIPS's weights.")
+@_CHECK.option("clip", "CLIP model for the score of prompts: a folder or a Hub id.")
+@_CHECK.option("correction", _CORRECTION, type=_CORRECTIONS)
+@sampling_options(
+    AS_COLLECTED, scheduler=_AS, height=_HEIGHT, seed="Chooses the images: none that a calibration set holds."
+)
+@verb
+def check(subject: str, as_json: bool, **options: Any) -> None:
+    """Compare with the simulation and with full precision; exit code 3 if a threshold is missed."""
+    from qdeploy.evaluate.shared_work import is_main_process
+
+    result = _CHECK.call(subject, **sampling_of(options))
+    if is_main_process():
+        print_result(as_json, result.to_json, result.table)
+    if not result.passed:
+        raise CheckFailed("; ".join(result.failures))
+
+
+@click.command()
+@click.argument("paths", nargs=-1, required=True)
+@_BENCHMARK.option("reference", "The full-precision model.  [default: the one the engines were made from]")
+@_BENCHMARK.option("batch", "Samples in each call of an engine.")
+@_BENCHMARK.option("rounds", "Interleaved measurements of each.")
+@_BENCHMARK.option("threads", "CPU threads.  [default: all]")
+@verb
+def benchmark(paths: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Latency of engines and of the full-precision and 16-bit engines of the same model, in one run."""
+    result = _BENCHMARK.call(paths, **options)
+    print_result(as_json, result.to_json, result.table)
+
+
+@click.command()
+@click.argument("paths", nargs=-1, required=True)
+@_REPORT.option("output", "HTML file.")
+@_REPORT.option("reference", "The full-precision model.  [default: the one they were made from]")
+@_REPORT.option("checks", "A result of `check --json`.", "--check", type=str)
+@_REPORT.option("benchmark", "The result of `benchmark --json`.  [default: measured]", type=str)
+@_REPORT.option("sensitivity", "A folder that `qdeploy sensitivity` wrote.")
+@_REPORT.option("pictures", "Seeds to show images of.")
+@_REPORT.option("samples", "Images for paired quality.")
+@_REPORT.option("speed_batch", "Samples in each call of an engine, in measurements of speed.")
+@_REPORT.option("rounds", "Interleaved measurements of speed.")
+@sampling_options(AS_COLLECTED, scheduler=_AS, height=_HEIGHT, seed="Chooses the images of checks.")
+@verb
+def report(paths: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """One HTML file with pictures, errors, speed and provenance; what is not given is measured."""
+    result = _REPORT.call(paths, **sampling_of(options))
+    print_result(as_json, result.to_json, result.text)
