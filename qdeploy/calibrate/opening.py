@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,14 @@ from qdeploy.calibrate.timestep_groups import check_groups
 from qdeploy.calibration_set.dataset import CalibrationSet
 from qdeploy.calibration_set.example_rows import ExampleRows
 from qdeploy.model.folder import Model
+from qdeploy.model.pipeline_index import read_index
 from qdeploy.network.roles import find_structure
 from qdeploy.quant.insert import left_in_float, quantize_structure
 from qdeploy.recipe.recipe import Recipe
 from qdeploy.store.artifact import Artifact, CalibrationFolder
 from qdeploy.store.builder import Draft
 from qdeploy.store.correction_table import prediction_type
-from qdeploy.store.paths import cache_folder
+from qdeploy.store.paths import cache_entry
 from qdeploy.system.errors import CapabilityError, UsageError
 from qdeploy.system.progress import say
 
@@ -48,12 +48,13 @@ def calibration_for(source: Model, given: Any, seed: int, device: str) -> Path:
         return given.path if isinstance(given, Artifact) else Path(given)
     from qdeploy.calibration_set.collect import collect
 
-    index = source.path / "model_index.json"
-    if index.is_file() and "text_encoder" in json.loads(index.read_text()):
+    index = read_index(source.path)
+    if index is not None and "text_encoder" in index.components:
         raise UsageError(f"{source.path} takes prompts: collect a set with `qdeploy collect --prompts` first")
     say("no calibration set was given: collecting a default one")
     name = f"{source.sha256[:16]}-seed{seed}"
-    collected = collect(source, cache_folder() / "calibration" / name, seed=seed, device=device)
+    with cache_entry("calibration", name) as place:
+        collected = collect(source, place, seed=seed, device=device)
     assert isinstance(collected, CalibrationFolder)
     return collected.path
 

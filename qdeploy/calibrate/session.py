@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from qdeploy.calibration_set.dataset import CalibrationSet
     from qdeploy.calibration_set.example_rows import ExampleRows
 
+T = TypeVar("T")
 HELD_OUT = 8  # one image in so many is kept to judge by
 
 
@@ -137,15 +138,25 @@ class Session:
         modules = quantized_layers(self.denoiser)
         return [modules[layer.path] for layer in layers]
 
-    def once(self, name: str, compute: Callable[[], None], prefix: str = "") -> None:
-        """Do a step that changes quantizers below ``prefix``, or take over its result from the journal."""
+    def once(self, name: str, compute: Callable[[], T], prefix: str = "") -> T:
+        """Do a step that changes quantizers below ``prefix``, or take over its result from the journal.
 
-        def computed() -> dict[str, Tensor]:
-            compute()
-            return read_state(self.denoiser, prefix)
+        Args:
+            name: of the step, unique within its stage.
+            compute: does it; what it returns, a JSON value, is kept too.
+            prefix: of the paths of quantizers that it changes.
 
-        step = f"{self.stage}-{name}"
-        write_state(self.denoiser, self.draft.step(step, computed), code_shapes(self.denoiser), prefix)
+        Returns:
+            What ``compute`` returned, in this run or in the one that was stopped.
+        """
+
+        def computed() -> tuple[dict[str, Tensor], T]:
+            value = compute()
+            return read_state(self.denoiser, prefix), value
+
+        state, value = self.draft.step_with_value(f"{self.stage}-{name}", computed)
+        write_state(self.denoiser, state, code_shapes(self.denoiser), prefix)
+        return value
 
     def problem(self, unit: str, student: Callable[[], Any]) -> Any:
         """Context manager: the reconstruction problem of a unit, its inputs from the ``student`` mode."""

@@ -48,13 +48,15 @@ def estimate_cost(session: Session) -> Estimate:
 
 def run_stages(session: Session) -> None:
     """Run all stages of the session's recipe; in the end each weight is a code."""
-    took = {}
+    clock = session.draft.time
     for number, stage in enumerate(session.recipe.stages):
-        began = time.perf_counter()
         session.stage = f"{number}-{stage.name}"
+        if clock is not None:
+            clock.label(session.stage)
         stage.run(session)
-        took[session.stage] = round(time.perf_counter() - began, 3)
-    session.report["stage_seconds"] = took
+    if clock is not None:
+        session.report["stage_seconds"] = clock.by_label()
+        clock.label("")
 
     def finish_rounding() -> None:
         for layer in quantized_layers(session.denoiser).values():

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from qdeploy.calibration_set.layer_ranges import LayerRanges
 from qdeploy.calibration_set.recorder import Recorder, chosen_calls
-from qdeploy.calibration_set.request import Request, check_pipeline, pipeline_sha256
+from qdeploy.calibration_set.request import Request, check_pipeline
 from qdeploy.calibration_set.shards import describe, open_shards, shard_files, shard_name
 from qdeploy.calibration_set.survey import Recorded, Survey, survey
 from qdeploy.model.in_memory import ModelSource, model_of
 from qdeploy.model.inputs import sample_name
 from qdeploy.model.pipeline import sample_images
+from qdeploy.model.pipeline_index import pipeline_sha256
 from qdeploy.model.sampling import COLLECTING, Sampling, SamplingOptions, sampled, with_old_names
 from qdeploy.model.schedulers import make_scheduler
 from qdeploy.quant.time_ranges import merge_ranges, read_ranges

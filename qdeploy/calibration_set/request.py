@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import inspect
-import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from qdeploy.calibration_set.recorder import chosen_calls
-from qdeploy.model.folder import INDEX, Model
+from qdeploy.model.folder import Model
+from qdeploy.model.pipeline_index import INDEX, read_index
 from qdeploy.model.requirements import require_libraries
 from qdeploy.model.sampling import LARGEST_SEED, Sampling
 from qdeploy.model.schedulers import make_scheduler
 from qdeploy.system.errors import InvalidInputError, UsageError
-from qdeploy.system.hashing import sha256_files
-
-DESCRIBING = ("*.json", "*.txt", "*.model")
-WEIGHTS = ("*.safetensors",)
-WITHOUT_INFLUENCE = ("vae", "safety_checker")  # their weights do not shape what the denoiser is given
 
 
 @dataclass(frozen=True)
@@ -67,20 +62,21 @@ def check_pipeline(model: Model, request: Request) -> None:
     import diffusers
 
     sampling = request.sampling
-    if not model.has_pipeline:
+    index = read_index(model.path)
+    if index is None:
         raise InvalidInputError(
             f"{model.path} holds a denoiser alone; collecting needs the whole pipeline's folder, with {INDEX}"
         )
-    index = _index(model)
-    require_libraries(index, model.path)
-    pipeline = getattr(diffusers, str(index.get("_class_name")), None)
+    require_libraries(index)
+    pipeline = getattr(diffusers, str(index.class_name), None)
     if pipeline is not None:
         known = inspect.signature(pipeline.__call__).parameters
         if "prompt" in known and sampling.prompts is None:
             raise UsageError(f"{pipeline.__name__} needs prompts: pass --prompts FILE")
         if sampling.prompts is not None and not {"prompt", "class_labels"} & known.keys():
             raise UsageError(f"{pipeline.__name__} takes no prompts")
-    shipped = getattr(diffusers, str(index.get("scheduler", [None, None])[1]), None)
+    listed = index.components.get("scheduler")
+    shipped = None if listed is None else getattr(diffusers, listed.class_name, None)
     if shipped is None:
         return
     try:
@@ -99,18 +95,3 @@ def check_pipeline(model: Model, request: Request) -> None:
             f"{type(scheduler).__name__} cannot make {sampling.steps} sampling steps: {error}"
         ) from error
     chosen_calls(len(scheduler.timesteps), request.keep)
-
-
-def pipeline_sha256(model: Model) -> str:
-    """Identity of what shapes the denoiser's inputs from outside: scheduler, tokenizer, text encoder."""
-    files = {INDEX: model.path / INDEX}
-    for name in sorted(_index(model).keys() - {model.component}):
-        for pattern in DESCRIBING if name in WITHOUT_INFLUENCE else (*DESCRIBING, *WEIGHTS):
-            found = (model.path / name).rglob(pattern)
-            files |= {file.relative_to(model.path).as_posix(): file for file in found}
-    return sha256_files(files)
-
-
-def _index(model: Model) -> dict[str, Any]:
-    index: dict[str, Any] = json.loads((model.path / INDEX).read_text())
-    return index

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,7 @@ from qdeploy.export.run import export
 from qdeploy.model.folder import Model
 from qdeploy.model.origin import source_model
 from qdeploy.store.artifact import Bundle, DenoiserArtifact, EngineFolder
-from qdeploy.store.paths import cache_folder
-from qdeploy.store.probe import read_probe
+from qdeploy.store.paths import cache_entry
 from qdeploy.system.hashing import sha256_of
 from qdeploy.system.machine import has_bf16
 from qdeploy.system.progress import say
@@ -40,8 +40,8 @@ def baseline_precisions(backend: str) -> list[str]:
     return [precision for precision in wanted if precision in found.precisions]
 
 
-def _folder(model: Model) -> Path:
-    return cache_folder() / "reference" / model.sha256[:32]
+def _entry(model: Model, name: str) -> AbstractContextManager[Path]:
+    return cache_entry("reference", model.sha256[:32], name)
 
 
 def baseline_bundle(model: Model, like: DenoiserArtifact | None = None) -> Bundle:
@@ -53,15 +53,16 @@ def baseline_bundle(model: Model, like: DenoiserArtifact | None = None) -> Bundl
 
     Raises:
         InvalidInputError: the model cannot be exported.
-        UsageError: another process is exporting it right now.
+        UsageError: the cache belongs to another user.
     """
     name = f"onnx-{__version__}" + ("" if like is None else f"-{inputs_key(like)}")
-    return export(model.source, _folder(model) / name, calibration=like)
+    with _entry(model, name) as place:
+        return export(model.source, place, calibration=like)
 
 
 def inputs_key(artifact: DenoiserArtifact) -> str:
     """What tells artifacts of one model apart by the inputs that they take: names, shapes and constants."""
-    inputs, _, _ = read_probe(artifact.path)
+    inputs = artifact.probe().inputs
     shapes = {n: [str(x.dtype), *x.shape[1:]] for n, x in sorted(inputs.items()) if n != "timestep"}
     call = artifact.facts.call
     return sha256_of([shapes, None if call is None else call.to_json()])[:8]
@@ -81,7 +82,7 @@ def baseline_engine(
 
     Raises:
         InvalidInputError: the model cannot be exported.
-        UsageError: another process is building it right now.
+        UsageError: the cache belongs to another user.
     """
     found = find_backend(backend)
     alike: dict[str, Any] = {}
@@ -91,8 +92,9 @@ def baseline_engine(
     name = f"{backend}-{found.version().split('-')[0]}-{precision}-{__version__}"
     name += f"-{sha256_of(alike)[:8]}" if alike else ""
     name += f"-{inputs_key(like)}" if like else ""
-    place = _folder(model) / name
-    return build_engine(baseline_bundle(model, like), place, backend=backend, precision=precision, **alike)
+    bundle = baseline_bundle(model, like)
+    with _entry(model, name) as place:
+        return build_engine(bundle, place, backend=backend, precision=precision, **alike)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.calibration_set.recorder import chosen_calls
-from qdeploy.calibration_set.request import pipeline_sha256
 from qdeploy.calibration_set.survey import Survey, survey
 from qdeploy.evaluate.metric_context import MetricContext
 from qdeploy.evaluate.metrics.base import Meter, metrics
@@ -21,6 +20,7 @@ from qdeploy.evaluate.shared_work import in_parts, journal, processes
 from qdeploy.model.folder import Model
 from qdeploy.model.inputs import attach_form, denoise, flatten_inputs, sample_name
 from qdeploy.model.pipeline import sample_images
+from qdeploy.model.pipeline_index import pipeline_sha256
 from qdeploy.model.sampling import CHECKING, Sampling
 from qdeploy.model.schedulers import make_scheduler
 from qdeploy.network.observe import ModuleCall, observing

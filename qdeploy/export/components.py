@@ -6,7 +6,6 @@ optimum's ``ORTDiffusionPipeline`` expects.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,13 @@ from torch import Tensor, nn
 from qdeploy.export.graph import save
 from qdeploy.export.lower import lower
 from qdeploy.export.trace import export_program
+from qdeploy.model.pipeline_index import Component, files_of, read_index
+from qdeploy.model.requirements import require_libraries
 from qdeploy.model.weights import DIFFUSERS, TRANSFORMERS, find_weights
 from qdeploy.store.artifact import Bundle
+from qdeploy.store.bounded_json import read_json_object
 from qdeploy.store.builder import Draft
+from qdeploy.store.names import contained
 from qdeploy.system.errors import InvalidInputError
 
 _COPIED = ("tokenizer", "tokenizer_2", "tokenizer_3", "feature_extractor")
@@ -47,8 +50,8 @@ class Part:
 
 def has_components(path: Path) -> bool:
     """Whether a folder is a pipeline with more than a denoiser and a scheduler."""
-    index = path / "model_index.json"
-    return index.is_file() and any((path / name).is_dir() for name in ("vae", "text_encoder"))
+    index = read_index(path)
+    return index is not None and not {"vae", "text_encoder"}.isdisjoint(index.components)
 
 
 def write_components(draft: Draft[Bundle], path: Path) -> None:
@@ -62,35 +65,34 @@ def write_components(draft: Draft[Bundle], path: Path) -> None:
         save(lower(graph, "portable"), draft.content / part.folder / "model.onnx")
         draft.json(f"{part.folder}/config.json", part.config)
     for folder in _COPIED:
-        for file in sorted((path / folder).glob("*")):
-            draft.copy(file, f"{folder}/{file.name}")
+        for name, file in files_of(path, folder).items():
+            draft.copy(file, name)
 
 
 def _parts(path: Path) -> Iterator[Part]:
-    index = json.loads((path / "model_index.json").read_text())
-    for name, entry in index.items():
-        if not isinstance(entry, list) or entry[1] is None or not (path / name).is_dir():
-            continue
+    index = read_index(path)
+    assert index is not None
+    require_libraries(index)
+    for name, component in index.components.items():
         if name.startswith("text_encoder"):
-            yield _text_encoder(name, _load(path, name, entry), path)
+            yield _text_encoder(name, _load(component), component)
         elif name == "vae":
-            vae = _load(path, name, entry)
-            config = json.loads((path / name / "config.json").read_text())
+            vae = _load(component)
+            config = read_json_object(contained(path, f"{name}/config.json"))
             latent = torch.randn(2, vae.config.latent_channels, 8, 8)
             image = torch.randn(2, vae.config.in_channels, 32, 32)
             yield Part("vae_decoder", _Decoder(vae), {"latent_sample": latent}, ("sample",), config)
             yield Part("vae_encoder", _Encoder(vae), {"sample": image}, ("latent_parameters",), config)
 
 
-def _load(path: Path, name: str, entry: list[str]) -> Any:
-    from importlib import import_module
-
+def _load(component: Component) -> Any:
+    found, folder = component.find_class(), component.folder
+    files_of(folder.parent, folder.name)  # nothing outside of it is read
     try:
-        found = getattr(import_module(entry[0]), entry[1])
-        base = TRANSFORMERS if entry[0] == "transformers" else DIFFUSERS
-        variant = find_weights(path / name, base=base).variant
+        base = TRANSFORMERS if component.library == "transformers" else DIFFUSERS
+        variant = find_weights(folder, base=base).variant
         loaded = found.from_pretrained(
-            path / name,
+            folder,
             local_files_only=True,
             use_safetensors=True,
             variant=variant,
@@ -98,18 +100,18 @@ def _load(path: Path, name: str, entry: list[str]) -> Any:
         )
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InvalidInputError(f"the component {path / name} cannot be loaded: {first}") from error
+        raise InvalidInputError(f"the component {folder} cannot be loaded: {first}") from error
     return loaded.float().eval().requires_grad_(False)
 
 
-def _text_encoder(name: str, encoder: Any, path: Path) -> Part:
+def _text_encoder(name: str, encoder: Any, component: Component) -> Part:
     length = int(getattr(encoder.config, "max_position_embeddings", 77))
     ids = torch.zeros(2, length, dtype=torch.int64)
     projected = type(encoder).__name__.endswith("WithProjection")
     layers = encoder.config.num_hidden_layers + 1 if projected else 0
     plain = ("text_embeds", "last_hidden_state") if projected else ("last_hidden_state", "pooler_output")
     outputs = (*plain, *(f"hidden_states.{layer}" for layer in range(layers)))
-    config = json.loads((path / name / "config.json").read_text())
+    config = read_json_object(contained(component.folder, "config.json"))
     return Part(name, _TextEncoder(encoder, outputs), {"input_ids": ids}, outputs, config)
 
 

@@ -18,6 +18,7 @@ from qdeploy.export.time_table import TimeTable, needs_table, plan_table, tabula
 from qdeploy.model.card import write_card
 from qdeploy.model.folder import Model, open_model
 from qdeploy.model.origin import find_source_model
+from qdeploy.model.pipeline_index import pipeline_sha256
 from qdeploy.quant.checkpoint import checkpoint_model, copy_pipeline_files, load_checkpoint, write_probe
 from qdeploy.quant.layer import quantized_layers
 from qdeploy.quant.modes import freeze
@@ -118,10 +119,13 @@ def _export_checkpoint(
             )
     place = Path(output) if output else default_output(checkpoint.path, "onnx")
     rest = _rest_of_pipeline(checkpoint, components)
+    made_from = {"checkpoint": checkpoint.sha256, **checkpoint.made_from}
+    if rest is not None:
+        made_from["pipeline"] = pipeline_sha256(rest)
     draft = Draft(
         place,
         Bundle,
-        {"checkpoint": checkpoint.sha256, **checkpoint.made_from},
+        made_from,
         checkpoint.recipe,
         checkpoint.seed,
         {"target": dialect, "components": rest is not None, **_asked(table), **_passes(dialect)},
@@ -153,12 +157,15 @@ def _export_model(
 ) -> Bundle:
     dialect = _dialect(target or "portable")
     place = Path(output) if output else default_output(model.path, "onnx")
-    rest = model.path if components and has_components(model.path) else None
+    rest = model if components and has_components(model.path) else None
+    made_from = {"model": model.sha256}
+    if rest is not None:
+        made_from["pipeline"] = pipeline_sha256(rest)
     options = {"target": dialect, "components": rest is not None, **_asked(table), **_passes(dialect)}
     if calibration is not None:
         calibration = open_artifact(calibration)
         options["probe"] = calibration.sha256
-    draft = Draft(place, Bundle, {"model": model.sha256}, None, None, options, overwrite)
+    draft = Draft(place, Bundle, made_from, None, None, options, overwrite)
     if done := draft.finished():
         return done
     with draft:
@@ -201,8 +208,8 @@ def _asked(table: TimeTable | None) -> dict[str, Any]:
     return {} if table is None else {"time_table": table.storage, "table_rows": table.schedule}
 
 
-def _rest_of_pipeline(checkpoint: Checkpoint, components: bool) -> Path | None:
-    """The folder of the pipeline that a checkpoint was made from, if the rest of it is to be exported."""
+def _rest_of_pipeline(checkpoint: Checkpoint, components: bool) -> Model | None:
+    """The pipeline that a checkpoint was made from, if the rest of it is to be exported."""
     if not components or checkpoint.source is None:
         return None
     model = find_source_model(checkpoint)
@@ -212,14 +219,14 @@ def _rest_of_pipeline(checkpoint: Checkpoint, components: bool) -> Path | None:
             "denoiser is exported"
         )
         return None
-    return model.path if has_components(model.path) else None
+    return model if has_components(model.path) else None
 
 
 def _write(
     draft: Draft[Bundle],
     denoiser: nn.Module,
     model: Model,
-    rest: Path | None,
+    rest: Model | None,
     table: TimeTable | None,
     facts: BundleFacts,
     notes: Notes,
@@ -257,7 +264,7 @@ def _write(
     copy_pipeline_files(draft, model.path)
     if rest is not None:
         say("tracing the rest of the pipeline")
-        write_components(draft, rest)
+        write_components(draft, rest.path)
     write_card(draft, facts)
     return draft.finish(facts=facts, notes=notes)
 

@@ -24,7 +24,7 @@ from qdeploy.store.artifact import Artifact, Checkpoint, Sensitivity, open_artif
 from qdeploy.store.bounded_json import read_json_object
 from qdeploy.store.builder import Draft
 from qdeploy.store.files import write_text
-from qdeploy.store.paths import cache_folder
+from qdeploy.store.paths import cache_entry
 from qdeploy.system.errors import InvalidInputError, UsageError
 from qdeploy.system.hashing import sha256_of
 from qdeploy.system.tables import Table, number
@@ -137,8 +137,8 @@ def plan_for(
         from qdeploy.mixed.sensitivity import sensitivity as measure
 
         name = sha256_of([model.sha256, data.sha256, base.to_json()])[:32]
-        place = cache_folder() / "sensitivity" / name
-        made = measure(model.path, place, recipe=base, calibration=data.artifact, device=device)
+        with cache_entry("sensitivity", name) as place:
+            made = measure(model.path, place, recipe=base, calibration=data.artifact, device=device)
         assert isinstance(made, Sensitivity)
         sensitivity = made
     denoiser = model.load()

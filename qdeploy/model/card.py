@@ -6,14 +6,14 @@ no speed.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from qdeploy.model.folder import INDEX, Model
+from qdeploy.model.folder import Model
+from qdeploy.model.pipeline_index import read_index
 from qdeploy.store.builder import Draft
 from qdeploy.store.facts import BundleFacts, CheckpointFacts, DenoiserFacts, EngineFacts
 from qdeploy.store.files import write_text
@@ -138,9 +138,8 @@ def _use(lines: str, facts: DenoiserFacts) -> str:
 
 
 def _task(folder: Path) -> str:
-    file = folder / INDEX
-    index = json.loads(file.read_text()) if file.is_file() else {}
-    takes_prompts = any(name.startswith("text_encoder") for name in index)
+    index = read_index(folder)
+    takes_prompts = index is not None and any(name.startswith("text_encoder") for name in index.components)
     return "text-to-image" if takes_prompts else "unconditional-image-generation"
 
 

@@ -7,7 +7,6 @@ of its ``forward``), so that U-Nets and transformers are the same to the rest of
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from qdeploy.model.call import time_parameter
 from qdeploy.model.fill import fill
+from qdeploy.model.pipeline_index import INDEX, NEVER_LOADED, read_index
 from qdeploy.model.requirements import require_libraries
 from qdeploy.model.weights import WeightFiles, find_weights, variants_needed
 from qdeploy.model.zoo import find_zoo_model, zoo_models
+from qdeploy.store.bounded_json import read_json_object
 from qdeploy.system.errors import InvalidInputError
 from qdeploy.system.hashing import sha256_files
 from qdeploy.system.progress import say
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 COMPONENTS = ("unet", "transformer", "prior", "decoder")
-INDEX = "model_index.json"
 
 
 @dataclass(frozen=True)
@@ -162,11 +162,13 @@ class Model:
             raise InvalidInputError(
                 f"{self.path} holds a denoiser alone; sampling needs the whole pipeline's folder, with {INDEX}"
             )
-        require_libraries(read_json(self.path / INDEX), self.path)
+        index = read_index(self.path)
+        assert index is not None
+        require_libraries(index)
         diffusers.utils.logging.disable_progress_bar()
         parts: dict[str, Any] = {self.component: denoiser if denoiser is not None else self.load()}
-        if "safety_checker" in read_json(self.path / INDEX):
-            parts["safety_checker"] = None
+        if NEVER_LOADED in index.components:
+            parts[NEVER_LOADED] = None
         try:
             pipeline = diffusers.DiffusionPipeline.from_pretrained(
                 self.path,
@@ -193,7 +195,8 @@ class Model:
         Raises:
             InvalidInputError: components need several.
         """
-        names = [name for name in read_json(self.path / INDEX) if name != self.component]
+        index = read_index(self.path)
+        names = [] if index is None else list(index.others(self.component))
         needed = variants_needed(self.path, names, self.variant)
         if self.variant in needed:
             return self.variant
@@ -239,12 +242,9 @@ def open_model(source: str | Path) -> Model:
             f"{path} is not a diffusers folder: it is a file; if it holds a whole model, make a folder of it with "
             f"`qdeploy import {path} -o FOLDER`"
         )
-    if (path / INDEX).is_file():
-        index = read_json(path / INDEX)
+    if (index := read_index(path)) is not None:
         for component in COMPONENTS:
-            entry = index.get(component)
-            named = isinstance(entry, list) and len(entry) == 2 and entry[1]
-            if named and (path / component / "config.json").is_file():
+            if component in index.components and (path / component / "config.json").is_file():
                 return Model(path, component, variant or None)
         raise InvalidInputError(
             f"{path} is a diffusers pipeline without a denoiser ({' or '.join(COMPONENTS)})"
@@ -306,10 +306,4 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         InvalidInputError: there is none.
     """
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InvalidInputError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise InvalidInputError(f"{path} cannot be read: it holds no JSON object")
-    return value
+    return read_json_object(path)

@@ -6,10 +6,9 @@ signature says nothing of what the pipeline takes. So the packages are checked b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import Any
 
+from qdeploy.model.pipeline_index import PipelineIndex
 from qdeploy.system.errors import CapabilityError
 
 # Library of a component in model_index.json -> the extra of this package that installs it.
@@ -26,19 +25,18 @@ def advise(package: str) -> str:
     return f"pip install 'qdeploy[{EXTRAS[package]}]'" if package in EXTRAS else f"pip install {package}"
 
 
-def require_libraries(index: Mapping[str, Any], where: object) -> None:
+def require_libraries(index: PipelineIndex) -> None:
     """Make sure that the libraries of a pipeline's components are installed.
 
     Args:
-        index: the content of ``model_index.json``.
-        where: the pipeline's folder, for the message.
+        index: of the pipeline.
 
     Raises:
         CapabilityError: one is missing.
     """
-    for name, entry in index.items():
-        library = entry[0] if isinstance(entry, list) and entry else None
+    for name, component in index.components.items():
+        library = component.library
         if library in EXTRAS and not is_installed(library):
             raise CapabilityError(
-                f"the {name} of {where} needs the package {library}: {advise(library)}",
+                f"the {name} of {index.path} needs the package {library}: {advise(library)}",
             )

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from qdeploy.model.call import CallForm, read_call, signature_of
 from qdeploy.model.folder import Model
 from qdeploy.model.inputs import attach_form, denoise_rows
+from qdeploy.model.pipeline_index import INDEX, files_of, read_index
 from qdeploy.network.current_timestep import attach_clock
 from qdeploy.network.roles import Layer, Structure
 from qdeploy.quant.attention import AttentionQuantizers, quantize_attention
@@ -36,6 +37,7 @@ from qdeploy.recipe.recipe import Recipe
 from qdeploy.store.artifact import Artifact, Checkpoint, DenoiserArtifact, open_artifact
 from qdeploy.store.bounded_json import read_json_object
 from qdeploy.store.builder import Draft
+from qdeploy.store.names import contained
 from qdeploy.store.probe import PROBE
 from qdeploy.store.timesteps import check_timestep
 from qdeploy.system.errors import InvalidInputError
@@ -87,10 +89,12 @@ def _own_formats(layer: QuantizedLayer, recipe: Recipe | None, path: str) -> dic
 
 def copy_pipeline_files(draft: Draft[Any], folder: Path) -> None:
     """Copy the description of a pipeline, without any weights."""
-    if (folder / "model_index.json").is_file():
-        draft.copy(folder / "model_index.json", "model_index.json")
-        for file in sorted((folder / "scheduler").glob("*.json")):
-            draft.copy(file, f"scheduler/{file.name}")
+    if read_index(folder) is None:
+        return
+    draft.copy(contained(folder, INDEX), INDEX)
+    for name, file in files_of(folder, "scheduler").items():
+        if file.suffix == ".json" and name.count("/") == 1:
+            draft.copy(file, name)
 
 
 def write_probe(draft: Draft[Any], denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

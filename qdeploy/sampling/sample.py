@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,10 +12,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from qdeploy.model.folder import INDEX, Model, open_if_there, open_model
+from qdeploy.model.folder import Model, open_if_there, open_model
 from qdeploy.model.media import IMAGES, Media
 from qdeploy.model.origin import find_source_model
 from qdeploy.model.pipeline import sample_images
+from qdeploy.model.pipeline_index import pipeline_sha256, read_index
 from qdeploy.model.sampling import SAMPLING, Sampling, SamplingOptions, renamed, sampled
 from qdeploy.model.schedulers import make_scheduler
 from qdeploy.sampling.correction import check_correction, correct
@@ -35,7 +35,6 @@ from qdeploy.store.manifest import Notes
 from qdeploy.store.paths import default_output
 from qdeploy.store.timesteps import explain_schedule
 from qdeploy.system.errors import InvalidInputError, UsageError
-from qdeploy.system.hashing import sha256_files
 from qdeploy.system.progress import say, track
 
 if TYPE_CHECKING:
@@ -106,7 +105,7 @@ def sample(
         **({} if correction == "none" else {"correction": correction}),
     }
     place = Path(output) if output else default_output(whole.path if made is None else made.path, "samples")
-    made_from = {origin: identity, "pipeline": _rest_sha256(whole)}
+    made_from = {origin: identity, "pipeline": pipeline_sha256(whole)}
     draft = Draft(place, Samples, made_from, None, chosen.seed, asked, overwrite)
     if done := draft.finished():
         return done
@@ -160,41 +159,23 @@ def _pipeline_of(source: EngineFolder | Checkpoint, model: str | Path | None) ->
     noted = source.source
     if open_if_there(noted) is not None:
         say(f"{noted} has changed since {source.path} was made from it, and is not used", level=2)
-    own = Model(source.path, source.component)
-    if source.is_pipeline and _is_denoiser_and_scheduler(own):
-        return own
+    if _is_denoiser_and_scheduler(source):
+        return Model(source.path, source.component)
     raise InvalidInputError(
         f"the pipeline that {source.path} was made from is no longer at {noted or 'a known path'}: "
         "name its folder with --model"
     )
 
 
-def _other_components(model: Model) -> dict[str, Any]:
-    """Names and classes of a pipeline's components, except the denoiser and those that are absent."""
-    index: dict[str, Any] = json.loads((model.path / INDEX).read_text())
-    return {
-        name: entry
-        for name, entry in index.items()
-        if isinstance(entry, list) and entry[-1] is not None and name != model.component
-    }
-
-
-def _is_denoiser_and_scheduler(model: Model) -> bool:
-    others = _other_components(model)
-    return all(name == "scheduler" and (model.path / name).is_dir() for name in others)
-
-
-def _rest_sha256(model: Model) -> str:
-    """Identity of a pipeline without its denoiser."""
-    if not model.has_pipeline:
-        return sha256_files({})
-    files = [model.path / INDEX] + [
-        file
-        for name in _other_components(model)
-        for file in sorted((model.path / name).rglob("*"))
-        if file.suffix in (".json", ".txt", ".model", ".safetensors")
-    ]
-    return sha256_files({file.relative_to(model.path).as_posix(): file for file in files})
+def _is_denoiser_and_scheduler(artifact: EngineFolder | Checkpoint) -> bool:
+    """Whether an artifact holds all that its pipeline needs."""
+    index = read_index(artifact.path) if artifact.is_pipeline else None
+    if index is None:
+        return False
+    return all(
+        name == "scheduler" and artifact.find("scheduler/scheduler_config.json")
+        for name in index.others(artifact.component)
+    )
 
 
 def _open_pipeline(source: _Source, whole: Model, scheduler: str | None, steps: int, correction: str) -> Any:

@@ -7,117 +7,27 @@ and afterwards only files that the manifest lists can be had. `qdeploy.store.bui
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, overload
+from typing import TypeVar, overload
 
 from qdeploy.store.facts import (
     BundleFacts,
     CalibrationSetFacts,
     CheckpointFacts,
-    DenoiserFacts,
     EngineFacts,
-    Facts,
     SamplesFacts,
     SensitivityFacts,
 )
-from qdeploy.store.manifest import MANIFEST, Manifest, damage, is_artifact, read_manifest, typed
-from qdeploy.store.probe import PROBE, Probe, read_probe
+from qdeploy.store.folder import CORRECTION as CORRECTION
+from qdeploy.store.folder import INDEX as INDEX
+from qdeploy.store.folder import RANGES as RANGES
+from qdeploy.store.folder import Artifact as Artifact
+from qdeploy.store.folder import DenoiserArtifact as DenoiserArtifact
+from qdeploy.store.folder import read_facts
+from qdeploy.store.manifest import Manifest, damage, read_manifest
+from qdeploy.store.manifest import is_artifact as is_artifact
 from qdeploy.system.errors import InvalidInputError
-
-CORRECTION = "correction.safetensors"
-RANGES = "ranges.safetensors"
-INDEX = "model_index.json"
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A complete, verified artifact folder.
-
-    Attributes:
-        path: the folder.
-        manifest: what ``qdeploy.json`` says.
-    """
-
-    path: Path
-    manifest: Manifest
-    KIND: ClassVar[str]
-    DESCRIPTION: ClassVar[str]
-
-    @cached_property
-    def facts(self) -> Facts:
-        """What the stage says of its content; part of the identity."""
-        raise NotImplementedError
-
-    @property
-    def kind(self) -> str:
-        """The word for it in manifests: ``checkpoint``, ``onnx``, ``engine``, ..."""
-        return self.manifest.kind
-
-    @property
-    def sha256(self) -> str:
-        """The identity: equal content made in the same way has an equal hash."""
-        return self.manifest.sha256
-
-    @property
-    def made_from(self) -> Mapping[str, str]:
-        """Hashes of the artifacts and the model that it was made from, by kind."""
-        return self.manifest.made_from
-
-    @property
-    def recipe(self) -> dict[str, Any] | None:
-        """The resolved recipe, where one was involved."""
-        return self.manifest.recipe
-
-    @property
-    def seed(self) -> int | None:
-        """The seed that all randomness of the stage derives from."""
-        return self.manifest.seed
-
-    @property
-    def measured(self) -> dict[str, Any]:
-        """What depends on the machine that made it: times, sizes, parity."""
-        return self.manifest.measured
-
-    @property
-    def source(self) -> str | None:
-        """What the full-precision model was opened by; see `qdeploy.model.origin`."""
-        return self.manifest.notes.source
-
-    @property
-    def files(self) -> Mapping[str, str]:
-        """SHA-256 of every file, by relative name."""
-        return self.manifest.files
-
-    def file(self, name: str) -> Path:
-        """Path of one of the artifact's files.
-
-        Raises:
-            InvalidInputError: it is not one of them.
-        """
-        if name not in self.files:
-            raise InvalidInputError(f"{self.path} has no file {name}: make it again")
-        return self.path / name
-
-    def find(self, name: str) -> Path | None:
-        """Path of one of the artifact's files; None if it is not one of them."""
-        return self.path / name if name in self.files else None
-
-    def size(self, folder: str = "") -> int:
-        """Bytes of all files, or of those below one of its folders."""
-        below = f"{folder}/" if folder else ""
-        return sum(self.file(name).stat().st_size for name in self.files if name.startswith(below))
-
-    def summary(self, seconds: float) -> dict[str, Any]:
-        """The JSON object that every verb prints for what it wrote."""
-        return {
-            "path": str(self.path),
-            "kind": self.kind,
-            "sha256": self.sha256,
-            "seconds": round(seconds, 3),
-        }
 
 
 class CalibrationFolder(Artifact):
@@ -129,7 +39,7 @@ class CalibrationFolder(Artifact):
     @cached_property
     def facts(self) -> CalibrationSetFacts:
         """Inputs, rows, timesteps, and how they were sampled."""
-        return _facts(self, CalibrationSetFacts)
+        return read_facts(self, CalibrationSetFacts)
 
     @property
     def shards(self) -> list[Path]:
@@ -143,57 +53,6 @@ class CalibrationFolder(Artifact):
         return self.find(RANGES)
 
 
-class DenoiserArtifact(Artifact):
-    """What checkpoints, bundles and engines have in common: a denoiser's folder, and its probe."""
-
-    @cached_property
-    def facts(self) -> DenoiserFacts:
-        """What is known of the denoiser."""
-        raise NotImplementedError
-
-    @property
-    def component(self) -> str:
-        """The denoiser's name in a pipeline, and its folder here."""
-        return self.facts.component
-
-    @property
-    def config(self) -> Path:
-        """The denoiser's diffusers configuration."""
-        return self.component_file("config.json")
-
-    @property
-    def ranges(self) -> Path | None:
-        """Ranges of quantized tensors over time, where they were kept."""
-        return self.find(f"{self.component}/{RANGES}")
-
-    @property
-    def correction(self) -> Path | None:
-        """Mean errors of the prediction by timestep, where they were measured."""
-        return self.find(f"{self.component}/{CORRECTION}")
-
-    @property
-    def is_pipeline(self) -> bool:
-        """Whether it has the index of a pipeline."""
-        return INDEX in self.files
-
-    def component_file(self, name: str) -> Path:
-        """Path of a file in the denoiser's folder.
-
-        Raises:
-            InvalidInputError: there is none.
-        """
-        return self.file(f"{self.component}/{name}")
-
-    def probe(self) -> Probe:
-        """Held-out inputs with their expected outputs.
-
-        Raises:
-            InvalidInputError: there are none.
-        """
-        self.file(PROBE)
-        return read_probe(self.path)
-
-
 class Checkpoint(DenoiserArtifact):
     """Integer weights and all scales; `qdeploy.quant.checkpoint.load_checkpoint` makes a network of it."""
 
@@ -203,7 +62,7 @@ class Checkpoint(DenoiserArtifact):
     @cached_property
     def facts(self) -> CheckpointFacts:
         """Formats, target, timesteps, and what stays in float."""
-        return _facts(self, CheckpointFacts)
+        return read_facts(self, CheckpointFacts)
 
     @property
     def layers(self) -> Path:
@@ -235,7 +94,7 @@ class Bundle(DenoiserArtifact):
     @cached_property
     def facts(self) -> BundleFacts:
         """Formats, target, timesteps, inputs of the graph."""
-        return _facts(self, BundleFacts)
+        return read_facts(self, BundleFacts)
 
     @property
     def graph(self) -> Path:
@@ -252,7 +111,7 @@ class EngineFolder(DenoiserArtifact):
     @cached_property
     def facts(self) -> EngineFacts:
         """Formats, backend, and the options of its build."""
-        return _facts(self, EngineFacts)
+        return read_facts(self, EngineFacts)
 
     @property
     def macs(self) -> Path:
@@ -269,7 +128,7 @@ class Samples(Artifact):
     @cached_property
     def facts(self) -> SamplesFacts:
         """How they were made."""
-        return _facts(self, SamplesFacts)
+        return read_facts(self, SamplesFacts)
 
     @property
     def images(self) -> Path:
@@ -286,7 +145,7 @@ class Sensitivity(Artifact):
     @cached_property
     def facts(self) -> SensitivityFacts:
         """What was judged."""
-        return _facts(self, SensitivityFacts)
+        return read_facts(self, SensitivityFacts)
 
     @property
     def report(self) -> Path:
@@ -302,14 +161,9 @@ class Sensitivity(Artifact):
 KINDS: dict[str, type[Artifact]] = {
     each.KIND: each for each in (CalibrationFolder, Checkpoint, Bundle, EngineFolder, Samples, Sensitivity)
 }
-_F = TypeVar("_F", bound=Facts)
 _A = TypeVar("_A", bound=Artifact)
 _B = TypeVar("_B", bound=Artifact)
 _C = TypeVar("_C", bound=Artifact)
-
-
-def _facts(artifact: Artifact, kind: type[_F]) -> _F:
-    return typed(artifact.manifest.facts, kind, artifact.path)
 
 
 @overload
@@ -355,6 +209,3 @@ def described(path: Path, manifest: Manifest) -> Artifact:
     artifact = kind(path, manifest)
     _ = artifact.facts
     return artifact
-
-
-__all__ = ["KINDS", "MANIFEST", "Artifact", "is_artifact", "open_artifact", "read_manifest"]

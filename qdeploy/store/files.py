@@ -22,13 +22,31 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary neighbour of ``path``, then rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.unlink(missing_ok=True)
     try:
+        partial.touch(exist_ok=False)
+        mode = partial.stat().st_mode  # as the umask says; some libraries write files for the owner alone
         write(partial)
-        with partial.open("rb") as stream:
+        partial.chmod(mode)
+        with partial.open("rb+") as stream:
             os.fsync(stream.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames within a folder survive a loss of power, where the system can."""
+    try:
+        number = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(number)
+    except OSError:
+        pass
+    finally:
+        os.close(number)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -57,16 +75,20 @@ def copy_file(source: Path, target: Path) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file atomically; the same tensors make the same bytes."""
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda partial: _save_tensors(contiguous, partial))
+    write_atomically(path, lambda partial: save_tensors(tensors, partial))
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: the system refuses.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
-        save_file(tensors, path)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:
         # The library reports the system's refusals as text; they are ours to explain.
         number = re.search(r"os error (\d+)", str(error))

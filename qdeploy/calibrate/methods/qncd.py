@@ -63,7 +63,7 @@ class SmoothEmbeddings(Stage):
         """Set the smoothing of layers that read an embedding."""
         layers = quantized_layers(session.denoiser)
 
-        def compute() -> None:
+        def compute() -> dict[str, int]:
             with torch.no_grad(), session.teacher():
                 places = find_modulations(session.denoiser, session.inputs(session.rows()[:1]))
                 outputs = _projections(session, {place.projection for place in places})
@@ -81,7 +81,6 @@ class SmoothEmbeddings(Stage):
                 for layer in readers.values():
                     smooth(layer, factors)
             count, able = (sum(len(readers) for readers, _ in some) for some in (chosen, wanted))
-            session.report["smoothed_by_embedding"] = {"layers": count, "read_an_embedding": able}
             say(
                 f"{count} of the {able} quantized layers that read the timestep's embedding are smoothed by it"
                 + (
@@ -90,8 +89,9 @@ class SmoothEmbeddings(Stage):
                     else "; for the others its factors are not worth what they do to weights"
                 )
             )
+            return {"layers": count, "read_an_embedding": able}
 
-        session.once("smoothing", compute)
+        session.report["smoothed_by_embedding"] = session.once("smoothing", compute)
 
 
 def _quieter(

@@ -29,8 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
+from typing import Any
 
 from qdeploy.calibrate.learning import journal_of, learn
 from qdeploy.calibrate.methods.minmax import ActivationRanges, WeightRanges, round_to_nearest
@@ -190,9 +189,8 @@ def _align(
     micro_batch: int,
 ) -> None:
     steps = session.effort.tuning if steps < 0 else steps
-    outcome = f"{session.stage}-outcome"
 
-    def compute() -> None:
+    def compute() -> dict[str, Any]:
         for layer in layers.values():
             round_to_nearest(layer)
         everything = session.rows()
@@ -221,12 +219,15 @@ def _align(
         changed = tuning.changed_codes()
         if not kept:
             write_state(session.denoiser, stood, code_shapes(session.denoiser))
-        told = [before, after, float(kept), float(changed)]
-        session.draft.step(outcome, lambda: {"told": torch.tensor(told, dtype=torch.float64)})
+        return {
+            "changed_codes": int(changed),
+            "held_out_error": {"before": float(before), "after": float(after)},
+            "kept": bool(kept),
+        }
 
-    session.once("aligned", compute)
+    outcome = session.once("aligned", compute)
     session.draft.forget(journal_of(session.stage))
-    before, after, kept, changed = (session.draft.saved(outcome) or {})["told"].tolist()
+    errors = outcome["held_out_error"]
     tuned = sum(layer.weight.numel() for layer in layers.values())
     share = tuned / sum(parameter.numel() for parameter in session.denoiser.parameters())
     session.report.setdefault("aligned", {})[session.stage] = {
@@ -235,14 +236,12 @@ def _align(
         "share": share,
         "scales": len(scales),
         "steps": steps,
-        "changed_codes": int(changed),
-        "held_out_error": {"before": before, "after": after},
-        "kept": bool(kept),
+        **outcome,
     }
     say(
         f"{session.stage.partition('-')[2]}: tuned {len(layers)} layers, {share:.1%} of all parameters; error "
-        f"on held-out images {before:.3g}, then {after:.3g}"
-        + ("" if kept else ": not better, so everything is as it was before")
+        f"on held-out images {errors['before']:.3g}, then {errors['after']:.3g}"
+        + ("" if outcome["kept"] else ": not better, so everything is as it was before")
     )
 
 

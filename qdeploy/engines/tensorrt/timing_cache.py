@@ -6,12 +6,12 @@ builds may share it: it is locked, and what others added meanwhile is merged, no
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from qdeploy.store.files import write_atomically
 from qdeploy.system.errors import UsageError
@@ -30,14 +30,14 @@ def locked(path: Path) -> Iterator[None]:
     """Be the only one that reads or writes the cache; waits for others."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path.with_name(f".{path.name}.lock"), os.O_CREAT | os.O_RDWR)
+        lock = FileLock(path.with_name(f".{path.name}.lock"))
+        lock.acquire()
     except OSError as error:
         raise UsageError(f"--timing-cache cannot be written at {path}: {error.strerror}") from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(lock)
+        lock.release()
 
 
 def load_cache(config: Any, path: Path) -> None:
