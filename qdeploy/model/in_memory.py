@@ -13,7 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, Union, runtime_checkable
 
-from qdeploy.model.folder import INDEX, Model, open_model, read_json
+from qdeploy.model.folder import Model, open_model, read_json
+from qdeploy.model.pipeline_index import INDEX
 from qdeploy.store.paths import cache_folder
 from qdeploy.system.errors import InvalidInputError
 from qdeploy.system.progress import say
