@@ -1,14 +1,15 @@
-"""What stands in front of a layer's quantizer: another basis of its channels, and a branch that is not quantized.
+"""What stands in front of a layer's quantizer: another basis or origin of its channels, and a branch beside it.
 
-Both leave a layer's function as it is. With an orthogonal R, ``(x R) (W R)^T = x W^T`` (QuaRot, arXiv 2404.00456);
-and with any two factors, ``x W^T = x (W - (D U)^T)^T + (x D) U`` (SVDQuant, arXiv 2411.05007, equation 5). Only what
-is quantized changes.
+None of them changes a layer's function. With an orthogonal R, ``(x R) (W R)^T = x W^T`` (QuaRot, arXiv 2404.00456);
+and with any two factors, ``x W^T = x (W - (D U)^T)^T + (x D) U`` (SVDQuant, arXiv 2411.05007, equation 5); and
+with any m, ``x W^T = (x - m) W^T + W m``, where padding is done first (Outlier Suppression+, arXiv 2304.09145). Only
+what is quantized changes.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def hadamard(size: int) -> Tensor:
@@ -50,3 +51,24 @@ def low_rank(x: Tensor, down: Tensor, up: Tensor, axis: int) -> Tensor:
     if axis != -1:
         return low_rank(x.movedim(axis, -1), down, up, -1).movedim(-1, axis)
     return x @ down @ up
+
+
+def padded(x: Tensor, inner: nn.Conv2d) -> Tensor:
+    """The input of a convolution with its zeros around it, so that the convolution itself needs none.
+
+    Args:
+        x: [B, C, H, W].
+        inner: tells the padding, as numbers.
+    """
+    rows, columns = (int(size) for size in inner.padding)
+    return nn.functional.pad(x, (columns, columns, rows, rows)) if rows or columns else x
+
+
+def shift_bias(weight: Tensor, shift: Tensor) -> Tensor:
+    """[O] what a layer computes from a constant input.
+
+    Args:
+        weight: [O, C, ...].
+        shift: [C] the input.
+    """
+    return weight.flatten(2).sum(2) @ shift if weight.ndim > 2 else weight @ shift

@@ -8,13 +8,14 @@ so one network is both the full-precision teacher and the quantized student, swi
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from qdeploy.network.tracer import WrappedLayer
-from qdeploy.quant.basis import low_rank, rotate
+from qdeploy.quant.basis import low_rank, padded, rotate, shift_bias
 from qdeploy.quant.dynamic import DynamicQuantizer
 from qdeploy.quant.feature_table import FeatureTable
 from qdeploy.quant.patches import PatchQuantizer, convolve
@@ -23,7 +24,7 @@ from qdeploy.recipe.formats import Format
 from qdeploy.system.errors import CapabilityError
 
 # Tensors that stages may give a layer beside its quantizers, by the names of `qdeploy.quant.state`.
-OF_LAYERS = ("smoothing", "tuned", "tuned_bias", "order", "rotation", "branch_down", "branch_up")
+OF_LAYERS = ("smoothing", "tuned", "tuned_bias", "order", "rotation", "branch_down", "branch_up", "shift")
 
 
 class QuantizedLayer(WrappedLayer):
@@ -45,6 +46,8 @@ class QuantizedLayer(WrappedLayer):
             by it.
         branch_down: [C, rank]; with ``branch_up`` a part of the smoothed weight that is multiplied in float.
         branch_up: [rank, O].
+        shift: [C] what is subtracted from the channels of the input, padding included, as the last in front of the
+            quantizers; the bias makes up for it.
         order: [C] the input channels in the order in which ``split`` cuts them; None for their own.
         table: what the layer looks up instead of computing, if it is a temporal feature.
         dynamic: simulates the runtime's own rounding of the input, if nothing is calibrated for it.
@@ -57,6 +60,7 @@ class QuantizedLayer(WrappedLayer):
     rotation: Tensor | None
     branch_down: Tensor | None
     branch_up: Tensor | None
+    shift: Tensor | None
 
     def __init__(
         self,
@@ -69,6 +73,7 @@ class QuantizedLayer(WrappedLayer):
         self.inner = inner
         self.formats = (weights, activations)
         self.dynamic: DynamicQuantizer | None = None
+        self.bias_holds_shift = False
         self.channels, self.features = self.weight.shape[:2]
         for name in OF_LAYERS:
             self.register_buffer(name, None)
@@ -179,10 +184,13 @@ class QuantizedLayer(WrappedLayer):
         return x * per_feature(1 / self.smoothing, x, self.feature_axis)
 
     def input_parts(self, x: Tensor) -> list[Tensor]:
-        """The input, smoothed, rotated and cut along its channels as the quantizers see it."""
+        """The input, smoothed, rotated, shifted and cut along its channels as the quantizers see it."""
         x = self.smoothed(x)
         if self.rotation is not None:
             x = rotate(x, self.rotation, self.feature_axis)
+        if self.shift is not None:
+            x = padded(x, self.inner) if isinstance(self.inner, nn.Conv2d) else x
+            x = x - per_feature(self.shift, x, self.feature_axis)
         if self.order is not None:
             x = x.index_select(self.feature_axis, self.order)
         return list(x.split(self.split, dim=self.feature_axis)) if self.split else [x]
@@ -194,16 +202,17 @@ class QuantizedLayer(WrappedLayer):
         if self.table is not None:
             looked_up: Tensor = self.table()
             return looked_up
-        quantizers = self.activation_quantizers
-        parts = zip(self.input_parts(x), self.quantized_weights(), strict=True)
+        quantizers, weights = self.activation_quantizers, self.quantized_weights()
+        shifted_bias = self.shifted_bias(weights)
+        parts = zip(self.input_parts(x), weights, strict=True)
         if not any(quantizer.hoisted for quantizer in quantizers):
             outputs = []
             for number, (part, weight) in enumerate(parts):
                 quantizer = quantizers[number] if quantizers else None
-                outputs.append(self._product(quantizer, part, weight, None if number else self.bias))
+                outputs.append(self._product(quantizer, part, weight, None if number else shifted_bias))
         else:
             # The factor of the timestep is applied between the product and the bias.
-            bias, outputs = self.bias, []
+            bias, outputs = shifted_bias, []
             for quantizer, (part, weight) in zip(quantizers, parts, strict=True):
                 product = quantizer.restore(self._operate(quantizer(part), weight, None))
                 if bias is not None:
@@ -212,6 +221,20 @@ class QuantizedLayer(WrappedLayer):
         if self.branch_down is not None and self.branch_up is not None:
             outputs.append(low_rank(self.smoothed(x), self.branch_down, self.branch_up, self.feature_axis))
         return functools.reduce(torch.add, outputs)
+
+    def shifted_bias(self, weights: Sequence[Tensor]) -> Tensor | None:
+        """The bias with what the quantized weight computes from the shift.
+
+        Args:
+            weights: of `quantized_weights`.
+        """
+        if self.shift is None or self.bias_holds_shift:
+            return self.bias
+        shift = self.shift if self.order is None else self.shift[self.order]
+        parts = shift.split(self.split) if self.split else [shift]
+        pairs = zip(weights, parts, strict=True)
+        constant = functools.reduce(torch.add, (shift_bias(weight, part) for weight, part in pairs))
+        return constant if self.bias is None else self.bias + constant
 
     def quantized_weights(self) -> list[Tensor]:
         """The weight of each part as the engine will see it."""
@@ -228,6 +251,8 @@ class QuantizedLayer(WrappedLayer):
         self, quantizer: ActivationQuantizer | None, x: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
         if isinstance(quantizer, PatchQuantizer) and quantizer.enabled:
+            if self.shift is not None:
+                raise CapabilityError("scales within the im2col matrix and shifted inputs do not go together")
             return convolve(cast(nn.Conv2d, self.inner), x, weight, bias, quantizer)
         return self._operate(x if quantizer is None else quantizer(x), weight, bias)
 
@@ -239,7 +264,10 @@ class QuantizedLayer(WrappedLayer):
             pixels = pixels if self.dynamic is None else self.dynamic(pixels)
             product = nn.functional.linear(pixels, weight.flatten(1), bias).transpose(1, 2)
             return cast(Tensor, product.unflatten(2, x.shape[2:]))
-        output: Tensor = cast(nn.Conv2d, self.inner)._conv_forward(x, weight, bias)
+        inner = cast(nn.Conv2d, self.inner)
+        if self.shift is not None:  # padded before
+            return nn.functional.conv2d(x, weight, bias, inner.stride, 0, inner.dilation)
+        output: Tensor = inner._conv_forward(x, weight, bias)
         return output
 
 

@@ -56,6 +56,9 @@ def freeze(denoiser: nn.Module) -> None:
     """
     for layer in quantized_layers(denoiser).values():
         layer.input_quantizers = deepcopy(layer.input_quantizers)
+        if layer.shift is not None:
+            layer.tuned_bias = layer.shifted_bias(layer.quantized_weights())
+            layer.bias_holds_shift = True
     clock = clock_of(denoiser)
     if clock is not None:
         clock.single = True

@@ -19,6 +19,9 @@ from qdeploy.recipe.stages import ROUNDINGS, WEIGHT_SCALES, Stage
 from qdeploy.store.artifact import Checkpoint, open_artifact
 from qdeploy.system.errors import InvalidInputError, UsageError
 
+# What a stage may have done to the channels of a weight before it was rounded.
+_CHANNELS = ("smoothing", "order", "split", "rotation", "branch_down", "branch_up")
+
 
 @dataclass(frozen=True)
 class LoadWeights(Stage):
@@ -96,7 +99,7 @@ def _check_channels(session: Session, stored: Mapping[str, Tensor], checkpoint: 
     """Make sure that the weights were rounded for inputs that were scaled and cut as they are here."""
     ours = read_state(session.denoiser)
     for path in quantized_layers(session.denoiser):
-        for name in (f"{path}.{kind}" for kind in ("smoothing", "order", "split")):
+        for name in (f"{path}.{kind}" for kind in _CHANNELS):
             alike = (name in ours) == (name in stored)
             if not alike or (name in ours and not torch.equal(ours[name], stored[name])):
                 raise InvalidInputError(
