@@ -45,4 +45,4 @@ def install(
     monkeypatch.syspath_prepend(site)
     for loaded in [loaded for loaded in sys.modules if loaded.partition(".")[0] == name]:
         monkeypatch.delitem(sys.modules, loaded)
-    monkeypatch.setattr(plugins, "registered", plugins.registered.__wrapped__)
+    monkeypatch.setattr(plugins, "registered", getattr(plugins.registered, "__wrapped__", plugins.registered))

@@ -106,13 +106,17 @@ def benchmark(paths: tuple[str, ...], as_json: bool, **options: Any) -> None:
 @_REPORT.option("checks", "A result of `check --json`.", "--check", type=str)
 @_REPORT.option("benchmark", "The result of `benchmark --json`.  [default: measured]", type=str)
 @_REPORT.option("sensitivity", "A folder that `qdeploy sensitivity` wrote.")
-@_REPORT.option("pictures", "Seeds to show images of.")
+@_REPORT.option("shown", "Seeds to show images of.")
+@click.option("--pictures", type=int, hidden=True)  # until 0.4
 @_REPORT.option("samples", "Images for paired quality.")
 @_REPORT.option("speed_batch", "Samples in each call of an engine, in measurements of speed.")
 @_REPORT.option("rounds", "Interleaved measurements of speed.")
 @sampling_options(AS_COLLECTED, scheduler=_AS, height=_HEIGHT, seed="Chooses the images of checks.")
 @verb
-def report(paths: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def report(paths: tuple[str, ...], pictures: int | None, as_json: bool, **options: Any) -> None:
     """One HTML file with pictures, errors, speed and provenance; what is not given is measured."""
+    if pictures is not None:
+        say("--pictures is now called --shown: the old word goes with the next version")
+        options["shown"] = pictures
     result = _REPORT.call(paths, **sampling_of(options))
     print_result(as_json, result.to_json, result.text)

@@ -113,6 +113,12 @@ _PROMPTS = (
     ),
     click.option("--prompt-count", type=int, help="Prompts to take from the file.  [default: up to 5000]"),
     click.option("--prompt-seed", type=int, help="Draw them at random.  [default: the first ones]"),
+    click.option(
+        "--pipeline-arg",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="A further argument of the pipeline, such as num_frames=8. Repeatable.",
+    ),
     click.option("--inference-steps", type=int, hidden=True),  # until 0.4
 )
 
@@ -140,4 +146,22 @@ def sampling_of(options: dict[str, Any]) -> dict[str, Any]:
             "--inference-steps is now called --steps, and what was called --steps is --keep: the old words go with "
             "the next version"
         )
-    return {**given, "prompts": listed or None, "negative_prompts": negative or None}
+    arguments = dict(_argument(text) for text in given.pop("pipeline_arg"))
+    return {
+        **given,
+        "prompts": listed or None,
+        "negative_prompts": negative or None,
+        "arguments": arguments or None,
+    }
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    import yaml
+
+    name, equals, value = text.partition("=")
+    try:
+        if equals and name.strip():
+            return name.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        pass
+    raise UsageError(f"--pipeline-arg cannot be read at {text!r}: write NAME=VALUE, as in num_frames=8")

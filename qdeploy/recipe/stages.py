@@ -215,7 +215,17 @@ def make_stage(name: str, options: Mapping[str, Any]) -> Stage:
         raise UsageError(
             f"stage {name!r} has no option {foreign[0]!r}{near}: it has {', '.join(known) or 'none'}"
         )
-    return kind(**options)
+    return kind(**{name: _number(kind.defaults()[name], value) for name, value in options.items()})
+
+
+def _number(default: Any, value: Any) -> Any:
+    """The value of an option; ``1e-3`` is a word in YAML 1.1, and a number here where one is needed."""
+    if isinstance(default, float) and isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    return value
 
 
 def parse_stage(entry: Any) -> Stage:

@@ -74,7 +74,7 @@ def page(way: Way, tmp_path_factory: pytest.TempPathFactory) -> ReportResult:
         folder / "report.html",
         reference=way.model,
         sensitivity=folder,
-        pictures=3,
+        shown=3,
         samples=4,
         steps=5,
         speed_batch=(1, 2),

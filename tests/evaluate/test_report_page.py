@@ -97,7 +97,7 @@ def test_made_again_it_measures_nothing_and_is_the_same(
         page.path,
         reference=way.model,
         sensitivity=page.path.parent,
-        pictures=3,
+        shown=3,
         samples=4,
         steps=5,
         speed_batch=(1, 2),
@@ -111,7 +111,7 @@ def test_results_that_are_given_are_not_measured(page: ReportResult, way: Way, t
     check, speed = measured(page, "check-0.json"), measured(page, "benchmark.json")
     check["passed"], check["failures"] = False, ["the <median> is too low"]
     result = report(
-        [way.engine], tmp_path / "r.html", checks=[check], benchmark=folder / "benchmark.json", pictures=0
+        [way.engine], tmp_path / "r.html", checks=[check], benchmark=folder / "benchmark.json", shown=0
     )
     assert result.passed is False
     assert "&lt;median&gt;" in result.path.read_text()
@@ -120,9 +120,9 @@ def test_results_that_are_given_are_not_measured(page: ReportResult, way: Way, t
     assert any("checkpoint" in line for line in result.missing)
     foreign = {**check, "sha256": "0" * 64}
     with pytest.raises(InvalidInputError, match="not a result of `qdeploy check"):
-        report([way.engine], tmp_path / "r.html", checks=[foreign], benchmark=speed, pictures=0)
+        report([way.engine], tmp_path / "r.html", checks=[foreign], benchmark=speed, shown=0)
     with pytest.raises(InvalidInputError, match="not a result of `qdeploy benchmark"):
-        report([way.engine], tmp_path / "r.html", checks=[check], benchmark=check, pictures=0)
+        report([way.engine], tmp_path / "r.html", checks=[check], benchmark=check, shown=0)
 
 
 def test_without_the_model_it_tells_the_probe_and_what_is_missing(way: Way, tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_the_command_line_says_where_it_is(
     check.write_text(json.dumps(measured(page, "check-0.json")))
     done = qdeploy(
         "report", way.engine.path, "-o", tmp_path / "r.html", "--check", check, "--benchmark",
-        folder / "benchmark.json", "--pictures", 0, "--json", "-q",
+        folder / "benchmark.json", "--shown", 0, "--json", "-q",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)

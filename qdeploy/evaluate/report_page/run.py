@@ -71,7 +71,7 @@ def report(
     checks: Sequence[Result] = (),
     benchmark: Result | None = None,
     sensitivity: str | Path | None = None,
-    pictures: int = 8,
+    shown: int = 8,
     samples: int = 64,
     speed_batch: Sequence[int] = (1,),
     rounds: int = 30,
@@ -93,7 +93,7 @@ def report(
         checks: results of ``check --json``, files or objects.
         benchmark: the result of ``benchmark --json``, a file or an object.
         sensitivity: a folder that ``sensitivity`` wrote.
-        pictures: seeds to show images of; 0 for none.
+        shown: seeds to show images of; 0 for none.
         samples: images to measure quality on.
         speed_batch: samples per call of an engine to measure speed with.
         rounds: interleaved rounds that speed is measured in.
@@ -108,9 +108,11 @@ def report(
     output = Path(output)
     if output.is_dir():
         raise UsageError(f"{output} is a folder: name the HTML file to write")
-    if pictures < 0:
-        raise UsageError(f"the number of pictures must be at least 0, not {pictures}")
     changes, keep = with_old_names(dict(options), QualityPlan().keep)
+    renamed(changes, "pictures", "shown")
+    shown = changes.pop("shown", shown)
+    if shown < 0:
+        raise UsageError(f"the number of seeds that are shown must be at least 0, not {shown}")
     if isinstance(changes.get("batch"), Sequence):
         renamed(changes, "batch", "speed_batch")
         speed_batch = changes.pop("speed_batch")
@@ -131,9 +133,9 @@ def report(
             speed=speed,
             layers=measured.layer_errors_of(given, model, work),
             kernels=measured.kernel_times_of(given, speed, work),
-            samples=measured.samples_of(given, model, measured.Pictures(pictures, plan), work),
+            samples=measured.samples_of(given, model, measured.Pictures(shown, plan), work),
             sensitivity=ranking,
-            pictures=pictures,
+            pictures=shown,
         )
     say(f"writing {output}", level=2)
     page = render(content)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from qdeploy.export.graph.network import Network
 from qdeploy.export.lint.scope import Scope
-from qdeploy.system.plugins import LINT_RULES, registered
+from qdeploy.system import plugins
 
 E, W, I = "E", "W", "I"  # noqa: E741 - the letters that people read in the output
 SEVERITIES = {
@@ -92,5 +92,5 @@ def rules() -> dict[str, Rule]:
     Raises:
         CapabilityError: a package registers a module that cannot be imported.
     """
-    registered(LINT_RULES)  # importing a module is what makes its checks rules
+    plugins.registered(plugins.LINT_RULES)  # importing a module is what makes its checks rules
     return dict(sorted(_RULES.items()))

@@ -10,7 +10,7 @@ from typing import ClassVar
 from onnx_ir.passes import InPlacePass
 
 from qdeploy.export.lint.scope import Scope
-from qdeploy.system.plugins import LINT_RULES, registered
+from qdeploy.system import plugins
 
 _DEFAULT = Scope()
 
@@ -31,5 +31,5 @@ def fixes() -> dict[str, type[Fix]]:
     Raises:
         CapabilityError: a package registers a module that cannot be imported.
     """
-    registered(LINT_RULES)
+    plugins.registered(plugins.LINT_RULES)
     return {fix.rule: fix for fix in sorted(Fix.__subclasses__(), key=lambda fix: fix.rule)}
