@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 _EXPORT = Verb("qdeploy.export.run", "export")
 _BUILD = Verb("qdeploy.engines.build", "build_engine")
 _LINT = Verb("qdeploy.export.lint.run", "lint")
+_VERIFY = Verb("qdeploy.engines.tensorrt.verify", "verify")
 _DOCTOR = Verb("qdeploy.engines.doctor", "doctor")
 _SELFTEST = Verb("qdeploy.engines.selftest.run", "selftest")
 
@@ -59,6 +61,9 @@ def _tensorrt(function: F) -> F:
         click.option("--version-compatible", is_flag=True, help="TensorRT: for later versions of it."),
         click.option("--strip-plan", is_flag=True, help="TensorRT: weights stay outside of the plan."),
         click.option("--optimization-level", type=int, help="TensorRT: 0 to 5, how long to search.  [3]"),
+        click.option("--gpu", help="TensorRT for RTX: cards to compile for, as sm89,rtx5090.  [this one's]"),
+        click.option("--time-limit", type=float, help="TensorRT: minutes that the builder may run."),
+        click.option("--memory-limit", type=float, help="TensorRT: GiB that the builder may hold."),
     )[::-1]:
         decorated = option(decorated)
     return decorated  # type: ignore[no-any-return]
@@ -84,21 +89,42 @@ def build_engine(onnx: str, as_json: bool, **options: Any) -> None:
 
 @click.command()
 @click.argument("source", metavar="ONNX")
-@_LINT.option("target", "Whose rules: see `qdeploy methods`.")
+@_LINT.option("target", "Whose rules: see `qdeploy methods`.  [default: the bundle's, or tensorrt]")
+@_LINT.option("engine", "Which TensorRT the rules are about: tensorrt or tensorrt-rtx.")
+@click.option("--verify", is_flag=True, help="Also have TensorRT for RTX build the graph.")
+@click.option("--gpu", default="sm89", show_default=True, help="For --verify: GPUs to compile for.")
+@click.option("--all", "every", is_flag=True, help="Show every place, not one line for each rule.")
 @_LINT.option("tensorrt", "TensorRT's version.")
 @_LINT.option("compute_capability", "The GPU's, as 8.9.")
 @_LINT.option("shapes", "Smallest, optimal, largest: sample:1x4x64x64,2x4x64x64,8x4x64x64;...")
 @click.option("--fix", is_flag=True, help="Mend what can be without changing the function; needs -o.")
 @click.option("-o", "--output", metavar="PATH", help="ONNX file for the mended graph.")
 @verb
-def lint(source: str, fix: bool, output: str | None, as_json: bool, **options: Any) -> None:
+def lint(
+    source: str,
+    fix: bool,
+    output: str | None,
+    verify: bool,
+    gpu: str,
+    every: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Say what an engine would reject or run slowly, before a build; exit code 3 if it would reject."""
     if fix != (output is not None):
         raise UsageError("--fix and -o belong together: the mended graph is written to another file")
     result = _LINT.call(source, fix=output, **options)
-    print_result(as_json, result.to_json, result.table)
+    ran = _VERIFY.call(output or source, gpu=gpu, shapes=options["shapes"]) if verify else None
+    verified = [] if ran is None else ran.lines()
+    print_result(
+        as_json,
+        lambda: result.to_json() | ({} if ran is None else {"verified": asdict(ran)}),
+        lambda: "\n".join([result.table(every), *verified]),
+    )
     if not result.passed:
         raise CheckFailed(f"{source}: {result.counts['E']} findings that an engine rejects")
+    if ran is not None and not ran.built:
+        raise CheckFailed(f"{source}: {ran.engine} refuses it")
 
 
 @click.command()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -60,7 +62,8 @@ def build_engine(
         output: the engine's folder; by default a folder in the working directory.
         backend: name of a backend, or ``auto`` for the fastest that is installed.
         precision: what everything that is not int8 is computed in, ``f32``, ``bf16`` or, on GPUs, ``f16``. By
-            default ``f32``; with ``optimize_for``, 16 bits where the processor has them.
+            default that of the backend, mostly ``f32``; with ``optimize_for``, 16 bits where the processor has
+            them.
         batch: number of samples per call that the speed is measured with; the engine takes any number.
         threads: number of threads that the engine runs on; the runtime's own choice if None.
         optimize_for: ``latency`` measures which quantizers pay on this machine, and computes the layers behind
@@ -89,7 +92,9 @@ def build_engine(
     chosen = find_backend(backend, (source.facts.weights, source.facts.activations))
     _check_goal(chosen, optimize_for, min_sqnr)
     if precision is None:
-        precision = "bf16" if optimize_for and "bf16" in chosen.precisions and has_bf16() else "f32"
+        precision = chosen.default_precision
+        if optimize_for and "bf16" in chosen.precisions and has_bf16():
+            precision = "bf16"
     check_precision(chosen, precision)
     wishes = {name: value for name, value in wishes.items() if value is not None and value is not False}
     _check_wishes(chosen, wishes)
@@ -103,7 +108,7 @@ def build_engine(
         "threads": threads,
         **({"int8_sums": NARROW} if narrow else {}),
         **({"optimize_for": optimize_for, "min_sqnr": min_sqnr} if optimize_for else {}),
-        **{name: value for name, value in wishes.items() if not isinstance(value, Path)},
+        **{name: value for name, value in wishes.items() if _shapes_the_engine(chosen, name, value)},
     }
     place = Path(output) if output else default_output(source.path, "engine")
     made_from = {"onnx": source.sha256, **source.made_from}
@@ -127,9 +132,15 @@ def build_engine(
             facts = replace(facts, quantizers_left_out=list(placement.floats))
         if quantized and chosen.narrow_sums:
             facts = replace(facts, int8_sums=_sums(graph))
-        _convert(chosen, source, graph, draft, facts, wishes)
+        took = _convert(chosen, source, graph, draft, facts, wishes)
         write_card(draft, facts)
-        measured = _measure(chosen, draft, facts) | searched
+        if reason := chosen.why_not_here():
+            say(f"the engine is built and not measured: {reason}")
+            measured = _unmeasured(draft, facts, reason)
+        else:
+            measured = _measure(chosen, draft, facts) | searched
+        if took:
+            measured["build"] = dict(took)
         return draft.finish(facts, measured, source.manifest.notes)
 
 
@@ -225,13 +236,17 @@ def _convert(
     draft: Draft[EngineFolder],
     facts: EngineFacts,
     wishes: dict[str, Any],
-) -> None:
-    """Write the runtime's files, copy what is still needed of the bundle, and store the MACs of all layers."""
+) -> Mapping[str, Any] | None:
+    """Write the runtime's files, copy what is still needed of the bundle, and store the MACs of all layers.
+
+    Returns:
+        What the runtime's build took, where the backend measures it.
+    """
     from qdeploy.export.macs import graph_macs, meant_int8
 
     if backend.wishes:
         wishes = wishes | {"precision": facts.engine_precision, "batch": facts.batch}
-    backend.build(graph, draft.content / facts.component, **wishes)
+    took = backend.build(graph, draft.content / facts.component, **wishes)
     for name in source.files:
         if not name.endswith((".onnx", ".onnx_data")):
             draft.copy(source.file(name), name)
@@ -240,6 +255,7 @@ def _convert(
     if "timestep" in shapes:
         shapes["timestep"] = []
     draft.json("macs.json", {"macs": graph_macs(graph, shapes), "meant_int8": sorted(meant_int8(graph))})
+    return took
 
 
 def _measure(backend: Backend, draft: Draft[EngineFolder], facts: EngineFacts) -> dict[str, Any]:
@@ -270,16 +286,44 @@ def _measure(backend: Backend, draft: Draft[EngineFolder], facts: EngineFacts) -
                 f"warning: this engine is only {parity['pooled_db']} dB from the model that was calibrated, "
                 "further than that is from full precision: choose another backend, and report this"
             )
-    component = spec.component_folder
-    size = sum(file.stat().st_size for file in component.rglob("*") if file.is_file())
     return {
         "ms": ms,
         "load_seconds": round(loaded, 3),
         **shares,
         "parity": parity,
-        "size_mb": round(size / 1e6, 3),
+        "size_mb": _size_mb(spec.component_folder),
         "machine": machine(backend.device),
     }
+
+
+def _unmeasured(draft: Draft[EngineFolder], facts: EngineFacts, reason: str) -> dict[str, Any]:
+    """What is known of an engine that this machine cannot run: its size, and what the build says of its layers."""
+    component = draft.content / facts.component
+    built = json.loads((component / "layers.json").read_text())
+    told = built["report"]
+    if told["planned"] > told["as_planned"]:
+        named = [*told["in_float"], *told["in_other"], *told["not_found"]]
+        say(
+            f"warning: {len(named)} of {told['planned']} quantized layers do not run as planned, first "
+            f"{', '.join(named[:5])}: layers.json names them all"
+        )
+    return {
+        "not_run": reason,
+        "planned": {name: told[name] for name in ("planned", "as_planned", "kinds", "products")},
+        "float32_results": len(told["float32_results"]),
+        "moved": built["moved"],
+        "size_mb": _size_mb(component),
+        "machine": machine("cpu"),
+    }
+
+
+def _size_mb(folder: Path) -> float:
+    return round(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6, 3)
+
+
+def _shapes_the_engine(backend: Backend, name: str, value: Any) -> bool:
+    """Whether a wish is part of an engine's identity: no place of a cache, no limit of the build."""
+    return not isinstance(value, Path) and name not in backend.limits
 
 
 def _warn_of_float(backend: Backend, share: float, layers: list[str]) -> None:

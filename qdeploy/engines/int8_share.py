@@ -41,5 +41,5 @@ def int8_layers(kernels: Sequence[Kernel]) -> set[str]:
 
 def multiplies(kernel: Kernel) -> bool:
     """Whether a kernel multiplies matrices; others move int8 data without saving a multiplication."""
-    words = ("conv", "matmul", "fullyconnected", "gemm", "attention")
+    words = ("conv", "correlation", "matmul", "fullyconnected", "gemm", "attention", "mha")
     return any(word in kernel.kind.lower() for word in words)

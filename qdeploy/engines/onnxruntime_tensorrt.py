@@ -17,7 +17,6 @@ from qdeploy.engines import onnxruntime as plain
 from qdeploy.engines.base import UNKNOWN, Kernel
 from qdeploy.engines.registry import Backend
 from qdeploy.engines.tensorrt.graph import read_graph
-from qdeploy.engines.tensorrt.half import halve
 from qdeploy.engines.tensorrt.profiles import Profile, check_profiles, default_profile, parse_shapes
 from qdeploy.store.paths import cache_folder
 from qdeploy.system.errors import CapabilityError, UsageError
@@ -102,6 +101,8 @@ def build(
         UsageError: the shapes do not fit the graph, or are several profiles.
         InvalidInputError: the graph cannot be read.
     """
+    from qdeploy.engines.tensorrt.half import halve
+
     graph = read_graph(onnx_path)
     profiles = [default_profile(graph.inputs, batch)] if shapes is None else parse_shapes(shapes)
     if len(profiles) != 1:

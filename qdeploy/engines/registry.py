@@ -9,9 +9,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qdeploy.system.errors import CapabilityError, UsageError
 from qdeploy.system.plugins import ENGINES, named
@@ -34,7 +34,7 @@ class Backend:
         package: the import name of the runtime.
         install: the argument of ``pip install``: the package, or an extra of qdeploy.
         precisions: what it can compute float operations in.
-        build: writes the runtime's files for a ``model.onnx`` into a folder.
+        build: writes the runtime's files for a ``model.onnx`` into a folder; may return what the build took.
         load: the engine of verified files, with a number of threads or the runtime's own choice.
         rank: ``auto`` takes the available backend of the highest rank; 0 is never taken.
         device: where it computes, as torch calls it.
@@ -42,6 +42,10 @@ class Backend:
             keywords where there are any.
         check: raises `CapabilityError` where the machine lacks something that the backend needs besides its package.
         lacks: number formats (`qdeploy.recipe.formats`) that it has no kernels for.
+        can_run: raises `CapabilityError` where the machine can build engines and cannot run them; None where every
+            machine that builds also runs. Where it raises, an engine is built and not measured.
+        limits: those of ``wishes`` that bound the build and leave the engine as it is.
+        default_precision: the precision where nothing is said.
         narrow_sums: whether its int8 products may overflow where `machine.int8_sums_saturate`, so that its
             builds leave some layers in floats there.
     """
@@ -50,7 +54,7 @@ class Backend:
     description: str
     package: str
     install: str
-    build: Callable[..., None]
+    build: Callable[..., Mapping[str, Any] | None]
     load: Callable[[EngineSpec, int | None], Engine]
     precisions: tuple[str, ...] = ("f32", "bf16")
     rank: int = 0
@@ -59,9 +63,23 @@ class Backend:
     check: Callable[[], None] | None = None
     lacks: frozenset[str] = frozenset()
     narrow_sums: bool = False
+    can_run: Callable[[], object] | None = None
+    limits: tuple[str, ...] = ()
+    default_precision: str = "f32"
+
+    def why_not_here(self) -> str | None:
+        """Why this machine cannot run the engines that it builds; None if it can."""
+        try:
+            if self.can_run is not None:
+                self.can_run()
+        except CapabilityError as error:
+            return str(error)
+        return None
 
     def available(self) -> bool:
-        """Whether the runtime is installed and the machine has what it needs."""
+        """Whether the runtime is installed and the machine has what it needs to build engines and run them."""
+        if self.why_not_here() is not None:
+            return False
         try:
             if self.installed() and self.check is not None:
                 self.check()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
@@ -25,7 +26,7 @@ _REASONS = {
     804: "the CUDA compatibility package does not support this GPU: update the driver",
 }
 # TensorRT for CUDA 13 needs the R580 drivers, that for CUDA 12 the R525 ones.
-_LIBS = {"tensorrt_cu13_libs": 13, "tensorrt_cu12_libs": 12}
+TENSORRT_PACKAGES: Mapping[str, int] = {"tensorrt_cu13_libs": 13, "tensorrt_cu12_libs": 12}
 _DRIVERS = {13: "580", 12: "525"}
 # The oldest tensor cores that multiply int8 are Turing's; TensorRT 10 and 11 support nothing older well.
 OLDEST_CAPABILITY = (7, 5)
@@ -105,9 +106,13 @@ def _check(result: int, what: str) -> None:
         raise CapabilityError(f"the NVIDIA driver cannot {what}: {reason}")
 
 
-def required_cuda() -> int | None:
-    """Major version of CUDA that the installed TensorRT libraries were made for; None if unknown."""
-    for package, major in _LIBS.items():
+def required_cuda(packages: Mapping[str, int] = TENSORRT_PACKAGES) -> int | None:
+    """Major version of CUDA that the installed TensorRT libraries were made for; None if unknown.
+
+    Args:
+        packages: the major version by the name of the package that brings the libraries.
+    """
+    for package, major in packages.items():
         try:
             metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -116,13 +121,17 @@ def required_cuda() -> int | None:
     return None
 
 
-def require_gpu(library: str = LIBRARY) -> Gpu:
+def require_gpu(library: str = LIBRARY, packages: Mapping[str, int] = TENSORRT_PACKAGES) -> Gpu:
     """The first GPU, its driver new enough for the installed TensorRT.
+
+    Args:
+        library: file name of the driver's library.
+        packages: as of `required_cuda`.
 
     Raises:
         CapabilityError: see `find_gpu`; or the driver is too old.
     """
-    gpu, needed = find_gpu(library=library), required_cuda()
+    gpu, needed = find_gpu(library=library), required_cuda(packages)
     if needed is not None and gpu.cuda < 1000 * needed:
         raise CapabilityError(
             f"the installed TensorRT is made for CUDA {needed}, but the driver runs CUDA "

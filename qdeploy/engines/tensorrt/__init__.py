@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qdeploy.engines.registry import Backend
-from qdeploy.engines.tensorrt.options import PRECISIONS, WISHES
+from qdeploy.engines.tensorrt.options import LIMITS, PRECISIONS, WISHES
 from qdeploy.system.gpu import require_gpu
 
 if TYPE_CHECKING:
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from qdeploy.engines.spec import EngineSpec
 
 
-def build(onnx_path: Path, folder: Path, **wishes: Any) -> None:
+def build(onnx_path: Path, folder: Path, **wishes: Any) -> dict[str, Any]:
     """Write the plan of a graph; see `qdeploy.engines.tensorrt.builder`."""
     from qdeploy.engines.tensorrt.builder import build
 
-    build(onnx_path, folder, **wishes)
+    return build(onnx_path, folder, **wishes)
 
 
 def load(spec: EngineSpec, threads: int | None = None) -> Engine:
@@ -47,5 +47,6 @@ BACKEND = Backend(
     rank=20,
     device="cuda",
     wishes=WISHES,
+    limits=LIMITS,
     check=_check,
 )

@@ -6,13 +6,15 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from qdeploy.engines.tensorrt.child import Built, build_in_child
+from qdeploy.engines.tensorrt.flavour import TENSORRT, Flavour
+from qdeploy.engines.tensorrt.gpu_targets import check_products, choose_targets, set_targets
 from qdeploy.engines.tensorrt.graph import Graph, read_graph
-from qdeploy.engines.tensorrt.half import halve
-from qdeploy.engines.tensorrt.inspector import read_layers, report
+from qdeploy.engines.tensorrt.inspector import read_layers, report, wide_results
+from qdeploy.engines.tensorrt.layer_log import parse_layer_log
 from qdeploy.engines.tensorrt.logger import create, last_errors, logger_of
-from qdeploy.engines.tensorrt.memory import estimate, warn_if_tight
 from qdeploy.engines.tensorrt.options import Options, check_machine, check_options
 from qdeploy.engines.tensorrt.parser import check_network, parse
 from qdeploy.engines.tensorrt.plan import ENGINE, LAYERS, REFIT, SIDECAR, open_plan, require_trust
@@ -23,15 +25,20 @@ from qdeploy.engines.tensorrt.profiles import (
     default_profile,
     describe,
     parse_shapes,
+    tuned_batch,
 )
 from qdeploy.engines.tensorrt.progress import make_monitor
 from qdeploy.engines.tensorrt.timing_cache import cache_file, load_cache, save_cache
-from qdeploy.engines.tensorrt.versions import creation_flags, first, load_tensorrt, member
-from qdeploy.export.macs import meant_int8
+from qdeploy.engines.tensorrt.traffic import bytes_moved
+from qdeploy.engines.tensorrt.versions import creation_flags, first, load_tensorrt, member, version_of
+from qdeploy.engines.tensorrt.worker import Request
 from qdeploy.store.files import write_atomically, write_json
-from qdeploy.system.errors import InvalidInputError
+from qdeploy.system.errors import CapabilityError, InvalidInputError
 from qdeploy.system.gpu import Gpu, require_gpu
 from qdeploy.system.hashing import sha256_file
+
+if TYPE_CHECKING:
+    from qdeploy.export.products import Product
 
 # Wishes that are flags, by the name of the member of ``trt.BuilderFlag``.
 FLAGS = {
@@ -42,53 +49,108 @@ FLAGS = {
 }
 
 
-def build(onnx_path: Path, folder: Path, **wishes: Any) -> None:
+def build(onnx_path: Path, folder: Path, *, flavour: Flavour = TENSORRT, **wishes: Any) -> dict[str, Any]:
     """Write the plan of a graph, ``plan.json`` and ``layers.json``.
 
     Args:
         onnx_path: the graph.
         folder: where they go.
+        flavour: which TensorRT builds.
         wishes: fields of `Options`.
 
+    Returns:
+        What the build took: ``seconds``, and ``peak_bytes`` of memory where the system tells.
+
     Raises:
-        UsageError: impossible options or shapes.
-        CapabilityError: no GPU, no TensorRT, or one that lacks what is asked for.
-        InvalidInputError: TensorRT refuses the graph; the message has its reasons.
+        UsageError: impossible options or shapes, or an unknown GPU.
+        CapabilityError: no GPU where one is needed, no TensorRT, one that lacks what is asked for, or a limit is
+            reached.
+        InvalidInputError: TensorRT refuses the graph, or crashes on it; the message has its reasons.
     """
+    from qdeploy.engines.tensorrt.half import halve
+    from qdeploy.engines.tensorrt.memory import estimate, warn_if_tight
+    from qdeploy.export.products import products
+
     options = Options(**wishes)
     check_options(options)
     if options.version_compatible:
         require_trust()  # rather now than after the build
     graph = read_graph(onnx_path)
     profiles = profiles_of(graph, options)
-    gpu = require_gpu()
-    check_machine(options, graph, gpu)
+    gpu = gpu_of(flavour)
+    targets = choose_targets(flavour, options.gpu, graph, gpu)
+    if gpu is not None and not targets:
+        check_machine(options, graph, gpu)
     needed = estimate(onnx_path, graph, profiles, options)
-    warn_if_tight(needed, gpu, options)
-    trt = load_tensorrt()
+    if gpu is not None:
+        warn_if_tight(needed, gpu, options)
+    trt = load_tensorrt(flavour)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        path = onnx_path
+        path = adapted(flavour, onnx_path, Path(scratch))
         if options.precision != "f32":
-            path = Path(scratch) / "model.onnx"
-            halve(onnx_path, path, options.precision)
-        plan = build_plan(trt, path, graph, profiles, options, gpu)
-        write_atomically(folder / ENGINE, lambda partial: _write(partial, plan))
+            half = Path(scratch) / "model.onnx"
+            halve(path, half, options.precision)
+            path = half
+        found = products(path)
+        check_products(flavour, version_of(trt), targets, found)
+        request = Request(flavour.backend, onnx_path, path, describe(profiles), options, targets, gpu)
+        work = Path(scratch) / "build"
+        work.mkdir()
+        built = build_in_child(request, work)
+        write_atomically(folder / ENGINE, lambda partial: _copy(built.plan, partial))
         if options.strip_plan:
             _keep_weights(path, folder)
+    version = str(trt.__version__)
+    cache = gpu if options.timing_cache else None
     sidecar = {
         "plan_sha256": sha256_file(folder / ENGINE),
         "plan_bytes": (folder / ENGINE).stat().st_size,
         "onnx_sha256": sha256_file(onnx_path),
-        "tensorrt": str(trt.__version__),
-        "gpu": gpu.to_json(),
+        "backend": flavour.backend,
+        "tensorrt": version,
+        "gpu": None if gpu is None else gpu.to_json(),
+        "targets": list(targets),
         "options": options.facts(),
         "profiles": describe(profiles),
         "estimated_bytes": needed,
-        "timing_cache": cache_file(Path(), str(trt.__version__), gpu).name if options.timing_cache else None,
+        "timing_cache": None if cache is None else cache_file(Path(), version, cache).name,
     }
     write_json(folder / SIDECAR, sidecar)
-    _inspect(trt, folder, gpu, meant_int8(onnx_path))
+    _inspect(trt, folder, gpu, flavour, built, found, profiles, targets)
+    return {"seconds": built.seconds, "peak_bytes": built.peak_bytes}
+
+
+def adapted(flavour: Flavour, onnx_path: Path, scratch: Path) -> Path:
+    """A file with the graph in the form that becomes the fastest engine; the file itself if it has that form."""
+    if not flavour.scalar_weight_scales:
+        return onnx_path
+    import onnx_ir as ir
+
+    from qdeploy.export.lower import adapt
+    from qdeploy.export.passes.scalar_weight_scales import ScalarWeightScales
+
+    model = ir.load(onnx_path)
+    if not adapt(model, (ScalarWeightScales,)):
+        return onnx_path
+    path = scratch / "adapted.onnx"
+    ir.save(model, path, external_data=f"{path.name}_data")
+    return path
+
+
+def gpu_of(flavour: Flavour) -> Gpu | None:
+    """The GPU of this machine; None where there is none and the library builds without.
+
+    Raises:
+        CapabilityError: there is none, and the library needs it to build.
+    """
+    if not flavour.targets:
+        return require_gpu()
+    try:
+        gpu = require_gpu(packages=flavour.cuda)
+    except CapabilityError:
+        return None
+    return gpu if gpu.sm in flavour.targets else None
 
 
 def profiles_of(graph: Graph, options: Options) -> list[Profile]:
@@ -103,7 +165,13 @@ def profiles_of(graph: Graph, options: Options) -> list[Profile]:
 
 
 def build_plan(
-    trt: Any, path: Path, graph: Graph, profiles: Sequence[Profile], options: Options, gpu: Gpu
+    trt: Any,
+    path: Path,
+    graph: Graph,
+    profiles: Sequence[Profile],
+    options: Options,
+    gpu: Gpu | None,
+    targets: Sequence[int] = (),
 ) -> Any:
     """Have TensorRT build.
 
@@ -114,6 +182,7 @@ def build_plan(
         profiles: checked profiles.
         options: checked options.
         gpu: the GPU, for the name of the timing cache.
+        targets: compute capabilities to compile for; the GPU's own if empty.
 
     Returns:
         The plan as an ``IHostMemory``, a buffer.
@@ -131,8 +200,11 @@ def build_plan(
     parser = parse(trt, network, path, logger)
     check_network(network, graph)
     configure(trt, config, options)
+    set_targets(trt, config, targets)
     add_profiles(builder, config, network, profiles)
-    cache = None if options.timing_cache is None else cache_file(options.timing_cache, trt.__version__, gpu)
+    cache = None
+    if options.timing_cache is not None and gpu is not None:
+        cache = cache_file(options.timing_cache, trt.__version__, gpu)
     if cache is not None:
         load_cache(config, cache)
     monitor = make_monitor(trt)
@@ -181,9 +253,8 @@ def sizes_of(trt: Any, engine: Any) -> dict[str, int]:
     return {name: int(size) for name, size in sizes.items() if size is not None}
 
 
-def _write(path: Path, plan: Any) -> None:
-    with path.open("wb") as stream:
-        stream.write(memoryview(plan))
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
 
 
 def _keep_weights(path: Path, folder: Path) -> None:
@@ -194,12 +265,38 @@ def _keep_weights(path: Path, folder: Path) -> None:
             shutil.copyfile(path.parent / name, folder / REFIT / name)
 
 
-def _inspect(trt: Any, folder: Path, gpu: Gpu, planned: set[str]) -> None:
-    """Open the plan once, to see that it opens, and keep what it says of its layers."""
-    plan = open_plan(trt, folder, gpu)
-    try:
-        layers = read_layers(trt, plan.engine)
-        sizes = sizes_of(trt, plan.engine)
-    finally:
-        plan.close()
-    write_json(folder / LAYERS, {"layers": layers, "report": report(layers, planned), "bytes": sizes})
+def _inspect(
+    trt: Any,
+    folder: Path,
+    gpu: Gpu | None,
+    flavour: Flavour,
+    built: Built,
+    found: Sequence[Product],
+    profiles: Sequence[Profile],
+    targets: Sequence[int],
+) -> None:
+    """Keep what the plan says of its layers: opened where a GPU can, else as the builder logged them."""
+    sizes: dict[str, int] = {}
+    if gpu is not None and (not targets or gpu.sm in targets):
+        plan = open_plan(trt, folder, gpu, flavour)
+        try:
+            layers = read_layers(trt, plan.engine)
+            sizes = sizes_of(trt, plan.engine)
+        finally:
+            plan.close()
+        source = "engine inspector"
+    elif built.layers is not None:
+        source = "build log"
+        layers = parse_layer_log(built.layers)
+    else:
+        raise InvalidInputError(f"the build of {folder / ENGINE} logged no layers: report this version")
+    planned = {product.name: product.kind for product in found if product.kind}
+    per_channel = {product.name for product in found if product.per_channel}
+    said = {
+        "source": source,
+        "layers": layers,
+        "report": report(layers, planned) | {"float32_results": wide_results(layers, planned, per_channel)},
+        "moved": bytes_moved(layers, tuned_batch(profiles)),
+        "bytes": sizes,
+    }
+    write_json(folder / LAYERS, said)

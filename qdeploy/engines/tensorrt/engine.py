@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from qdeploy.engines.base import Engine, Kernel, Port
 from qdeploy.engines.tensorrt.cuda import TorchCuda
 from qdeploy.engines.tensorrt.execution import Execution
+from qdeploy.engines.tensorrt.flavour import RTX, TENSORRT, Flavour
 from qdeploy.engines.tensorrt.inspector import kernels, read_layers
 from qdeploy.engines.tensorrt.plan import open_plan
 from qdeploy.engines.tensorrt.versions import load_tensorrt
@@ -33,15 +34,16 @@ class TensorRTEngine(Engine):
         InvalidInputError: the plan is damaged.
     """
 
-    backend = "tensorrt"
+    backend = TENSORRT.backend
     device = "cuda"
+    flavour: ClassVar[Flavour] = TENSORRT
 
     def __init__(self, spec: EngineSpec, threads: int | None = None) -> None:
         super().__init__(spec)
-        gpu = require_gpu()
-        self._trt = load_tensorrt()
+        gpu = require_gpu(packages=self.flavour.cuda)
+        self._trt = load_tensorrt(self.flavour)
         cuda = TorchCuda()
-        self._plan = open_plan(self._trt, spec.component_folder, gpu)
+        self._plan = open_plan(self._trt, spec.component_folder, gpu, self.flavour)
         try:
             self._execution = Execution(self._trt, self._plan, cuda)
         except BaseException:
@@ -95,3 +97,10 @@ class TensorRTEngine(Engine):
         """Free graphs and context, then the engine, then the runtime."""
         self._execution.close()
         self._plan.close()
+
+
+class TensorRTRTXEngine(TensorRTEngine):
+    """A plan of TensorRT for RTX; arguments and errors as of `TensorRTEngine`."""
+
+    backend = RTX.backend
+    flavour = RTX

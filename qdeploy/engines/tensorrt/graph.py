@@ -10,7 +10,7 @@ from typing import Any
 from qdeploy.system.errors import InvalidInputError
 
 # Quantized types by the name of the member of ``onnx.TensorProto``, and those that TensorRT has on GPUs.
-_LOW_BIT = {"INT8": "int8", "FLOAT8E4M3FN": "fp8", "INT4": "int4"}
+_LOW_BIT = {"INT8": "int8", "FLOAT8E4M3FN": "fp8", "INT4": "int4", "FLOAT4E2M1": "fp4"}
 _REFUSED = ("UINT8", "INT16", "UINT16", "UINT4", "FLOAT8E5M2")
 _QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 
@@ -37,7 +37,7 @@ class Graph:
         inputs: its inputs, without initializers.
         outputs: its outputs.
         opset: version of ONNX's own operators.
-        low_bit: the low-bit types of its Q/DQ: ``int8``, ``fp8``, ``int4``.
+        low_bit: the low-bit types of its Q/DQ: ``int8``, ``fp8``, ``int4``, ``fp4``.
         weight_bytes: size of all initializers.
     """
 
@@ -48,8 +48,12 @@ class Graph:
     weight_bytes: int
 
 
-def read_graph(path: Path) -> Graph:
+def read_graph(path: Path, refuse: bool = True) -> Graph:
     """Describe an ONNX file; external weights are not read.
+
+    Args:
+        path: the file.
+        refuse: refuse quantized types without kernels, before the library does.
 
     Raises:
         InvalidInputError: it is no ONNX graph, or quantized in a way that TensorRT has no kernels for.
@@ -70,13 +74,13 @@ def read_graph(path: Path) -> Graph:
         default = onnx.TensorProto.UINT8 if node.op_type == "QuantizeLinear" else onnx.TensorProto.INT8
         kind = constants[typed].data_type if typed in constants else default
         name = onnx.TensorProto.DataType.Name(kind)
-        if name in _REFUSED:
+        if refuse and name in _REFUSED:
             raise InvalidInputError(
                 f"{node.name or node.op_type} in {path.name} is quantized to {name.lower()}, but TensorRT takes "
                 "symmetric int8, int4 and fp8 only: calibrate for the target portable"
             )
         low_bit.add(_LOW_BIT.get(name, name.lower()))
-    bits = {"INT4": 4, "UINT4": 4}
+    bits = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4}
     weights = sum(
         prod(tensor.dims) * bits.get(name, 8 * _itemsize(tensor.data_type)) // 8
         for tensor in model.graph.initializer

@@ -1,10 +1,11 @@
-"""What a plan says of itself: layers, types and tactics, in the schemas of TensorRT 10 and 11."""
+"""What a plan says of itself: layers, types and tactics, in the schemas of TensorRT 10, 11 and RTX 1."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from qdeploy.engines.base import Kernel
@@ -15,10 +16,14 @@ _PRECISIONS = {
     "int8": "int8", "int4": "int4", "fp8": "fp8", "fp4": "fp4", "half": "f16", "fp16": "f16", "bf16": "bf16",
     "bfloat16": "bf16", "float": "f32", "fp32": "f32", "int32": "int32", "int64": "int64", "bool": "bool",
 }  # fmt: skip
-_LOW_BIT = ("int4", "fp4", "int8", "fp8")
+LOW_BIT = ("int4", "fp4", "int8", "fp8")
 # In 10.x and 11.x the nodes of origin stand in the metadata, apart by control characters.
 _ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
-_MULTIPLIES = ("conv", "gemm", "matmul", "matrixmultiply", "attention", "mha")
+# ``correlation`` is what Myelin, TensorRT's compiler, calls a convolution.
+_MULTIPLIES = ("conv", "correlation", "gemm", "matmul", "matrixmultiply", "attention", "mha")
+_FUSED_PRODUCTS = ("gemm", "xmma", "conv", "mha")
+# Myelin names what it fuses by its operations, as in __myl_ReplCastMulCastFc_myl0_0: Fc is a fully connected layer.
+_FULLY_CONNECTED = re.compile(r"^__myl_\w*Fc(?![a-z])")
 
 
 def read_layers(trt: Any, engine: Any) -> list[dict[str, Any]]:
@@ -68,48 +73,89 @@ def _kernel(layer: Mapping[str, Any]) -> Kernel:
     kind = next((k for k in kinds if _has(k, _MULTIPLIES)), None)
     if kind is None:
         kind = (
-            f"{kinds[-1]} gemm" if kinds and _has(tactic, ("gemm", "xmma", "conv")) else "".join(kinds[-1:])
+            f"{kinds[-1]} gemm"
+            if kinds and (_has(tactic, _FUSED_PRODUCTS) or _FULLY_CONNECTED.match(name))
+            else "".join(kinds[-1:])
         )
     origin = _ONNX_LAYER.findall(str(layer.get("Metadata", ""))) or [
         part.strip() for part in name.split(" + ")
     ]
-    types = [dtype(tensor) for tensor in layer.get("Inputs", [])]
-    low = next((kind for kind in types if kind in _LOW_BIT), None)
+    # A weight of fewer bits than its input stands among the constants.
+    types = [dtype(tensor) for side in ("Inputs", "Constants") for tensor in layer.get(side, [])]
+    low = next((kind for kind in types if kind in LOW_BIT), None)
     precision = low or next(filter(None, types), "")
     return Kernel(
         name, tuple(dict.fromkeys(filter(None, origin))), kind, precision, tactic or "".join(kinds[-1:])
     )
 
 
+def multiplies(kernel: Kernel) -> bool:
+    """Whether a kernel computes a matrix product or a convolution."""
+    return _has(kernel.kind, _MULTIPLIES)
+
+
 def _has(text: str, words: Sequence[str]) -> bool:
     return any(word in text.lower() for word in words)
 
 
-def report(layers: Sequence[Mapping[str, Any]], planned: set[str]) -> dict[str, Any]:
+def report(layers: Sequence[Mapping[str, Any]], planned: Mapping[str, str]) -> dict[str, Any]:
     """Which of the planned layers really run in low bits.
 
     Args:
         layers: as of `parse_layers`.
-        planned: names of the nodes that were quantized to run so.
+        planned: the type that each node was quantized to multiply in, by its name.
 
     Returns:
-        ``as_planned``, ``in_float`` as node: type and kernel, ``not_found``; ``reformats``, the number of
-        layers that only move data; and ``detailed``, whether the plan tells types at all.
+        ``planned`` and ``as_planned``, numbers of nodes; ``kinds``, those that run as planned by type;
+        ``in_float`` and ``in_other`` as node: type and kernel; ``not_found``; ``products``, the plan's own products
+        by type, where nodes that read one tensor may be merged into one; ``reformats``, the number of layers that
+        only move data; and ``detailed``, whether the plan tells types at all.
     """
     ran: dict[str, Kernel] = {}
-    for kernel in kernels(layers):
-        if _has(kernel.kind, _MULTIPLIES):
-            ran |= {name: kernel for name in kernel.layers if name in planned}
-    low = {name for name, kernel in ran.items() if kernel.precision in _LOW_BIT}
+    every = [kernel for kernel in kernels(layers) if multiplies(kernel)]
+    for kernel in every:
+        ran |= {name: kernel for name in kernel.layers if name in planned}
+    right = {name for name, kernel in ran.items() if kernel.precision == planned[name]}
+    wrong = {
+        name: f"{kernel.precision or 'unknown'} {kernel.type}".strip()
+        for name, kernel in sorted(ran.items())
+        if name not in right
+    }
     return {
         "planned": len(planned),
-        "as_planned": len(low),
-        "in_float": {
-            name: f"{kernel.precision or 'unknown'} {kernel.type}".strip()
-            for name, kernel in sorted(ran.items())
-            if name not in low
-        },
-        "not_found": sorted(planned - ran.keys()),
+        "as_planned": len(right),
+        "kinds": dict(sorted(Counter(planned[name] for name in right).items())),
+        "in_float": {name: what for name, what in wrong.items() if ran[name].precision not in LOW_BIT},
+        "in_other": {name: what for name, what in wrong.items() if ran[name].precision in LOW_BIT},
+        "not_found": sorted(planned.keys() - ran.keys()),
+        "products": dict(sorted(Counter(kernel.precision or "unknown" for kernel in every).items())),
         "reformats": sum(_has(str(layer.get("LayerType", "")), ("reformat",)) for layer in layers),
         "detailed": any("Inputs" in layer for layer in layers),
     }
+
+
+def wide_results(
+    layers: Sequence[Mapping[str, Any]], planned: Mapping[str, str], per_channel: Set[str]
+) -> dict[str, str]:
+    """Low-bit products that write float32, and why: four bytes an element where 16 bits take two.
+
+    Args:
+        layers: as of `parse_layers`.
+        planned: as of `report`.
+        per_channel: names of the nodes whose weights have a scale for each output channel.
+
+    Returns:
+        The reason by the node's name.
+    """
+    found = {}
+    for layer, kernel in zip(layers, kernels(layers), strict=True):
+        names = [name for name in kernel.layers if name in planned]
+        outputs = [dtype(tensor) for tensor in layer.get("Outputs", [])]
+        if names and kernel.precision in LOW_BIT and multiplies(kernel) and outputs == ["f32"]:
+            for name in names:
+                found[name] = (
+                    "its weights have a scale for each output channel, which the next kernel multiplies in float32"
+                    if name in per_channel
+                    else "no reason is known"
+                )
+    return found

@@ -17,7 +17,7 @@ _loggers: dict[int, Any] = {}
 
 
 def logger_of(trt: Any) -> Any:
-    """The process's one logger, with what was logged in ``messages`` as (severity, text)."""
+    """The process's one logger: its last ``messages`` as (severity, text), and ``listeners`` that get every one."""
     if id(trt) not in _loggers:
         _loggers[id(trt)] = _make(trt)
     return _loggers[id(trt)]
@@ -28,11 +28,14 @@ def _make(trt: Any) -> Any:
         def __init__(self) -> None:
             trt.ILogger.__init__(self)  # pybind11 refuses an object whose C++ half was never made
             self.messages: deque[tuple[str, str]] = deque(maxlen=KEPT)
+            self.listeners: list[Callable[[str, str], None]] = []
 
         def log(self, severity: Any, msg: str) -> None:
             try:  # an exception here would unwind through TensorRT's own frames
                 name = str(severity).rpartition(".")[2]
                 self.messages.append((name, msg))
+                for listener in self.listeners:
+                    listener(name, msg)
                 if name in _LEVELS:
                     say(f"tensorrt {name.lower()}: {msg}", level=_LEVELS[name])
             except Exception:

@@ -31,6 +31,9 @@ class Options:
         version_compatible: the plan runs on later versions of TensorRT, somewhat slower.
         strip_plan: the plan holds no weights; they are read from the ONNX beside it when it is loaded.
         optimization_level: 0 to 5, how long to search; TensorRT's own default if None.
+        gpu: GPUs to compile for, as ``sm89,rtx5090``; see `qdeploy.engines.tensorrt.gpu_targets`.
+        time_limit: minutes after which the builder is stopped; no limit if None.
+        memory_limit: GiB of memory at which the builder is stopped; no limit if None.
     """
 
     precision: str = "f32"
@@ -44,6 +47,9 @@ class Options:
     version_compatible: bool = False
     strip_plan: bool = False
     optimization_level: int | None = None
+    gpu: str | None = None
+    time_limit: float | None = None
+    memory_limit: float | None = None
 
     @property
     def workspace_bytes(self) -> int | None:
@@ -51,18 +57,29 @@ class Options:
         return None if self.workspace is None else int(self.workspace * GIB)
 
     def facts(self) -> dict[str, Any]:
-        """What determines the plan; the place of the cache does not."""
-        return {name: value for name, value in asdict(self).items() if name != "timing_cache"}
+        """What determines the plan; the place of the cache and limits of the builder do not."""
+        return {name: value for name, value in asdict(self).items() if name not in (*LIMITS, "timing_cache")}
 
 
+# Options that bound the builder and leave the plan as it is.
+LIMITS = ("time_limit", "memory_limit")
 # Those that ``build-engine`` hands on, as keywords and, with dashes, as options.
-WISHES = tuple(field.name for field in fields(Options) if field.name not in ("precision", "batch"))
+_ALL = tuple(field.name for field in fields(Options) if field.name not in ("precision", "batch"))
+WISHES = tuple(name for name in _ALL if name != "gpu")
+# TensorRT for RTX compiles without a GPU: nothing is timed, the GPUs are named by --gpu, and versions 1.5 to 1.7 fail
+# on plans that can be refitted, hold no weights or run on other versions where no GPU is there.
+_LACKING = ("timing_cache", "refit", "strip_plan", "version_compatible", "hardware_compatible")
+RTX_WISHES = tuple(name for name in _ALL if name not in _LACKING)
 
 # Wishes that cannot be granted together, or at all, wherever the build runs.
 _CONFLICTS: tuple[tuple[Callable[[Options], bool], str], ...] = (
     (lambda o: o.precision not in PRECISIONS, f"the precision must be one of {', '.join(PRECISIONS)}"),
     (lambda o: o.batch < 1, "the batch must be at least 1"),
     (lambda o: o.workspace is not None and o.workspace <= 0, "--workspace must be more than 0 GiB"),
+    (
+        lambda o: any(limit is not None and limit <= 0 for limit in (o.time_limit, o.memory_limit)),
+        "--time-limit and --memory-limit must be more than 0",
+    ),
     (
         lambda o: o.optimization_level is not None and not 0 <= o.optimization_level <= 5,
         "--optimization-level must be from 0 to 5",

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qdeploy.engines.tensorrt.flavour import TENSORRT, Flavour
 from qdeploy.engines.tensorrt.logger import create, last_errors, logger_of
 from qdeploy.engines.tensorrt.profiles import Profile, parse_shapes
+from qdeploy.engines.tensorrt.validity import check_validity
 from qdeploy.engines.tensorrt.versions import numbers, version_of
 from qdeploy.system.errors import CapabilityError, InvalidInputError
 from qdeploy.system.gpu import Gpu
@@ -69,25 +71,39 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
     return sidecar
 
 
-def check_origin(sidecar: Mapping[str, Any], version: tuple[int, ...], gpu: Gpu) -> None:
+def check_origin(
+    sidecar: Mapping[str, Any], version: tuple[int, ...], gpu: Gpu, flavour: Flavour = TENSORRT
+) -> None:
     """Refuse a plan of another GPU or another TensorRT, unless it was built to travel.
 
     Raises:
         CapabilityError: it cannot run here.
     """
+    made_by = sidecar.get("backend", TENSORRT.backend)
+    if made_by != flavour.backend:
+        raise CapabilityError(
+            f"this plan was built by {made_by}, which {flavour.title} cannot load: open it with {made_by}"
+        )
     options, origin = sidecar["options"], sidecar["gpu"]
     here = gpu.to_json()["capability"]
-    travels = options["hardware_compatible"] and gpu.sm >= 80
-    if origin["capability"] != here and not travels:
+    if sidecar.get("targets"):
+        if gpu.sm not in sidecar["targets"]:
+            built_for = ", ".join(f"sm{sm}" for sm in sidecar["targets"])
+            raise CapabilityError(
+                f"this plan was built for {built_for}, the {gpu.name} is sm{gpu.sm}: build the engine with "
+                f"--gpu sm{gpu.sm}"
+            )
+    elif origin["capability"] != here and not (options["hardware_compatible"] and gpu.sm >= 80):
         raise CapabilityError(
             f"this plan was built for compute capability {origin['capability']} ({origin['name']}), the "
             f"{gpu.name} has {here}: build the engine on this machine, or with --hardware-compatible"
         )
     built = numbers(sidecar["tensorrt"])
     if built != version and not (options["version_compatible"] and version >= built):
+        otherwise = "" if flavour.targets else ", or with --version-compatible for later versions"
         raise CapabilityError(
-            f"this plan was built by TensorRT {sidecar['tensorrt']}, here is {'.'.join(map(str, version))}: "
-            "build the engine again, or with --version-compatible for later versions"
+            f"this plan was built by {flavour.title} {sidecar['tensorrt']}, here is "
+            f"{'.'.join(map(str, version))}: build the engine again{otherwise}"
         )
 
 
@@ -104,7 +120,7 @@ def require_trust() -> None:
         )
 
 
-def open_plan(trt: Any, folder: Path, gpu: Gpu) -> Plan:
+def open_plan(trt: Any, folder: Path, gpu: Gpu, flavour: Flavour = TENSORRT) -> Plan:
     """Open the plan in a folder.
 
     Raises:
@@ -112,7 +128,7 @@ def open_plan(trt: Any, folder: Path, gpu: Gpu) -> Plan:
         CapabilityError: it was made for another GPU or TensorRT, or brings code that nobody trusts.
     """
     sidecar = read_sidecar(folder)
-    check_origin(sidecar, version_of(trt), gpu)
+    check_origin(sidecar, version_of(trt), gpu, flavour)
     options = sidecar["options"]
     logger = logger_of(trt)
     logger.messages.clear()
@@ -120,7 +136,10 @@ def open_plan(trt: Any, folder: Path, gpu: Gpu) -> Plan:
     if options["version_compatible"]:
         require_trust()
         runtime.engine_host_code_allowed = True
-    engine = runtime.deserialize_cuda_engine((folder / ENGINE).read_bytes())
+    content = (folder / ENGINE).read_bytes()
+    if flavour.targets:
+        check_validity(trt, runtime, content, folder / ENGINE)
+    engine = runtime.deserialize_cuda_engine(content)
     if engine is None:
         raise InvalidInputError(f"TensorRT cannot load {folder / ENGINE}: {last_errors(logger)}")
     if options["strip_plan"]:

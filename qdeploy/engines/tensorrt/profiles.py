@@ -20,6 +20,7 @@ __all__ = [
     "default_profile",
     "describe",
     "parse_shapes",
+    "tuned_batch",
 ]
 
 
@@ -108,6 +109,12 @@ def add_profiles(builder: Any, config: Any, network: Any, profiles: Sequence[Pro
             native.set_shape(name, shapes.least, shapes.tuned, shapes.largest)
         if not native or config.add_optimization_profile(native) == -1:
             raise InvalidInputError(f"TensorRT refuses profile {number}: {describe([wanted])}")
+
+
+def tuned_batch(profiles: Sequence[Profile]) -> int:
+    """The size of the first axis that the first profile is tuned for; 1 without profiles."""
+    sizes = (shapes.tuned[0] for profile in profiles for shapes in profile.values() if shapes.tuned)
+    return next(sizes, 1)
 
 
 def choose_profile(profiles: Sequence[Profile], shapes: Mapping[str, Sequence[int]]) -> int | None:

@@ -1,7 +1,8 @@
 """The TensorRT module, and which of its versions can do what: asked of the module, never assumed.
 
-10.8 and later and 11.x are supported. Between the two, every precision flag went away: types come from the
-ONNX graph alone. What a version lacks is found with ``hasattr`` and refused in a sentence.
+TensorRT 10.8 and later and 11.x are supported, and TensorRT for RTX from 1.5 on. Between TensorRT 10 and 11, every
+precision flag went away: types come from the ONNX graph alone. What a version lacks is found with ``hasattr`` and
+refused in a sentence.
 """
 
 from __future__ import annotations
@@ -9,29 +10,27 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from qdeploy.engines.tensorrt.flavour import TENSORRT, Flavour
 from qdeploy.system.errors import CapabilityError
 
-OLDEST = (10, 8)
-INSTALL = "pip install 'qdeploy[tensorrt]'"
 
-
-def load_tensorrt() -> Any:
-    """The module ``tensorrt``. Make sure of a GPU first, by `qdeploy.system.gpu`.
+def load_tensorrt(flavour: Flavour = TENSORRT) -> Any:
+    """The module of a library. For `TENSORRT`, make sure of a GPU first, by `qdeploy.system.gpu`.
 
     Raises:
         CapabilityError: it is missing, broken or too old.
     """
     try:
-        trt = importlib.import_module("tensorrt")
+        trt = importlib.import_module(flavour.module)
     except ImportError as error:
         reason = str(error).splitlines()[0]
-        raise CapabilityError(f"TensorRT cannot be imported ({reason}): {INSTALL}") from error
+        raise CapabilityError(f"{flavour.title} cannot be imported ({reason}): {flavour.install}") from error
     if not hasattr(trt, "__version__"):  # a folder of that name lies in the way
-        raise CapabilityError(f"TensorRT is not installed: {INSTALL}")
-    if version_of(trt)[:2] < OLDEST:
-        oldest = ".".join(map(str, OLDEST))
+        raise CapabilityError(f"{flavour.title} is not installed: {flavour.install}")
+    if version_of(trt)[: len(flavour.oldest)] < flavour.oldest:
+        oldest = ".".join(map(str, flavour.oldest))
         raise CapabilityError(
-            f"TensorRT {trt.__version__} is too old, {oldest} or newer is needed: {INSTALL}"
+            f"{flavour.title} {trt.__version__} is too old, {oldest} or newer is needed: {flavour.install}"
         )
     return trt
 

@@ -10,9 +10,9 @@ import onnx_ir as ir
 
 from qdeploy.export.graph.network import Network, WeightedNode
 from qdeploy.export.graph.nodes import MOVES, upstream
-from qdeploy.export.graph.quantizer import FP8, INT4, INT8, Quantizer
+from qdeploy.export.graph.quantizer import FP4, FP8, INT4, INT8, Quantizer
 
-KINDS = {INT8: "int8", FP8: "fp8", INT4: "int4"}
+KINDS = {INT8: "int8", FP8: "fp8", INT4: "int4", FP4: "fp4"}
 RATE = {"int8": 2.0, "fp8": 2.0}  # multiplications per second on tensor cores, relative to 16 bits
 # A Q fuses into the kernel of what computes its input, if that kernel computes pointwise or multiplies.
 _NO_KERNEL = ("Concat", "Split", "Slice", "Pad", "Gather")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from qdeploy.export.lint.forecast import forecast
 from qdeploy.export.lint.options import parse_version, profile_of
 from qdeploy.export.lint.rule import SEVERITIES, E, Hit, Rule, rules
 from qdeploy.export.lint.scope import Scope
+from qdeploy.export.lint.verdicts import ENGINES, INFERRED, READ, TENSORRT, severity, verdict
 from qdeploy.export.lint.waivers import WAIVERS
 from qdeploy.recipe.targets import find_target
 from qdeploy.store.artifact import Bundle, is_artifact, open_artifact
@@ -27,6 +28,7 @@ from qdeploy.store.facts import LintFacts
 from qdeploy.store.files import explained_os_errors
 from qdeploy.system.errors import InvalidInputError, QDeployError, UsageError
 
+_SHOWN = 3  # nodes that a line names
 _ROUNDS = 8  # a fix can make room for another; more than this many never happened
 
 
@@ -40,6 +42,7 @@ class Finding:
     message: str
     verified: bool
     waived: str | None = None
+    evidence: str = READ
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class LintReport:
         result = {
             "path": self.path,
             "target": self.scope.target,
+            "engine": self.scope.engine,
             "scope": {
                 "tensorrt": _dots(self.scope.tensorrt),
                 "compute_capability": _dots(self.scope.compute_capability),
@@ -93,9 +97,9 @@ class LintReport:
             shares=self.macs["shares"],
         )
 
-    def table(self) -> str:
-        """For people."""
-        lines = [_line(finding) for finding in self.findings if finding.waived is None]
+    def table(self, every: bool = False) -> str:
+        """For people: one line for each rule with the number of places and the first of them, or every place."""
+        lines = _places(self.findings) if every else _by_rule(self.findings)
         if self.output:
             fixed_rules = ", ".join(f"{rule} ({count})" for rule, count in self.fixed.items()) or "nothing"
             lines.append(f"fixed {fixed_rules}: {self.output}")
@@ -109,7 +113,8 @@ class LintReport:
 def lint(
     source: str | Path,
     *,
-    target: str = "tensorrt",
+    target: str | None = None,
+    engine: str = TENSORRT,
     tensorrt: str = "11.4",
     compute_capability: str | None = None,
     shapes: str | None = None,
@@ -119,8 +124,10 @@ def lint(
 
     Args:
         source: an ONNX file, or an ONNX bundle, whose denoiser is meant.
-        target: a name from `qdeploy.recipe.targets`; the rules of all its backends apply.
-        tensorrt: TensorRT's version.
+        target: a name from `qdeploy.recipe.targets`; the rules of all its backends apply. By default the target of
+            the bundle, and ``tensorrt`` for a file.
+        engine: ``tensorrt`` or ``tensorrt-rtx``: whose verdicts the rules of TensorRT get.
+        tensorrt: TensorRT's version; TensorRT for RTX has the parser of 11.
         compute_capability: of the GPU, as ``8.9``.
         shapes: smallest, optimal and largest shapes: ``sample:1x4x64x64,2x4x64x64,8x4x64x64;...``.
         fix: where to write the graph with every fix that does not change what it computes;
@@ -130,10 +137,14 @@ def lint(
         UsageError: an option makes no sense.
         InvalidInputError: the file is no ONNX graph, or its weights are not there.
     """
+    if engine not in ENGINES:
+        raise UsageError(f"unknown engine {engine!r}: choose from {', '.join(ENGINES)}")
+    target = target or _own_target(Path(source))
     find_target(target)
     scope = Scope(
         target,
-        parse_version(tensorrt, "--tensorrt"),
+        engine,
+        parse_version(tensorrt, "--tensorrt") if engine == TENSORRT else Scope.tensorrt,
         parse_version(compute_capability, "--compute-capability") if compute_capability else None,
         profile_of(shapes) if shapes else {},
     )
@@ -166,10 +177,11 @@ def find(net: Network, scope: Scope) -> tuple[Finding, ...]:
     precision = net.model.metadata_props.get("qdeploy.precision", "fp32")
     ours = net.model.producer_name == "qdeploy" and precision != "fp32"
     found = [
-        _finding(rule, hit, WAIVERS.get(rule.id) if ours else None)
+        _finding(rule, hit, held, scope.engine, WAIVERS.get(rule.id) if ours else None)
         for rule in rules().values()
         if rule.backend in backends
         for hit in rule.check(net, scope)
+        if (held := severity(rule, hit, scope.engine))
     ]
     return tuple(sorted(found, key=lambda finding: list(SEVERITIES).index(finding.severity)))
 
@@ -205,6 +217,13 @@ def graph_file(source: Path) -> Path:
     if not source.is_file():
         raise InvalidInputError(f"{source} is neither an ONNX file nor an ONNX bundle")
     return source
+
+
+def _own_target(source: Path) -> str:
+    """The target that a bundle was exported for; ``tensorrt`` for a file, or a bundle that does not name one."""
+    if not is_artifact(source):
+        return "tensorrt"
+    return open_artifact(source, Bundle).facts.target
 
 
 @contextmanager
@@ -244,20 +263,48 @@ def _check_weights(net: Network) -> None:
             raise InvalidInputError(f"{net.path} has its weights in {tensor.location}, which is missing")
 
 
-def _finding(rule: Rule, hit: Hit, waiver: str | None) -> Finding:
+def _finding(rule: Rule, hit: Hit, held: str, engine: str, waiver: str | None) -> Finding:
     where = hit.where
     if isinstance(where, ir.Node):
         where = label(where)
     elif isinstance(where, ir.Value):
         where = where.name
-    return Finding(rule.id, hit.severity or rule.severity, str(where), hit.message, rule.verified, waiver)
+    evidence = verdict(rule, engine).evidence
+    return Finding(rule.id, held, str(where), hit.message, rule.verified, waiver, evidence)
 
 
-def _line(finding: Finding) -> str:
-    text = f"{finding.severity} {finding.rule} {finding.node}: {finding.message}"
-    if rules()[finding.rule].inferred:
-        text += " (unverified on hardware)"
-    return text
+def _places(findings: Sequence[Finding]) -> list[str]:
+    """One line for each place."""
+    return [
+        f"{finding.severity} {finding.rule} {finding.node}: {finding.message}{_doubt(finding)}"
+        for finding in findings
+        if finding.waived is None
+    ]
+
+
+def _by_rule(findings: Sequence[Finding]) -> list[str]:
+    """One line for each rule and severity: how many places, the first of them, and what to do there."""
+    groups: dict[tuple[str, str, str], list[Finding]] = {}
+    for finding in findings:
+        if finding.waived is None:
+            about = (
+                finding.message if finding.node == "graph" else ""
+            )  # each of these says something of its own
+            groups.setdefault((finding.severity, finding.rule, about), []).append(finding)
+    lines = []
+    for (level, rule, _), group in groups.items():
+        first = group[0]
+        if len(group) == 1:
+            lines += _places(group)
+            continue
+        named = ", ".join(finding.node for finding in group[:_SHOWN])
+        rest = f" and {len(group) - _SHOWN} more" if len(group) > _SHOWN else ""
+        lines.append(f"{level} {rule} at {len(group)} places: {first.message}{_doubt(first)}; {named}{rest}")
+    return lines
+
+
+def _doubt(finding: Finding) -> str:
+    return " (unverified on hardware)" if finding.evidence == INFERRED else ""
 
 
 def _dots(version: tuple[int, int] | None) -> str | None:

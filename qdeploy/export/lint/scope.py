@@ -13,12 +13,14 @@ class Scope:
 
     Attributes:
         target: a name from `qdeploy.recipe.targets`: the rules of its backends apply.
+        engine: ``tensorrt`` or ``tensorrt-rtx``: whose verdicts the rules of TensorRT get.
         tensorrt: TensorRT's version, major and minor.
         compute_capability: the GPU's, as ``(8, 9)``; without it no rule asks for it.
         profile: smallest, optimal and largest shape of inputs, by name.
     """
 
     target: str = "tensorrt"
+    engine: str = "tensorrt"
     tensorrt: tuple[int, int] = (11, 4)
     compute_capability: tuple[int, int] | None = None
     profile: dict[str, tuple[Shape, Shape, Shape]] = field(default_factory=dict)

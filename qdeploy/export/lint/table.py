@@ -7,10 +7,14 @@ from pathlib import Path
 
 from qdeploy.export.lint.fixes import fixes
 from qdeploy.export.lint.rule import rules
+from qdeploy.export.lint.verdicts import ENGINES, TENSORRT, Verdict, verdict
 from qdeploy.export.lint.waivers import WAIVERS
 
 BEGIN, END = "<!-- rules: begin -->", "<!-- rules: end -->"
-HEADER = ("rule", "severity", "what a graph has to be like", "otherwise", "holds for", "source", "`--fix`")
+HEADER = (
+    "rule", "what a graph has to be like", "otherwise", "holds for", "TensorRT 10, 11", "TensorRT for RTX 1.7",
+    "source", "`--fix`",
+)  # fmt: skip
 
 
 def rules_table() -> str:
@@ -19,8 +23,18 @@ def rules_table() -> str:
     for rule in rules().values():
         source = rule.source + ("" if rule.verified else ", unverified on hardware" if rule.inferred else "")
         fixed = "where exact" if rule.id in fixes() else ""
-        lines.append((rule.id, rule.severity, rule.what, rule.why, rule.since, source, fixed))
+        engines = (
+            [_column(verdict(rule, engine)) for engine in ENGINES]
+            if rule.backend == TENSORRT
+            else [f"{rule.severity}, for OpenVINO", ""]
+        )
+        lines.append((rule.id, rule.what, rule.why, rule.since, *engines, source, fixed))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _column(held: Verdict) -> str:
+    """An engine's word on a rule: severity, how it is known, and what differs."""
+    return f"{held.severity or 'no finding'}, {held.evidence}" + (f": {held.note}" if held.note else "")
 
 
 def waivers_list() -> str:

@@ -144,6 +144,8 @@ def plan_folder(folder: Path, *, content: bytes = b"PLAN of a test", **change: A
         "profiles": SHAPES,
         "options": Options().facts(),
     }
-    sidecar["options"] |= {key: change.pop(key) for key in list(change) if key in sidecar["options"]}
+    sidecar["options"] |= {
+        key: change.pop(key) for key in list(change) if key in sidecar["options"] and key != "gpu"
+    }
     (folder / "plan.json").write_text(json.dumps(sidecar | change))
     return folder

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import tensorrt as trt
+import tensorrt
+import tensorrt_rtx
 
 # The last part of what stands before the dot -> the class; per file where the same word means other things.
 CLASSES = {
@@ -32,6 +33,7 @@ CLASSES = {
     "inspector": "EngineInspector",
     "cache": "ITimingCache",
     "tensor": "ITensor",
+    "settings": "IBuilderConfig",
 }
 FILES = {
     "builder.py": {"builder", "config", "network", "engine"},
@@ -42,7 +44,12 @@ FILES = {
     "plan.py": {"runtime", "engine", "refitter", "parser"},
     "profiles.py": {"builder", "config", "network", "native", "tensor"},
     "timing_cache.py": {"config", "cache"},
+    "validity.py": {"runtime"},
+    "gpu_targets.py": {"settings"},
 }
+# What only TensorRT for RTX has is looked up there.
+RTX_FILES = ("validity.py", "gpu_targets.py", "runtime_cache.py")
+trt: Any = tensorrt
 OTHER = {("plan.py", "parser"): "OnnxParserRefitter"}
 
 
@@ -50,7 +57,9 @@ def problems(folder: Path) -> tuple[list[str], list[str]]:
     """What was checked, and what is wrong."""
     checked: list[str] = []
     wrong: list[str] = []
+    global trt
     for path in sorted(folder.rglob("*.py")):
+        trt = tensorrt_rtx if path.name in RTX_FILES else tensorrt
         for node in ast.walk(ast.parse(path.read_text())):
             for what, found in _looked_up(path.name, node):
                 checked.append(what)
@@ -182,6 +191,7 @@ def tables(package: Path) -> tuple[list[str], list[str]]:
 if __name__ == "__main__":
     root = Path(sys.argv[1])
     checked, wrong = problems(root / "qdeploy" / "engines" / "tensorrt")
+    trt = tensorrt
     more, missing = tables(root)
     assert inspect.ismodule(trt)
     print(

@@ -13,19 +13,29 @@ import onnx
 import tensorrt as trt
 
 from qdeploy.engines.tensorrt import builder as building
+from qdeploy.engines.tensorrt.child import Built, built_from
 from qdeploy.engines.tensorrt.logger import logger_of
 from qdeploy.engines.tensorrt.plan import TRUST
 from qdeploy.engines.tensorrt.progress import monitor_class
+from qdeploy.engines.tensorrt.worker import Request, serve
 from tests.engines.tensorrt.bench import ADA, write_graph
 from tests.engines.tensorrt.stage import build, in_order, library, refused, scratch
 
 PARSER_GONE = "Parser.7"  # its destructor's slot
 
 
+def build_here(request: Request, folder: Path) -> Built:
+    return built_from(serve(request, folder), folder, 0.0)
+
+
 def whole(folder: Path, failure: str = "", **wishes: Any) -> dict[str, Any]:
     """Build from a file, as the command line does; the GPU is the only thing that is made up."""
     write_graph(folder / "model.onnx")
-    with mock.patch.object(building, "require_gpu", return_value=ADA), library.failing(failure):
+    with (
+        mock.patch.object(building, "require_gpu", return_value=ADA),
+        mock.patch.object(building, "build_in_child", build_here),  # failures are played in this process
+        library.failing(failure),
+    ):
         building.build(folder / "model.onnx", folder / "engine", **wishes)
     return json.loads((folder / "engine" / "plan.json").read_text())
 

@@ -75,7 +75,7 @@ def scene_streamed_weights_get_their_budget_before_any_context() -> None:
 
 def scene_the_inspector_tells_what_runs_in_int8() -> None:
     layers = read_layers(trt, opened().engine)
-    told = report(layers, {"body.conv"})
+    told = report(layers, {"body.conv": "int8"})
     assert told["as_planned"] == 1, told
     refused(lambda: read_layers(trt, opened("no layers").engine), "inspector")
 

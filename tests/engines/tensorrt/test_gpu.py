@@ -83,11 +83,11 @@ def test_a_gpu_that_does_not_exist_is_refused(driver: Driver) -> None:
 def test_an_old_driver_is_refused_for_the_installed_libraries(
     driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preflight, "required_cuda", lambda: 13)
+    monkeypatch.setattr(preflight, "required_cuda", lambda packages: 13)
     with pytest.raises(CapabilityError, match=r"CUDA 12\.4 at most: update the driver to 580"):
         require_gpu(driver(VERSION=12040))
     assert require_gpu(driver(VERSION=13010)).cuda == 13010
-    monkeypatch.setattr(preflight, "required_cuda", lambda: None)
+    monkeypatch.setattr(preflight, "required_cuda", lambda packages: None)
     assert require_gpu(driver(VERSION=12040)).cuda == 12040
 
 

@@ -52,10 +52,13 @@ SCHEMAS = {
 @pytest.mark.parametrize("schema", SCHEMAS)
 def test_both_schemas_tell_the_same(schema: str) -> None:
     layers = parse_layers(SCHEMAS[schema])
-    found = report(layers, {"down.conv", "mid.conv", "up.to_q/MatMul", "gone"})
+    found = report(layers, dict.fromkeys(("down.conv", "mid.conv", "up.to_q/MatMul", "gone"), "int8"))
     assert found == {
         "planned": 4,
         "as_planned": 2,
+        "kinds": {"int8": 2},
+        "in_other": {},
+        "products": {"f16": 1, "int8": 2},
         "in_float": {"mid.conv": "f16 f16f16"},
         "not_found": ["gone"],
         "reformats": 1,
@@ -72,7 +75,7 @@ def test_the_share_of_macs_comes_from_these_kernels(schema: str) -> None:
 
 def test_a_plan_without_details_is_told_apart() -> None:
     layers = parse_layers('{"Layers": ["down.conv + relu", "mid.conv"], "Bindings": ["x"]}')
-    found = report(layers, {"down.conv"})
+    found = report(layers, {"down.conv": "int8"})
     assert found["detailed"] is False
     assert found["not_found"] == ["down.conv"]
     assert kernels(layers)[0].layers == ("down.conv", "relu")

@@ -68,7 +68,8 @@ def test_large_weights_may_stream() -> None:
 def test_other_backends_refuse_each_wish_in_one_sentence(
     qdeploy: Callable[..., Result], quantized_bundle: Artifact, tmp_path: Path, wish: str
 ) -> None:
-    values = {"shapes": ["x:1"], "timing_cache": ["c"], "workspace": [2], "optimization_level": [0]}
+    values = {"shapes": ["x:1"], "timing_cache": ["c"], "workspace": [2], "optimization_level": [0],
+              "time_limit": [1], "memory_limit": [1]}  # fmt: skip
     option = f"--{wish.replace('_', '-')}"
     result = qdeploy("build-engine", quantized_bundle.path, "--backend", "openvino", "-o", tmp_path / "out",
                      option, *values.get(wish, []))  # fmt: skip

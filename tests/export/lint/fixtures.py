@@ -269,6 +269,13 @@ CASES: dict[str, Case] = {
         graph(qdq("xd", "x") + "w = DequantizeLinear<axis=0>(W4, sw) " + CONV),
         graph(qdq("xd", "x") + "w = DequantizeLinear<axis=0>(W4as8, sw) " + CONV),
     ),
+    "TRT047": Case(
+        graph(
+            qdq("xd", "x") + "w = DequantizeLinear<axis=0, block_size=64>(K128, s2) y = MatMul(xd, w)",
+            **ROWS128,
+        ),
+        graph("w = DequantizeLinear<axis=0, block_size=64>(K128, s2) y = MatMul(x, w)", **ROWS128),
+    ),
     "TRT016": Case(good(opset=23, ir=10), good(), {"tensorrt": "10.8"}),
     "TRT017": Case(
         graph(GOOD.replace("QuantizeLinear(x", "QuantizeLinear<precision=1>(x"), opset=23, ir=11),

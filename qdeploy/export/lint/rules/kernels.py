@@ -106,7 +106,12 @@ def int8_attention(net: Network, scope: Scope) -> Hits:
         if not any(s and s.codes == INT8 for part in (attention.scores, attention.mix) for s in part.sources):
             continue
         size = product_size(net, attention.scores)
-        if size and (max(size[:2]) > INT8_TOKENS or size[2] not in INT8_HEADS):
+        if scope.engine == "tensorrt-rtx":
+            yield Hit(
+                attention.scores.node,
+                "int8 attention never fuses: leave its products in floats, or all in fp8",
+            )
+        elif size and (max(size[:2]) > INT8_TOKENS or size[2] not in INT8_HEADS):
             what = f"int8 attention of {size[0]} by {size[1]} tokens, heads of {size[2]}"
             yield Hit(attention.scores.node, f"{what}: leave its products in floats")
 
@@ -125,7 +130,7 @@ def fp8_attention(net: Network, scope: Scope) -> Hits:
         size = product_size(net, attention.scores)
         if 0 < fp8 < 4:
             yield Hit(attention.scores.node, f"{fp8} of q, k, v and softmax are fp8: quantize all or none")
-        elif fp8 and size and (size[2] % 16 or not 8 < size[2] <= 256):
+        elif scope.engine != "tensorrt-rtx" and fp8 and size and (size[2] % 16 or not 8 < size[2] <= 256):
             yield Hit(attention.scores.node, f"fp8 heads of {size[2]}: leave this attention in 16 bits")
 
 

@@ -82,6 +82,8 @@ def impossible_scale(net: Network, scope: Scope) -> Hits:
             continue
         values = scales.astype("float64")
         floor = _SMALLEST_NORMAL.get(net.dtype(q.scale), 0.0)  # type: ignore[arg-type]
+        if scope.engine == "tensorrt-rtx":  # it reads subnormals
+            floor = 0.0
         bad = values[~((values > 0) & (values < float("inf")) & (values >= floor))]
         if bad.size:
             yield Hit(q.node, f"scale {bad.flat[0]:g}: use a small normal number, as 1e-4, for dead channels")
@@ -98,7 +100,7 @@ def impossible_scale(net: Network, scope: Scope) -> Hits:
 def computed_scale(net: Network, scope: Scope) -> Hits:
     for q in net.quantizers:
         if q.scale is not None and not stored(q.scale) and not q.node.op_type.startswith("TRT_"):
-            severity = W if scope.tensorrt >= (11, 0) else E
+            severity = W if scope.engine == "tensorrt" and scope.tensorrt >= (11, 0) else E
             yield Hit(q.node, "the scale is computed by the graph: store it as an initializer", severity)
 
 
@@ -150,7 +152,7 @@ def scale_type(net: Network, scope: Scope) -> Hits:
 @rule("TRT017", E, "no `precision` attribute", "an error on a DQ, ignored on a Q", "IMP", since="opset 23")
 def precision_attribute(net: Network, scope: Scope) -> Hits:
     for q in net.quantizers:
-        if "precision" in q.node.attributes:
+        if "precision" in q.node.attributes and not (q.quantizes and scope.engine == "tensorrt-rtx"):
             yield Hit(q.node, "drop the attribute `precision`", W if q.quantizes else E)
 
 

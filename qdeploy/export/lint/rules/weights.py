@@ -119,11 +119,30 @@ def int4_place(net: Network, scope: Scope) -> Hits:
             continue
         for node, position in net.users(q.output, MOVES):
             if node.op_type.startswith("Conv"):
-                yield Hit(q.node, f"an int4 weight of a {node.op_type}: store the codes as int8", W)
+                refused = scope.engine == "tensorrt-rtx" and net.dequantizer(node.inputs[0])[0] is not None
+                what = f"an int4 weight of a {node.op_type}: store the codes as int8"
+                yield Hit(q.node, what, E if refused else W)
             elif node.op_type not in ("MatMul", "Gemm") or position != 1:
                 yield Hit(
                     q.node, f"int4 codes read by {node.op_type}: only weights of MatMul and Gemm may be"
                 )
+
+
+@rule(
+    "TRT047",
+    E,
+    "a weight in int4 blocks is multiplied by floats",
+    "the scales of its blocks cannot be taken out of the sum of an int8 product, and fp8 has no such kernel",
+    "RUN",
+)
+def int4_blocks_by_codes(net: Network, scope: Scope) -> Hits:
+    for layer in net.layers:
+        x, weight = layer.sources
+        if x is not None and weight is not None and weight.codes == INT4 and weight.block_size:
+            what = "an int4 weight in blocks is multiplied by a quantized input"
+            yield Hit(
+                layer.node, f"{what}: leave the input in 16 bits, or give the weight one scale per channel"
+            )
 
 
 @rule(
