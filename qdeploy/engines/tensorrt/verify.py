@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qdeploy.engines.tensorrt.child import build_in_child
-from qdeploy.engines.tensorrt.flavour import RTX, Flavour
+from qdeploy.engines.tensorrt.flavour import FLAVOURS
 from qdeploy.engines.tensorrt.gpu_targets import parse_gpus
 from qdeploy.engines.tensorrt.graph import read_graph
 from qdeploy.engines.tensorrt.inspector import dtype, kernels, multiplies, report, wide_results
@@ -67,9 +67,10 @@ class Verdict:
 
 def verify(
     source: str | Path,
+    *,
     gpu: str = "sm89",
     shapes: str | None = None,
-    flavour: Flavour = RTX,
+    backend: str = "tensorrt-rtx",
     minutes: float | None = 60.0,
 ) -> Verdict:
     """Have the builder build a graph as it stands, in a process of its own.
@@ -78,7 +79,7 @@ def verify(
         source: an ONNX file, or an ONNX bundle, whose denoiser is meant.
         gpu: GPUs to compile for.
         shapes: profiles, as of `qdeploy.engines.tensorrt.profiles.parse_shapes`; one batch of 1 to 2 if None.
-        flavour: the library.
+        backend: the library, a name of `qdeploy.engines.tensorrt.flavour.FLAVOURS`.
         minutes: limit of time; none if None.
 
     Raises:
@@ -89,7 +90,7 @@ def verify(
     from qdeploy.export.lint.run import graph_file
     from qdeploy.export.products import products
 
-    path = graph_file(Path(source))
+    flavour, path = FLAVOURS[backend], graph_file(Path(source))
     targets = parse_gpus(gpu, flavour)
     graph = read_graph(path, refuse=False)
     profiles = [default_profile(graph.inputs, 1)] if shapes is None else list(parse_shapes(shapes))

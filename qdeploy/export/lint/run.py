@@ -114,7 +114,7 @@ def lint(
     source: str | Path,
     *,
     target: str | None = None,
-    engine: str = TENSORRT,
+    engine: str = "tensorrt",
     tensorrt: str = "11.4",
     compute_capability: str | None = None,
     shapes: str | None = None,
