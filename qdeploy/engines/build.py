@@ -112,7 +112,9 @@ def build_engine(
     }
     place = Path(output) if output else default_output(source.path, "engine")
     made_from = {"onnx": source.sha256, **source.made_from}
-    draft = Draft(place, EngineFolder, made_from, source.recipe, source.seed, options, overwrite)
+    draft = Draft(
+        place, EngineFolder, made_from, source.recipe, source.seed, options, overwrite, source.size()
+    )
     if done := draft.finished():
         return done
     facts = EngineFacts(**source.facts.handed_on(), **_known(options))
@@ -120,9 +122,13 @@ def build_engine(
         say(f"this processor: {cpu_model()}, with {', '.join(cpu_features()) or 'features unknown'}")
     if chosen.device == "cpu" and quantized and not has_int8():
         say("this processor has neither VNNI nor AMX: int8 gains less here than on one that has")
+    from qdeploy.export.graph.external import check_external
+
     with draft:
         say(f"building a {chosen.name} engine of {source.path.name}")
         graph = source.graph
+        folder = f"{source.component}/"
+        check_external(graph, [name.removeprefix(folder) for name in source.files if name.startswith(folder)])
         searched: dict[str, Any] = {}
         if optimize_for:
             from qdeploy.engines.placement.place import Placer

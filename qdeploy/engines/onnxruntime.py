@@ -60,11 +60,14 @@ class ONNXRuntimeEngine(Engine):
     providers: Sequence[Any] = ("CPUExecutionProvider",)
 
     def __init__(self, spec: EngineSpec, threads: int | None = None) -> None:
+        from qdeploy.export.graph.external import check_external
+
         super().__init__(spec)
         self._file = spec.component_folder / MODEL
         self._threads = threads
         # Merging MatMul with the bias's Add into Gemm would separate it from its Q/DQ, and so from int8.
         self._disabled = ["MatMulAddFusion"] if spec.activations != "none" else []
+        check_external(self._file)
         self._session = self._load(self._session_options())
         self.ports = {
             port.name: Port(_DTYPES[port.type], tuple(d if isinstance(d, int) else None for d in port.shape))

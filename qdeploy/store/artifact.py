@@ -34,6 +34,7 @@ class CalibrationFolder(Artifact):
     """A calibration set on disk; `qdeploy.calibration_set.dataset.CalibrationSet` reads its rows."""
 
     KIND = "calibration-set"
+    FACTS = CalibrationSetFacts
     DESCRIPTION = "denoiser inputs recorded along the sampling trajectory"
 
     @cached_property
@@ -57,6 +58,7 @@ class Checkpoint(DenoiserArtifact):
     """Integer weights and all scales; `qdeploy.quant.checkpoint.load_checkpoint` makes a network of it."""
 
     KIND = "checkpoint"
+    FACTS = CheckpointFacts
     DESCRIPTION = "integer weights and activation scales"
 
     @cached_property
@@ -89,6 +91,7 @@ class Bundle(DenoiserArtifact):
     """An ONNX graph in the layout that diffusers' ONNX pipelines open."""
 
     KIND = "onnx"
+    FACTS = BundleFacts
     DESCRIPTION = "an ONNX graph, with Q/DQ where it is quantized"
 
     @cached_property
@@ -106,6 +109,7 @@ class EngineFolder(DenoiserArtifact):
     """A graph that one backend runs; `qdeploy.engines.build.load_engine` opens it."""
 
     KIND = "engine"
+    FACTS = EngineFacts
     DESCRIPTION = "a graph that one backend runs"
 
     @cached_property
@@ -123,6 +127,7 @@ class Samples(Artifact):
     """Images, with their seeds."""
 
     KIND = "samples"
+    FACTS = SamplesFacts
     DESCRIPTION = "images, with their seeds"
 
     @cached_property
@@ -140,6 +145,7 @@ class Sensitivity(Artifact):
     """How much each layer suffers from each number format."""
 
     KIND = "sensitivity"
+    FACTS = SensitivityFacts
     DESCRIPTION = "how sensitive each layer is to each number format"
 
     @cached_property

@@ -31,6 +31,7 @@ class Artifact:
     path: Path
     manifest: Manifest
     KIND: ClassVar[str]
+    FACTS: ClassVar[type[Facts]]
     DESCRIPTION: ClassVar[str]
 
     @cached_property

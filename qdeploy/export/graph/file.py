@@ -7,6 +7,7 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
+from qdeploy.export.graph.external import check_external
 from qdeploy.system.errors import InvalidInputError
 
 LARGE = 2**30  # bytes of initializers above which they go to a file of their own
@@ -16,8 +17,9 @@ def read(path: Path) -> ir.Model:
     """Read a graph with its functions inlined and its nodes in topological order; weights stay in their files.
 
     Raises:
-        InvalidInputError: the file is no ONNX graph, or its nodes form a cycle.
+        InvalidInputError: the file is no ONNX graph, its nodes form a cycle, or it reads weights from elsewhere.
     """
+    check_external(path)
     try:
         model = ir.load(path)
         if model.functions:

@@ -1,0 +1,88 @@
+"""External data of ONNX files: the files that a graph reads its weights from, checked before anything reads them.
+
+A graph can name any path as the location of a tensor, ``..`` and absolute ones included. Only plain names of regular
+files in the folder of the graph are accepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qdeploy.store.names import contained
+from qdeploy.system.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    import onnx
+
+LARGEST_GRAPH = 2**31  # bytes: the limit of the format itself
+
+
+def external_files(path: Path) -> list[str]:
+    """Names of the files that hold external data of a graph, sorted; each checked.
+
+    Raises:
+        InvalidInputError: the file is no ONNX, or names a file that is not a regular one in its own folder.
+    """
+    import onnx
+
+    if not path.is_file():
+        raise InvalidInputError(f"{path} is missing, or not a regular file")
+    if path.stat().st_size > LARGEST_GRAPH:
+        raise InvalidInputError(f"{path} is no ONNX file: it has more than 2 GiB")
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # the parser's exceptions have no common base class
+        raise InvalidInputError(f"{path} is damaged or no ONNX graph") from error
+    entries = (entry for tensor in _tensors(model) for entry in tensor.external_data)
+    names = sorted({entry.value for entry in entries if entry.key == "location"})
+    for name in names:
+        if "/" in name or "\\" in name:
+            raise InvalidInputError(
+                f"{path} reads its weights from {name[:200]!r}, which is not a file of its own folder: do not use it"
+            )
+        contained(path.parent, name)
+    return names
+
+
+def check_external(path: Path, listed: Iterable[str] | None = None) -> None:
+    """Refuse a graph that reads other files than those next to it.
+
+    Args:
+        path: the ONNX file.
+        listed: names of the files next to it that it may read; any, if None.
+
+    Raises:
+        InvalidInputError: it does, or it is no ONNX file.
+    """
+    allowed = None if listed is None else set(listed)
+    for name in external_files(path):
+        if allowed is not None and name not in allowed:
+            raise InvalidInputError(f"{path} reads its weights from {name}, which its artifact does not list")
+
+
+def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor of a model: of its graph, of inner graphs, and of its functions."""
+    yield from _of_graph(model.graph)
+    for function in model.functions:
+        yield from _of_nodes(function.node)
+
+
+def _of_graph(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    yield from _of_nodes(graph.node)
+
+
+def _of_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            if attribute.HasField("g"):
+                yield from _of_graph(attribute.g)
+            for graph in attribute.graphs:
+                yield from _of_graph(graph)

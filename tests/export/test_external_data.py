@@ -1,0 +1,77 @@
+"""Graphs that name files elsewhere as the home of their weights are refused before anything is copied."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from qdeploy.engines.build import build_engine
+from qdeploy.export.graph.external import check_external, external_files
+from qdeploy.export.lint.run import lint
+from qdeploy.store.artifact import Bundle
+from qdeploy.system.errors import InvalidInputError
+from tests.engines.bundles import write_bundle
+from tests.helpers import reseal
+
+
+def graph_with(location: str, path: Path, where: str = "initializer") -> Path:
+    """A graph whose only weights lie in the file of that name."""
+    weights = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
+    weights.external_data.add(key="location", value=location)
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in "xy")
+    nodes = [helper.make_node("Add", ["x", "w"], ["y"])]
+    if where == "constant":
+        nodes.insert(0, helper.make_node("Constant", [], ["w"], value=weights))
+    stored = [weights] if where == "initializer" else []
+    model = helper.make_model(helper.make_graph(nodes, "g", [x], [y], stored))
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+@pytest.mark.parametrize("where", ["initializer", "constant"])
+@pytest.mark.parametrize("location", ["../secret", "/etc/hostname", "sub/../../secret", "..\\secret", ".."])
+def test_a_location_elsewhere_is_refused(tmp_path: Path, location: str, where: str) -> None:
+    (tmp_path / "secret").write_bytes(bytes(16))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    graph = graph_with(location, folder / "model.onnx", where)
+    with pytest.raises(InvalidInputError, match=r"not a file of its own folder|which is not a plain path"):
+        external_files(graph)
+    with pytest.raises(InvalidInputError):
+        lint(graph)
+
+
+def test_a_file_beside_the_graph_is_read_and_a_link_there_is_not(tmp_path: Path) -> None:
+    graph = graph_with("weights", tmp_path / "model.onnx")
+    with pytest.raises(InvalidInputError, match="missing"):
+        check_external(graph)
+    (tmp_path / "weights").write_bytes(bytes(16))
+    assert external_files(graph) == ["weights"]
+    with pytest.raises(InvalidInputError, match="does not list"):
+        check_external(graph, ["model.onnx"])
+    (tmp_path / "weights").unlink()
+    (tmp_path / "weights").symlink_to("/etc/hostname")
+    with pytest.raises(InvalidInputError, match="link to outside"):
+        check_external(graph)
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_a_bundle_with_such_a_graph_writes_and_reads_nothing(tmp_path: Path, backend: str) -> None:
+    bundle = write_bundle(tmp_path / "onnx")
+    assert isinstance(bundle, Bundle)
+    model = onnx.load(bundle.graph)
+    tensor = model.graph.initializer[0]
+    (tmp_path / "victim").write_bytes(tensor.raw_data or b"0" * 1024)
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="../../victim")
+    bundle.graph.write_bytes(model.SerializeToString())
+    reseal(bundle.path)
+    before = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
+    with pytest.raises(InvalidInputError, match="not a file of its own folder"):
+        build_engine(bundle.path, tmp_path / "engine", backend=backend)
+    after = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
+    assert after == before
