@@ -25,7 +25,7 @@ from qdeploy.version import __version__
 # Packages whose versions decide what works, by their names in pip.
 PACKAGES = (
     "torch", "diffusers", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt",
-    "tensorrt-cu13-bindings", "polygraphy", "transformers", "numpy",
+    "tensorrt-cu13-bindings", "tensorrt-rtx", "polygraphy", "transformers", "numpy",
 )  # fmt: skip
 
 
