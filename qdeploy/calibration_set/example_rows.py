@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qdeploy.model.inputs import example_inputs
+from qdeploy.model.inputs import denoise, example_inputs
+from qdeploy.system.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,4 +60,15 @@ class ExampleRows:
         return
 
     def check_fits(self, model: Model, denoiser: nn.Module) -> None:
-        """They were made for the model."""
+        """Make sure that the network can take them.
+
+        Raises:
+            InvalidInputError: it wants inputs that its configuration does not describe.
+        """
+        try:
+            with torch.no_grad():
+                denoise(denoiser, self.inputs([0], next(denoiser.parameters()).device))
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
+            raise InvalidInputError(
+                f"inputs of a {model.class_name} cannot be drawn at random: pass a calibration set"
+            ) from error

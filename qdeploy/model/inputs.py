@@ -92,7 +92,7 @@ def example_inputs(model: Model, rows: int, seed: int = 0) -> dict[str, Tensor]:
     names = list(inspect.signature(model.denoiser_class().forward).parameters)
     steps = torch.linspace(1, 999, rows).round().long()
     inputs = {names[1]: noise(channels, size, size), "timestep": steps}
-    width = config.get("cross_attention_dim") or config.get("caption_channels")
+    width = config.get("caption_channels") or config.get("cross_attention_dim")
     if "encoder_hidden_states" in names and isinstance(width, int):
         inputs["encoder_hidden_states"] = noise(_prompt_tokens(model), width)
     classes = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
