@@ -64,29 +64,33 @@ def test_python_shown_uses_names_that_exist() -> None:
 
 
 @pytest.fixture
-def worked_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The test of CONTRIBUTING's method, whose one file is in an installed package of its own."""
-    method, test = blocks(ROOT / "CONTRIBUTING.md", "python")
-    install(
-        tmp_path, monkeypatch, {"qdeploy.methods": {"percentile": "my_package.percentile"}}, percentile=method
-    )
+def worked_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The tests of CONTRIBUTING's method, metric and pass, which are in an installed package of their own."""
+    page = ROOT / "CONTRIBUTING.md"
+    method, metric, rewrite, test = blocks(page, "python")
+    (project,) = blocks(page, "toml")
+    groups = re.findall(r"entry-points\.\"([\w.]+)\"\]\n(\w+) = \"([\w.]+)\"", project)
+    entries = {group: {name: value} for group, name, value in groups}
+    assert entries.keys() == {"qdeploy.methods", "qdeploy.metrics", "qdeploy.passes"}
+    install(tmp_path, monkeypatch, entries, percentile=method, brightness=metric, doubled=rewrite)
     return test
 
 
-def test_the_worked_method_in_contributing_is_found_and_passes_its_test(
-    worked_method: str, tmp_path: Path, qdeploy: Callable[..., Result]
+def test_the_worked_package_in_contributing_is_found_and_passes_its_tests(
+    worked_package: str, tmp_path: Path, qdeploy: Callable[..., Result]
 ) -> None:
-    """One file and one test: nothing else is written, and every part of the program knows the method."""
+    """Three files and their entry points: nothing else is written, and every part of the program knows them."""
     assert check_stages(find_method("percentile").stages)
-    assert resolve_recipe(method="percentile").stages[1].options["finder"] == "percentile"
+    assert resolve_recipe(method="percentile").stages[2].options == {"factor": 1.1}
     shown = qdeploy("methods")
     assert shown.exit_code == 0
-    assert "percentile" in shown.stdout
+    assert {"percentile", "widen"} <= set(re.findall(r"\w+", shown.stdout))
     namespace: dict[str, Any] = {}
-    exec(worked_method, namespace)
+    exec(worked_package, namespace)
     tests = [value for name, value in namespace.items() if name.startswith("test_")]
-    assert len(tests) == 1
-    tests[0](tmp_path)
+    assert len(tests) == 3
+    for number, test in enumerate(tests):
+        test(tmp_path / str(number))
 
 
 def test_without_its_file_the_worked_method_is_unknown() -> None:
