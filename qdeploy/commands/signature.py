@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -50,7 +51,7 @@ def parameters(module: str, function: str) -> dict[str, Parameter]:
     ]
     if not found:
         raise LookupError(f"{module} has no function {function}")
-    return {each.name: each for each in _parameters(found[-1].args)}
+    return {each.name: each for each in _parameters(found[-1].args, _constants(_tree(module)))}
 
 
 @cache
@@ -61,16 +62,35 @@ def _tree(module: str) -> ast.Module:
     return ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
 
 
-def _parameters(arguments: ast.arguments) -> Iterator[Parameter]:
+def _constants(tree: ast.Module) -> dict[str, Any]:
+    """Names that a module gives to plain values: numbers, words, and tuples and tables of them."""
+    found: dict[str, Any] = {}
+    for each in tree.body:
+        if isinstance(each, ast.Assign) and len(each.targets) == 1 and isinstance(each.targets[0], ast.Name):
+            with suppress(ValueError):
+                found[each.targets[0].id] = ast.literal_eval(each.value)
+    return found
+
+
+def _parameters(arguments: ast.arguments, constants: dict[str, Any]) -> Iterator[Parameter]:
     plain = [*arguments.posonlyargs, *arguments.args]
     without = len(plain) - len(arguments.defaults)
     defaults: list[ast.expr | None] = [*[None] * without, *arguments.defaults, *arguments.kw_defaults]
     for argument, default in zip([*plain, *arguments.kwonlyargs], defaults, strict=True):
         annotation = "" if argument.annotation is None else ast.unparse(argument.annotation)
-        yield Parameter(argument.arg, annotation, REQUIRED if default is None else _value(default))
+        yield Parameter(argument.arg, annotation, REQUIRED if default is None else _value(default, constants))
 
 
-def _value(default: ast.expr) -> Any:
-    """The value of a constant expression."""
+def _value(default: ast.expr, constants: dict[str, Any]) -> Any:
+    """The value of an expression of constants.
+
+    Raises:
+        LookupError: it has a name that is not one of the module's constants: give the parameter a plain default.
+    """
     code = compile(ast.Expression(default), "<default>", "eval")
-    return eval(code, {"__builtins__": {}})
+    try:
+        return eval(code, {"__builtins__": {}}, constants)
+    except NameError as error:
+        raise LookupError(
+            f"the default {ast.unparse(default)} cannot be read from the source: {error}"
+        ) from error
