@@ -64,12 +64,15 @@ class Spread:
         return (high.amax(1) - high.amin(1) + low.amax(1) - low.amin(1)).double().sum()
 
 
-def extremes(inner: nn.Module, x: Tensor) -> _Extremes:
+def extremes(inner: nn.Module | None, x: Tensor) -> _Extremes:
     """Smallest and largest values of each row of a layer's input along its dimensions, each [rows, A].
 
-    ``channels`` always; for sequences ``tokens``; for convolutions what DGQ's code sees after im2col: a row
-    for each channel and kernel position, zero padding included, and an output pixel for each column.
+    ``channels`` always; ``tokens`` for sequences, and for operands of attention [rows, heads, tokens, d], which
+    have no layer; for convolutions what DGQ's code sees after im2col: a row for each channel and kernel position,
+    zero padding included, and an output pixel for each column.
     """
+    if inner is None:
+        return {CHANNELS: (x.amin((1, 2)), x.amax((1, 2))), TOKENS: (x.amin((1, 3)), x.amax((1, 3)))}
     if isinstance(inner, nn.Linear):
         if x.ndim == 2:
             return {CHANNELS: (x, x)}
@@ -94,9 +97,14 @@ def _im2col_extremes(inner: nn.Conv2d, x: Tensor) -> _Extremes:
 
 
 class InputSpreads:
-    """Collects the extremes and the mean square of one layer's input over all calibration rows."""
+    """Collects the extremes and the mean square of one layer's input over all calibration rows.
 
-    def __init__(self, inner: nn.Module, timesteps: Tensor) -> None:
+    Args:
+        inner: the layer, or None for an operand of attention.
+        timesteps: all that will be seen, ascending.
+    """
+
+    def __init__(self, inner: nn.Module | None, timesteps: Tensor) -> None:
         self.inner, self.timesteps = inner, timesteps
         self.spreads: dict[str, Spread | None] = {}
         self.square, self.count = torch.zeros(()), 0
@@ -114,7 +122,8 @@ class InputSpreads:
                 spread.observe(low, high, place)
             else:
                 self.spreads[name] = None  # another size than before: nothing is fixed along it
-        features = x.transpose(1, -1) if not isinstance(self.inner, nn.Linear) else x
+        last = self.inner is None or isinstance(self.inner, nn.Linear)
+        features = x if last else x.transpose(1, -1)
         flat = features.reshape(-1, features.shape[-1])
         self.square = self.square + flat.square().sum(0).cpu().double()
         self.count += len(flat)
@@ -131,27 +140,30 @@ class InputSpreads:
 
 def input_spreads(
     session: Session,
-    layers: Mapping[str, QuantizedLayer],
+    modules: Mapping[str, nn.Module],
     mode: Callable[[], AbstractContextManager[None]],
     what: str,
 ) -> dict[str, Tensor]:
-    """What the inputs of some layers look like over the calibration rows; names are ``PATH:NAME``.
+    """What some tensors look like over the calibration rows; names are ``PATH:NAME``.
 
     Args:
         session: the calibration.
-        layers: by path.
+        modules: quantized layers whose inputs are looked at, and quantizers of attention's operands, by path.
         mode: of the network, such as ``session.teacher``.
         what: for the progress bar.
     """
     timesteps = session.data.timesteps[session.rows()].float().unique()
-    found = {path: InputSpreads(layer.inner, timesteps) for path, layer in layers.items()}
+    found = {
+        path: InputSpreads(module.inner if isinstance(module, QuantizedLayer) else None, timesteps)
+        for path, module in modules.items()
+    }
     clock = attach_clock(session.denoiser)
 
     def before(call: ModuleCall) -> None:
         assert clock.now is not None
         found[call.name].observe(call.input, clock.now)
 
-    observe_rows(session, layers, what, before=before, mode=mode)
+    observe_rows(session, modules, what, before=before, mode=mode)
     return {f"{path}:{name}": value for path, seen in found.items() for name, value in seen.tensors().items()}
 
 

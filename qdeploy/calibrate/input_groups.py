@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qdeploy.calibrate.groups import (
@@ -15,26 +16,21 @@ from qdeploy.calibrate.groups import (
     relative_spans,
 )
 from qdeploy.calibrate.session import Session
-from qdeploy.network.roles import Layer
 from qdeploy.quant.layer import QuantizedLayer
 from qdeploy.quant.patches import PIXELS, ROWS
 from qdeploy.quant.quantizers import ActivationQuantizer
+from qdeploy.quant.ranges import to_scale
+from qdeploy.quant.shared_inputs import Readers, by_quantizer
 from qdeploy.recipe.formats import Format
 from qdeploy.system.errors import UsageError
 
-Family = tuple[list[Layer], list[QuantizedLayer]]
+_TINY = torch.finfo(torch.float32).tiny
 
 
-def layer_families(session: Session) -> list[Family]:
-    """The layers with quantized inputs, those that share a quantizer together, in execution order."""
+def quantized_inputs(session: Session) -> list[Readers]:
+    """The covered layers with quantized inputs, those that share a quantizer together, in execution order."""
     modules = session.quantized(session.layers)
-    families: dict[int, Family] = {}
-    for layer, module in zip(session.layers, modules, strict=True):
-        if module.input_quantizers:
-            family = families.setdefault(id(module.input_quantizers), ([], []))
-            family[0].append(layer)
-            family[1].append(module)
-    return list(families.values())
+    return by_quantizer({layer.path: module for layer, module in zip(session.layers, modules, strict=True)})
 
 
 def activation_format(session: Session, stage: str) -> Format:
@@ -51,7 +47,7 @@ def activation_format(session: Session, stage: str) -> Format:
     return number_format
 
 
-def check_groups(groups: Any, channels: Mapping[str, int]) -> None:
+def check_group_count(groups: Any, channels: Mapping[str, int]) -> None:
     """Refuse an impossible number of groups.
 
     Args:
@@ -89,20 +85,45 @@ def labels_along(session: Session, found: Mapping[str, Tensor], dimension: str, 
     return cluster(low, high, groups, session.generator("groups", session.stage, str(len(low))))
 
 
-def give_shares(
+def set_group_scales(
     quantizer: ActivationQuantizer, found: Mapping[str, Tensor], dimension: str, labels: Tensor, axis: int
 ) -> None:
-    """Turn the scale of a tensor into scales along a dimension, each as large as its group's share of the range.
+    """Turn the range of a tensor into ranges along a dimension: each group's share of it.
+
+    Where the format has a zero point, each group has its own, as in DGQ (``z_g = round(-low_g / s_g)``): behind an
+    activation function that reaches equally far down in all channels, a scale alone could not follow the groups.
+    A range that was found narrower than the extremes, or for a group of timesteps, narrows all groups alike.
 
     Args:
-        quantizer: has one scale, or one for each group of timesteps.
+        quantizer: has one range, or one for each group of timesteps.
         found: extremes along the dimension, as of `input_spreads`.
         dimension: a name of them.
         labels: [A] the group of each index.
         axis: of what the quantizer is given.
     """
     low, high = found[f"{dimension}.low"], found[f"{dimension}.high"]
-    shares = relative_spans(low, high, labels, quantizer.format.symmetric).to(quantizer.scale.device)
-    scale = quantizer.scale[..., None] * shares
-    zero_point = quantizer.zero_point[..., None].expand_as(scale)
-    quantizer.set(scale, zero_point, quantizer.edges if quantizer.banked else None, axis)
+    number_format, edges = quantizer.format, quantizer.edges if quantizer.banked else None
+    if number_format.symmetric:
+        shares = relative_spans(low, high, labels, symmetric=True).to(quantizer.scale.device)
+        scale = quantizer.scale[..., None] * shares
+        quantizer.set(scale, quantizer.zero_point[..., None].expand_as(scale), edges, axis)
+        return
+    lows, highs = (ends.to(quantizer.scale.device) for ends in group_ends(low, high, labels))
+    span = (highs.amax() - lows.amin()).clamp(min=_TINY)
+    share = (quantizer.scale * (number_format.qmax - number_format.qmin) / span)[..., None]
+    scale, zero_point = to_scale(lows * share, highs * share, number_format)
+    quantizer.set(scale, zero_point, edges, axis)
+
+
+def group_ends(low: Tensor, high: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """[A] the ends of the range of each index's group, zero included."""
+    groups = torch.zeros(int(labels.max()) + 1, dtype=low.dtype)
+    lows = groups.scatter_reduce(0, labels, low, "amin")
+    highs = groups.scatter_reduce(0, labels, high, "amax")
+    return lows[labels], highs[labels]
+
+
+def in_words(left: Mapping[str, int]) -> str:
+    """How many layers are left as they are, by reason; empty if none is."""
+    reasons = ", ".join(f"{count} ({reason})" for reason, count in left.items())
+    return f"; left as they are: {reasons}" if reasons else ""

@@ -40,9 +40,7 @@ def rounding_noise(
     """
     weights, activations = modules[0].formats
     assert activations is not None
-    spread = torch.maximum(-low, high) if activations.symmetric else high.clamp(min=0) - low.clamp(max=0)
-    codes = activations.qmax if activations.symmetric else activations.qmax - activations.qmin
-    steps = factors * (spread / factors).amax() / codes
+    steps = _steps(low, high, factors, labels, activations)
     total = 0.0
     for module in modules:
         weight = module.weight.detach().float().cpu().reshape(module.channels, len(factors), -1)  # [O, C, k]
@@ -51,6 +49,19 @@ def rounding_noise(
             error = _weight_error(weight, weights, factors, labels)
             total += float((error.square().sum((0, 2)) * square.float()).double().sum())
     return total
+
+
+def _steps(low: Tensor, high: Tensor, factors: Tensor, labels: Tensor | None, activations: Format) -> Tensor:
+    """[C] steps of the input channels; a zero point is that of the tensor, or of the group where groups are split."""
+    if activations.symmetric:
+        return factors * (torch.maximum(-low, high) / factors).amax() / activations.qmax
+    codes = activations.qmax - activations.qmin
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    if labels is None:
+        return factors * ((high / factors).amax() - (low / factors).amin()) / codes
+    spans = torch.zeros(int(labels.max()) + 1, dtype=low.dtype)
+    spans = spans.scatter_reduce(0, labels, high, "amax") - spans.scatter_reduce(0, labels, low, "amin")
+    return spans[labels] / codes
 
 
 def _weight_error(weight: Tensor, number_format: Format, factors: Tensor, labels: Tensor | None) -> Tensor:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from qdeploy.quant.layer import QuantizedLayer, quantized_layers
+from qdeploy.quant.layer import QuantizedLayer
+from qdeploy.quant.shared_inputs import by_tensor
 
 if TYPE_CHECKING:
     from qdeploy.calibrate.session import Session
@@ -25,20 +26,12 @@ def can_smooth(layer: QuantizedLayer) -> bool:
     return int(getattr(layer.inner, "groups", 1)) == 1
 
 
-def input_groups(session: Session) -> list[list[QuantizedLayer]]:
-    """Layers that read one tensor, and so share what is done to it, together."""
-    modules = quantized_layers(session.denoiser)
-    groups: dict[str, list[QuantizedLayer]] = {}
-    for layer in session.layers:
-        groups.setdefault(layer.reads, []).append(modules[layer.path])
-    return list(groups.values())
-
-
 def smoothing_groups(session: Session, linear: bool) -> list[list[QuantizedLayer]]:
     """Those groups of layers that read one tensor which can be smoothed; ``linear``: without convolutions."""
+    groups = [list(readers.values()) for readers in by_tensor(session.denoiser, session.layers)]
     return [
         group
-        for group in input_groups(session)
+        for group in groups
         if all(can_smooth(layer) and (isinstance(layer.inner, nn.Linear) or not linear) for layer in group)
     ]
 

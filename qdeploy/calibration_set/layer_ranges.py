@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qdeploy.network.observe import ModuleCall, observing
 from qdeploy.network.tracer import WEIGHTED
-from qdeploy.quant.ranges import Summary
+from qdeploy.quant.activation_statistics import RowExtremes
 from qdeploy.quant.time_ranges import ranges_by_timestep
 
 
@@ -49,9 +49,9 @@ class LayerRanges:
 
     def tensors(self) -> dict[str, Tensor]:
         """The ranges by path, as of `ranges_by_timestep`; layers in the order of execution."""
-        summaries = {}
+        seen_by_layer = {}
         for path, seen in self._seen.items():
             lows, highs = torch.stack([extremes for _, extremes in seen]).float().cpu().unbind(1)
             timesteps = torch.tensor([timestep for timestep, _ in seen])
-            summaries[path] = Summary(lows=[lows], highs=[highs], timesteps=[timesteps])
-        return ranges_by_timestep(summaries)
+            seen_by_layer[path] = RowExtremes([lows], [highs], [timesteps])
+        return ranges_by_timestep(seen_by_layer)

@@ -28,9 +28,10 @@ from qdeploy.model.pipeline_index import INDEX, files_of, read_index
 from qdeploy.network.current_timestep import attach_clock
 from qdeploy.network.roles import Layer, Structure
 from qdeploy.quant.attention import AttentionQuantizers, quantize_attention
-from qdeploy.quant.insert import set_clock, share_dynamic_group, share_inputs
+from qdeploy.quant.insert import set_clock, share_dynamic_group
 from qdeploy.quant.layer import OF_LAYERS, QuantizedLayer, quantized_layers, replace_module
 from qdeploy.quant.modes import full_precision
+from qdeploy.quant.shared_inputs import share_quantizers
 from qdeploy.quant.state import read_state, write_state
 from qdeploy.recipe.formats import NONE, Format, parse_format, uint8
 from qdeploy.recipe.recipe import Recipe
@@ -181,7 +182,7 @@ def _quantize_as_described(denoiser: nn.Module, described: Mapping[str, Any], re
         seen = None if layer.get("float_input") else own
         replace_module(denoiser, layer["path"], QuantizedLayer(inner, weights, seen, tuple(layer["split"])))
         inner.weight = None  # type: ignore[assignment]
-    share_inputs(denoiser, {layer["path"]: layer["reads"] for layer in described["layers"]})
+    share_quantizers(denoiser, {layer["path"]: layer["reads"] for layer in described["layers"]})
     share_dynamic_group(denoiser, recipe)
     for path in described["attentions"]:
         assert recipe.attention is not None

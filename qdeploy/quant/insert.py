@@ -18,6 +18,7 @@ from qdeploy.quant.layer import (
     replace_module,
 )
 from qdeploy.quant.quantizers import ActivationQuantizer
+from qdeploy.quant.shared_inputs import share_quantizers
 from qdeploy.recipe.coverage import covered, find_coverage, float_inputs
 from qdeploy.recipe.exclusions import check_exclude
 from qdeploy.recipe.formats import BLOCKS, Format, blocked, parse_format, uint8
@@ -55,7 +56,7 @@ def quantize_structure(denoiser: nn.Module, structure: Structure, recipe: Recipe
         weights, own = layer_formats(inner, replace(layer, split=split), recipe)
         seen = None if layer.path in bare else own
         replace_module(denoiser, layer.path, QuantizedLayer(inner, weights, seen, split))
-    share_inputs(denoiser, {layer.path: layer.reads for layer in layers})
+    share_quantizers(denoiser, {layer.path: layer.reads for layer in layers})
     share_dynamic_group(denoiser, recipe)
     if recipe.attention is not None:
         for path in structure.attentions:
@@ -146,19 +147,3 @@ def too_thin(module: nn.Module, layer: Layer, weights: Format | None = None) -> 
     if weights is not None and weights.floating:
         return any(thin_float_conv(part, group) for part in parts)
     return any(thin_conv(part, group, layer.first) for part in parts)
-
-
-def share_inputs(denoiser: nn.Module, reads: dict[str, str]) -> None:
-    """Let layers that read one tensor use one input quantizer; ``reads`` maps each to the first of them."""
-    layers = quantized_layers(denoiser)
-    for path, first in reads.items():
-        if first == path or first not in layers or layers[first].split != layers[path].split:
-            continue
-        if layers[first].formats[1] == layers[path].formats[1] and _quantizes_input(
-            layers[first], layers[path]
-        ):
-            layers[path].input_quantizers = layers[first].input_quantizers
-
-
-def _quantizes_input(*layers: QuantizedLayer) -> bool:
-    return all(len(layer.input_quantizers) for layer in layers)

@@ -27,6 +27,7 @@ from qdeploy.quant.log_attention import LogQuantizer
 from qdeploy.quant.operators import code_type
 from qdeploy.quant.patches import PatchQuantizer
 from qdeploy.quant.quantizers import ActivationQuantizer, WeightQuantizer
+from qdeploy.quant.shared_inputs import by_quantizer
 from qdeploy.recipe.formats import Format
 from qdeploy.system.errors import InvalidInputError
 
@@ -103,7 +104,7 @@ def write_state(
     """
     layers = _layers(denoiser, prefix)
     cut = [(layer, state[f"{path}.order"], path) for path, layer in layers if f"{path}.order" in state]
-    shared = _sharing(layers)
+    shared = [list(readers.values()) for readers in by_quantizer(dict(layers))]
     for layer, order, path in cut:
         if layer.order is None:
             layer.cut(tuple(state[f"{path}.split"].tolist()), order.to(layer.device))
@@ -160,17 +161,9 @@ def _table(
     return FeatureTable(rows, edges, clock, *own).to(device)
 
 
-def _sharing(layers: list[tuple[str, QuantizedLayer]]) -> list[list[QuantizedLayer]]:
-    """Layers that use one input quantizer, together."""
-    groups: dict[int, list[QuantizedLayer]] = {}
-    for _, layer in layers:
-        groups.setdefault(id(layer.input_quantizers), []).append(layer)
-    return [group for group in groups.values() if len(group) > 1]
-
-
 def _share(groups: list[list[QuantizedLayer]], cut: set[int]) -> None:
     for group in groups:
-        if any(id(layer) in cut for layer in group):
+        if len(group) > 1 and any(id(layer) in cut for layer in group):
             for layer in group[1:]:
                 layer.input_quantizers = group[0].input_quantizers
 

@@ -7,45 +7,44 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from qdeploy.quant.ranges import Summary
+from qdeploy.quant.activation_statistics import RowExtremes
 from qdeploy.store.artifact import CalibrationFolder, DenoiserArtifact
 
 
-def ranges_by_timestep(summaries: Mapping[str, Summary]) -> dict[str, Tensor]:
+def ranges_by_timestep(seen: Mapping[str, RowExtremes]) -> dict[str, Tensor]:
     """Smallest and largest value of every tensor at every timestep.
 
     Args:
-        summaries: of each tensor by its name, with timesteps; in the order of execution.
+        seen: of each tensor by its name, with timesteps; in the order of execution.
 
     Returns:
         What ``ranges.safetensors`` holds.
     """
-    every = [torch.cat(summary.timesteps) for summary in summaries.values()]
-    distinct = torch.cat(every).unique() if every else torch.zeros(0)
+    timesteps = {name: torch.cat(extremes.timesteps) for name, extremes in seen.items()}
+    distinct = torch.cat(list(timesteps.values())).unique() if timesteps else torch.zeros(0)
     ranges = {"timesteps": distinct}
-    for name, summary in summaries.items():
-        place = torch.searchsorted(distinct, torch.cat(summary.timesteps))
-        for what, seen, mode in (("low", summary.lows, "amin"), ("high", summary.highs, "amax")):
+    for name, extremes in seen.items():
+        place = torch.searchsorted(distinct, timesteps[name])
+        for what, values, mode in zip(("low", "high"), extremes.joined(), ("amin", "amax"), strict=True):
             target = torch.zeros(len(distinct))
-            ranges[f"{name}.{what}"] = target.scatter_reduce(
-                0, place, torch.cat(seen), mode, include_self=False
-            )
-    places = {name: place for place, name in enumerate(summaries)}
+            ranges[f"{name}.{what}"] = target.scatter_reduce(0, place, values, mode, include_self=False)
+    places = {name: place for place, name in enumerate(seen)}
     ranges["order"] = torch.tensor([places[name] for name in sorted(places)], dtype=torch.int64)
     return ranges
 
 
 def merge_ranges(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The ranges over all parts, each as of `ranges_by_timestep` and of the same tensors."""
-    summaries = {
-        name: Summary(
-            lows=[part[f"{name}.low"] for part in parts],
-            highs=[part[f"{name}.high"] for part in parts],
-            timesteps=[part["timesteps"] for part in parts],
-        )
-        for name in tensor_names(parts[0])
-    }
-    return ranges_by_timestep(summaries)
+    return ranges_by_timestep(
+        {
+            name: RowExtremes(
+                [part[f"{name}.low"] for part in parts],
+                [part[f"{name}.high"] for part in parts],
+                [part["timesteps"] for part in parts],
+            )
+            for name in tensor_names(parts[0])
+        }
+    )
 
 
 def tensor_names(ranges: Mapping[str, Tensor]) -> list[str]:

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import qdeploy
-from qdeploy.calibrate.groups import cluster, extremes, relative_spans
-from qdeploy.calibrate.input_groups import give_shares
+from qdeploy.calibrate.groups import cluster, extremes
+from qdeploy.calibrate.input_groups import set_group_scales
 from qdeploy.calibrate.methods import dgq_patches
 from qdeploy.calibrate.staged import run_stages
 from qdeploy.model.inputs import denoise
@@ -70,18 +70,27 @@ def grouped(
     low, high = extremes(inner, x)[along]
     found = {f"{along}.low": low.amin(0), f"{along}.high": high.amax(0)}
     labels = cluster(found[f"{along}.low"], found[f"{along}.high"], groups, seeded())
-    give_shares(layer.quantize_patches(), found, along, labels, AXES[along])
+    set_group_scales(layer.quantize_patches(), found, along, labels, AXES[along])
     return layer, labels
 
 
 def by_definition(inner: nn.Conv2d, x: Tensor, along: str, labels: Tensor, number_format: Format) -> Tensor:
-    """The im2col matrix [B, positions × C, L] formed and quantized: each group has the scale that covers it."""
+    """The im2col matrix [B, positions × C, L] formed and quantized, each group in its own range."""
     matrix = torch.cat([seen.flatten(2) for _, _, seen in shifted(inner, x)], 1)
-    axes = (0, 2) if along == ROWS else (0, 1)
-    shares = relative_spans(matrix.amin(axes), matrix.amax(axes), labels, number_format.symmetric)
     scale, zero = to_scale(x.min(), x.max(), number_format)
-    scale = scale * (shares[:, None] if along == ROWS else shares)
-    quantized = fake_quantize(matrix, scale, zero.expand(scale.shape), number_format.qmin, number_format.qmax)
+    part = (x.max() - x.min()) / (matrix.max() - matrix.min())
+    quantized = torch.empty_like(matrix)
+    for group in labels.unique():
+        own = (slice(None), labels == group) if along == ROWS else (slice(None), slice(None), labels == group)
+        low, high = matrix[own].min().clamp(max=0), matrix[own].max().clamp(min=0)
+        if number_format.symmetric:
+            share = torch.maximum(-low, high) / matrix.abs().max()
+            own_scale, own_zero = scale * share, zero
+        else:
+            own_scale, own_zero = to_scale(low * part, high * part, number_format)
+        quantized[own] = fake_quantize(
+            matrix[own], own_scale, own_zero, number_format.qmin, number_format.qmax
+        )
     weight = inner.weight.permute(0, 2, 3, 1).flatten(1)
     height = next(shifted(inner, x))[2].shape[2]
     assert inner.bias is not None
@@ -341,7 +350,7 @@ def test_a_stopped_run_continues_with_the_same_patches(
         raise Stopped
 
     with monkeypatch.context() as patch:
-        patch.setattr(dgq_patches, "give_shares", stop)
+        patch.setattr(dgq_patches, "set_group_scales", stop)
         with pytest.raises(Stopped):
             run(tmp_path / "out")
     found, again = run(tmp_path / "out")

@@ -26,7 +26,8 @@ from qdeploy.export.trace import OUTPUT, trace
 from qdeploy.model.folder import open_model
 from qdeploy.model.inputs import denoise
 from qdeploy.network.roles import find_structure
-from qdeploy.quant.channel_ranges import ChannelSummary
+from qdeploy.quant.activation_finders import channel_ranges
+from qdeploy.quant.activation_statistics import ActivationStatistics
 from qdeploy.quant.checkpoint import load_checkpoint, write_checkpoint
 from qdeploy.quant.layer import quantized_layers
 from qdeploy.quant.modes import freeze
@@ -500,15 +501,15 @@ def test_ranges_of_channels_do_not_depend_on_how_often_they_are_seen() -> None:
     x = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor(
         [1.0, 30.0, 0.01]
     ).view(3, 1, 1)
-    once, often = ChannelSummary(axis=1), ChannelSummary(axis=1)
+    once, often = ActivationStatistics(axis=1), ActivationStatistics(axis=1)
     once.observe(x)
     for _ in range(5):
         often.observe(x)
     for finder in ("minmax", "lp"):
-        for one, other in zip(once.find(finder, uint4), often.find(finder, uint4), strict=True):
+        for one, other in zip(*(channel_ranges(seen, finder, uint4) for seen in (once, often)), strict=True):
             assert one.shape == (3,)
             assert torch.equal(one, other)
-    scale, zero_point = once.find("minmax", uint4)
+    scale, zero_point = channel_ranges(once, "minmax", uint4)
     low, high = (x.transpose(0, 1).flatten(1).amin(1), x.transpose(0, 1).flatten(1).amax(1))
     assert torch.allclose(scale, (high - low) / 15)
     assert torch.all((zero_point >= 0) & (zero_point <= 15))

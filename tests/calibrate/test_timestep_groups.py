@@ -17,13 +17,14 @@ from qdeploy.calibrate.staged import run_stages
 from qdeploy.calibrate.timestep_groups import best_cuts, check_groups, find_edges
 from qdeploy.model.inputs import denoise
 from qdeploy.network.current_timestep import Clock, midpoints
+from qdeploy.quant.activation_statistics import ActivationStatistics
 from qdeploy.quant.attention import AttentionQuantizers
 from qdeploy.quant.feature_table import FeatureTable
 from qdeploy.quant.layer import QuantizedLayer, quantized_layers
 from qdeploy.quant.modes import full_precision
 from qdeploy.quant.operators import fake_quantize
 from qdeploy.quant.quantizers import ActivationQuantizer
-from qdeploy.quant.ranges import Summary, minmax_weights, to_scale
+from qdeploy.quant.ranges import minmax_weights, to_scale
 from qdeploy.quant.state import code_shapes, quantizers, read_state, write_state
 from qdeploy.quant.time_ranges import ranges_by_timestep
 from qdeploy.recipe.effort import Effort
@@ -171,7 +172,7 @@ def live_ranges(session: Session, rows: list[int]) -> list[tuple[str, float, flo
 
 def test_folded_rows_keep_their_timesteps() -> None:
     """Attention folds heads into the first axis; each head is then a row of its image's timestep."""
-    summary = Summary()
+    summary = ActivationStatistics()
     summary.observe(torch.tensor([[1.0], [2.0], [30.0], [40.0]]), torch.tensor([5.0, 900.0]))
     ranges = ranges_by_timestep({"a": summary})
     assert ranges["a.low"].tolist() == [1.0, 30.0]
@@ -179,13 +180,13 @@ def test_folded_rows_keep_their_timesteps() -> None:
 
 
 def test_a_group_summarises_its_own_rows_alone() -> None:
-    summary = Summary(per_row=8)
+    summary = ActivationStatistics(by_timestep=True)
     summary.observe(torch.tensor([[1.0, -1.0], [5.0, -2.0]]), torch.tensor([100.0, 500.0]))
     summary.observe(torch.tensor([[0.5, -7.0]]), torch.tensor([100.0]))
     low, high = summary.groups(torch.tensor([300.0]))
     assert (low.low, low.high) == (-7.0, 1.0)
     assert (high.low, high.high) == (-2.0, 5.0)
-    assert sorted(low.values().unique().tolist()) == [-7.0, -1.0, 0.5, 1.0]
+    assert [int(part.histogram.counts.sum()) for part in (low, high)] == [4, 2]
     assert summary.groups(torch.zeros(0)) == [summary]
 
 

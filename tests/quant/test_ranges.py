@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qdeploy.quant.activation_finders import ACTIVATION_FINDERS
+from qdeploy.quant.activation_statistics import ActivationStatistics
 from qdeploy.quant.operators import fake_quantize, over_weight, to_grid
 from qdeploy.quant.ranges import (
-    ACTIVATION_FINDERS,
     SHRINKS,
     WEIGHT_FINDERS,
-    Summary,
     check_finder,
     lp_weights,
     minmax_weights,
@@ -25,18 +25,18 @@ from qdeploy.quant.ranges import (
 from qdeploy.recipe.formats import FORMATS, Format, fp8, int4, int4b64, int4b128, int8, uint4, uint8
 from qdeploy.system.errors import UsageError
 
-Finder = Callable[[Summary, Format], tuple[Tensor, Tensor]]
+Finder = Callable[[ActivationStatistics, Format], tuple[Tensor, Tensor]]
 PLAIN = [number_format for number_format in FORMATS.values() if not number_format.block]
 INTEGERS = [number_format for number_format in PLAIN if not number_format.floating]
 all_formats = pytest.mark.parametrize("number_format", INTEGERS, ids=lambda f: f.name)
 all_finders = pytest.mark.parametrize("finder", ACTIVATION_FINDERS.values(), ids=list(ACTIVATION_FINDERS))
 
 
-def summary_of(rows: Tensor, batch: int = 8, per_row: int = 512) -> Summary:
-    summary = Summary(per_row)
+def statistics_of(rows: Tensor, batch: int = 8) -> ActivationStatistics:
+    statistics = ActivationStatistics()
     for part in rows.split(batch):
-        summary.observe(part)
-    return summary
+        statistics.observe(part)
+    return statistics
 
 
 def quantized(x: Tensor, scale: Tensor, zero: Tensor, number_format: Format) -> Tensor:
@@ -58,7 +58,7 @@ def test_codes_lie_on_the_grid_of_their_bits(finder: Finder, number_format: Form
     """P6. QUEST-3, QUEST-8: 8 bits without regard to the sign have 514 levels. QUEST-4: a search loses half."""
     for offset in (0.0, 5.0, -5.0):  # ranges that lie on both sides of zero, and on one
         rows = torch.randn(64, 400, generator=torch.Generator().manual_seed(1)) + offset
-        scale, zero = finder(summary_of(rows), number_format)
+        scale, zero = finder(statistics_of(rows), number_format)
         wide = torch.linspace(-100, 100, 20_001)
         codes = (quantized(wide, scale, zero, number_format) / scale).round() + zero
         assert len(codes.unique()) <= 2**number_format.bits
@@ -188,8 +188,8 @@ def test_a_range_does_not_depend_on_the_order_of_the_rows(finder: Finder, number
     """QD-6: calibration rows are sorted by timestep; an average over batches keeps the last few only."""
     rows = drifting_rows()
     shuffled = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
-    found = [finder(summary_of(order), number_format) for order in (rows, rows.flip(0), shuffled)]
-    found.append(finder(summary_of(rows, batch=5), number_format))
+    found = [finder(statistics_of(order), number_format) for order in (rows, rows.flip(0), shuffled)]
+    found.append(finder(statistics_of(rows, batch=5), number_format))
     for scale, zero in found[1:]:
         assert scale == pytest.approx(float(found[0][0]), rel=1e-6)
         assert abs(int(zero) - int(found[0][1])) <= (number_format.symmetric is False)
@@ -208,45 +208,27 @@ def test_the_running_average_of_the_released_code_would_depend_on_it() -> None:
     assert average(rows) > 1.05 * average(rows.flip(0)) or average(rows.flip(0)) > 1.05 * average(rows)
 
 
-def test_running_is_the_mean_of_the_extremes_of_rows() -> None:
-    rows = drifting_rows()
-    scale, _ = ACTIVATION_FINDERS["running"](summary_of(rows), int8)
-    flat = rows.flatten(1)
-    expected = max(-flat.amin(1).mean(), flat.amax(1).mean())
-    assert scale * 127 == pytest.approx(float(expected), rel=1e-5)
-
-
-def test_minmax_sees_values_that_the_sample_leaves_out() -> None:
+def test_minmax_covers_a_single_outlier() -> None:
     rows = torch.zeros(4, 10_000)
     rows[2, 777] = 9.0
-    scale, _ = ACTIVATION_FINDERS["minmax"](summary_of(rows, per_row=16), int8)
+    scale, _ = ACTIVATION_FINDERS["minmax"](statistics_of(rows), int8)
     assert scale * 127 == pytest.approx(9.0)
-
-
-def test_the_sample_stays_small_and_holds_the_extremes() -> None:
-    rows = torch.randn(6, 3, 50, 50, generator=torch.Generator().manual_seed(0))
-    summary = summary_of(rows, batch=4, per_row=32)
-    values = summary.values()
-    assert len(values) == 6 * (32 + 2)
-    assert (values.min(), values.max()) == (rows.min(), rows.max())
 
 
 def test_percentile_leaves_outliers_outside() -> None:
     rows = torch.linspace(-1, 1, 100_000).view(100, 1000).clone()
     rows[0, 0] = 1000.0
-    scale, _ = ACTIVATION_FINDERS["percentile"](summary_of(rows, per_row=1000), int8)
+    scale, _ = ACTIVATION_FINDERS["percentile"](statistics_of(rows), int8)
     assert scale * 127 == pytest.approx(1.0, rel=1e-2)
 
 
 @pytest.mark.parametrize("number_format", [int8, int4, uint4], ids=lambda f: f.name)
 def test_lp_scores_no_worse_than_minmax_on_what_it_has_seen(number_format: Format) -> None:
     rows = torch.randn(40, 100, generator=torch.Generator().manual_seed(5)).pow(3)
-    summary = summary_of(rows)
     scores = []
     for name in ("lp", "minmax"):
-        found = ACTIVATION_FINDERS[name](summary, number_format)
-        error = quantized(summary.values(), *found, number_format) - summary.values()
-        scores.append(error.abs().pow(2.4).mean())
+        found = ACTIVATION_FINDERS[name](statistics_of(rows), number_format)
+        scores.append((quantized(rows, *found, number_format) - rows).abs().pow(2.4).mean())
     assert scores[0] < scores[1]
 
 
@@ -254,13 +236,13 @@ def test_lp_scores_no_worse_than_minmax_on_what_it_has_seen(number_format: Forma
 def test_constant_and_empty_looking_tensors_do_not_saturate(finder: Finder) -> None:
     for value in (0.0, 3.0, -3.0):
         x = torch.full((8, 7), value)
-        scale, zero = finder(summary_of(x), uint8)
+        scale, zero = finder(statistics_of(x), uint8)
         assert (quantized(x, scale, zero, uint8) - x).abs().max() <= 0.25 * abs(value)  # lp may shrink it
 
 
 def test_unknown_finders_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(UsageError, match="minmax, percentile, running, lp"):
-        check_finder("entropy", ACTIVATION_FINDERS)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="minmax, percentile, running, lp, mse, entropy"):
+        check_finder("nosuch", ACTIVATION_FINDERS)
 
 
 # -- blocks and floats -------------------------------------------------------------------------------------
@@ -299,12 +281,3 @@ def test_the_scales_are_those_that_other_tools_compute() -> None:
     weight = torch.randn(4, 128, generator=torch.Generator().manual_seed(5))
     assert torch.equal(minmax_weights(weight, fp8)[0], weight.abs().amax(1) / 448)
     assert torch.equal(minmax_weights(weight, int4b128)[0], weight.abs().amax(1, keepdim=True) / 7)
-
-
-@pytest.mark.parametrize("finder", ["minmax", "percentile", "lp"])
-def test_activations_in_fp8_stay_close(finder: str) -> None:
-    rows = drifting_rows()
-    scale, zero = ACTIVATION_FINDERS[finder](summary_of(rows), fp8)
-    hat = to_grid(rows, scale, zero, fp8)
-    assert (hat - rows).square().sum() < 0.01 * rows.square().sum()
-    assert hat.isfinite().all()

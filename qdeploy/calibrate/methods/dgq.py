@@ -34,10 +34,11 @@ from qdeploy.calibrate.groups import (
     relative_spans,
 )
 from qdeploy.calibrate.input_groups import (
-    Family,
     activation_format,
-    check_groups,
-    layer_families,
+    check_group_count,
+    group_ends,
+    in_words,
+    quantized_inputs,
     reads_some_channels,
     reference_dimension,
 )
@@ -47,12 +48,14 @@ from qdeploy.calibrate.rounding_noise import LEAST_GAIN, rounding_noise
 from qdeploy.calibrate.session import Session
 from qdeploy.quant.layer import QuantizedLayer
 from qdeploy.quant.patches import PIXELS, ROWS
+from qdeploy.quant.shared_inputs import Readers
 from qdeploy.recipe.formats import Format, parse_format
 from qdeploy.recipe.stages import ACTIVATION_SCALES, WEIGHT_SCALES, Method, Stage
 from qdeploy.system.errors import UsageError
 from qdeploy.system.progress import say
 
 FORMS = ("auto", "fold", "split")
+HELD = 0.8  # of a step: if the paper's are narrower than this, a deployable form is said to lack zero points
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,15 @@ class GroupPlan:
         factors: [C] relative scales, 1 and more.
         noise: estimated rounding noise with groups, relative to that without.
         left: why they are left as they are; empty if they are grouped.
+        paper_steps: how wide steps would be with a zero point for each group, as in the paper, as a share of
+            those with one zero point for all groups.
     """
 
     labels: Tensor
     factors: Tensor
     noise: float
     left: str = ""
+    paper_steps: float = 1.0
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -115,69 +121,75 @@ class GroupChannels(Stage):
         """Fold or split the weights of layers, and write the report of groups."""
         number_format = activation_format(session, "group-channels")
         form = _form(self.form, session)
-        families = layer_families(session)
-        whole = [
-            (layers[0].path, modules[0])
-            for layers, modules in families
-            if not reads_some_channels(modules[0])
-        ]
-        check_groups(self.groups, {path: module.weight.shape[1] for path, module in whole})
-        firsts = {layers[0].path: modules[0] for layers, modules in families}
+        inputs = quantized_inputs(session)
+        firsts = dict(next(iter(readers.items())) for readers in inputs)
+        whole = {path: layer for path, layer in firsts.items() if not reads_some_channels(layer)}
+        check_group_count(self.groups, {path: layer.weight.shape[1] for path, layer in whole.items()})
         measured = session.draft.step(
             f"{session.stage}-measured",
             lambda: input_spreads(session, firsts, session.teacher, "channel ranges"),
         )
-        plans = {
-            layers[0].path: _plan(
-                session,
-                modules,
-                of_layer(measured, layers[0].path),
-                self.groups,
-                form,
-                self.check,
-                self.choose,
-            )
-            for layers, modules in families
-        }
+        plans = [
+            self._plan(session, list(readers.values()), of_layer(measured, first), form)
+            for first, readers in zip(firsts, inputs, strict=True)
+        ]
 
         def compute() -> None:
-            for layers, modules in families:
-                plan = plans[layers[0].path]
+            for readers, plan in zip(inputs, plans, strict=True):
                 if not plan.left:
+                    modules = list(readers.values())
                     _fold(modules, plan) if form == "fold" else _split(modules, plan)
 
         session.once("groups", compute)
-        report = _channel_report(families, plans, measured, number_format, form, self.groups)
+        report = _channel_report(inputs, plans, measured, number_format, form, self.groups)
         session.draft.json(f"{session.component}/groups.json", report)
-        session.report["groups"] = report["counts"]
-        say(f"groups of channels: {report['counts']['grouped']} of {len(session.layers)} layers, form {form}")
+        counts = session.report["groups"] = report["counts"]
+        say(
+            f"groups of channels: {counts['grouped']} of {len(session.layers)} layers, form {form}"
+            + in_words(counts["left"])
+        )
+        if counts["without_zero_points"]:
+            say(
+                f"{counts['without_zero_points']} of them have one zero point for all groups, where the paper's zero "
+                f"points by group would give steps less than {HELD:.0%} as wide: no engine has a place for them"
+            )
+
+    def _plan(
+        self, session: Session, modules: list[QuantizedLayer], found: Mapping[str, Tensor], form: str
+    ) -> GroupPlan:
+        weights, activations = modules[0].formats
+        low, high = found[f"{CHANNELS}.low"], found[f"{CHANNELS}.high"]
+        ones = torch.ones_like(low)
+        if reason := _unfit(modules[0], found, self.choose):
+            return GroupPlan(torch.zeros_like(low, dtype=torch.int64), ones, 1.0, reason)
+        assert activations is not None
+        labels = cluster(low, high, self.groups, session.generator("groups", session.stage, str(len(low))))
+        if int(labels.max()) == 0:
+            return GroupPlan(labels, ones, 1.0, "one group")
+        before = rounding_noise(modules, low, high, found["square"], ones, None)
+        apart = labels if form == "split" else None
+        trials = []
+        # with one zero point for all groups, either both ends are followed, or the larger one of each group
+        for symmetric in dict.fromkeys((activations.symmetric, True)):
+            spans = relative_spans(low, high, labels, symmetric)
+            factors = spans / spans.amin()
+            after = rounding_noise(modules, low, high, found["square"], factors, apart)
+            trials.append((after / before if before else 1.0, factors))
+        ratio, factors = min(trials, key=lambda trial: trial[0])
+        left = "no less noise" if self.check and weights is not None and ratio > 1 - LEAST_GAIN else ""
+        held = form == "split" or activations.symmetric
+        steps = 1.0 if held else _steps_by_zero_point(low, high, labels, factors)
+        return GroupPlan(labels, factors, ratio, left, steps)
 
 
-def _plan(
-    session: Session,
-    modules: list[QuantizedLayer],
-    found: Mapping[str, Tensor],
-    groups: int,
-    form: str,
-    check: bool,
-    choose: bool,
-) -> GroupPlan:
-    weights, activations = modules[0].formats
-    low, high = found[f"{CHANNELS}.low"], found[f"{CHANNELS}.high"]
-    nothing = torch.zeros_like(low, dtype=torch.int64)
-    if reason := _unfit(modules[0], found, choose):
-        return GroupPlan(nothing, torch.ones_like(low), 1.0, reason)
-    assert activations is not None
-    labels = cluster(low, high, groups, session.generator("groups", session.stage, str(len(low))))
-    spans = relative_spans(low, high, labels, activations.symmetric)
-    if int(labels.max()) == 0:
-        return GroupPlan(labels, torch.ones_like(low), 1.0, "one group")
-    factors = spans / spans.amin()
-    before = rounding_noise(modules, low, high, found["square"], torch.ones_like(low), None)
-    after = rounding_noise(modules, low, high, found["square"], factors, labels if form == "split" else None)
-    ratio = after / before if before else 1.0
-    left = "no less noise" if check and weights is not None and ratio > 1 - LEAST_GAIN else ""
-    return GroupPlan(labels, factors, ratio, left)
+def _steps_by_zero_point(low: Tensor, high: Tensor, labels: Tensor, factors: Tensor) -> float:
+    """How wide steps would be with a zero point for each group, as a share of those with one for all groups.
+
+    The mean over channels, of a folded layer.
+    """
+    steps = factors * ((high / factors).amax().clamp(min=0) - (low / factors).amin().clamp(max=0))
+    lows, highs = group_ends(low, high, labels)
+    return float(((highs - lows) / steps.clamp(min=torch.finfo(steps.dtype).tiny)).clamp(max=1).mean())
 
 
 def _unfit(module: QuantizedLayer, found: Mapping[str, Tensor], choose: bool) -> str:
@@ -204,27 +216,34 @@ def _split(modules: list[QuantizedLayer], plan: GroupPlan) -> None:
 
 
 def _channel_report(
-    families: list[Family],
-    plans: Mapping[str, GroupPlan],
+    inputs: list[Readers],
+    plans: list[GroupPlan],
     measured: Mapping[str, Tensor],
     number_format: Format,
     form: str,
     groups: int,
 ) -> dict[str, Any]:
     layers: dict[str, Any] = {}
-    counts: dict[str, Any] = {"grouped": 0, "left": {}, "paper_dimension": {}, "im2col_fallback": 0}
-    for family, modules in families:
-        plan, found = plans[family[0].path], of_layer(measured, family[0].path)
-        dimension = reference_dimension(found) or "none"
-        for layer, module in zip(family, modules, strict=True):
-            layers[layer.path] = {
+    counts: dict[str, Any] = {
+        "grouped": 0,
+        "left": {},
+        "without_zero_points": 0,
+        "paper_dimension": {},
+        "im2col_fallback": 0,
+    }
+    for readers, plan in zip(inputs, plans, strict=True):
+        dimension = reference_dimension(of_layer(measured, next(iter(readers)))) or "none"
+        for path, module in readers.items():
+            layers[path] = {
                 "sizes": [] if plan.left else list(plan.sizes),
                 "largest_factor": 1.0 if plan.left else round(float(plan.factors.max()), 4),
                 "estimated_noise": round(plan.noise, 4),
                 "left": plan.left,
+                "paper_steps": round(plan.paper_steps, 4),
                 "paper_dimension": dimension,
             }
             counts["grouped"] += not plan.left
+            counts["without_zero_points"] += not plan.left and plan.paper_steps < HELD
             if plan.left:
                 counts["left"][plan.left] = counts["left"].get(plan.left, 0) + 1
             counts["paper_dimension"][dimension] = counts["paper_dimension"].get(dimension, 0) + 1

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from qdeploy.calibrate.groups import chosen_dimension, input_spreads, of_layer
 from qdeploy.calibrate.input_groups import (
     activation_format,
-    check_groups,
-    give_shares,
+    check_group_count,
+    in_words,
     labels_along,
-    layer_families,
+    quantized_inputs,
+    set_group_scales,
 )
 from qdeploy.calibrate.session import Session
 from qdeploy.model.folder import read_json
@@ -73,8 +74,8 @@ class GroupPatches(Stage):
     def run(self, session: Session) -> None:
         """Give convolutions quantizers along their patches."""
         activation_format(session, "group-patches")
-        check_groups(self.groups, {})
-        families = {layers[0].path: modules for layers, modules in layer_families(session)}
+        check_group_count(self.groups, {})
+        families = {next(iter(readers)): list(readers.values()) for readers in quantized_inputs(session)}
         left = {path: reason for path, modules in families.items() if (reason := _unfit(modules))}
         free = {path: modules[0] for path, modules in families.items() if path not in left}
         measured = session.draft.step(
@@ -97,11 +98,11 @@ class GroupPatches(Stage):
         def compute() -> None:
             for path, (dimension, labels) in plans.items():
                 quantizer = free[path].quantize_patches()
-                give_shares(quantizer, of_layer(measured, path), dimension, labels, AXES[dimension])
+                set_group_scales(quantizer, of_layer(measured, path), dimension, labels, AXES[dimension])
 
         session.once("groups", compute)
         counts = _report(session, families, plans, left)
-        say(f"groups of patches: {counts['simulated']} convolutions, simulated")
+        say(f"groups of patches: {counts['simulated']} convolutions, simulated" + in_words(counts["left"]))
 
     def simulated(self) -> str:
         """Why no engine can run the result."""

@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from qdeploy.calibrate.observe_rows import observe_rows
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.timestep_groups import find_edges
 from qdeploy.network.observe import ModuleCall
-from qdeploy.quant.channel_ranges import ChannelSummary
+from qdeploy.quant.activation_finders import ACTIVATION_FINDERS, CHANNEL_FINDERS, channel_ranges
+from qdeploy.quant.activation_statistics import ActivationStatistics
 from qdeploy.quant.layer import QuantizedLayer, quantized_layers
 from qdeploy.quant.quantizers import ActivationQuantizer
-from qdeploy.quant.ranges import ACTIVATION_FINDERS, WEIGHT_FINDERS, Summary, check_finder
+from qdeploy.quant.ranges import WEIGHT_FINDERS, check_finder
+from qdeploy.quant.shared_inputs import by_quantizer
 from qdeploy.quant.state import quantizers
 from qdeploy.quant.time_ranges import ranges_by_timestep
 from qdeploy.recipe.effort import Effort
@@ -69,8 +72,8 @@ class ActivationRanges(Stage):
     quantized tensor at every timestep is kept with the checkpoint.
 
     Attributes:
-        finder: ``minmax``, ``percentile``, ``running`` or ``lp``.
-        channelwise: give each channel of a layer's input a scale of its own, by ``minmax`` or ``lp``: a
+        finder: ``minmax``, ``percentile``, ``running``, ``lp``, ``mse`` or ``entropy``.
+        channelwise: give each channel of a layer's input a scale of its own, by ``minmax``, ``lp`` or ``mse``: a
             simulation.
     """
 
@@ -89,21 +92,20 @@ class ActivationRanges(Stage):
             UsageError: an unknown finder, or one that finds no scales by channel.
         """
         super().__post_init__()
-        check_finder(self.finder, WEIGHT_FINDERS if self.channelwise else ACTIVATION_FINDERS)
+        check_finder(self.finder, CHANNEL_FINDERS if self.channelwise else ACTIVATION_FINDERS)
 
     def run(self, session: Session) -> None:
         """Set the scale of every activation quantizer, and keep the ranges with the checkpoint."""
 
         def compute() -> None:
             seen = summarize(session, self.channelwise)
-            ranges = ranges_by_timestep({name: summary for name, _, summary in seen})
+            ranges = ranges_by_timestep({name: statistics for name, _, statistics in seen})
             session.keep_ranges(ranges)
             edges = find_edges(session.recipe.timestep_groups, ranges)
-            for _, quantizer, summary in seen:
-                axis = summary.axis if isinstance(summary, ChannelSummary) else None
-                found = [_find(part, self.finder, quantizer.format) for part in summary.groups(edges)]
+            for _, quantizer, statistics in track(seen, "activation scales"):
+                found = [_find(part, self.finder, quantizer.format) for part in statistics.groups(edges)]
                 scales, zeros = zip(*found, strict=True)
-                quantizer.set(torch.stack(scales), torch.stack(zeros), edges, axis)
+                quantizer.set(torch.stack(scales), torch.stack(zeros), edges, statistics.axis)
 
         session.once("activations", compute)
 
@@ -112,49 +114,56 @@ class ActivationRanges(Stage):
         return "no engine has a scale for each input channel" if self.channelwise else ""
 
 
-def _find(summary: Summary, finder: str, number_format: Format) -> tuple[torch.Tensor, torch.Tensor]:
-    if isinstance(summary, ChannelSummary):
-        return summary.find(finder, number_format)
-    return ACTIVATION_FINDERS[finder](summary, number_format)
+def _find(
+    statistics: ActivationStatistics, finder: str, number_format: Format
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if statistics.axis is not None:
+        return channel_ranges(statistics, finder, number_format)
+    return ACTIVATION_FINDERS[finder](statistics, number_format)
 
 
-def summarize(session: Session, channelwise: bool = False) -> list[tuple[str, ActivationQuantizer, Summary]]:
-    """Summaries of what every activation quantizer sees, weights quantized and activations float.
+def summarize(
+    session: Session, channelwise: bool = False
+) -> list[tuple[str, ActivationQuantizer, ActivationStatistics]]:
+    """Statistics of what every activation quantizer sees, weights quantized and activations float.
 
-    With ``channelwise``, those of layers' inputs keep their channels apart; operands of attention do not.
+    A tensor that several layers read is looked at once, at the first of them. With ``channelwise``, the inputs of
+    layers keep their channels apart; operands of attention do not.
 
     Returns:
-        Name, quantizer and summary, in the order of execution.
+        Name, quantizer and statistics, in the order of execution.
     """
-    per_row = max(32, 2**18 // max(1, len(session.rows())))
-    axes = {
-        id(quantizer): layer.feature_axis
-        for layer in quantized_layers(session.denoiser).values()
-        for quantizer in layer.activation_quantizers
-        if channelwise
-    }
-    found = [
-        (
-            name,
-            quantizer,
-            ChannelSummary(per_row, axis=axes[id(quantizer)]) if id(quantizer) in axes else Summary(per_row),
-        )
+    by_timestep = session.recipe.timestep_groups != 1
+    found = {
+        id(quantizer): (name, quantizer, ActivationStatistics(by_timestep=by_timestep))
         for name, quantizer in quantizers(session.denoiser)
         if isinstance(quantizer, ActivationQuantizer)
-    ]
-    summaries = {name: summary for name, _, summary in found}
+    }
+    readers = [next(iter(group.items())) for group in by_quantizer(quantized_layers(session.denoiser))]
+    inputs = {id(quantizer) for _, layer in readers for quantizer in layer.activation_quantizers}
+    observed: dict[str, nn.Module] = dict(readers)
+    observed |= {name: quantizer for name, quantizer, _ in found.values() if id(quantizer) not in inputs}
     met: dict[str, None] = {}
 
-    def before(call: ModuleCall) -> None:
-        assert isinstance(call.module, ActivationQuantizer)
-        met.setdefault(call.name)
-        clock = call.module.clock
-        summaries[call.name].observe(call.input, clock.now if clock else None)
+    def observe(quantizer: ActivationQuantizer, x: torch.Tensor) -> None:
+        name, _, statistics = found[id(quantizer)]
+        met.setdefault(name)
+        statistics.observe(x, quantizer.clock.now if quantizer.clock else None)
 
-    modules = {name: quantizer for name, quantizer, _ in found}
-    observe_rows(session, modules, "activation ranges", before=before, mode=session.weights_only)
+    def before(call: ModuleCall) -> None:
+        if isinstance(call.module, ActivationQuantizer):
+            observe(call.module, call.input)
+        elif isinstance(call.module, QuantizedLayer):
+            for quantizer, part in zip(
+                call.module.activation_quantizers, call.module.input_parts(call.input), strict=True
+            ):
+                if channelwise:
+                    found[id(quantizer)][2].axis = call.module.feature_axis
+                observe(quantizer, part)
+
+    observe_rows(session, observed, "activation ranges", before=before, mode=session.weights_only)
     places = {name: place for place, name in enumerate(met)}
-    return sorted(found, key=lambda entry: places.get(entry[0], len(places)))
+    return sorted(found.values(), key=lambda entry: places.get(entry[0], len(places)))
 
 
 def round_to_nearest(layer: QuantizedLayer) -> None:
