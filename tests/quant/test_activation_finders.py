@@ -111,7 +111,7 @@ def test_the_error_read_from_the_histogram_is_that_of_the_population(
 
 @pytest.mark.parametrize("population", POPULATIONS.values(), ids=list(POPULATIONS))
 def test_more_rows_are_never_worse(population: Callable[[torch.Generator], Tensor]) -> None:
-    """SAMPLE-1: a sample whose size falls as rows are added finds worse ranges the more is asked for."""
+    """A sample whose size falls as rows are added finds worse ranges the more is asked for."""
     rows = _draw(population)
     for number_format in (int8, int4):
         errors = [
@@ -134,7 +134,7 @@ def test_neither_the_order_of_rows_nor_batches_change_a_bit(
 
 
 def test_a_percentile_is_one() -> None:
-    """SAMPLE-2: extremes of rows at equal weight made 99.99 % cover 4.75 of a normal's 3.72."""
+    """Extremes of rows at equal weight made 99.99 % cover 4.75 of a normal's 3.72."""
     for population in (POPULATIONS["normal"], _laplace, _student):
         rows = _draw(population)
         scale, _ = percentile(statistics_of(rows), int8)
@@ -143,7 +143,7 @@ def test_a_percentile_is_one() -> None:
 
 
 def test_running_is_what_momentum_over_shuffled_batches_tends_to() -> None:
-    """TFMQ-5: the reference's average, over many shuffles, has the computed mean."""
+    """The reference's average, over many shuffles, has the computed mean."""
     rows = _draw(_laplace)[:96] * torch.linspace(0.2, 2, 96)[:, None]
     scale, _ = running(statistics_of(rows), int8)
     generator, averages = torch.Generator().manual_seed(0), []
