@@ -24,7 +24,7 @@ from qdeploy.calibrate.groups import (
     input_spreads,
     relative_spans,
 )
-from qdeploy.calibrate.input_groups import reference_dimension
+from qdeploy.calibrate.input_groups import reference_dimension, set_group_scales
 from qdeploy.calibrate.methods import dgq, dgq_attention, dgq_tokens, minmax
 from qdeploy.calibrate.rounding_noise import rounding_noise
 from qdeploy.calibrate.staged import run_stages
@@ -426,9 +426,9 @@ def token_layer(number_format: Format, groups: int) -> tuple[QuantizedLayer, Ten
     layer = QuantizedLayer(nn.Linear(4, 5).requires_grad_(False), None, number_format)
     calibrated(layer, x)
     found = {f"{TOKENS}.low": x.amin((0, 2)), f"{TOKENS}.high": x.amax((0, 2))}
-    session: Any = type("Bare", (), {"generator": staticmethod(lambda *names: seeded()), "stage": "s"})
-    dgq_tokens._scale_along(session, layer, found, TOKENS, -2, groups)
-    return layer, x, cluster(*found.values(), groups, seeded())
+    labels = cluster(*found.values(), groups, seeded())
+    set_group_scales(layer.activation_quantizers[0], found, TOKENS, labels, -2)
+    return layer, x, labels
 
 
 def test_scales_of_tokens_are_multiplied_back_behind_the_sum() -> None:

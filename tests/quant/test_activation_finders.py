@@ -180,7 +180,7 @@ def test_entropy_cuts_rare_outliers_and_keeps_a_uniform_range() -> None:
 def test_every_value_is_counted_in_the_bin_that_holds_it() -> None:
     values = torch.cat(
         [
-            torch.randn(5000) * torch.logspace(-4, 4, 5000),
+            torch.randn(5000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 4, 5000),
             torch.zeros(17),
             torch.tensor([2.0**-40, -(2.0**-32), 1.0]),
         ]
@@ -191,7 +191,7 @@ def test_every_value_is_counted_in_the_bin_that_holds_it() -> None:
     assert int(counts.sum()) == len(values)
     zero = (edges == 0).all(1)
     assert int(counts[0, zero]) == 18  # and the one that is as good as zero
-    for (left, right), count in zip(edges.tolist(), counts[0].tolist(), strict=True):
+    for (left, right), count in zip(edges[~zero].tolist(), counts[0, ~zero].tolist(), strict=True):
         own = (values.double() >= left) & (values.double() <= right)
         assert count <= int(own.sum())
         assert right - left <= max(abs(left), abs(right)) / 32 + 1e-12
