@@ -26,12 +26,16 @@ def can_smooth(layer: QuantizedLayer) -> bool:
     return int(getattr(layer.inner, "groups", 1)) == 1
 
 
+def input_groups(session: Session) -> list[list[QuantizedLayer]]:
+    """Layers that read one tensor, and so share what is done to it, together."""
+    return [list(readers.values()) for readers in by_tensor(session.denoiser, session.layers)]
+
+
 def smoothing_groups(session: Session, linear: bool) -> list[list[QuantizedLayer]]:
     """Those groups of layers that read one tensor which can be smoothed; ``linear``: without convolutions."""
-    groups = [list(readers.values()) for readers in by_tensor(session.denoiser, session.layers)]
     return [
         group
-        for group in groups
+        for group in input_groups(session)
         if all(can_smooth(layer) and (isinstance(layer.inner, nn.Linear) or not linear) for layer in group)
     ]
 

@@ -14,9 +14,9 @@ from torch import nn
 
 from qdeploy.calibrate.methods.minmax import ActivationRanges, WeightRanges
 from qdeploy.calibrate.session import Session
+from qdeploy.calibrate.smoothing import input_groups
 from qdeploy.quant.basis import hadamard
 from qdeploy.quant.layer import QuantizedLayer, is_pointwise
-from qdeploy.quant.shared_inputs import by_tensor
 from qdeploy.recipe.effort import Effort
 from qdeploy.recipe.stages import ROTATIONS, SCALES, Method, Stage
 from qdeploy.system.errors import UsageError
@@ -60,7 +60,7 @@ class Rotate(Stage):
 
         def compute() -> None:
             count = 0
-            for group in (list(readers.values()) for readers in by_tensor(session.denoiser, session.layers)):
+            for group in input_groups(session):
                 size = rotation_size(group[0], self.size)
                 if size < SMALLEST or not all(map(can_rotate, group)):
                     continue
