@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from qdeploy.workflows.calibrate import calibrate
     from qdeploy.workflows.demo import demo
     from qdeploy.workflows.inspect import inspect, methods
+    from qdeploy.workflows.preflight import preflight
 
 __all__ = [
     "ActivationRanges",
@@ -93,6 +94,7 @@ __all__ = [
     "load_checkpoint",
     "load_engine",
     "methods",
+    "preflight",
     "report",
     "sample",
     "selftest",
@@ -159,6 +161,7 @@ _NAMES = {
         "inspect",
         "methods",
     ),
+    "qdeploy.workflows.preflight": ("preflight",),
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names}
 

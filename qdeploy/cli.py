@@ -11,7 +11,7 @@ import os
 import click
 
 from qdeploy.commands.base import Commands
-from qdeploy.commands.calibration import calibrate, collect, sensitivity
+from qdeploy.commands.calibration import calibrate, collect, preflight, sensitivity
 from qdeploy.commands.deployment import build_engine, doctor, export, lint, selftest
 from qdeploy.commands.evaluation import benchmark, check, demo, report, sample
 from qdeploy.commands.information import inspect, methods
@@ -30,6 +30,7 @@ def main() -> None:
 
 for _command in (
     demo,
+    preflight,
     collect,
     calibrate,
     sensitivity,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +13,10 @@ import click
 from qdeploy.commands.base import report_made, verb
 from qdeploy.commands.options import Verb, sampling_of, sampling_options
 from qdeploy.model.sampling import COLLECTING
-from qdeploy.system.errors import UsageError
+from qdeploy.system.errors import InvalidInputError, UsageError
 
 _COLLECT = Verb("qdeploy.calibration_set.collect", "collect")
+_PREFLIGHT = Verb("qdeploy.workflows.preflight", "preflight")
 _CALIBRATE = Verb("qdeploy.workflows.calibrate", "calibrate")
 _SENSITIVITY = Verb("qdeploy.mixed.sensitivity", "sensitivity")
 _IMPORT = Verb("qdeploy.calibration_set.importers", "import_qdiffusion")
@@ -43,6 +45,18 @@ def collect(model: str, output: str, from_qdiffusion: Path | None, as_json: bool
         report_made(_IMPORT.call(model, from_qdiffusion, output, **kept), began, as_json)
         return
     report_made(_COLLECT.call(model, output, **sampling_of(options)), began, as_json)
+
+
+@click.command()
+@click.argument("model")
+@sampling_options(COLLECTING)
+@verb
+def preflight(model: str, as_json: bool, **options: Any) -> None:
+    """Say what will work with a model, what it costs and what not, before hours are spent; exit code 5 if not."""
+    result = _PREFLIGHT.call(model, **sampling_of(options))
+    click.echo(json.dumps(result.to_json()) if as_json else result.table())
+    if not result.passed:
+        raise InvalidInputError(str(result.problem))
 
 
 @click.command()
