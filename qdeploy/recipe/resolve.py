@@ -105,11 +105,11 @@ def _stage(path: Path, entry: Any) -> tuple[str, Mapping[str, Any]]:
 
 
 def _load(path: Path) -> Mapping[str, Any]:
-    import yaml
+    from qdeploy.store.bounded_yaml import read_yaml
 
     try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        values = read_yaml(path)
+    except (OSError, ValueError) as error:
         raise InvalidInputError(f"{path} cannot be read as a recipe: {str(error).splitlines()[0]}") from error
     if not isinstance(values, Mapping):
         raise InvalidInputError(f"{path} is no recipe: it holds no mapping")

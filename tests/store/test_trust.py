@@ -16,9 +16,11 @@ from qdeploy.calibration_set.dataset import CalibrationSet
 from qdeploy.model.folder import Model
 from qdeploy.model.pipeline_index import files_of, read_index
 from qdeploy.quant.checkpoint import copy_pipeline_files
+from qdeploy.recipe.resolve import resolve_recipe
 from qdeploy.store import builder, paths
 from qdeploy.store.artifact import KINDS, Bundle, CalibrationFolder, Checkpoint, EngineFolder, open_artifact
 from qdeploy.store.bounded_json import parse_json
+from qdeploy.store.bounded_yaml import parse_yaml
 from qdeploy.store.manifest import MANIFEST
 from qdeploy.store.names import contained, name_problem
 from qdeploy.system.errors import CapabilityError, InvalidInputError, UsageError
@@ -170,6 +172,31 @@ def test_a_manifest_that_is_not_as_stated_is_refused_in_one_sentence(tmp_path: P
 def test_json_out_of_bounds_is_an_error_of_values(content: bytes) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 - any message: callers name the file
         parse_json(content)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &x [1]\nb: *x",
+        "[" * 200 + "]" * 200,
+        "a: .inf",
+        "a: 1.0e+999",
+        "a: [",
+        "- " * 600_000,
+        "!!python/name:os.system x",
+    ],
+)
+def test_yaml_out_of_bounds_is_refused_at_once(tmp_path: Path, text: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(InvalidInputError, match="cannot be read as a recipe") as refused:
+        resolve_recipe(tmp_path / "recipe.yaml")
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_bomb_of_aliases_takes_neither_time_nor_memory() -> None:
+    levels = "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10))
+    with pytest.raises(ValueError, match="alias"):
+        parse_yaml("a0: &a0 [1]\n" + levels)
 
 
 def test_an_identity_that_is_not_that_of_the_content_is_refused(tmp_path: Path) -> None:
