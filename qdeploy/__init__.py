@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from qdeploy.quant.checkpoint import load_checkpoint
     from qdeploy.recipe.recipe import Recipe
     from qdeploy.recipe.stages import Method, Stage
+    from qdeploy.sampling.pipeline_folder import load_pipeline
     from qdeploy.sampling.sample import sample
     from qdeploy.workflows.calibrate import calibrate
     from qdeploy.workflows.demo import demo
@@ -93,6 +94,7 @@ __all__ = [
     "lint",
     "load_checkpoint",
     "load_engine",
+    "load_pipeline",
     "methods",
     "preflight",
     "report",
@@ -154,6 +156,7 @@ _NAMES = {
         "Method",
         "Stage",
     ),
+    "qdeploy.sampling.pipeline_folder": ("load_pipeline",),
     "qdeploy.sampling.sample": ("sample",),
     "qdeploy.workflows.calibrate": ("calibrate",),
     "qdeploy.workflows.demo": ("demo",),

@@ -12,7 +12,7 @@ import click
 
 from qdeploy.commands.base import Commands
 from qdeploy.commands.calibration import calibrate, collect, preflight, sensitivity
-from qdeploy.commands.deployment import build_engine, doctor, export, lint, selftest
+from qdeploy.commands.deployment import build_engine, doctor, export, lint, push, selftest
 from qdeploy.commands.evaluation import benchmark, check, demo, report, sample
 from qdeploy.commands.information import inspect, methods
 from qdeploy.version import __version__
@@ -36,6 +36,7 @@ for _command in (
     sensitivity,
     export,
     build_engine,
+    push,
     sample,
     check,
     benchmark,

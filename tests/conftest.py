@@ -55,16 +55,22 @@ def stable_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def stable_diffusion_engine(stable_diffusion: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """The full-precision engine of the tiny Stable Diffusion model."""
+def stable_diffusion_bundle(stable_diffusion: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The tiny Stable Diffusion model in full precision, as ONNX."""
     folder = tmp_path_factory.mktemp("sd")
     prompts = ["a cat", "two dogs"]
     # The set tells the exporter how many tokens this pipeline's prompts have.
     data = collect(stable_diffusion, folder / "set", keep=2, samples=2, steps=4, prompts=prompts)
     assert isinstance(data, Artifact)
-    return build_engine(
-        export(stable_diffusion, folder / "onnx", calibration=data), folder / "engine", threads=1
-    )
+    return export(stable_diffusion, folder / "onnx", calibration=data)
+
+
+@pytest.fixture(scope="session")
+def stable_diffusion_engine(
+    stable_diffusion_bundle: Artifact, tmp_path_factory: pytest.TempPathFactory
+) -> Artifact:
+    """The full-precision engine of the tiny Stable Diffusion model."""
+    return build_engine(stable_diffusion_bundle, tmp_path_factory.mktemp("sd-engine") / "engine", threads=1)
 
 
 @pytest.fixture

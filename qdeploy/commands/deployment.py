@@ -18,6 +18,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _EXPORT = Verb("qdeploy.export.run", "export")
 _BUILD = Verb("qdeploy.engines.build", "build_engine")
+_PUSH = Verb("qdeploy.store.hub", "push")
 _LINT = Verb("qdeploy.export.lint.run", "lint")
 _VERIFY = Verb("qdeploy.engines.tensorrt.verify", "verify")
 _DOCTOR = Verb("qdeploy.engines.doctor", "doctor")
@@ -34,6 +35,7 @@ _SELFTEST = Verb("qdeploy.engines.selftest.run", "selftest")
 @_EXPORT.option(
     "components", "Also text encoders and autoencoder.", "--components/--no-components", default=True
 )
+@_EXPORT.option("sizes", "Of images, in one graph: 512x512,768x512 or 512x512..1024x1024.")
 @_EXPORT.option("overwrite", "Replace another artifact at the output.")
 @verb
 def export(source: str, as_json: bool, **options: Any) -> None:
@@ -78,13 +80,36 @@ def _tensorrt(function: F) -> F:
 @_BUILD.option("min_sqnr", "Least SQNR that --optimize-for may end with, in dB.")
 @_BUILD.option("batch", "Batch size that is measured.")
 @_BUILD.option("threads", "CPU threads.  [default: all]")
+@click.option(
+    "--pipeline/--no-pipeline",
+    default=None,
+    help="Also text encoders and autoencoders.  [default: where there are any]",
+)
+@click.option("--components", help="Their precisions: vae=f32,text_encoder=bf16.  [default: 16 bits]")
+@_BUILD.option("strict", "Refuse a pipeline some of whose components stay in torch.")
+@click.option("--device", help="OpenVINO: CPU, GPU or NPU.  [default: CPU]")
 @_tensorrt
 @_BUILD.option("overwrite", "Replace another artifact at the output.")
 @verb
-def build_engine(onnx: str, as_json: bool, **options: Any) -> None:
+def build_engine(onnx: str, components: str | None, as_json: bool, **options: Any) -> None:
     """Build an engine from an ONNX bundle, and measure it."""
+    from qdeploy.engines.components import read_precisions
+
     began = time.perf_counter()
-    report_made(_BUILD.call(onnx, **options), began, as_json)
+    report_made(_BUILD.call(onnx, components=read_precisions(components), **options), began, as_json)
+
+
+@click.command()
+@click.argument("artifact")
+@click.argument("repository", metavar="OWNER/NAME")
+@_PUSH.option("revision", "A branch of the repository.  [default: main]")
+@_PUSH.option("private", "Make a new repository private.")
+@_PUSH.option("message", "Of the commit.")
+@verb
+def push(artifact: str, repository: str, as_json: bool, **options: Any) -> None:
+    """Upload an artifact to a repository of the Hugging Face Hub."""
+    url = _PUSH.call(artifact, repository, **options)
+    print_result(as_json, lambda: {"repository": repository, "url": url}, lambda: url)
 
 
 @click.command()

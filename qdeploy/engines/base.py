@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar
 
 from qdeploy.store.bounded_json import read_json_object
+from qdeploy.store.sizes import check_size
 from qdeploy.store.timesteps import check_timestep
 from qdeploy.system.errors import InvalidInputError
 
@@ -212,6 +213,9 @@ class Engine(ABC):
                 if port.batched:
                     batch = x.shape[0]
             ready[name] = x
+        sample = next((x for name, x in ready.items() if name != "timestep" and x.ndim == 4), None)
+        if sample is not None:
+            check_size(self.spec.sizes, sample.shape, str(self.path))
         t = ready.get("timestep")
         if t is not None and t.ndim > 0:
             if t.ndim > 1 or len(t) not in (1, batch):

@@ -12,14 +12,17 @@ from typing import Any
 from msgspec.structs import replace
 
 from qdeploy.engines.base import DYNAMIC, UNKNOWN, Engine
+from qdeploy.engines.components import build_components, plan_components
 from qdeploy.engines.int8_share import int8_layers, int8_mac_share
-from qdeploy.engines.measure import latency, read_macs, repeat_rows, row_by_row
+from qdeploy.engines.int8_sums import sums_of
+from qdeploy.engines.measure import latency, measure_sizes, read_macs, repeat_rows, row_by_row
 from qdeploy.engines.registry import PRECISIONS, Backend, backends, find_backend
 from qdeploy.engines.spec import EngineSpec
 from qdeploy.model.card import write_card
 from qdeploy.store.artifact import Artifact, Bundle, Checkpoint, EngineFolder, open_artifact
 from qdeploy.store.builder import Draft
 from qdeploy.store.facts import EngineFacts
+from qdeploy.store.hub import local_artifact
 from qdeploy.store.paths import default_output
 from qdeploy.store.probe import read_probe
 from qdeploy.system.decibels import distance, powers
@@ -27,7 +30,6 @@ from qdeploy.system.errors import CapabilityError, InvalidInputError, UsageError
 from qdeploy.system.machine import (
     BF16_INSTRUCTIONS,
     NARROW,
-    WIDE,
     cpu_features,
     cpu_model,
     has_bf16,
@@ -52,6 +54,9 @@ def build_engine(
     threads: int | None = None,
     optimize_for: str | None = None,
     min_sqnr: float | None = None,
+    pipeline: bool | None = None,
+    components: Mapping[str, str] | None = None,
+    strict: bool = False,
     overwrite: bool = False,
     **wishes: Any,
 ) -> EngineFolder:
@@ -69,6 +74,10 @@ def build_engine(
         optimize_for: ``latency`` measures which quantizers pay on this machine, and computes the layers behind
             the others in ``precision``; None keeps them all.
         min_sqnr: with ``optimize_for``, the least median SQNR to full precision on the probe, in dB.
+        pipeline: also build the pipeline's text encoders and autoencoders, so that the folder is a whole pipeline
+            (`qdeploy.sampling.pipeline_folder`); by default wherever bundle and backend allow it.
+        components: precision of each of these, such as ``{"vae": "f32"}``; 16 bits by default.
+        strict: refuse a pipeline some of whose components would stay in torch.
         overwrite: replace another artifact at ``output``.
         wishes: options that only some backends have, see `Backend.wishes`; None or False leaves an option out.
 
@@ -98,6 +107,11 @@ def build_engine(
     check_precision(chosen, precision)
     wishes = {name: value for name, value in wishes.items() if value is not None and value is not False}
     _check_wishes(chosen, wishes)
+    if source.facts.sizes is not None and not chosen.any_size:
+        raise CapabilityError(
+            f"{chosen.name} builds engines of one size: export {source.path} without --sizes"
+        )
+    rest = plan_components(chosen, source, pipeline, components, strict)
     quantized = source.facts.activations not in ("none", DYNAMIC)
     narrow = quantized and chosen.narrow_sums and int8_sums_saturate()
     options = {
@@ -110,14 +124,13 @@ def build_engine(
         **({"optimize_for": optimize_for, "min_sqnr": min_sqnr} if optimize_for else {}),
         **{name: value for name, value in wishes.items() if _shapes_the_engine(chosen, name, value)},
     }
+    asked = options | ({"pipeline": rest.to_json()} if rest else {})
     place = Path(output) if output else default_output(source.path, "engine")
     made_from = {"onnx": source.sha256, **source.made_from}
-    draft = Draft(
-        place, EngineFolder, made_from, source.recipe, source.seed, options, overwrite, source.size()
-    )
+    draft = Draft(place, EngineFolder, made_from, source.recipe, source.seed, asked, overwrite, source.size())
     if done := draft.finished():
         return done
-    facts = EngineFacts(**source.facts.handed_on(), **_known(options))
+    facts = EngineFacts(**source.facts.handed_on(), **_known(options), pipeline=rest)
     if chosen.device == "cpu":
         say(f"this processor: {cpu_model()}, with {', '.join(cpu_features()) or 'features unknown'}")
     if chosen.device == "cpu" and quantized and not has_int8():
@@ -137,8 +150,10 @@ def build_engine(
             graph, searched = placement.graph, {"placement": placement.to_json()}
             facts = replace(facts, quantizers_left_out=list(placement.floats))
         if quantized and chosen.narrow_sums:
-            facts = replace(facts, int8_sums=_sums(graph))
+            facts = replace(facts, int8_sums=sums_of(graph))
         took = _convert(chosen, source, graph, draft, facts, wishes)
+        if rest:
+            build_components(chosen, source, draft, rest)
         write_card(draft, facts)
         if reason := chosen.why_not_here():
             say(f"the engine is built and not measured: {reason}")
@@ -161,14 +176,14 @@ def load_engine(path: str | Path | Artifact, *, threads: int | None = None) -> E
     """Open an engine that `build_engine` made; its files are verified first.
 
     Args:
-        path: the engine's folder; or the artifact, opened and so verified before.
+        path: the engine's folder, or its id on the Hub; or the artifact, opened and so verified before.
         threads: number of threads; that of the build if None.
 
     Raises:
         InvalidInputError: it is no engine, or damaged.
         CapabilityError: its runtime is not installed, or this machine cannot run it.
     """
-    artifact = path if isinstance(path, EngineFolder) else open_artifact(path, EngineFolder)
+    artifact = path if isinstance(path, EngineFolder) else open_artifact(local_artifact(path), EngineFolder)
     facts = artifact.facts
     return find_backend(facts.backend).load(EngineSpec.of(artifact), threads or facts.threads)
 
@@ -214,27 +229,6 @@ def _check_wishes(backend: Backend, wishes: dict[str, Any]) -> None:
         raise UsageError(f"--{name.replace('_', '-')} is an option of {able}, not of {backend.name}")
 
 
-def _sums(graph: Path) -> int:
-    """Bits that the sums of int8 products need in the engine of a graph; reports the layers that stay in float."""
-    from qdeploy.export.graph import read
-    from qdeploy.export.passes.narrow_sums import overflowing
-
-    try:
-        layers = [layer.name for _, layer in overflowing(read(graph))]
-    except InvalidInputError:  # the backend's own message will state what is wrong
-        return NARROW
-    if not layers:
-        return NARROW
-    if not int8_sums_saturate():
-        return WIDE
-    say(
-        f"warning: {len(layers)} layers with 8-bit weights are computed in floats: without VNNI, this processor adds "
-        "int8 products in 16 bits, which they could overflow; weights of 7 bits run in int8 here: calibrate with "
-        "--weights int7"
-    )
-    return NARROW
-
-
 def _convert(
     backend: Backend,
     source: Bundle,
@@ -266,7 +260,9 @@ def _convert(
 
 def _measure(backend: Backend, draft: Draft[EngineFolder], facts: EngineFacts) -> dict[str, Any]:
     """Measure the new engine: its latency, its kernels, and its distance from the probe's outputs."""
-    spec = EngineSpec.described_by(draft.content, facts, facts.engine_precision, int8_sums=facts.int8_sums)
+    spec = EngineSpec.described_by(
+        draft.content, facts, facts.engine_precision, int8_sums=facts.int8_sums, device=facts.device
+    )
     inputs, reference, simulated = read_probe(draft.content)
     single = repeat_rows(inputs, 1)
     began = time.perf_counter()
@@ -278,6 +274,7 @@ def _measure(backend: Backend, draft: Draft[EngineFolder], facts: EngineFacts) -
         shares = int8_mac_share(kernels, macs, meant)
         result = row_by_row(engine, inputs)
         ms = latency(engine, repeat_rows(inputs, facts.batch))
+        sizes = measure_sizes(engine, draft.content)
     reported = all(kernel.precision != UNKNOWN for kernel in kernels)
     if reported and shares["int8_mac_share_of_meant"] < 0.9:
         left = meant - int8_layers(kernels)
@@ -297,6 +294,7 @@ def _measure(backend: Backend, draft: Draft[EngineFolder], facts: EngineFacts) -
         "load_seconds": round(loaded, 3),
         **shares,
         "parity": parity,
+        **sizes,
         "size_mb": _size_mb(spec.component_folder),
         "machine": machine(backend.device),
     }

@@ -11,6 +11,9 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from qdeploy.engines.int8_share import int8_mac_share
+from qdeploy.store.probe import read_probe
+from qdeploy.store.sizes import size_probe, sizes_to_prove
+from qdeploy.system.decibels import distance
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,3 +76,26 @@ def read_macs(folder: Path) -> tuple[dict[str, int], set[str]]:
     """MACs of one sample by node, and the nodes meant to run in int8, of an engine's folder."""
     described: dict[str, Any] = json.loads((folder / "macs.json").read_text())
     return described["macs"], set(described["meant_int8"])
+
+
+def measure_sizes(engine: Engine, folder: Path) -> dict[str, Any]:
+    """Parity and latency of one row at every size that a bundle has a probe of.
+
+    Args:
+        engine: takes all of them.
+        folder: of the engine, or what becomes it.
+
+    Returns:
+        ``sizes``: for each height and width in latent pixels, ``parity`` to the network that was exported and
+        ``ms``; nothing where the engine has one size.
+    """
+    found: dict[str, Any] = {}
+    sizes = engine.spec.sizes
+    for height, width in sizes_to_prove(sizes) if sizes else ():
+        inputs, reference, simulated = read_probe(folder, size_probe(height, width))
+        parity = distance(row_by_row(engine, inputs), reference if simulated is None else simulated)
+        found[f"{height}x{width}"] = {
+            "parity": parity,
+            "ms": latency(engine, repeat_rows(inputs, 1), seconds=0.5),
+        }
+    return {"sizes": found} if found else {}

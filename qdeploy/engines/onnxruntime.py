@@ -17,6 +17,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from qdeploy.engines.base import DYNAMIC, Engine, Kernel, Port, why
+from qdeploy.engines.component import Component
 from qdeploy.engines.registry import Backend
 from qdeploy.system.errors import InvalidInputError
 from qdeploy.system.machine import int8_sums_saturate
@@ -69,10 +70,7 @@ class ONNXRuntimeEngine(Engine):
         self._disabled = ["MatMulAddFusion"] if spec.activations != "none" else []
         check_external(self._file)
         self._session = self._load(self._session_options())
-        self.ports = {
-            port.name: Port(_DTYPES[port.type], tuple(d if isinstance(d, int) else None for d in port.shape))
-            for port in self._session.get_inputs()
-        }
+        self.ports = ports_of(self._session)
 
     def _session_options(self) -> Any:
         import onnxruntime
@@ -146,6 +144,62 @@ def _kernel(events: Sequence[dict[str, Any]]) -> Kernel:
     return Kernel(name, (layer,), kind, precision, kind, round(median(times), 6) if times else None)
 
 
+class ONNXRuntimeComponent(Component):
+    """A graph of a pipeline's text encoder or autoencoder.
+
+    Args:
+        folder: holds the graph.
+        precision: ``f32``.
+        threads: number of threads; ONNX Runtime's own choice if None.
+
+    Raises:
+        InvalidInputError: ONNX Runtime cannot load the graph.
+    """
+
+    def __init__(self, folder: Path, precision: str = "f32", threads: int | None = None) -> None:
+        import onnxruntime
+
+        super().__init__(folder)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(folder / MODEL), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # ONNX Runtime's exceptions have no base class but Exception
+            raise InvalidInputError(f"ONNX Runtime cannot load {folder}: {why(error)}") from error
+        self.ports = ports_of(self._session)
+        self.outputs = tuple(output.name for output in self._session.get_outputs())
+
+    def _run(self, inputs: dict[str, Tensor]) -> list[Tensor]:
+        import torch
+
+        try:
+            results = self._session.run(None, {name: x.numpy() for name, x in inputs.items()})
+        except Exception as error:
+            raise InvalidInputError(f"ONNX Runtime cannot run {self.folder}: {why(error)}") from error
+        return [torch.from_numpy(result) for result in results]
+
+
+def ports_of(session: Any) -> dict[str, Port]:
+    """The inputs of a session by name."""
+    return {
+        port.name: Port(_DTYPES[port.type], tuple(d if isinstance(d, int) else None for d in port.shape))
+        for port in session.get_inputs()
+    }
+
+
+def build_component(onnx_path: Path, folder: Path, precision: str) -> None:
+    """Copy the graph of a text encoder or an autoencoder.
+
+    Raises:
+        InvalidInputError: ONNX Runtime cannot load it.
+    """
+    build(onnx_path, folder)
+
+
 def build(onnx_path: Path, folder: Path) -> None:
     """Copy the graph and its weights; ONNX Runtime optimizes it when it loads it.
 
@@ -178,4 +232,7 @@ BACKEND = Backend(
     load=ONNXRuntimeEngine,
     precisions=("f32",),
     rank=0,
+    any_size=True,
+    build_component=build_component,
+    load_component=ONNXRuntimeComponent,
 )

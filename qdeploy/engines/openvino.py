@@ -3,59 +3,36 @@
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
-from dataclasses import dataclass, replace
-from io import BytesIO
+from dataclasses import replace
+from pathlib import Path
 from statistics import median
-from threading import RLock
 from typing import TYPE_CHECKING, Any
 
-from qdeploy.engines.base import Engine, Kernel, Port, why
+from qdeploy.engines.base import Engine, Kernel, why
 from qdeploy.engines.blobs import LARGEST_BYTES, Blobs
-from qdeploy.engines.openvino_graph import MODEL, build
-from qdeploy.engines.pool import Pool
+from qdeploy.engines.component import Component
+from qdeploy.engines.openvino_graph import MODEL, build, build_component
+from qdeploy.engines.openvino_shapes import DEVICES, ShapedModel, shared
+from qdeploy.engines.openvino_timestep import take_fractional_timesteps
 from qdeploy.engines.registry import Backend
-from qdeploy.system.errors import CapabilityError, InvalidInputError
+from qdeploy.system.errors import CapabilityError, InvalidInputError, UsageError
 from qdeploy.system.machine import WIDE, has_bf16, int8_sums_saturate
-from qdeploy.system.progress import say
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from qdeploy.engines.spec import EngineSpec
 
-# Compiled models that are kept, one per set of input shapes. Each holds its own packed weights.
-KEPT_SHAPES = 4
-
-_DTYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32", "boolean": "bool"}
 # Suffixes that OpenVINO's importer and transformations append to the name of an ONNX node.
 _ENDINGS = re.compile(r"(/WithoutBiases|/DequantizationMultiply|/fused_weights|_original)+$")
 # A product in the middle of what OpenVINO fuses to one kernel: attention's.
 _PRODUCT = re.compile(r"/MatMul/\d+$")
 
 
-@dataclass(frozen=True)
-class _Compiled:
-    """The model compiled for one set of input shapes.
-
-    Attributes:
-        model: OpenVINO's compiled model.
-        imported: whether an earlier process compiled it.
-        shape: of the output.
-        requests: inference requests, one for each thread that calls at the same time.
-    """
-
-    model: Any
-    imported: bool
-    shape: tuple[int, ...]
-    requests: Pool[Any]
-
-
 class OpenVINOEngine(Engine):
     """An IR on OpenVINO's CPU plugin, compiled for each new set of input shapes.
 
-    Shapes are fixed before compiling: static kernels are faster, and the plugin can plan memory in advance. Any
-    number of threads may call it at the same time.
+    Any number of threads may call it at the same time.
 
     Args:
         spec: the engine's files, and how they are to be run.
@@ -80,124 +57,119 @@ class OpenVINOEngine(Engine):
                 f"{self.path} has 8-bit weights whose sums overflow on this processor, which has no VNNI: "
                 "build it again here, or calibrate with int7 weights"
             )
-        self._core = openvino.Core()
-        self._options: dict[str, Any] = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": self.precision,
-            # Features of an input that are rounded to int8 with one scale, call by call, in front of weights in
-            # blocks. Otherwise the plugin may quantize float activations on its own, which nobody simulated.
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(spec.dynamic_group or 0),
-        }
-        if threads is not None:
-            self._options["INFERENCE_NUM_THREADS"] = threads
+        core = openvino.Core()
+        target = spec.device or "CPU"
+        require_device(core, target)
         try:
-            self._model = self._core.read_model(spec.component_folder / MODEL)
+            model = core.read_model(spec.component_folder / MODEL)
         except RuntimeError as error:
             raise InvalidInputError(f"OpenVINO cannot read {self.path}: {why(error)}") from error
-        self.ports = {}
-        for port in self._model.inputs:
-            dims = port.partial_shape
-            shape = tuple(None if dim.is_dynamic else dim.get_length() for dim in dims)
-            self.ports[port.any_name] = Port(_DTYPES[port.element_type.get_type_name()], shape)
+        take_fractional_timesteps(model)
         # A model whose files have no hashes yet is being built, and measured as it was compiled.
         hashes = spec.files.items()
-        files = {name: digest for name, digest in hashes if name.endswith((".xml", ".bin"))}
+        files = {name: digest for name, digest in hashes if name.startswith(f"{self.component}/openvino")}
         weights = spec.component_folder / MODEL.replace(".xml", ".bin")
         small = weights.is_file() and weights.stat().st_size <= LARGEST_BYTES
-        self._blobs = Blobs(files, f"openvino {openvino.__version__}") if files and small else None
-        # One thread at a time compiles; each runs inference requests of its own.
-        self._lock = RLock()
-        self._compiled: OrderedDict[tuple[tuple[int, ...], ...], _Compiled] = OrderedDict()
-
-    def _for(self, inputs: dict[str, Tensor]) -> _Compiled:
-        """The model for the shapes of these inputs, compiled when they are first seen."""
-        key = tuple(tuple(inputs[name].shape) for name in self.ports)
-        with self._lock:
-            if key in self._compiled:
-                self._compiled.move_to_end(key)
-                return self._compiled[key]
-            model, imported = self._kept(inputs)
-            shape = tuple(model.output(0).shape)
-            self._compiled[key] = _Compiled(model, imported, shape, Pool(model.create_infer_request))
-            if len(self._compiled) > KEPT_SHAPES:
-                self._compiled.popitem(last=False)
-            return self._compiled[key]
-
-    def _kept(self, inputs: dict[str, Tensor]) -> tuple[Any, bool]:
-        """The compiled model from an earlier process, else compiled now and kept for the next; and which it is."""
-        if self._blobs is None:
-            return self.compile_for(inputs), False
-        shapes = {name: list(inputs[name].shape) for name in self.ports}
-        request = {"shapes": shapes, "options": self._options}
-        blob = self._blobs.read(request)
-        if blob is not None:
-            try:
-                return self._core.import_model(BytesIO(blob), "CPU", self._options), True
-            except RuntimeError:
-                say(f"OpenVINO cannot load its compiled model of {self.path}: compiling it again")
-                self._blobs.drop(request)
-        compiled, stream = self.compile_for(inputs), BytesIO()
-        compiled.export_model(stream)
-        self._blobs.write(request, stream.getvalue())
-        return compiled, False
-
-    def compile_for(self, inputs: dict[str, Tensor], **options: Any) -> Any:
-        """The model, compiled for the shapes of these inputs."""
-        shapes = {name: list(inputs[name].shape) for name in self.ports}
-        try:
-            self._model.reshape(shapes)
-            return self._core.compile_model(self._model, "CPU", {**self._options, **options})
-        except RuntimeError as error:
-            raise InvalidInputError(f"OpenVINO cannot run {self.path} at {shapes}: {why(error)}") from error
+        options = compile_options(self.precision, threads, spec.dynamic_group or 0)
+        blobs = Blobs(files, f"openvino {openvino.__version__}") if files and small else None
+        self.shaped = ShapedModel(core, model, self.path, options, blobs, target)
+        self.ports = self.shaped.ports
 
     def _run(self, inputs: dict[str, Tensor]) -> Tensor:
-        import torch
-
-        compiled = self._for(inputs)
-        output = torch.empty(compiled.shape, dtype=torch.float32)
-        with compiled.requests.take() as request:
-            # Both sides read and write the same memory; nothing is copied.
-            for name, x in inputs.items():
-                request.set_tensor(name, _shared(x))
-            request.set_output_tensor(0, _shared(output))
-            request.infer()
+        (output,) = self.shaped(inputs)
         return output
 
     def _kernels(self, inputs: dict[str, Tensor], calls: int) -> list[Kernel]:
-        found = self._for(inputs)
+        found = self.shaped.at(inputs)
         compiled = found.model
         # A compiled model that was kept from an earlier process has lost the names of layers that were fused.
         if calls or found.imported:
-            with self._lock:
-                compiled = self.compile_for(inputs, **({"PERF_COUNT": "YES"} if calls else {}))
+            compiled = self.shaped.compile_for(inputs, **({"PERF_COUNT": "YES"} if calls else {}))
         executed = compiled.get_runtime_model()
         kernels = [kernel for op in executed.get_ordered_ops() if (kernel := kernel_of(op)) is not None]
         times = _kernel_times(compiled, inputs, calls) if calls else {}
         return [replace(kernel, ms=times.get(kernel.name)) for kernel in kernels]
 
     def close(self) -> None:
-        with self._lock:
-            self._compiled.clear()
+        self.shaped.close()
+
+
+class OpenVINOComponent(Component):
+    """An IR of a pipeline's text encoder or autoencoder.
+
+    Args:
+        folder: holds the IR.
+        precision: what it computes in, ``f32`` or ``bf16``.
+        threads: number of threads; OpenVINO's own choice if None.
+
+    Raises:
+        CapabilityError: it is to compute in bf16, and this processor has none.
+        InvalidInputError: OpenVINO cannot read the model.
+    """
+
+    def __init__(self, folder: Path, precision: str = "f32", threads: int | None = None) -> None:
+        import openvino
+
+        super().__init__(folder)
+        if precision == "bf16" and not has_bf16():
+            raise CapabilityError(f"{folder} needs bf16, which this processor lacks: build it with f32")
+        core = openvino.Core()
+        try:
+            model = core.read_model(folder / MODEL)
+        except RuntimeError as error:
+            raise InvalidInputError(f"OpenVINO cannot read {folder}: {why(error)}") from error
+        self.shaped = ShapedModel(core, model, folder, compile_options(precision, threads))
+        self.ports, self.outputs = self.shaped.ports, self.shaped.outputs
+
+    def _run(self, inputs: dict[str, Tensor]) -> list[Tensor]:
+        return self.shaped(inputs)
+
+
+def compile_options(precision: str, threads: int | None, dynamic_group: int = 0) -> dict[str, Any]:
+    """What OpenVINO compiles with: shortest latency, and no rounding that nobody simulated.
+
+    Args:
+        precision: of what is not integer.
+        threads: number of threads; OpenVINO's own choice if None.
+        dynamic_group: features of an input that are rounded to int8 with one scale, call by call, in front of
+            weights in blocks; 0 for none. Left to itself the plugin may round float activations so.
+    """
+    options: dict[str, Any] = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": precision,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(dynamic_group),
+    }
+    return options if threads is None else options | {"INFERENCE_NUM_THREADS": threads}
+
+
+def require_device(core: Any, device: str) -> None:
+    """Make sure that OpenVINO finds a device on this machine.
+
+    Raises:
+        UsageError: OpenVINO engines run on no device of that name.
+        CapabilityError: there is none here.
+    """
+    if device not in DEVICES:
+        raise UsageError(f"OpenVINO's engines run on {', '.join(DEVICES)}, not on {device!r}")
+    found = {name.partition(".")[0] for name in core.available_devices}
+    if device not in found:
+        raise CapabilityError(
+            f"OpenVINO finds no {device} on this machine, only {', '.join(sorted(found)) or 'nothing'}: install "
+            "its driver, or build with --device CPU"
+        )
 
 
 def _kernel_times(compiled: Any, inputs: dict[str, Tensor], calls: int) -> dict[str, float]:
     """Median times in ms by kernel, of a compiled model that keeps counters."""
     request = compiled.create_infer_request()
     for name, x in inputs.items():
-        request.set_tensor(name, _shared(x))
+        request.set_tensor(name, shared(x))
     times: dict[str, list[float]] = {}
     for call in range(calls + 1):
         request.infer()
         for entry in request.get_profiling_info() if call else ():  # the first call is slower
             times.setdefault(entry.node_name, []).append(entry.real_time.total_seconds() * 1e3)
     return {name: round(median(values), 6) for name, values in times.items()}
-
-
-def _shared(x: Tensor) -> Any:
-    """A tensor as OpenVINO's, in the same memory."""
-    import openvino
-
-    return openvino.Tensor(x.numpy(), shared_memory=True)
 
 
 def kernel_of(op: Any) -> Kernel | None:
@@ -236,4 +208,8 @@ BACKEND = Backend(
     rank=10,
     lacks=frozenset({"fp8"}),
     narrow_sums=True,
+    wishes=("device",),
+    any_size=True,
+    build_component=build_component,
+    load_component=OpenVINOComponent,
 )

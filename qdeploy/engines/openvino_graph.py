@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from qdeploy.engines.base import why
+from qdeploy.engines.openvino_timestep import take_whole_timesteps
 from qdeploy.system.errors import InvalidInputError
 from qdeploy.system.machine import int8_sums_saturate
 
@@ -22,8 +23,17 @@ _MOVES = {
 }  # fmt: skip
 
 
-def build(onnx_path: Path, folder: Path) -> None:
+def build(
+    onnx_path: Path, folder: Path, *, device: str = "CPU", precision: str = "f32", batch: int = 1
+) -> None:
     """Convert a graph to IR: ``openvino_model.xml`` and ``.bin``, equal bytes for equal graphs.
+
+    Args:
+        onnx_path: the graph.
+        folder: where the IR goes.
+        device: what it is meant for. One IR is for all of them, as for all batch sizes and precisions.
+        precision: as above.
+        batch: as above.
 
     Raises:
         InvalidInputError: OpenVINO has no rule for one of the operations, or cannot read the graph.
@@ -43,11 +53,32 @@ def build(onnx_path: Path, folder: Path) -> None:
         ) from error
     keep_concat_apart(model)
     read_keys_as_they_are(model)
+    if folder.name == "unet":
+        take_whole_timesteps(model)
     _name_deterministically(model)
     folder.mkdir(parents=True, exist_ok=True)
     names = _statistics(model)
     openvino.save_model(model, folder / MODEL, compress_to_fp16=False)
     _keep_in_f32(folder / MODEL, names)
+
+
+def build_component(onnx_path: Path, folder: Path, precision: str) -> None:
+    """Convert the graph of a text encoder or an autoencoder to IR, its weights in 16 bits where it computes in 16.
+
+    Raises:
+        InvalidInputError: OpenVINO cannot convert it.
+    """
+    import openvino
+
+    try:
+        model = openvino.Core().read_model(onnx_path)
+    except RuntimeError as error:
+        raise InvalidInputError(
+            f"OpenVINO cannot convert {onnx_path.parent.name}/{onnx_path.name}: {why(error)}"
+        ) from error
+    _name_deterministically(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    openvino.save_model(model, folder / MODEL, compress_to_fp16=precision != "f32")
 
 
 def _adapted(onnx_path: Path, scratch: Path) -> Path:

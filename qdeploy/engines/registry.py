@@ -18,7 +18,10 @@ from qdeploy.system.plugins import ENGINES, named
 from qdeploy.system.suggest import unknown
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from qdeploy.engines.base import Engine
+    from qdeploy.engines.component import Component
     from qdeploy.engines.spec import EngineSpec
 
 PRECISIONS = ("f32", "f16", "bf16")
@@ -48,6 +51,10 @@ class Backend:
         default_precision: the precision where nothing is said.
         narrow_sums: whether its int8 products may overflow where `machine.int8_sums_saturate`, so that its
             builds leave some layers in floats there.
+        any_size: whether one engine takes images of several sizes.
+        build_component: writes the runtime's files for the ``model.onnx`` of a text encoder or an autoencoder
+            into a folder, for a precision; None where only denoisers are built.
+        load_component: opens what that wrote: folder, precision, threads.
     """
 
     name: str
@@ -66,6 +73,9 @@ class Backend:
     can_run: Callable[[], object] | None = None
     limits: tuple[str, ...] = ()
     default_precision: str = "f32"
+    any_size: bool = False
+    build_component: Callable[[Path, Path, str], None] | None = None
+    load_component: Callable[[Path, str, int | None], Component] | None = None
 
     def why_not_here(self) -> str | None:
         """Why this machine cannot run the engines that it builds; None if it can."""

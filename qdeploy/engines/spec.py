@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qdeploy.store.artifact import EngineFolder
-from qdeploy.store.facts import CallFacts, DenoiserFacts, TimestepFacts, TimeTableFacts
+from qdeploy.store.facts import CallFacts, DenoiserFacts, SizesFacts, TimestepFacts, TimeTableFacts
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class EngineSpec:
         sha256: identity of the artifact; empty while it is being built.
         dynamic_group: features that the runtime rounds with one scale, where it rounds activations itself.
         call: how the denoiser is called, if that does not follow from its inputs.
+        sizes: of images, where its graph takes several.
+        device: of the runtime's, where it has several.
     """
 
     folder: Path
@@ -43,6 +45,8 @@ class EngineSpec:
     sha256: str = ""
     dynamic_group: int | None = None
     call: CallFacts | None = None
+    sizes: SizesFacts | None = None
+    device: str | None = None
 
     @classmethod
     def of(cls, artifact: EngineFolder) -> EngineSpec:
@@ -55,6 +59,7 @@ class EngineSpec:
             int8_sums=facts.int8_sums,
             files=artifact.files,
             sha256=artifact.sha256,
+            device=facts.device,
         )
 
     @classmethod
@@ -67,6 +72,7 @@ class EngineSpec:
         int8_sums: int | None = None,
         files: Mapping[str, str] | None = None,
         sha256: str = "",
+        device: str | None = None,
     ) -> EngineSpec:
         """The specification of files in a folder that facts of a denoiser describe."""
         return cls(
@@ -83,6 +89,8 @@ class EngineSpec:
             sha256,
             facts.dynamic_group,
             facts.call,
+            facts.sizes,
+            device,
         )
 
     @property

@@ -1,145 +1,109 @@
-"""The rest of a text-to-image pipeline as ONNX, so that a bundle is a whole pipeline.
+"""The rest of a pipeline, so that a bundle is a whole one: graphs where there is a way, copies where there is none.
 
-Text encoders and the autoencoder stay in float32. Names of folders, inputs and outputs are those that
-optimum's ``ORTDiffusionPipeline`` expects.
+Text encoders and autoencoders become graphs in float32, with any number of rows and any size. Tokenizers and what
+else holds no weights is copied. A component with weights and without a way to a graph, such as a safety checker or
+an image encoder, is copied with its weights, and runs in torch wherever the pipeline does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-
+from qdeploy.export.component_graphs import Part, has_graphs, parts
 from qdeploy.export.graph import save
 from qdeploy.export.lower import lower
+from qdeploy.export.tokenizer_files import write_older_files
 from qdeploy.export.trace import export_program
+from qdeploy.model.folder import COMPONENTS
 from qdeploy.model.pipeline_index import Component, files_of, read_index
 from qdeploy.model.requirements import require_libraries
 from qdeploy.model.weights import DIFFUSERS, TRANSFORMERS, find_weights
 from qdeploy.store.artifact import Bundle
-from qdeploy.store.bounded_json import read_json_object
 from qdeploy.store.builder import Draft
-from qdeploy.store.names import contained
+from qdeploy.store.facts import PipelineFacts
 from qdeploy.system.errors import InvalidInputError
+from qdeploy.system.progress import say
 
-_COPIED = ("tokenizer", "tokenizer_2", "tokenizer_3", "feature_extractor")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".onnx_data")
 
 
-@dataclass(frozen=True)
-class Part:
-    """One graph of a bundle besides the denoiser.
-
-    Attributes:
-        folder: its folder in the bundle.
-        module: what it computes, from plain tensors to a tuple of tensors.
-        inputs: example inputs by name; axis 0 is dynamic.
-        outputs: names of the outputs.
-        config: the component's configuration.
-    """
-
-    folder: str
-    module: nn.Module
-    inputs: dict[str, Tensor]
-    outputs: tuple[str, ...]
-    config: dict[str, Any]
+def rest_of_pipeline(path: Path) -> dict[str, Component]:
+    """A pipeline's components by name, but for denoisers and the scheduler."""
+    index = read_index(path)
+    if index is None:
+        return {}
+    return {
+        name: component
+        for name, component in index.components.items()
+        if name not in (*COMPONENTS, "scheduler") and component.folder.is_dir()
+    }
 
 
 def has_components(path: Path) -> bool:
     """Whether a folder is a pipeline with more than a denoiser and a scheduler."""
-    index = read_index(path)
-    return index is not None and not {"vae", "text_encoder"}.isdisjoint(index.components)
+    return bool(rest_of_pipeline(path))
 
 
-def write_components(draft: Draft[Bundle], path: Path) -> None:
-    """Export text encoders and autoencoder of the pipeline in ``path``, and copy its tokenizers.
+def write_components(draft: Draft[Bundle], path: Path) -> PipelineFacts:
+    """Export the components of the pipeline in ``path`` but for its denoiser, or copy them.
 
     Raises:
-        InvalidInputError: a component cannot be loaded or traced.
+        InvalidInputError: a component's weights cannot be loaded, or are no safetensors.
     """
-    for part in _parts(path):
-        graph = export_program(part.module, part.inputs, part.outputs)
-        save(lower(graph, "portable"), draft.content / part.folder / "model.onnx")
-        draft.json(f"{part.folder}/config.json", part.config)
-    for folder in _COPIED:
-        for name, file in files_of(path, folder).items():
-            draft.copy(file, name)
-
-
-def _parts(path: Path) -> Iterator[Part]:
+    graphs: dict[str, list[str]] = {}
+    kept: dict[str, str] = {}
     index = read_index(path)
-    assert index is not None
-    require_libraries(index)
-    for name, component in index.components.items():
-        if name.startswith("text_encoder"):
-            yield _text_encoder(name, _load(component), component)
-        elif name == "vae":
-            vae = _load(component)
-            config = read_json_object(contained(path, f"{name}/config.json"))
-            latent = torch.randn(2, vae.config.latent_channels, 8, 8)
-            image = torch.randn(2, vae.config.in_channels, 32, 32)
-            yield Part("vae_decoder", _Decoder(vae), {"latent_sample": latent}, ("sample",), config)
-            yield Part("vae_encoder", _Encoder(vae), {"sample": image}, ("latent_parameters",), config)
+    if index is not None:
+        require_libraries(index)
+    for name, component in rest_of_pipeline(path).items():
+        reason = f"there is no way from a {component.class_name} to a graph"
+        if has_graphs(component.class_name):
+            try:
+                graphs[name] = [_write(draft, part) for part in parts(name, component)]
+                continue
+            except _Untraceable as error:
+                reason = str(error)
+        if _copy(draft, path, name):
+            kept[name] = reason
+            say(f"{name} stays in torch: {reason}")
+        elif name.startswith("tokenizer"):
+            write_older_files(draft, name)
+    return PipelineFacts(graphs=graphs, torch=kept)
 
 
-def _load(component: Component) -> Any:
-    found, folder = component.find_class(), component.folder
-    files_of(folder.parent, folder.name)  # nothing outside of it is read
+class _Untraceable(Exception):
+    """A component that the tracer cannot follow."""
+
+
+def _write(draft: Draft[Bundle], part: Part) -> str:
     try:
-        base = TRANSFORMERS if component.library == "transformers" else DIFFUSERS
-        variant = find_weights(folder, base=base).variant
-        loaded = found.from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=True,
-            variant=variant,
-            torch_dtype=torch.float32,
-        )
-    except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InvalidInputError(f"the component {folder} cannot be loaded: {first}") from error
-    return loaded.float().eval().requires_grad_(False)
+        graph = export_program(part.module, part.inputs, part.outputs, dict.fromkeys(part.inputs, part.axes))
+    except InvalidInputError as error:
+        raise _Untraceable(str(error)) from error
+    save(lower(graph, "portable"), draft.content / part.folder / "model.onnx")
+    draft.json(f"{part.folder}/config.json", part.config)
+    return part.folder
 
 
-def _text_encoder(name: str, encoder: Any, component: Component) -> Part:
-    length = int(getattr(encoder.config, "max_position_embeddings", 77))
-    ids = torch.zeros(2, length, dtype=torch.int64)
-    projected = type(encoder).__name__.endswith("WithProjection")
-    layers = encoder.config.num_hidden_layers + 1 if projected else 0
-    plain = ("text_embeds", "last_hidden_state") if projected else ("last_hidden_state", "pooler_output")
-    outputs = (*plain, *(f"hidden_states.{layer}" for layer in range(layers)))
-    config = read_json_object(contained(component.folder, "config.json"))
-    return Part(name, _TextEncoder(encoder, outputs), {"input_ids": ids}, outputs, config)
+def _copy(draft: Draft[Bundle], path: Path, name: str) -> bool:
+    """Copy a component's folder; whether it holds weights.
 
-
-class _TextEncoder(nn.Module):
-    def __init__(self, encoder: nn.Module, outputs: tuple[str, ...]) -> None:
-        super().__init__()
-        self.encoder, self.outputs = encoder, outputs
-
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
-        hidden = any(name.startswith("hidden_states") for name in self.outputs)
-        result = self.encoder(input_ids=input_ids, output_hidden_states=hidden, return_dict=True)
-        plain = [result[name] for name in self.outputs if not name.startswith("hidden_states")]
-        return (*plain, *(result.hidden_states if hidden else ()))
-
-
-class _Decoder(nn.Module):
-    def __init__(self, vae: Any) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, latent_sample: Tensor) -> tuple[Tensor]:
-        return (self.vae.decode(latent_sample, return_dict=False)[0],)
-
-
-class _Encoder(nn.Module):
-    def __init__(self, vae: Any) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, sample: Tensor) -> tuple[Tensor]:
-        return (self.vae.encode(sample, return_dict=False)[0].parameters,)
+    Raises:
+        InvalidInputError: the weights are no safetensors.
+    """
+    listed = files_of(path, name)
+    files = list(listed.values())
+    weights: list[Path] = []
+    if any(file.suffix in _WEIGHTS for file in files):
+        base = TRANSFORMERS if list((path / name).glob(f"{TRANSFORMERS}*.safetensors*")) else DIFFUSERS
+        found = find_weights(path / name, base=base)
+        if found.variant is not None:
+            raise InvalidInputError(
+                f"the component {path / name} has weights of the variant {found.variant} alone: save the pipeline "
+                "without a variant, or export with --no-components"
+            )
+        weights = list(found.files)
+    for place, file in listed.items():
+        if file.suffix not in _WEIGHTS or file in weights:
+            draft.copy(file, place)
+    return bool(weights)

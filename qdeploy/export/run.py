@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 from msgspec.structs import replace
 from torch import nn
 
+from qdeploy.export.any_size import plan_sizes, prove_sizes, trace_sizes
 from qdeploy.export.components import has_components, write_components
 from qdeploy.export.graph import save
-from qdeploy.export.lint.run import lint
 from qdeploy.export.lower import PASSES, lower, registered_passes
 from qdeploy.export.probe_inputs import probe_of
+from qdeploy.export.provenance import describe, findings
 from qdeploy.export.time_table import TimeTable, needs_table, plan_table, tabulate
 from qdeploy.model.card import write_card
 from qdeploy.model.folder import Model, open_model
@@ -32,7 +32,7 @@ from qdeploy.store.artifact import (
     open_artifact,
 )
 from qdeploy.store.builder import Draft
-from qdeploy.store.facts import BundleFacts, LintFacts, PortFacts, TimestepFacts
+from qdeploy.store.facts import BundleFacts, PortFacts, SizesFacts, TimestepFacts
 from qdeploy.store.manifest import Notes
 from qdeploy.store.paths import default_output
 from qdeploy.store.probe import PROBE
@@ -51,6 +51,7 @@ def export(
     components: bool = True,
     time_table: str | None = None,
     table_rows: str = "all",
+    sizes: str | None = None,
     overwrite: bool = False,
 ) -> Bundle:
     """Write a denoiser as ONNX, in the folder layout that diffusers' ONNX pipelines open.
@@ -61,11 +62,15 @@ def export(
         target: the dialect; by default the one that the checkpoint was calibrated for.
         calibration: for a model, the set that its probe comes from; or another artifact, whose probe is taken. By
             default the model's own pipeline is asked how it calls its denoiser.
-        components: also export the pipeline's text encoders and autoencoder, in float32.
+        components: also export the rest of the pipeline: text encoders and autoencoders as graphs in float32,
+            everything else as it is.
         time_table: how to store what depends on the timestep alone, in place of the layers that compute it:
             ``fp32``, ``fp16``, ``int8``; or ``none`` to keep the layers. By default the layers stay, unless
             a method has calibrated them.
         table_rows: the timesteps that the table holds: ``all`` of training, or a schedule like ``ddim:50``.
+        sizes: of the images that one graph shall take: ``512x512,768x512`` (height first), or from the smallest to
+            the largest, ``512x512..1024x1024``. Prompts then may have any length. By default the graph has the
+            size of the model's inputs.
         overwrite: replace another artifact at ``output``.
 
     Raises:
@@ -79,10 +84,10 @@ def export(
         default = "fp32" if checkpoint.facts.temporal else "none"
         limits = checkpoint.facts.timesteps
         table = _plan_table(checkpoint_model(checkpoint), time_table or default, table_rows, limits)
-        return _export_checkpoint(checkpoint, output, target, components, table, overwrite)
+        return _export_checkpoint(checkpoint, output, target, components, table, sizes, overwrite)
     model = open_model(path if path.exists() else str(source))
     table = _plan_table(model, time_table or "none", table_rows)
-    return _export_model(model, output, target, calibration, components, table, overwrite)
+    return _export_model(model, output, target, calibration, components, table, sizes, overwrite)
 
 
 def _plan_table(
@@ -101,6 +106,7 @@ def _export_checkpoint(
     target: str | None,
     components: bool,
     table: TimeTable | None,
+    sizes: str | None,
     overwrite: bool,
 ) -> Bundle:
     facts = checkpoint.facts
@@ -119,6 +125,9 @@ def _export_checkpoint(
             )
     place = Path(output) if output else default_output(checkpoint.path, "onnx")
     rest = _rest_of_pipeline(checkpoint, components)
+    model = checkpoint_model(checkpoint)
+    whole = find_source_model(checkpoint) if sizes else None
+    several = plan_sizes(model, whole.path if whole else model.path, sizes, dialect)
     made_from = {"checkpoint": checkpoint.sha256, **checkpoint.made_from}
     if rest is not None:
         made_from["pipeline"] = pipeline_sha256(rest)
@@ -128,7 +137,7 @@ def _export_checkpoint(
         made_from,
         checkpoint.recipe,
         checkpoint.seed,
-        {"target": dialect, "components": rest is not None, **_asked(table), **_passes(dialect)},
+        {"target": dialect, "components": rest is not None, **_asked(table, several), **_passes(dialect)},
         overwrite,
     )
     if done := draft.finished():
@@ -140,10 +149,11 @@ def _export_checkpoint(
             if file is not None:
                 draft.copy(file, f"{facts.component}/{file.name}")
         described = BundleFacts(
-            **facts.handed_on(target=dialect, dynamic_group=_dynamic_group(denoiser)), simulated=[]
+            **facts.handed_on(target=dialect, dynamic_group=_dynamic_group(denoiser), sizes=several),
+            simulated=[],
         )
         notes = checkpoint.manifest.notes
-        return _write(draft, denoiser, checkpoint_model(checkpoint), rest, table, described, notes)
+        return _write(draft, denoiser, model, rest, table, described, notes)
 
 
 def _export_model(
@@ -153,6 +163,7 @@ def _export_model(
     calibration: Any,
     components: bool,
     table: TimeTable | None,
+    sizes: str | None,
     overwrite: bool,
 ) -> Bundle:
     dialect = _dialect(target or "portable")
@@ -161,7 +172,13 @@ def _export_model(
     made_from = {"model": model.sha256}
     if rest is not None:
         made_from["pipeline"] = pipeline_sha256(rest)
-    options = {"target": dialect, "components": rest is not None, **_asked(table), **_passes(dialect)}
+    several = plan_sizes(model, model.path, sizes, dialect)
+    options = {
+        "target": dialect,
+        "components": rest is not None,
+        **_asked(table, several),
+        **_passes(dialect),
+    }
     if calibration is not None:
         calibration = open_artifact(calibration)
         options["probe"] = calibration.sha256
@@ -184,6 +201,7 @@ def _export_model(
             activations="none",
             simulated=[],
             target=dialect,
+            sizes=several,
             **carried,
         )
         notes = Notes(source=model.source)
@@ -204,8 +222,9 @@ def _passes(target: str) -> dict[str, Any]:
     return {"passes": found} if found else {}
 
 
-def _asked(table: TimeTable | None) -> dict[str, Any]:
-    return {} if table is None else {"time_table": table.storage, "table_rows": table.schedule}
+def _asked(table: TimeTable | None, sizes: SizesFacts | None) -> dict[str, Any]:
+    asked = {} if table is None else {"time_table": table.storage, "table_rows": table.schedule}
+    return asked if sizes is None else {**asked, "sizes": sizes.to_json()}
 
 
 def _rest_of_pipeline(checkpoint: Checkpoint, components: bool) -> Model | None:
@@ -233,11 +252,11 @@ def _write(
 ) -> Bundle:
     from safetensors.torch import load_file
 
-    from qdeploy.export.trace import trace
-
     say(f"tracing {model.class_name} into ONNX")
     probe = load_file(draft.content / PROBE)
     inputs = {name.removeprefix("input."): rows for name, rows in probe.items() if name.startswith("input.")}
+    if facts.sizes is not None:
+        facts = replace(facts, sizes=prove_sizes(draft, denoiser, inputs, facts.sizes))
     if table is not None:
         size = tabulate(denoiser, inputs, table)
         facts = replace(facts, time_table=table.facts(size))
@@ -248,8 +267,8 @@ def _write(
             "hold: choose --time-table fp32, fp16 or int8"
         )
     freeze(denoiser)
-    graph = lower(trace(denoiser, inputs), facts.target)
-    _describe(graph, draft, facts)
+    graph = lower(trace_sizes(denoiser, inputs, facts.sizes), facts.target)
+    describe(graph, draft, facts)
     ports = [
         PortFacts(
             name=str(value.name), dtype=str(value.dtype), shape=[str(axis) for axis in value.shape or ()]
@@ -259,39 +278,14 @@ def _write(
     file = draft.content / model.name / "model.onnx"
     save(graph, file)
     del graph
-    facts = replace(facts, inputs=ports, lint=_lint(file) if facts.target == "tensorrt" else None)
+    facts = replace(facts, inputs=ports, lint=findings(file) if facts.target == "tensorrt" else None)
     draft.json(f"{model.name}/config.json", model.config)
     copy_pipeline_files(draft, model.path)
     if rest is not None:
         say("tracing the rest of the pipeline")
-        write_components(draft, rest.path)
+        facts = replace(facts, pipeline=write_components(draft, rest.path))
     write_card(draft, facts)
     return draft.finish(facts=facts, notes=notes)
-
-
-def _lint(file: Path) -> LintFacts:
-    """The findings of the lint rules of the target's engines, for the bundle's facts."""
-    report = lint(file)
-    if found := report.counts["E"] + report.counts["W"]:
-        say(
-            f"warning: {found} findings of `qdeploy lint` in what was exported: lint the bundle, and report it"
-        )
-    return report.summary()
-
-
-def _describe(graph: ir.Model, draft: Draft[Bundle], facts: BundleFacts) -> None:
-    """Write the provenance into the graph itself, so that it survives without the folder."""
-    from qdeploy.version import __version__
-
-    graph.producer_name, graph.producer_version = "qdeploy", __version__
-    graph.metadata_props["qdeploy.version"] = __version__
-    graph.metadata_props["qdeploy.precision"] = facts.precision
-    graph.metadata_props["qdeploy.target"] = facts.target
-    if draft.recipe is not None:
-        graph.metadata_props["qdeploy.method"] = str(draft.recipe["method"])
-        graph.metadata_props["qdeploy.seed"] = str(draft.seed)
-    for name, digest in draft.made_from.items():
-        graph.metadata_props[f"qdeploy.made_from.{name}"] = digest
 
 
 def _dialect(target: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -38,13 +39,16 @@ class _Call(nn.Module):
         return denoise(self.denoiser, {**inputs, "timestep": inputs["timestep"].expand(rows)})
 
 
-def trace(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> ir.Model:
+def trace(
+    denoiser: nn.Module, inputs: Mapping[str, Tensor], axes: Mapping[str, Mapping[int, str]] | None = None
+) -> ir.Model:
     """Trace a denoiser into ONNX, opset 21.
 
     Args:
         denoiser: in evaluation mode, quantized or not.
         inputs: one row or more of its inputs, named as `qdeploy.model.inputs.flatten_inputs` names them. The
             timestep becomes a float32 scalar: schedulers use fractional timesteps too.
+        axes: axes that become dynamic besides the first ones, with their names, by input.
 
     Returns:
         A graph whose inputs have the same names, with a dynamic first axis ``batch``, and whose output is
@@ -60,7 +64,7 @@ def trace(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> ir.Model:
         value.flatten()[0].float() if name == "timestep" else _two_rows(value)
         for name, value in inputs.items()
     )
-    return export_program(_Call(denoiser, names), dict(zip(names, tensors, strict=True)), (OUTPUT,))
+    return export_program(_Call(denoiser, names), dict(zip(names, tensors, strict=True)), (OUTPUT,), axes)
 
 
 def _two_rows(value: Tensor) -> Tensor:
@@ -68,27 +72,37 @@ def _two_rows(value: Tensor) -> Tensor:
     return value[:2] if len(value) > 1 else torch.cat([value, value])
 
 
-def export_program(module: nn.Module, inputs: Mapping[str, Tensor], outputs: tuple[str, ...]) -> ir.Model:
+def export_program(
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    outputs: tuple[str, ...],
+    axes: Mapping[str, Mapping[int, str]] | None = None,
+) -> ir.Model:
     """The ONNX graph of a module that maps plain tensors to tensors.
 
     Args:
         module: takes the inputs by position.
         inputs: example inputs by name; the first axis of each, where it has one, becomes dynamic.
         outputs: names of the outputs.
+        axes: further axes that become dynamic, with their names, by input.
 
     Raises:
         InvalidInputError: the module cannot be traced.
     """
     # Some layers copy large batches to contiguous memory first; AUTO lets such a guard pass, since the graph
     # is the same on both sides of it.
-    axes = [{0: torch.export.Dim.AUTO} if value.ndim else {} for value in inputs.values()]
+    named = {
+        name: {0: "batch", **(axes or {}).get(name, {})} if value.ndim else {}
+        for name, value in inputs.items()
+    }
+    dynamic = [dict.fromkeys(known, torch.export.Dim.AUTO) for known in named.values()]
     by_position = isinstance(module, _Call)
     try:
         with _quiet(), torch.no_grad():
             traced = torch.export.export(
                 module.eval(),
                 tuple(inputs.values()),
-                dynamic_shapes=(tuple(axes),) if by_position else tuple(axes),
+                dynamic_shapes=(tuple(dynamic),) if by_position else tuple(dynamic),
             )
             _drop_idle_squeezes(traced.graph_module)
             program = torch.onnx.export(
@@ -109,7 +123,7 @@ def export_program(module: nn.Module, inputs: Mapping[str, Tensor], outputs: tup
         name = type(getattr(module, "denoiser", module)).__name__
         raise InvalidInputError(f"{name} cannot be traced into ONNX: {first}") from error
     assert program is not None
-    return _name_batch(program.model)
+    return _name_axes(program.model, named)
 
 
 def _drop_idle_squeezes(module: torch.fx.GraphModule) -> None:
@@ -123,15 +137,26 @@ def _drop_idle_squeezes(module: torch.fx.GraphModule) -> None:
             module.graph.erase_node(node)
 
 
-def _name_batch(graph: ir.Model) -> ir.Model:
-    """Call the dynamic axis ``batch`` wherever its size appears."""
-    sizes = {str(value.shape[0]) for value in graph.graph.inputs if value.shape}
+def _name_axes(graph: ir.Model, names: Mapping[str, Mapping[int, str]]) -> ir.Model:
+    """Call the dynamic axes by their names wherever their sizes appear, as in ``2*latent_height``."""
+    known = {
+        str(value.shape[axis]): name
+        for value in graph.graph.inputs
+        for axis, name in names.get(str(value.name), {}).items()
+        if value.shape and not isinstance(value.shape[axis], int)
+    }
     values = [*graph.graph.inputs, *(value for node in graph.graph for value in node.outputs)]
     for value in values:
         if value.shape is not None:
-            named = ["batch" if str(d) in sizes and not isinstance(d, int) else d for d in value.shape]
-            value.shape = ir.Shape(named)
+            value.shape = ir.Shape([_renamed(size, known) for size in value.shape])
     return graph
+
+
+def _renamed(size: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | ir.SymbolicDim:
+    """A size with the symbols in it called by other names."""
+    if isinstance(size, int) or size.value is None:
+        return size
+    return ir.SymbolicDim(re.sub(r"\w+", lambda word: names.get(word[0], word[0]), str(size)))
 
 
 @contextmanager

@@ -38,6 +38,7 @@ from qdeploy.recipe.recipe import Recipe
 from qdeploy.store.artifact import Artifact, Checkpoint, DenoiserArtifact, open_artifact
 from qdeploy.store.bounded_json import read_json_object
 from qdeploy.store.builder import Draft
+from qdeploy.store.hub import local_artifact
 from qdeploy.store.names import contained
 from qdeploy.store.probe import PROBE
 from qdeploy.store.timesteps import check_timestep
@@ -119,7 +120,9 @@ def load_checkpoint(checkpoint: str | Path | Artifact, device: str = "cpu") -> n
     Raises:
         InvalidInputError: it is no checkpoint, or damaged.
     """
-    artifact = checkpoint if isinstance(checkpoint, Checkpoint) else open_artifact(checkpoint, Checkpoint)
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = open_artifact(local_artifact(checkpoint), Checkpoint)
+    artifact = checkpoint
     recipe = Recipe.from_json(artifact.recipe or {})
     denoiser = checkpoint_model(artifact).build().float()
     described = read_json_object(artifact.layers)

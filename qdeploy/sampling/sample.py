@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -21,7 +19,9 @@ from qdeploy.model.sampling import SAMPLING, Sampling, SamplingOptions, renamed,
 from qdeploy.model.schedulers import make_scheduler
 from qdeploy.sampling.correction import check_correction, correct
 from qdeploy.sampling.media_files import as_stored, file_of, write_media
+from qdeploy.sampling.pipeline_folder import is_pipeline_folder, load_pipeline, quiet_loading
 from qdeploy.store.artifact import (
+    INDEX,
     Artifact,
     Checkpoint,
     EngineFolder,
@@ -29,8 +29,10 @@ from qdeploy.store.artifact import (
     is_artifact,
     open_artifact,
 )
+from qdeploy.store.bounded_json import read_json_object
 from qdeploy.store.builder import Draft
 from qdeploy.store.facts import SamplesFacts
+from qdeploy.store.hub import is_on_hub, local_artifact
 from qdeploy.store.manifest import Notes
 from qdeploy.store.paths import default_output
 from qdeploy.store.timesteps import explain_schedule
@@ -62,7 +64,8 @@ def sample(
         output: folder of the images; in the working directory by default.
         sampling: how images are sampled; 50 steps of the model's own scheduler by default.
         samples: number of images.
-        model: the pipeline in which an engine or checkpoint runs; by default the one it was made from.
+        model: the pipeline in which an engine or checkpoint runs; by default the engine's own where its folder is a
+            whole pipeline, else the one that it was made from.
         correction: ``table`` or ``online`` to subtract mean errors from predictions, or ``none``.
         overwrite: replace another artifact at ``output``.
         options: fields of `Sampling`, in place of those of ``sampling``.
@@ -84,8 +87,8 @@ def sample(
     if samples < 1:
         raise UsageError(f"samples must be at least 1, not {samples}")
     made: _Source = None
-    if isinstance(source, Artifact) or is_artifact(Path(source)):
-        made = open_artifact(source, EngineFolder, Checkpoint)
+    if isinstance(source, Artifact) or is_artifact(Path(source)) or is_on_hub(source):
+        made = open_artifact(local_artifact(source), EngineFolder, Checkpoint)
     check_correction(correction, made)
     whole = open_model(str(source)) if made is None else _pipeline_of(made, model)
     origin, identity = ("model", whole.sha256) if made is None else (made.kind, made.sha256)
@@ -153,6 +156,8 @@ def _pipeline_of(source: EngineFolder | Checkpoint, model: str | Path | None) ->
     """
     if model is not None:
         return open_model(model)
+    if is_pipeline_folder(source):
+        return Model(source.path, source.component)
     found = find_source_model(source)
     if found is not None and found.has_pipeline:
         return found
@@ -179,8 +184,12 @@ def _is_denoiser_and_scheduler(artifact: EngineFolder | Checkpoint) -> bool:
 
 
 def _open_pipeline(source: _Source, whole: Model, scheduler: str | None, steps: int, correction: str) -> Any:
-    with _quiet_loading():
-        pipeline = whole.pipeline(_denoiser(source))
+    if source is not None and whole.path == source.path and is_pipeline_folder(source):
+        checker = {"safety_checker": None} if "safety_checker" in read_json_object(whole.path / INDEX) else {}
+        pipeline = load_pipeline(source, **checker)
+    else:
+        with quiet_loading():
+            pipeline = whole.pipeline(_denoiser(source))
     pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler)
     # Schedules that are shifted by the size of the image are not known before the pipeline runs.
     shifted = pipeline.scheduler.config.get("use_dynamic_shifting", False)
@@ -191,7 +200,7 @@ def _open_pipeline(source: _Source, whole: Model, scheduler: str | None, steps: 
             say(line)
     if correction != "none":
         denoiser = getattr(pipeline, whole.component)
-        with _quiet_loading():
+        with quiet_loading():
             corrected = correct(denoiser, correction, source, pipeline.scheduler)
             setattr(pipeline, whole.component, corrected)
     return pipeline
@@ -207,15 +216,3 @@ def _denoiser(source: _Source) -> nn.Module | None:
     from qdeploy.quant.checkpoint import load_checkpoint
 
     return load_checkpoint(source)
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Diffusers warns of a denoiser that is not of the class in the index, which is intended here."""
-    logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -26,6 +26,7 @@ Timestep = (
     | Annotated[float, Meta(ge=-LARGEST_TIMESTEP, le=LARGEST_TIMESTEP)]
 )
 Number = Annotated[int, Meta(ge=-(2**63) + 1, le=2**63 - 1)] | float
+Size = Annotated[list[Positive], Meta(min_length=2, max_length=2)]
 Formats = Annotated[list[Word], Meta(max_length=64)]
 
 
@@ -151,6 +152,38 @@ class CorrectionFacts(Facts, frozen=True, kw_only=True):
     sha256: Sha256
 
 
+class SizesFacts(Facts, frozen=True, kw_only=True):
+    """Sizes of images that a graph takes: see `qdeploy.store.sizes`.
+
+    Attributes:
+        factor: pixels of an image for each pixel of a latent.
+        multiple: what divides height and width of every latent.
+        listed: heights and widths in latent pixels, where they are listed.
+        low: smallest height and width, where they are a range.
+        high: largest height and width, where they are a range.
+    """
+
+    factor: Positive
+    multiple: Positive
+    listed: Annotated[list[Size], Meta(min_length=1, max_length=1000)] | None = None
+    low: Size | None = None
+    high: Size | None = None
+
+
+class PipelineFacts(Facts, frozen=True, kw_only=True):
+    """The rest of a pipeline.
+
+    Attributes:
+        graphs: folders of graphs by component.
+        torch: why a component stays in torch, by component.
+        precision: what each graph is computed in, by component; None in bundles.
+    """
+
+    graphs: dict[Component, list[Component]]
+    torch: dict[Component, str]
+    precision: dict[Component, Word] | None = None
+
+
 class DenoiserFacts(Facts, frozen=True, kw_only=True):
     """What a checkpoint says of its denoiser, and hands on to its bundle and its engines.
 
@@ -170,6 +203,7 @@ class DenoiserFacts(Facts, frozen=True, kw_only=True):
         dynamic_group: features that the runtime rounds with one scale, where it rounds activations itself.
         call: how it is called, if that does not follow from its inputs.
         sampled: how its calibration set was sampled.
+        sizes: of images, where the graph takes several.
     """
 
     component: Component
@@ -187,6 +221,7 @@ class DenoiserFacts(Facts, frozen=True, kw_only=True):
     dynamic_group: Positive | None = None
     call: CallFacts | None = None
     sampled: SampledFacts | None = None
+    sizes: SizesFacts | None = None
 
     @property
     def quantized(self) -> bool:
@@ -239,11 +274,13 @@ class BundleFacts(DenoiserFacts, frozen=True, kw_only=True):
         simulated: why no engine can run it; empty, since such checkpoints are not exported.
         inputs: of the graph.
         lint: what the rules of TensorRT said of it.
+        pipeline: what else of the pipeline it holds.
     """
 
     simulated: list[str]
     inputs: list[PortFacts] | None = None
     lint: LintFacts | None = None
+    pipeline: PipelineFacts | None = None
 
 
 class EngineFacts(DenoiserFacts, frozen=True, kw_only=True):
@@ -260,6 +297,8 @@ class EngineFacts(DenoiserFacts, frozen=True, kw_only=True):
         min_sqnr: least SQNR of the placement, in dB.
         quantizers_left_out: by the placement.
         options: of a backend that another package brings.
+        pipeline: what else of the pipeline it holds.
+        device: of OpenVINO: ``CPU``, ``GPU`` or ``NPU``.
     """
 
     backend: Word
@@ -280,6 +319,8 @@ class EngineFacts(DenoiserFacts, frozen=True, kw_only=True):
     strip_plan: bool | None = None
     optimization_level: Annotated[int, Meta(ge=0, le=5)] | None = None
     options: dict[str, Any] | None = None
+    pipeline: PipelineFacts | None = None
+    device: Word | None = None
 
 
 class SamplesFacts(Facts, frozen=True, kw_only=True):

@@ -33,8 +33,12 @@ class Probe(NamedTuple):
         return self.reference if self.simulated is None else self.simulated
 
 
-def read_probe(folder: Path) -> Probe:
+def read_probe(folder: Path, name: str = PROBE) -> Probe:
     """The probe in a folder.
+
+    Args:
+        folder: the artifact's.
+        name: of the file; a bundle of several sizes has one for each size to prove.
 
     Raises:
         InvalidInputError: the folder has no probe.
@@ -43,9 +47,9 @@ def read_probe(folder: Path) -> Probe:
     from safetensors.torch import load_file
 
     try:
-        tensors = load_file(folder / PROBE)
+        tensors = load_file(folder / name)
         reference = tensors["reference"]
     except (OSError, SafetensorError, KeyError) as error:
-        raise InvalidInputError(f"{folder} has no usable {PROBE}: export it again") from error
+        raise InvalidInputError(f"{folder} has no usable {name}: export it again") from error
     inputs = {name.removeprefix("input."): x for name, x in tensors.items() if name.startswith("input.")}
     return Probe(inputs, reference, tensors.get("simulated"))

@@ -13,6 +13,7 @@ import torch
 from qdeploy.engines import blobs
 from qdeploy.engines.build import build_engine, load_engine
 from qdeploy.engines.openvino import OpenVINOEngine
+from qdeploy.engines.openvino_shapes import ShapedModel
 from qdeploy.store.artifact import Artifact
 from tests.engines.bundles import example_inputs
 from tests.helpers import pretend_processor
@@ -42,10 +43,10 @@ def inputs(rows: int) -> dict[str, torch.Tensor]:
 
 
 def forbid_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compile_nothing(self: OpenVINOEngine, inputs: object) -> None:
+    def compile_nothing(self: ShapedModel, inputs: object) -> None:
         raise AssertionError("compiled although a blob was kept")
 
-    monkeypatch.setattr(OpenVINOEngine, "compile_for", compile_nothing)
+    monkeypatch.setattr(ShapedModel, "compile_for", compile_nothing)
 
 
 def test_what_was_compiled_is_found_again_and_computes_the_same(
@@ -90,10 +91,11 @@ def test_a_blob_that_the_runtime_refuses_is_compiled_again(
     first = called(artifact)
     with load_engine(artifact) as engine:
         assert isinstance(engine, OpenVINOEngine)
-        assert engine._blobs is not None
-        request = {"shapes": {"sample": [2, 3, 6, 6], "timestep": []}, "options": engine._options}
-        assert engine._blobs.read(request) is not None
-        engine._blobs.write(request, b"whole, and no model")
+        shaped = engine.shaped
+        assert shaped.blobs is not None
+        request = {"shapes": {"sample": [2, 3, 6, 6], "timestep": []}, "options": shaped.options}
+        assert shaped.blobs.read(request) is not None
+        shaped.blobs.write(request, b"whole, and no model")
     assert torch.equal(called(artifact), first)
     assert "cannot load its compiled model" in capsys.readouterr().err
 

@@ -9,7 +9,8 @@ import torch
 
 from qdeploy.engines.base import Engine
 from qdeploy.engines.build import load_engine
-from qdeploy.engines.openvino import KEPT_SHAPES, OpenVINOEngine
+from qdeploy.engines.openvino import OpenVINOEngine
+from qdeploy.engines.openvino_shapes import KEPT_SHAPES
 from qdeploy.system.errors import InvalidInputError
 from tests.engines.bundles import CHANNELS, MEANT, SIZE, denoiser_graph, example_inputs, expected
 
@@ -111,9 +112,9 @@ def test_openvino_compiles_once_for_each_shape_and_keeps_few(engine_folder: Path
         t = torch.tensor(1.0)
         for _ in range(2):
             engine({"sample": example_inputs(2)["sample"], "timestep": t})
-        first = next(iter(engine._compiled.values()))
-        assert len(engine._compiled) == 1
+        first = next(iter(engine.shaped.compiled.values()))
+        assert len(engine.shaped.compiled) == 1
         for rows in range(3, 3 + KEPT_SHAPES):
             engine({"sample": example_inputs(rows)["sample"], "timestep": t})
-        assert len(engine._compiled) == KEPT_SHAPES
-        assert first not in engine._compiled.values()
+        assert len(engine.shaped.compiled) == KEPT_SHAPES
+        assert first not in engine.shaped.compiled.values()

@@ -62,7 +62,7 @@ def test_threads_that_meet_a_shape_first_compile_it_once(engine_folder: Path) ->
 
         with ThreadPoolExecutor(8) as threads:
             list(threads.map(call, range(8)))
-        (compiled,) = engine._compiled.values()
+        (compiled,) = engine.shaped.compiled.values()
         assert 1 <= compiled.requests.made <= 8
 
 

@@ -41,7 +41,12 @@ def ddpm_folder(
 
 
 def stable_diffusion_folder(
-    path: Path, *, size: int = 8, channels: Sequence[int] = (8, 16), seed: int = 0
+    path: Path,
+    *,
+    size: int = 8,
+    channels: Sequence[int] = (8, 16),
+    vae_channels: Sequence[int] = (8,),
+    seed: int = 0,
 ) -> Path:
     """A `StableDiffusionPipeline`: cross-attention on prompts, latents of ``size`` pixels, PNDM."""
     from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -58,7 +63,7 @@ def stable_diffusion_folder(
             down_block_types=("DownBlock2D",) * plain + ("CrossAttnDownBlock2D",),
             up_block_types=("CrossAttnUpBlock2D",) + ("UpBlock2D",) * plain,
         )
-        vae, (text_encoder, tokenizer) = make_vae(size), make_text_encoder()
+        vae, (text_encoder, tokenizer) = make_vae(size, vae_channels), make_text_encoder()
     scheduler = PNDMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -107,16 +112,16 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def make_vae(size: int, **options: Any) -> Any:
+def make_vae(size: int, channels: Sequence[int] = (8,), **options: Any) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
         sample_size=size,
         latent_channels=4,
-        block_out_channels=(8,),
+        block_out_channels=tuple(channels),
         norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",),
-        up_block_types=("UpDecoderBlock2D",),
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
         **options,
     )
 

@@ -1,1 +1,1 @@
-"""An engine in the place of a pipeline's denoiser."""
+"""Engines in the places of a pipeline's networks: denoiser, text encoders, autoencoders."""

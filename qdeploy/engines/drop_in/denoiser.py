@@ -6,20 +6,16 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-import diffusers
-import torch
-from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.utils.outputs import BaseOutput
-from torch import Tensor, nn
+from torch import Tensor
 
-from qdeploy.engines.drop_in.refusals import refusal
+from qdeploy.engines.drop_in.model_stand_in import ModelStandIn
 from qdeploy.model.call import CallForm, read_call
 from qdeploy.store.facts import CallFacts
-from qdeploy.system.errors import CapabilityError, InvalidInputError
+from qdeploy.system.errors import InvalidInputError
 
 
 @dataclass
@@ -55,10 +51,9 @@ class Predictor(Protocol):
         """The network's prediction."""
 
 
-class EngineDenoiser(diffusers.ModelMixin, ConfigMixin):
+class EngineDenoiser(ModelStandIn):
     """A drop-in for the diffusers model that an engine was made from.
 
-    It is a `ModelMixin`, so that ``DiffusionPipeline.from_pretrained(..., unet=denoiser)`` takes it too.
     Arguments are those of the original class, by position or by name.
 
     Args:
@@ -68,33 +63,11 @@ class EngineDenoiser(diffusers.ModelMixin, ConfigMixin):
         InvalidInputError: diffusers has no class of the name in the engine's configuration.
     """
 
-    config_name = "config.json"  # type: ignore[assignment]
-
     def __init__(self, engine: Predictor) -> None:
-        super().__init__()
+        super().__init__(engine.config, engine.path)
         self.engine = engine
-        name = str(engine.config.get("_class_name"))
-        original = getattr(diffusers, name, None)
-        if original is None:
-            raise InvalidInputError(f"{engine.path} was made from a {name}, which this diffusers lacks")
-        self._original = original
-        # ``register_to_config`` would look for __init__ parameters; the configuration is another class's.
-        self._internal_dict: Any = FrozenDict(engine.config)
-        signature = inspect.signature(original.forward)
+        signature = inspect.signature(self._original.forward)
         self.signature = signature.replace(parameters=list(signature.parameters.values())[1:])
-        # Something for ``pipe.to("cuda", torch.bfloat16)`` to move and cast.
-        self._place: Tensor
-        self.register_buffer("_place", torch.empty(0, dtype=torch.float32), persistent=False)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Follows ``pipe.to``; a prediction has the dtype of the sample that it was made from."""
-        return self._place.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the pipeline keeps its tensors: wherever it was moved. The engine fetches and returns them."""
-        return self._place.device
 
     def forward(self, *args: Any, **kwargs: Any) -> DenoiserOutput | tuple[Tensor]:
         """Predict. Takes what the original class's ``forward`` takes, as far as the graph computes it.
@@ -154,32 +127,3 @@ class EngineDenoiser(diffusers.ModelMixin, ConfigMixin):
     def cache_context(self, name: str) -> Iterator[None]:
         """Pipelines of transformers enter this context around each call; an engine has no cache between calls."""
         yield
-
-    @cached_property
-    def _hollow(self) -> nn.Module:
-        """The original network without memory for its weights."""
-        with torch.device("meta"):
-            hollow: nn.Module = self._original.from_config(dict(self.engine.config))
-        return hollow
-
-    def __getattr__(self, name: str) -> Any:
-        # Some pipelines look at layers' sizes: SDXL at add_embedding.linear_1.in_features.
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("_") or "_original" not in self.__dict__:
-                raise
-            if (refused := refusal(self._original, name, self.engine.path)) is not None:
-                return refused
-            found = self._hollow._modules.get(name)
-            if found is None:
-                raise
-            return found
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Engines have no weights to save.
-
-        Raises:
-            CapabilityError: always.
-        """
-        raise CapabilityError(f"an engine is no diffusers model to save: copy its folder {self.engine.path}")

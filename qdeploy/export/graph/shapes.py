@@ -58,6 +58,8 @@ def infer(model: ir.Model, shapes: Mapping[str, Sequence[int | None]], strict: b
             value.shape = None
             if not value.is_graph_output():
                 value.type = None
+    if _sizes_are_free(model):
+        _compute_sizes(light)
     try:
         proto = onnx.shape_inference.infer_shapes(ir.to_proto(light), strict_mode=strict, data_prop=True)
     except Exception as error:
@@ -72,6 +74,22 @@ def infer(model: ir.Model, shapes: Mapping[str, Sequence[int | None]], strict: b
         shape = tuple(dim.dim_value for dim in dims) if fixed else None
         known[info.name] = (ir.DataType(kind.elem_type) if kind.elem_type else None, shape)
     return known
+
+
+def _sizes_are_free(model: ir.Model) -> bool:
+    """Whether other axes of inputs than the first have no fixed size."""
+    shapes = [value.shape for value in model.graph.inputs if value.shape is not None]
+    return any(not isinstance(size, int) for shape in shapes for size in list(shape)[1:])
+
+
+def _compute_sizes(light: ir.Model) -> None:
+    """Replace what computes the sizes of tensors from the sizes of inputs by its result.
+
+    Onnx infers shapes through a part of the integer arithmetic alone that graphs of free sizes have.
+    """
+    from onnxscript.optimizer import fold_constants
+
+    fold_constants(light, onnx_shape_inference=True)
 
 
 def _leave_out_large_constants(light: ir.Model) -> None:

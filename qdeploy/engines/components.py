@@ -1,0 +1,104 @@
+"""Text encoders and autoencoders of a pipeline as engines in the folder of the denoiser's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from msgspec.structs import replace
+
+from qdeploy.engines.registry import Backend
+from qdeploy.store.artifact import Bundle, EngineFolder
+from qdeploy.store.builder import Draft
+from qdeploy.store.facts import PipelineFacts
+from qdeploy.system.errors import CapabilityError, InvalidInputError, UsageError
+from qdeploy.system.machine import has_bf16
+from qdeploy.system.progress import say
+
+GRAPH = "model.onnx"
+
+
+def plan_components(
+    backend: Backend,
+    source: Bundle,
+    wanted: bool | None,
+    precisions: Mapping[str, str] | None = None,
+    strict: bool = False,
+) -> PipelineFacts | None:
+    """Which components of a bundle are built, and in which precision.
+
+    Args:
+        backend: builds them.
+        source: the ONNX bundle.
+        wanted: whether the engine is to be a whole pipeline; None for wherever bundle and backend allow it.
+        precisions: by component, such as ``{"vae": "f32"}``; 16 bits by default where the machine has them.
+        strict: refuse a pipeline some of whose components stay in torch.
+
+    Returns:
+        The bundle's, with the precision of each graph; None if the engine is the denoiser alone.
+
+    Raises:
+        UsageError: a precision for a component that there is not, or of an unknown name.
+        CapabilityError: the backend builds no components, or ``strict`` and some stay in torch.
+        InvalidInputError: the bundle is a denoiser alone.
+    """
+    described = source.facts.pipeline
+    if wanted is False or (wanted is None and (described is None or backend.build_component is None)):
+        if precisions:
+            raise UsageError(
+                "--components chooses precisions of a pipeline's engines, and none are built here"
+            )
+        return None
+    if backend.build_component is None:
+        raise CapabilityError(f"{backend.name} builds denoisers alone: build without --pipeline")
+    if described is None:
+        raise InvalidInputError(
+            f"{source.path} holds a denoiser alone: export the whole pipeline, with --components"
+        )
+    graphs, kept = described.graphs, described.torch
+    if strict and kept:
+        named = "; ".join(f"{name}: {reason}" for name, reason in kept.items())
+        raise CapabilityError(f"some components of {source.path} would run in torch: {named}")
+    sixteen = "bf16" if "bf16" in backend.precisions and has_bf16() else "f32"
+    chosen = dict.fromkeys(graphs, sixteen)
+    for name, precision in (precisions or {}).items():
+        if name not in graphs:
+            raise UsageError(
+                f"--components {name}={precision}: the pipeline's engines are {', '.join(graphs) or 'none'}"
+            )
+        if precision not in backend.precisions or (precision == "bf16" and not has_bf16()):
+            raise UsageError(
+                f"--components {name}={precision}: {backend.name} computes in "
+                f"{', '.join(backend.precisions)} where the processor can"
+            )
+        chosen[name] = precision
+    return replace(described, precision=chosen)
+
+
+def read_precisions(text: str | None) -> dict[str, str] | None:
+    """Precisions by component of a text like ``vae=f32,text_encoder=bf16``.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if text is None:
+        return None
+    pairs = [part.strip().split("=") for part in text.split(",")]
+    if any(len(pair) != 2 or not all(pair) for pair in pairs):
+        raise UsageError(f"--components takes NAME=PRECISION,..., such as vae=f32, not {text!r}")
+    return {pair[0]: pair[1] for pair in pairs}
+
+
+def build_components(
+    backend: Backend, source: Bundle, draft: Draft[EngineFolder], plan: PipelineFacts
+) -> None:
+    """Write the engines of a plan into the draft, and OpenVINO's tokenizers where their converter is installed."""
+    assert backend.build_component is not None
+    for name, folders in plan.graphs.items():
+        for folder in folders:
+            precision = (plan.precision or {})[name]
+            say(f"building {folder} in {precision}")
+            backend.build_component(source.file(f"{folder}/{GRAPH}"), draft.content / folder, precision)
+    if backend.name == "openvino":
+        from qdeploy.engines.openvino_tokenizers import convert_tokenizers
+
+        convert_tokenizers(draft.content)
