@@ -51,6 +51,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("case", CASES)
 def test_every_planned_layer_is_low_bit_in_the_plan(case: str, sets: dict[str, Path], tmp_path: Path) -> None:
     model, formats, gpu, kinds = CASES[case]
