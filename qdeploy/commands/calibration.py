@@ -109,7 +109,7 @@ def _stage_options(settings: Sequence[str]) -> dict[str, dict[str, Any]] | None:
     Raises:
         UsageError: the text is not of that form.
     """
-    import yaml
+    from qdeploy.store.bounded_yaml import parse_yaml
 
     found: dict[str, dict[str, Any]] = {}
     for text in settings:
@@ -120,8 +120,8 @@ def _stage_options(settings: Sequence[str]) -> dict[str, dict[str, Any]] | None:
                 f"--set cannot be read at {text!r}: write stage.option=value, as in round-weights.steps=5000"
             )
         try:
-            found.setdefault(stage.strip(), {})[option.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            found.setdefault(stage.strip(), {})[option.strip()] = parse_yaml(value)
+        except ValueError as error:
             raise UsageError(f"--set cannot be read at {text!r}: {str(error).splitlines()[0]}") from error
     return found or None
 

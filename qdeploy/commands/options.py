@@ -156,12 +156,12 @@ def sampling_of(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _argument(text: str) -> tuple[str, Any]:
-    import yaml
+    from qdeploy.store.bounded_yaml import parse_yaml
 
     name, equals, value = text.partition("=")
     try:
         if equals and name.strip():
-            return name.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
+            return name.strip(), parse_yaml(value)
+    except ValueError:
         pass
     raise UsageError(f"--pipeline-arg cannot be read at {text!r}: write NAME=VALUE, as in num_frames=8")
