@@ -65,6 +65,25 @@ def test_a_type_checker_passes_the_readme_and_flags_what_does_not_exist(tmp_path
         assert word in found[lines.index(line) + 1]
 
 
+def test_the_readme_runs(stable_diffusion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lines as they stand, on a small model of the same class and with little work."""
+    assert PYTHON is not None
+    code = PYTHON[1]
+    for theirs, ours in (
+        ('"sd15/"', repr(str(stable_diffusion))),
+        ("samples=64", "samples=2, steps=3, keep=2"),
+        ("w4a8-qdiffusion-steady", "w8a8-minmax"),
+    ):
+        assert theirs in code
+        code = code.replace(theirs, ours)
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {}
+    exec(code, namespace)
+    images = namespace["pipe"]("a lighthouse", num_inference_steps=2, guidance_scale=7.5).images
+    assert len(images) == 1
+    assert {"sd15-set", "sd15-w4a8", "sd15-w4a8-onnx"} <= {path.name for path in tmp_path.iterdir()}
+
+
 def test_signatures_and_help_show_real_parameters() -> None:
     shown = inspect.signature(qd.calibrate).parameters
     assert {"model", "output", "recipe", "stages", "calibration", "dry_run"} <= shown.keys()

@@ -64,7 +64,7 @@ def build_engine(
 
     Args:
         bundle: an artifact of kind ``onnx``.
-        output: the engine's folder; by default a folder in the working directory.
+        output: the engine's folder; ``ONNX-engine`` in the working directory by default.
         backend: name of a backend, or ``auto`` for the fastest that is installed.
         precision: what everything that is not int8 is computed in, ``f32``, ``bf16`` or, on GPUs, ``f16``. By
             default that of the backend, mostly ``f32``; with ``optimize_for``, 16 bits where the processor has

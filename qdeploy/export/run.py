@@ -58,7 +58,7 @@ def export(
 
     Args:
         source: a checkpoint; or a model, which is exported in full precision.
-        output: folder of the bundle; by default a folder in the working directory.
+        output: folder of the bundle; ``SOURCE-onnx`` in the working directory by default.
         target: the dialect; by default the one that the checkpoint was calibrated for.
         calibration: for a model, the set that its probe comes from; or another artifact, whose probe is taken. By
             default the model's own pipeline is asked how it calls its denoiser.

@@ -116,7 +116,7 @@ def sensitivity(
 
     Args:
         source: a model, or a checkpoint: of the latter its own scales and roundings are measured.
-        output: folder of the result.
+        output: folder of the result; ``SOURCE-sensitivity`` in the working directory by default.
         recipe: a preset's name, a YAML file or a recipe: which layers, which range finders, formats of the ranking.
         calibration: a calibration set of the model; without one, a default set is collected.
         reference: for a checkpoint, the model; by default the one that it was made from, where it was.

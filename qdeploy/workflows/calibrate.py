@@ -112,7 +112,7 @@ def calibrate(
 
     Args:
         model: a diffusers folder, a bundled model's name, a Hub id, or a loaded diffusers pipeline or network.
-        output: folder of the checkpoint; by default a folder in the working directory.
+        output: folder of the checkpoint; ``MODEL-PRECISION`` in the working directory by default.
         recipe: a `Recipe`, a preset's name or a YAML file; the arguments below override it.
         calibration: a calibration set that `collect` made from this model; without one, a default set is
             collected and kept in the cache, if a stage of the recipe looks at rows.
