@@ -6,7 +6,7 @@ import functools
 import inspect
 from typing import Any
 
-from qdeploy.system.errors import InvalidInputError, UsageError
+from qdeploy.system.errors import CapabilityError, InvalidInputError, UsageError
 
 SHORT_NAMES = {
     "ddpm": "DDPMScheduler",
@@ -29,6 +29,7 @@ def make_scheduler(name: str | None, current: Any) -> Any:
         current: the scheduler that the model came with.
 
     Raises:
+        CapabilityError: a library that the scheduler needs is not installed.
         UsageError: diffusers has no scheduler of that name, or the model is a flow and the scheduler is none.
         InvalidInputError: the scheduler cannot take over this model's configuration.
     """
@@ -37,7 +38,13 @@ def make_scheduler(name: str | None, current: Any) -> Any:
     import diffusers
 
     found = getattr(diffusers, SHORT_NAMES.get(name, name), None)
-    if found is None or not hasattr(found, "set_timesteps"):
+    try:
+        known = found is not None and hasattr(found, "set_timesteps")
+    except ImportError as error:  # diffusers holds a stand-in for a scheduler whose library is missing
+        raise CapabilityError(
+            f"the scheduler {name} cannot be used: {' '.join(str(error).split())}"
+        ) from error
+    if not known:
         raise UsageError(
             f"unknown scheduler {name!r}: choose from {', '.join(SHORT_NAMES)}, or name a diffusers class"
         )

@@ -47,7 +47,7 @@ def content(channels: int = 3, prompts: bool = False) -> dict[str, Any]:
 
 def imported(model: Path, file: Path, made: Any, **options: Any) -> CalibrationSet:
     torch.save(made, file)
-    options = {"steps": 3, "samples": 18, **options}
+    options = {"keep": 3, "samples": 18, **options}
     return CalibrationSet.open(import_qdiffusion(model, file, file.with_suffix(""), **options).path)
 
 
@@ -128,14 +128,14 @@ def test_the_same_file_gives_the_same_bytes_and_is_imported_once(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
     torch.save(content(), tmp_path / "file.pt")
-    options: dict[str, Any] = {"steps": 2, "samples": 3}
+    options: dict[str, Any] = {"keep": 2, "samples": 3}
     first = import_qdiffusion(models["ddpm"], tmp_path / "file.pt", tmp_path / "one", **options)
     second = import_qdiffusion(models["ddpm"], tmp_path / "file.pt", tmp_path / "two", **options)
     again = import_qdiffusion(models["ddpm"], tmp_path / "file.pt", tmp_path / "one", **options)
     assert first.sha256 == second.sha256
     assert again == first
     with pytest.raises(UsageError, match="--overwrite"):
-        import_qdiffusion(models["ddpm"], tmp_path / "file.pt", tmp_path / "one", steps=3, samples=3)
+        import_qdiffusion(models["ddpm"], tmp_path / "file.pt", tmp_path / "one", keep=3, samples=3)
 
 
 class Malicious:
@@ -225,9 +225,9 @@ def test_unsound_files_are_refused_in_one_sentence(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 7}, "7 steps cannot be chosen from a trajectory of 6"),
+        ({"keep": 7}, "7 steps cannot be chosen from a trajectory of 6"),
         ({"samples": 21}, "holds 20 samples"),
-        ({"steps": 0}, "at least 1"),
+        ({"keep": 0}, "at least 1"),
         ({"samples": -1}, "at least 1"),
     ],
 )
