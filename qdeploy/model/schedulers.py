@@ -44,7 +44,7 @@ def make_scheduler(name: str | None, current: Any) -> Any:
         raise CapabilityError(
             f"the scheduler {name} cannot be used: {' '.join(str(error).split())}"
         ) from error
-    if not known:
+    if found is None or not known:
         raise UsageError(
             f"unknown scheduler {name!r}: choose from {', '.join(SHORT_NAMES)}, or name a diffusers class"
         )
