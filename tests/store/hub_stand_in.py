@@ -81,7 +81,11 @@ class Handler(BaseHTTPRequestHandler):
             asked = json.loads(body)
             name = f"{asked.get('organization') or 'me'}/{asked['name']}"
             if name in self.server.branches:
-                return self.refuse(409, "RepoExists", "You already created this model repo")
+                told = {
+                    "error": "You already created this model repo",
+                    "url": f"{self.server.address}/{name}",
+                }
+                return self.answer(told, 409)
             self.server.branches[name] = {}
             self.server.private[name] = bool(asked.get("private")) or asked.get("visibility") == "private"
             self.server.commit(name, "main", {".gitattributes": b""})
@@ -94,6 +98,8 @@ class Handler(BaseHTTPRequestHandler):
             regular = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
             return self.answer({"files": [{"path": file["path"], **regular} for file in files]})
         if verb == "branch":
+            if rest[0] in self.server.branches[name]:
+                return self.refuse(409, "RefExists", "Reference already exists")
             self.server.branches[name][rest[0]] = self.server.branches[name]["main"]
             return self.answer({})
         files = dict(self.server.files(name, rest[0]) or {})
