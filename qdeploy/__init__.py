@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from qdeploy.recipe.stages import Method, Stage
     from qdeploy.sampling.pipeline_folder import load_pipeline
     from qdeploy.sampling.sample import sample
+    from qdeploy.workflows.auto import auto
     from qdeploy.workflows.calibrate import calibrate
     from qdeploy.workflows.demo import demo
     from qdeploy.workflows.inspect import inspect, methods
@@ -82,6 +83,7 @@ __all__ = [
     "TemporalSelection",
     "WeightRanges",
     "__version__",
+    "auto",
     "benchmark",
     "build_engine",
     "calibrate",
@@ -158,6 +160,7 @@ _NAMES = {
     ),
     "qdeploy.sampling.pipeline_folder": ("load_pipeline",),
     "qdeploy.sampling.sample": ("sample",),
+    "qdeploy.workflows.auto": ("auto",),
     "qdeploy.workflows.calibrate": ("calibrate",),
     "qdeploy.workflows.demo": ("demo",),
     "qdeploy.workflows.inspect": (

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import click
 
 from qdeploy.commands.base import print_result, report_made, verb
 from qdeploy.commands.options import Verb, sampling_of, sampling_options
-from qdeploy.model.sampling import AS_COLLECTED, SAMPLING
+from qdeploy.model.sampling import AS_COLLECTED, COLLECTING, SAMPLING
 from qdeploy.system.errors import CheckFailed
 from qdeploy.system.progress import say
 
 _DEMO = Verb("qdeploy.workflows.demo", "demo")
+_AUTO = Verb("qdeploy.workflows.auto", "auto")
 _SAMPLE = Verb("qdeploy.sampling.sample", "sample")
 _CHECK = Verb("qdeploy.evaluate.check", "check")
 _BENCHMARK = Verb("qdeploy.evaluate.benchmark", "benchmark")
@@ -32,6 +34,26 @@ def demo(as_json: bool, **options: Any) -> None:
     """The whole way on a model that the package ships."""
     result = _DEMO.call(**options)
     print_result(as_json, result.to_json, lambda: result.table)
+
+
+@click.command()
+@click.argument("model")
+@_AUTO.option("output", "Folder of everything that is made.", required=True)
+@_AUTO.option("backend", "openvino, onnxruntime or tensorrt.", "--for", "--backend")
+@_AUTO.option("min_psnr", "Least PSNR of images to those of full precision, in dB.")
+@_AUTO.option("calibration_samples", "Images to calibrate on.")
+@_AUTO.option("samples", "Images to check on.")
+@_AUTO.option("effort", "Of calibrations: fast, balanced or best.")
+@_AUTO.option("rounds", "Interleaved rounds of the benchmark.")
+@_AUTO.option("explain", "Print the commands that this stands for, and stop.")
+@sampling_options(replace(COLLECTING, steps=50))
+@verb
+def auto(model: str, as_json: bool, **options: Any) -> None:
+    """From a model to a checked engine, its speed and a report, by one command."""
+    result = _AUTO.call(model, **sampling_of(options))
+    print_result(as_json, result.to_json, result.as_text)
+    if not result.passed:
+        raise CheckFailed("; ".join(result.chosen.failures))
 
 
 @click.command()

@@ -1,0 +1,85 @@
+"""One command from a model to a checked engine: what it stands for, and when it says that a bound is missed."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+from qdeploy.engines.measure import latency
+from qdeploy.store.artifact import open_artifact
+from qdeploy.workflows import auto_steps
+
+FEW = (
+    "--steps", "4", "--scheduler", "ddim", "--calibration-samples", "2", "--samples", "2", "--rounds", "1",
+    "--for", "openvino",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qdeploy.engines.build.latency", partial(latency, seconds=0.0))
+    ladder = auto_steps.LADDERS["openvino"]
+    monkeypatch.setitem(auto_steps.LADDERS, "openvino", (ladder[0], auto_steps.Rung("w8a8-minmax")))
+
+
+def test_one_command_makes_what_its_explanation_says(
+    qdeploy: Callable[..., Result], ddpm: Path, tmp_path: Path
+) -> None:
+    explained = qdeploy("auto", ddpm, "-o", tmp_path / "by-hand", *FEW, "--explain")
+    assert explained.exit_code == 0, explained.stderr
+    assert not (tmp_path / "by-hand").exists()
+    commands = [shlex.split(line) for line in explained.stdout.splitlines()]
+    assert [words[1] for words in commands[:5]] == ["collect", "calibrate", "export", "build-engine", "check"]
+    for words in commands[:3]:
+        assert qdeploy(*words[1:]).exit_code == 0
+
+    done = qdeploy("auto", ddpm, "-o", tmp_path / "auto", *FEW, "--min-psnr", "20", "--json")
+    assert done.exit_code == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert [attempt["recipe"] for attempt in result["attempts"]] == ["w8a8-minmax-cpu"]
+    assert result["passed"]
+    assert result["chosen"]["psnr_db"] > 20
+    assert Path(result["report"]).read_text().startswith("<!doctype html>")
+    for name in ("set", "w8a8-minmax-cpu", "w8a8-minmax-cpu-onnx"):
+        by_hand, automatic = (open_artifact(tmp_path / place / name) for place in ("by-hand", "auto"))
+        assert by_hand.sha256 == automatic.sha256
+
+
+def test_a_bound_that_no_recipe_meets_is_said_and_the_best_engine_is_kept(
+    qdeploy: Callable[..., Result], ddpm: Path, tmp_path: Path
+) -> None:
+    done = qdeploy("auto", ddpm, "-o", tmp_path / "auto", *FEW, "--min-psnr", "100")
+    assert done.exit_code == 3
+    assert "PSNR" in done.stderr
+    result = json.loads((tmp_path / "auto" / "auto.json").read_text())
+    assert [attempt["recipe"] for attempt in result["attempts"]] == ["w8a8-minmax-cpu", "w8a8-minmax"]
+    assert result["chosen"]["psnr_db"] == max(attempt["psnr_db"] for attempt in result["attempts"])
+    assert open_artifact(result["engine"], "engine").component == "unet"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("--min-psnr", "-3"), 2, "the least PSNR"),
+        (("--for", "abacus"), 2, "unknown backend"),
+        (("--steps", "0"), 2, "steps must be at least 1"),
+    ],
+)
+def test_impossible_requests_are_refused_before_any_work(
+    words: tuple[str, ...], code: int, said: str, qdeploy: Callable[..., Result], ddpm: Path, tmp_path: Path
+) -> None:
+    done = qdeploy("auto", ddpm, "-o", tmp_path / "auto", *words)
+    assert (done.exit_code, said in done.stderr) == (code, True), done.stderr
+    assert not (tmp_path / "auto").exists()
+
+
+def test_a_pipeline_that_needs_prompts_says_so(qdeploy: Callable[..., Result], tmp_path: Path) -> None:
+    done = qdeploy("auto", "scenes", "-o", tmp_path / "auto")
+    assert done.exit_code == 2
+    assert "needs prompts" in done.stderr
