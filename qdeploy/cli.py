@@ -11,15 +11,9 @@ import os
 import click
 
 from qdeploy.commands.base import Commands
-<<<<<<< HEAD
 from qdeploy.commands.calibration import calibrate, collect, preflight, sensitivity
 from qdeploy.commands.deployment import build_engine, doctor, export, lint, push, selftest
-from qdeploy.commands.evaluation import benchmark, check, demo, report, sample
-=======
-from qdeploy.commands.calibration import calibrate, collect, sensitivity
-from qdeploy.commands.deployment import build_engine, doctor, export, lint, selftest
 from qdeploy.commands.evaluation import auto, benchmark, check, demo, report, sample
->>>>>>> 17b7734 (Auto: from a model to a checked engine, its speed and a report, by one command)
 from qdeploy.commands.information import inspect, methods
 from qdeploy.version import __version__
 
@@ -36,11 +30,8 @@ def main() -> None:
 
 for _command in (
     demo,
-<<<<<<< HEAD
-    preflight,
-=======
     auto,
->>>>>>> 17b7734 (Auto: from a model to a checked engine, its speed and a report, by one command)
+    preflight,
     collect,
     calibrate,
     sensitivity,
