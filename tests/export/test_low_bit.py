@@ -148,7 +148,7 @@ def test_state_is_written_and_read_without_loss(case: Case) -> None:
 
 def test_rounding_is_learned_within_blocks(tmp_path: Path) -> None:
     """Codes are floor or ceiling on the grid of each block, and some are not the nearest."""
-    network, data = tiny_dit(), dit_rows()
+    network, data = tiny_dit(), dit_rows(DATA)
     with calibrating(
         network, data, tmp_path / "x", weights="int4b64", activations="none", target="tensorrt"
     ) as session:

@@ -180,7 +180,7 @@ def test_unsigned_activations_run_where_the_target_says_so() -> None:
         ({"weights": "fp8", "activations": "none", "target": "tensorrt"}, "both in fp8"),
         (
             {"weights": "fp8", "activations": "fp8", "target": "tensorrt", "method": "qdiffusion"},
-            "stage round-weights needs steps that are all alike.*choose --method minmax",
+            "stage round-weights needs equal steps.*choose --method minmax",
         ),
         (
             {"weights": "fp8", "activations": "fp8", "target": "tensorrt", "method": "tfmq"},
