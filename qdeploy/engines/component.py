@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Component(ABC):
+class EngineComponent(ABC):
     """A graph that a runtime executes, beside the denoiser. Any number of threads may call it.
 
     Args:

@@ -17,7 +17,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from qdeploy.engines.base import DYNAMIC, Engine, Kernel, Port, why
-from qdeploy.engines.component import Component
+from qdeploy.engines.component import EngineComponent
 from qdeploy.engines.registry import Backend
 from qdeploy.system.errors import InvalidInputError
 from qdeploy.system.machine import int8_sums_saturate
@@ -144,7 +144,7 @@ def _kernel(events: Sequence[dict[str, Any]]) -> Kernel:
     return Kernel(name, (layer,), kind, precision, kind, round(median(times), 6) if times else None)
 
 
-class ONNXRuntimeComponent(Component):
+class ONNXRuntimeComponent(EngineComponent):
     """A graph of a pipeline's text encoder or autoencoder.
 
     Args:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qdeploy.engines.base import Engine, Kernel, why
 from qdeploy.engines.blobs import LARGEST_BYTES, Blobs
-from qdeploy.engines.component import Component
+from qdeploy.engines.component import EngineComponent
 from qdeploy.engines.openvino_graph import MODEL, build, build_component
 from qdeploy.engines.openvino_shapes import DEVICES, ShapedModel, shared
 from qdeploy.engines.openvino_timestep import take_fractional_timesteps
@@ -94,7 +94,7 @@ class OpenVINOEngine(Engine):
         self.shaped.close()
 
 
-class OpenVINOComponent(Component):
+class OpenVINOComponent(EngineComponent):
     """An IR of a pipeline's text encoder or autoencoder.
 
     Args:

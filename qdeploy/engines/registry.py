@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from qdeploy.engines.base import Engine
-    from qdeploy.engines.component import Component
+    from qdeploy.engines.component import EngineComponent
     from qdeploy.engines.spec import EngineSpec
 
 PRECISIONS = ("f32", "f16", "bf16")
@@ -75,7 +75,7 @@ class Backend:
     default_precision: str = "f32"
     any_size: bool = False
     build_component: Callable[[Path, Path, str], None] | None = None
-    load_component: Callable[[Path, str, int | None], Component] | None = None
+    load_component: Callable[[Path, str, int | None], EngineComponent] | None = None
 
     def why_not_here(self) -> str | None:
         """Why this machine cannot run the engines that it builds; None if it can."""

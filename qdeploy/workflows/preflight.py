@@ -34,7 +34,7 @@ EXAMPLES = 2  # rows to trace with
 
 
 @dataclass(frozen=True)
-class Finding:
+class StepResult:
     """One thing that was tried.
 
     Attributes:
@@ -60,7 +60,7 @@ class PreflightResult:
     """
 
     path: Path
-    findings: list[Finding]
+    findings: list[StepResult]
 
     @property
     def passed(self) -> bool:
@@ -113,7 +113,7 @@ def preflight(
 class _Preflight:
     def __init__(self, model: Model, sampling: Sampling) -> None:
         self.model, self.sampling = model, sampling
-        self.findings: list[Finding] = []
+        self.findings: list[StepResult] = []
         self.denoiser: nn.Module
         self.pipeline: Any
         self.plan: Survey
@@ -130,14 +130,14 @@ class _Preflight:
         broken = False
         for name, step in steps:
             if broken:
-                self.findings.append(Finding(name, None, "the step before does not work"))
+                self.findings.append(StepResult(name, None, "the step before does not work"))
                 continue
             began = time.perf_counter()
             try:
                 works, detail = True, step()
             except QDeployError as error:
                 works, detail, broken = False, str(error), True
-            self.findings.append(Finding(name, works, detail, time.perf_counter() - began))
+            self.findings.append(StepResult(name, works, detail, time.perf_counter() - began))
         return PreflightResult(self.model.path, self.findings)
 
     def _load(self) -> str:

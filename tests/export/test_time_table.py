@@ -373,8 +373,8 @@ def test_by_default_a_calibrated_time_path_becomes_a_table(
 
     planned: list[TimeTable] = []
 
-    def plan_and_stop(model: Model, storage: str, rows: str) -> TimeTable:
-        planned.append(plan_table(model, storage, rows))
+    def plan_and_stop(model: Model, *options: Any) -> TimeTable:
+        planned.append(plan_table(model, *options))
         raise Stopped
 
     monkeypatch.setattr(run, "plan_table", plan_and_stop)

@@ -12,7 +12,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 
-from qdeploy.engines.component import Component
+from qdeploy.engines.component import EngineComponent
 from qdeploy.engines.drop_in.model_stand_in import ModelStandIn
 from qdeploy.system.errors import CapabilityError
 
@@ -37,7 +37,7 @@ class EngineAutoencoder(ModelStandIn):
     """
 
     def __init__(
-        self, config: Mapping[str, Any], path: Path, decoder: Component, encoder: Component | None
+        self, config: Mapping[str, Any], path: Path, decoder: EngineComponent, encoder: EngineComponent | None
     ) -> None:
         # The engine's own precision is what it computes in, whatever dtype the pipeline has.
         super().__init__({**config, **({"force_upcast": False} if "force_upcast" in config else {})}, path)

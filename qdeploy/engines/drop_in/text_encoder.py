@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdeploy.engines.component import Component
+from qdeploy.engines.component import EngineComponent
 from qdeploy.system.errors import CapabilityError, InvalidInputError
 
 _HIDDEN = "hidden_states."
@@ -27,7 +27,7 @@ class EngineTextEncoder(nn.Module):
         InvalidInputError: transformers has no such class.
     """
 
-    def __init__(self, folder: Path, class_name: str, engine: Component) -> None:
+    def __init__(self, folder: Path, class_name: str, engine: EngineComponent) -> None:
         import transformers
 
         super().__init__()

@@ -31,7 +31,7 @@ from qdeploy.engines.tensorrt.progress import make_monitor
 from qdeploy.engines.tensorrt.timing_cache import cache_file, load_cache, save_cache
 from qdeploy.engines.tensorrt.traffic import bytes_moved
 from qdeploy.engines.tensorrt.versions import creation_flags, first, load_tensorrt, member, version_of
-from qdeploy.engines.tensorrt.worker import Request
+from qdeploy.engines.tensorrt.worker import BuildRequest
 from qdeploy.store.files import write_atomically, write_json
 from qdeploy.system.errors import CapabilityError, InvalidInputError
 from qdeploy.system.gpu import Gpu, require_gpu
@@ -94,7 +94,7 @@ def build(onnx_path: Path, folder: Path, *, flavour: Flavour = TENSORRT, **wishe
             path = half
         found = products(path)
         check_products(flavour, version_of(trt), targets, found)
-        request = Request(flavour.backend, onnx_path, path, describe(profiles), options, targets, gpu)
+        request = BuildRequest(flavour.backend, onnx_path, path, describe(profiles), options, targets, gpu)
         work = Path(scratch) / "build"
         work.mkdir()
         built = build_in_child(request, work)

@@ -14,7 +14,7 @@ from typing import Any
 
 from qdeploy.engines.tensorrt.flavour import FLAVOURS
 from qdeploy.engines.tensorrt.options import GIB
-from qdeploy.engines.tensorrt.worker import ANSWER, LOG, PLAN, Request
+from qdeploy.engines.tensorrt.worker import ANSWER, LOG, PLAN, BuildRequest
 from qdeploy.system import errors
 from qdeploy.system.errors import CapabilityError, InvalidInputError, QDeployError
 
@@ -40,7 +40,7 @@ class Built:
     peak_bytes: int | None
 
 
-def build_in_child(request: Request, folder: Path) -> Built:
+def build_in_child(request: BuildRequest, folder: Path) -> Built:
     """Run the builder in a child process.
 
     Args:
@@ -83,7 +83,7 @@ def built_from(answer: Mapping[str, Any], folder: Path, seconds: float) -> Built
     return Built(folder / PLAN, answer["layers"], round(seconds, 3), answer.get("peak_bytes"))
 
 
-def _watch(child: subprocess.Popen[bytes], request: Request, folder: Path, began: float) -> None:
+def _watch(child: subprocess.Popen[bytes], request: BuildRequest, folder: Path, began: float) -> None:
     """Wait for the child, and end it at a limit."""
     title, options = FLAVOURS[request.backend].title, request.options
     while child.poll() is None:
@@ -111,7 +111,7 @@ def _memory(pid: int) -> int | None:
     return 1024 * int(found[0]) if found else None
 
 
-def _crashed(code: int, request: Request, folder: Path) -> str:
+def _crashed(code: int, request: BuildRequest, folder: Path) -> str:
     try:
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
     except ValueError:

@@ -16,12 +16,12 @@ from qdeploy.engines.tensorrt.layer_log import parse_layer_log
 from qdeploy.engines.tensorrt.options import Options
 from qdeploy.engines.tensorrt.profiles import check_profiles, default_profile, describe, parse_shapes
 from qdeploy.engines.tensorrt.versions import load_tensorrt
-from qdeploy.engines.tensorrt.worker import Request
+from qdeploy.engines.tensorrt.worker import BuildRequest
 from qdeploy.system.errors import InvalidInputError
 
 
 @dataclass(frozen=True)
-class Verdict:
+class BuildVerdict:
     """What the builder did with a graph.
 
     Attributes:
@@ -72,7 +72,7 @@ def verify(
     shapes: str | None = None,
     backend: str = "tensorrt-rtx",
     minutes: float | None = 60.0,
-) -> Verdict:
+) -> BuildVerdict:
     """Have the builder build a graph as it stands, in a process of its own.
 
     Args:
@@ -97,20 +97,20 @@ def verify(
     profiles = [profile for profile in profiles if profile]
     check_profiles(profiles, graph.inputs)
     engine = f"{flavour.backend} {load_tensorrt(flavour).__version__}"
-    request = Request(
+    request = BuildRequest(
         flavour.backend, path, path, describe(profiles), Options(time_limit=minutes), targets, None
     )
     with tempfile.TemporaryDirectory() as scratch:
         try:
             built = build_in_child(request, Path(scratch))
         except InvalidInputError as error:
-            return Verdict(engine, targets, False, str(error), {}, 0, ())
+            return BuildVerdict(engine, targets, False, str(error), {}, 0, ())
     layers = parse_layer_log(built.layers or "")
     found = products(path)
     planned = {product.name: product.kind for product in found if product.kind}
     per_channel = {product.name for product in found if product.per_channel}
     told = report(layers, planned) | {"float32_results": wide_results(layers, planned, per_channel)}
-    return Verdict(engine, targets, True, "", told, len(layers), tuple(product_types(layers)))
+    return BuildVerdict(engine, targets, True, "", told, len(layers), tuple(product_types(layers)))
 
 
 def product_types(layers: list[dict[str, Any]]) -> list[str]:

@@ -31,7 +31,7 @@ ANSWER, LOG, PLAN = "answer.json", "build.log", "model.plan"
 
 
 @dataclass(frozen=True)
-class Request:
+class BuildRequest:
     """What a worker is asked for.
 
     Attributes:
@@ -67,11 +67,11 @@ class Request:
         }
 
     @staticmethod
-    def from_json(told: dict[str, Any]) -> Request:
+    def from_json(told: dict[str, Any]) -> BuildRequest:
         """From the file."""
         options, gpu = told["options"], told["gpu"]
         cache = options.pop("timing_cache")
-        return Request(
+        return BuildRequest(
             told["backend"],
             Path(told["source"]),
             Path(told["graph"]),
@@ -82,7 +82,7 @@ class Request:
         )
 
 
-def serve(request: Request, folder: Path) -> dict[str, Any]:
+def serve(request: BuildRequest, folder: Path) -> dict[str, Any]:
     """Build into a folder: the plan and the log.
 
     Returns:
@@ -151,5 +151,5 @@ if __name__ == "__main__":
     file = Path(sys.argv[1])
     told = json.loads(file.read_text())
     verbosity.level = told.pop("verbosity")
-    answer = serve(Request.from_json(told), file.parent) | {"peak_bytes": peak_bytes()}
+    answer = serve(BuildRequest.from_json(told), file.parent) | {"peak_bytes": peak_bytes()}
     (file.parent / ANSWER).write_text(json.dumps(answer))

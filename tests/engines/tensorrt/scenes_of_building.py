@@ -17,14 +17,14 @@ from qdeploy.engines.tensorrt.child import Built, built_from
 from qdeploy.engines.tensorrt.logger import logger_of
 from qdeploy.engines.tensorrt.plan import TRUST
 from qdeploy.engines.tensorrt.progress import monitor_class
-from qdeploy.engines.tensorrt.worker import Request, serve
+from qdeploy.engines.tensorrt.worker import BuildRequest, serve
 from tests.engines.tensorrt.bench import ADA, write_graph
 from tests.engines.tensorrt.stage import build, in_order, library, refused, scratch
 
 PARSER_GONE = "Parser.7"  # its destructor's slot
 
 
-def build_here(request: Request, folder: Path) -> Built:
+def build_here(request: BuildRequest, folder: Path) -> Built:
     return built_from(serve(request, folder), folder, 0.0)
 
 

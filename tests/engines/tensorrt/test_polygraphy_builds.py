@@ -14,7 +14,7 @@ from qdeploy.engines.tensorrt.child import build_in_child
 from qdeploy.engines.tensorrt.inspector import dtype
 from qdeploy.engines.tensorrt.layer_log import BEGINNING, parse_layer_log
 from qdeploy.engines.tensorrt.options import Options
-from qdeploy.engines.tensorrt.worker import Request
+from qdeploy.engines.tensorrt.worker import BuildRequest
 from tests.engines.tensorrt.real_builds import int4_linear, quantized_conv
 
 SHAPES = {"conv": "[2,32,8,8]", "int4": "[2,16,128]"}
@@ -38,7 +38,7 @@ def by_polygraphy(graph: Path, folder: Path, shape: str) -> list[dict[str, Any]]
 
 def by_us(graph: Path, folder: Path, shape: str) -> list[dict[str, Any]]:
     sizes = shape.strip("[]").replace(",", "x")
-    request = Request("tensorrt-rtx", graph, graph, f"sample:{sizes}", Options(), (89,), None)
+    request = BuildRequest("tensorrt-rtx", graph, graph, f"sample:{sizes}", Options(), (89,), None)
     work = folder / "work"
     work.mkdir()
     layers = build_in_child(request, work).layers
