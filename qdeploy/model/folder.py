@@ -301,9 +301,9 @@ def _without_parameters() -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """A JSON object from a file of a model. Schedulers' configurations may hold infinities.
 
     Raises:
         InvalidInputError: there is none.
     """
-    return read_json_object(path)
+    return read_json_object(path, infinities=True)

@@ -15,12 +15,14 @@ DEEPEST = 64
 LARGEST_INTEGER = 2**63 - 1
 
 
-def read_json_object(path: Path, largest: int = LARGEST_BYTES) -> dict[str, Any]:
+def read_json_object(path: Path, largest: int = LARGEST_BYTES, *, infinities: bool = False) -> dict[str, Any]:
     """The JSON object in a file.
 
     Args:
         path: the file.
         largest: bytes that it may have.
+        infinities: take the words ``Infinity`` and ``-Infinity``, which diffusers writes into configurations of
+            schedulers.
 
     Raises:
         InvalidInputError: it is no regular file, too large, no JSON object in UTF-8, nested too deeply, or holds
@@ -32,7 +34,7 @@ def read_json_object(path: Path, largest: int = LARGEST_BYTES) -> dict[str, Any]
             raise InvalidInputError(f"{path} cannot be read: it is not a regular file")
         if state.st_size > largest:
             raise InvalidInputError(f"{path} cannot be read: it has more than {largest >> 20} MiB")
-        value = parse_json(path.read_bytes())
+        value = parse_json(path.read_bytes(), infinities=infinities)
     except OSError as error:
         raise InvalidInputError(f"{path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
@@ -42,14 +44,16 @@ def read_json_object(path: Path, largest: int = LARGEST_BYTES) -> dict[str, Any]
     return value
 
 
-def parse_json(content: bytes) -> Any:
+def parse_json(content: bytes, *, infinities: bool = False) -> Any:
     """A JSON value, its depth and its numbers checked.
 
     Raises:
         ValueError: it is none, or out of bounds.
     """
     try:
-        value = json.loads(content.decode(), parse_constant=_refuse, parse_float=_finite)
+        value = json.loads(
+            content.decode(), parse_constant=_infinite if infinities else _refuse, parse_float=_finite
+        )
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     _check_bounds(value)
@@ -58,6 +62,10 @@ def parse_json(content: bytes) -> Any:
 
 def _refuse(word: str) -> NoReturn:
     raise ValueError(f"{word} is no number of JSON")
+
+
+def _infinite(word: str) -> float:
+    return _refuse(word) if word == "NaN" else float(word)
 
 
 def _finite(digits: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from qdeploy.quant.checkpoint import copy_pipeline_files
 from qdeploy.recipe.resolve import resolve_recipe
 from qdeploy.store import builder, paths
 from qdeploy.store.artifact import KINDS, Bundle, CalibrationFolder, Checkpoint, EngineFolder, open_artifact
-from qdeploy.store.bounded_json import parse_json
+from qdeploy.store.bounded_json import parse_json, read_json_object
 from qdeploy.store.bounded_yaml import parse_yaml
 from qdeploy.store.manifest import MANIFEST
 from qdeploy.store.names import contained, name_problem
@@ -399,3 +400,14 @@ def test_a_cache_that_others_may_write_to_is_refused(tmp_path: Path, monkeypatch
     monkeypatch.setattr(os, "getuid", lambda: 4711)
     with pytest.raises(UsageError, match="belongs to another user"):
         paths.cache_folder()
+
+
+def test_infinities_are_taken_from_schedulers_and_nowhere_else(tmp_path: Path) -> None:
+    file = tmp_path / "scheduler_config.json"
+    file.write_text('{"lambda_min_clipped": -Infinity}')
+    assert read_json_object(file, infinities=True) == {"lambda_min_clipped": -math.inf}
+    with pytest.raises(InvalidInputError, match="-Infinity is no number"):
+        read_json_object(file)
+    file.write_text('{"lambda_min_clipped": NaN}')
+    with pytest.raises(InvalidInputError, match="NaN is no number"):
+        read_json_object(file, infinities=True)
