@@ -228,7 +228,7 @@ def test_one_group_makes_the_very_same_file_as_none(tmp_path: Path) -> None:
 
 def rows_of(checkpoint: Artifact, each: int = 9) -> dict[str, Tensor]:
     """Some rows at every calibrated timestep."""
-    timesteps = torch.tensor(checkpoint.facts.timesteps["calibrated"]).repeat_interleave(each)
+    timesteps = torch.tensor(checkpoint.facts.timesteps.calibrated).repeat_interleave(each)
     sample = torch.randn(len(timesteps), 3, 8, 8, generator=torch.Generator().manual_seed(0))
     return {"sample": sample, "timestep": timesteps}
 

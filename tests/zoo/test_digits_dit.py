@@ -31,7 +31,7 @@ def test_it_is_a_stock_dit(pipeline: Any) -> None:
 
 def test_guided_samples_show_the_class_that_was_asked_for(pipeline: Any) -> None:
     classes = [number % 10 for number in range(20)]
-    images = generate(pipeline, range(20), 8, [str(number) for number in classes], 4.0)
+    images = generate(pipeline, range(20), 8, [str(number) for number in classes], 4.0).values
     assert images.shape == (20, 1, 16, 16)
     with torch.no_grad():
         seen = FeatureNetwork.load(MODEL.path / "features")(images.clamp(0, 1) * 2 - 1).argmax(1)
@@ -40,7 +40,7 @@ def test_guided_samples_show_the_class_that_was_asked_for(pipeline: Any) -> None
 
 def test_guidance_and_seeds_change_the_picture(pipeline: Any) -> None:
     def one(guidance: float, seed: int) -> torch.Tensor:
-        return generate(pipeline, [seed], 4, ["3"], guidance)
+        return generate(pipeline, [seed], 4, ["3"], guidance).values
 
     assert torch.equal(one(4.0, 0), one(4.0, 0))
     assert (one(4.0, 0) - one(1.0, 0)).abs().mean() > 0.005

@@ -168,7 +168,7 @@ def test_it_is_a_stock_stable_diffusion(pipeline: Any) -> None:
 
 def test_guidance_and_prompts_change_the_picture_and_seeds_do(pipeline: Any) -> None:
     def one(prompt: str, guidance: float, seed: int) -> torch.Tensor:
-        return generate(pipeline, [seed], 5, [prompt], guidance)
+        return generate(pipeline, [seed], 5, [prompt], guidance).values
 
     first = one("a large red circle on a white background", 4.0, 0)
     assert torch.equal(first, one("a large red circle on a white background", 4.0, 0))
