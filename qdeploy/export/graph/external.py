@@ -6,6 +6,7 @@ files in the folder of the graph are accepted.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,6 +43,8 @@ def external_files(path: Path) -> list[str]:
             raise InvalidInputError(
                 f"{path} reads its weights from {name[:200]!r}, which is not a file of its own folder: do not use it"
             )
+        if name.isprintable() and not os.path.lexists(path.parent / name):
+            raise InvalidInputError(f"{path} has its weights in {name[:200]}, which is missing")
         contained(path.parent, name)
     return names
 
