@@ -21,6 +21,7 @@ from qdeploy.version import __version__
 
 if TYPE_CHECKING:
     from qdeploy.calibrate.methods.awq import ScaleSalient
+    from qdeploy.calibrate.methods.centering import CenterInputs
     from qdeploy.calibrate.methods.dgq import GroupChannels
     from qdeploy.calibrate.methods.dgq_attention import LogAttention
     from qdeploy.calibrate.methods.dgq_patches import GroupPatches
@@ -62,6 +63,7 @@ __all__ = [
     "AlignAttention",
     "AlignEnd",
     "AlignTime",
+    "CenterInputs",
     "FiniteSetRanges",
     "GroupChannels",
     "GroupPatches",
@@ -108,6 +110,7 @@ __all__ = [
 # Where public names are defined; a module is imported when one of its names is first used.
 _NAMES = {
     "qdeploy.calibrate.methods.awq": ("ScaleSalient",),
+    "qdeploy.calibrate.methods.centering": ("CenterInputs",),
     "qdeploy.calibrate.methods.dgq": ("GroupChannels",),
     "qdeploy.calibrate.methods.dgq_attention": ("LogAttention",),
     "qdeploy.calibrate.methods.dgq_patches": ("GroupPatches",),
@@ -129,6 +132,7 @@ _NAMES = {
         "AlignAttention",
         "AlignEnd",
         "AlignTime",
+        "CenterInputs",
     ),
     "qdeploy.calibrate.methods.rotation": ("Rotate",),
     "qdeploy.calibrate.methods.smoothquant": ("MigrateOutliers",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from tests.models import ddpm_folder, stable_diffusion_folder
 # One thread per worker: the suite runs in as many workers as there are cores.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Fixtures of a module are made before those of its tests: they, too, leave the user's cache alone.
+os.environ["QDEPLOY_CACHE"] = tempfile.mkdtemp(prefix="qdeploy-tests-")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -30,7 +30,7 @@ to_device: Counter[str] = Counter()
 _VIEWS = (
     "alias", "detach", "diagonal", "expand", "lift", "lift_fresh", "permute", "select.int", "slice.Tensor",
     "split.Tensor", "split_with_sizes", "squeeze", "squeeze.dim", "squeeze.dims", "t", "transpose.int",
-    "unbind.int", "unfold", "unsqueeze",
+    "unbind.int", "unfold", "unsqueeze", "view.dtype",
 )  # fmt: skip
 # Operators that size their result by `out`, which would leave the wrapper's size behind.
 _FACTORIES = (

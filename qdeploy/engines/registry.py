@@ -11,10 +11,11 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from qdeploy.system.errors import CapabilityError, UsageError
-from qdeploy.system.plugins import ENGINES, named
+from qdeploy.system.plugins import ENGINES, named, registered
 from qdeploy.system.suggest import unknown
 
 if TYPE_CHECKING:
@@ -129,6 +130,12 @@ def backends() -> dict[str, Backend]:
     Raises:
         CapabilityError: a package registers one that cannot be imported.
     """
+    return _ranked(registered(ENGINES))
+
+
+@cache
+def _ranked(modules: object) -> dict[str, Backend]:
+    """The backends of what is registered, which is the key: another package makes another table."""
     found: dict[str, Backend] = named(ENGINES, lambda value: isinstance(value, Backend), "backend")
     return {backend.name: backend for backend in sorted(found.values(), key=lambda b: (-b.rank, b.name))}
 

@@ -84,7 +84,7 @@ class Checkpoint(DenoiserArtifact):
     @property
     def budget(self) -> Path | None:
         """How formats were chosen within a budget, if they were."""
-        return self.find(f"{self.component}/budget.json")
+        return self.find("budget.json")
 
 
 class Bundle(DenoiserArtifact):

@@ -410,7 +410,7 @@ def test_a_target_with_engines_is_refused_before_any_work(
 ) -> None:
     own = tmp_path / "own.yaml"
     own.write_text(json.dumps({"method": "dgq", "stages": [*map(named, RANGES), "group-patches"]}))
-    monkeypatch.setattr(run_module, "open_model", lambda model: pytest.fail("work has begun"))
+    monkeypatch.setattr(run_module, "model_of", lambda model: pytest.fail("work has begun"))
     for target in ("portable", "openvino", "tensorrt", "onnxruntime"):
         with pytest.raises(
             UsageError, match=f"target {target} cannot run stage group-patches: a conv.*im2col"

@@ -21,11 +21,14 @@ from qdeploy.quant.state import code_shapes, read_state, write_state
 from qdeploy.recipe.formats import int4
 from qdeploy.recipe.stages import Stage, check_stages
 from qdeploy.system.errors import UsageError
-from tests.export.test_low_bit import dit_rows, tiny_dit
-from tests.helpers import MemoryRows, calibrating, sqnr_db, tiny_unet
+from tests.helpers import MemoryRows, calibrating, dit_rows, sqnr_db, tiny_unet
+from tests.models import tiny_dit
 
 W4A4 = {"weights": "int4", "activations": "int4", "target": "simulated"}
-NETWORKS = {"unet": (lambda: tiny_unet((16, 32)), MemoryRows.noisy), "dit": (tiny_dit, dit_rows)}
+NETWORKS = {
+    "unet": (lambda: tiny_unet((16, 32)), MemoryRows.noisy),
+    "dit": (tiny_dit, lambda: dit_rows(MemoryRows.noisy())),
+}
 STAGES: dict[str, list[Stage]] = {
     "rotate": [Rotate(16)],
     "low-rank": [LowRank(4)],
@@ -78,7 +81,7 @@ def test_four_bits_hold_a_rotated_input_and_a_branch_better() -> None:
 
 
 def test_layers_that_read_one_tensor_are_rotated_alike(tmp_path: Path) -> None:
-    denoiser, data = tiny_dit(), dit_rows()
+    denoiser, data = tiny_dit(), dit_rows(MemoryRows.noisy())
     with calibrating(denoiser, data, tmp_path / "x", **W4A4) as session:
         Rotate(64).run(session)
         for layer in session.layers:
@@ -88,7 +91,7 @@ def test_layers_that_read_one_tensor_are_rotated_alike(tmp_path: Path) -> None:
 
 
 def test_state_is_written_and_read_without_loss(tmp_path: Path) -> None:
-    denoiser, data = tiny_dit(), dit_rows()
+    denoiser, data = tiny_dit(), dit_rows(MemoryRows.noisy())
     with calibrating(denoiser, data, tmp_path / "x", **W4A4) as session:
         for stage in (*STAGES["both"], WeightRanges(), ActivationRanges()):
             stage.run(session)
@@ -139,7 +142,7 @@ def test_ranks_are_spent_where_they_gain_most() -> None:
 
 
 def test_a_budget_gives_layers_different_ranks_within_it(tmp_path: Path) -> None:
-    denoiser, data = tiny_dit(), dit_rows()
+    denoiser, data = tiny_dit(), dit_rows(MemoryRows.noisy())
     with calibrating(denoiser, data, tmp_path / "x", **W4A4) as session:
         LowRank(32, budget=0.1).run(session)
         layers = quantized_layers(denoiser)
@@ -155,7 +158,7 @@ def test_a_budget_gives_layers_different_ranks_within_it(tmp_path: Path) -> None
 
 def test_a_rank_above_a_layers_is_refused_in_a_sentence(tmp_path: Path) -> None:
     with (
-        calibrating(tiny_dit(), dit_rows(), tmp_path / "x", **W4A4) as session,
+        calibrating(tiny_dit(), dit_rows(MemoryRows.noisy()), tmp_path / "x", **W4A4) as session,
         pytest.raises(UsageError, match=r"rank 129 is too large for .*, whose rank is 128"),
     ):
         LowRank(129).run(session)

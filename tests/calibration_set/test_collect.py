@@ -342,6 +342,7 @@ def test_an_interrupted_collection_continues_where_it_stopped(
         with pytest.raises(KeyboardInterrupt):
             collect(models["ddpm"], tmp_path / "set", **options)
     # what a kill in the middle of a write leaves behind
+    (tmp_path / ".set.work" / "content").mkdir(exist_ok=True)
     (tmp_path / ".set.work" / "content" / ".rows-00002.safetensors.4711").write_bytes(b"half")
     again = collected(models["ddpm"], tmp_path / "set", **options)
     assert again.sha256 == whole.sha256

@@ -73,16 +73,16 @@ def test_ranges_and_picture_are_the_same_every_time(ddpm: Path, made: Artifact, 
     assert isinstance(again, Artifact)
     assert again.sha256 == made.sha256
     assert "ranges.safetensors" in made.files
-    assert again.file("ranges.png").read_bytes() == made.file("ranges.png").read_bytes()
+    assert (again.path / "ranges.png").read_bytes() == (made.path / "ranges.png").read_bytes()
 
 
 def test_the_picture_is_no_part_of_the_set(ddpm: Path, tmp_path: Path) -> None:
     made = collect(ddpm, tmp_path / "set", **OPTIONS)
     assert isinstance(made, Artifact)
-    made.file("ranges.png").unlink()
+    (made.path / "ranges.png").unlink()
     assert open_artifact(made.path).sha256 == made.sha256
     collect(ddpm, tmp_path / "set", **OPTIONS)
-    with Image.open(made.file("ranges.png")) as image:
+    with Image.open(made.path / "ranges.png") as image:
         assert image.format == "PNG"
 
 
@@ -96,7 +96,7 @@ def test_a_picture_that_cannot_be_written_spoils_nothing(
     made = collect(ddpm, tmp_path / "set", **OPTIONS)
     assert isinstance(made, Artifact)
     assert "No space left" in capsys.readouterr().err
-    assert not made.file("ranges.png").exists()
+    assert not (made.path / "ranges.png").exists()
 
 
 def test_an_interruption_before_the_ranges_are_merged_changes_nothing(

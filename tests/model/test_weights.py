@@ -182,8 +182,9 @@ def test_lora_layers_that_are_not_fused_are_named(unet: Path) -> None:
 
 def test_a_hub_cache_of_symbolic_links_is_loaded(unet: Path, tmp_path: Path) -> None:
     rewrite(unet, size="20KB")
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
-    blobs.mkdir()
+    repository = tmp_path / "models--owner--name"
+    blobs, snapshot = repository / "blobs", repository / "snapshots" / "0123456"
+    blobs.mkdir(parents=True)
     for number, file in enumerate(sorted(path for path in unet.parent.rglob("*") if path.is_file())):
         shutil.copy(file, blobs / str(number))
         link = snapshot / file.relative_to(unet.parent)

@@ -12,7 +12,7 @@ import pytest
 from click.testing import Result
 
 from qdeploy.engines.measure import latency
-from qdeploy.store.artifact import open_artifact
+from qdeploy.store.artifact import EngineFolder, open_artifact
 from qdeploy.workflows import auto_steps
 
 FEW = (
@@ -60,7 +60,7 @@ def test_a_bound_that_no_recipe_meets_is_said_and_the_best_engine_is_kept(
     result = json.loads((tmp_path / "auto" / "auto.json").read_text())
     assert [attempt["recipe"] for attempt in result["attempts"]] == ["w8a8-minmax-cpu", "w8a8-minmax"]
     assert result["chosen"]["psnr_db"] == max(attempt["psnr_db"] for attempt in result["attempts"])
-    assert open_artifact(result["engine"], "engine").component == "unet"
+    assert open_artifact(result["engine"], EngineFolder).facts.component == "unet"
 
 
 @pytest.mark.parametrize(
