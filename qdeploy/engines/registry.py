@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from qdeploy.system import plugins
 from qdeploy.system.errors import CapabilityError, UsageError
-from qdeploy.system.plugins import ENGINES, named, registered
+from qdeploy.system.plugins import ENGINES, named
 from qdeploy.system.suggest import unknown
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def backends() -> dict[str, Backend]:
     Raises:
         CapabilityError: a package registers one that cannot be imported.
     """
-    return _ranked(registered(ENGINES))
+    return _ranked(plugins.registered(ENGINES))
 
 
 @cache

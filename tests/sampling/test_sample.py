@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from qdeploy.engines.build import build_engine
 from qdeploy.sampling import sample as module
 from qdeploy.sampling.sample import sample
 from qdeploy.store.artifact import Artifact, open_artifact
@@ -152,10 +153,10 @@ def test_a_named_model_is_taken(ddpm: Path, movable: tuple[Path, Path], tmp_path
 
 
 def test_without_a_pipeline_the_user_is_asked_for_one(
-    stable_diffusion_engine: Artifact, tmp_path: Path
+    stable_diffusion_bundle: Artifact, tmp_path: Path
 ) -> None:
     engine = tmp_path / "engine"
-    shutil.copytree(stable_diffusion_engine.path, engine)
+    build_engine(stable_diffusion_bundle, engine, threads=1, pipeline=False)
     _point_to(engine, tmp_path / "gone")
     with pytest.raises(InvalidInputError, match="--model") as error:
         sample(engine, tmp_path / "samples", samples=1, steps=2, prompts=["a cat"])
