@@ -132,7 +132,6 @@ _NAMES = {
         "AlignAttention",
         "AlignEnd",
         "AlignTime",
-        "CenterInputs",
     ),
     "qdeploy.calibrate.methods.rotation": ("Rotate",),
     "qdeploy.calibrate.methods.smoothquant": ("MigrateOutliers",),
