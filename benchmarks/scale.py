@@ -68,7 +68,7 @@ def commands(shape: str, folder: Path, images: int, steps: int, recipe: list[str
             *("--calibration", places["collect"], *recipe),
         ],
         "export": [
-            *(*qdeploy, "export", places["calibrate"], "-o", places["export"], "--no-components"),
+            *(*qdeploy, "export", places["calibrate"], "-o", places["export"], "--no-pipeline"),
             *("--time-table", "fp32"),
         ],
         "build-engine": [
@@ -77,7 +77,7 @@ def commands(shape: str, folder: Path, images: int, steps: int, recipe: list[str
         ],
         "check": [*qdeploy, "check", places["build-engine"]],
         "benchmark": [*qdeploy, "benchmark", places["build-engine"], "--rounds", "1"],
-        "export-fp32": [*qdeploy, "export", model, "-o", places["export-fp32"], "--no-components"],
+        "export-fp32": [*qdeploy, "export", model, "-o", places["export-fp32"], "--no-pipeline"],
     }
 
 

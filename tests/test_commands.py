@@ -84,8 +84,7 @@ def test_a_word_takes_values_of_one_type_everywhere() -> None:
     for verb in main.commands:
         for flag, option in options(verb).items():
             types.setdefault(flag, set()).add(option.type.name)
-    # export writes components or does not; build-engine takes a precision for each of them
-    assert {flag for flag, found in types.items() if len(found) > 1} <= {"--components"}
+    assert {flag for flag, found in types.items() if len(found) > 1} == set()
 
 
 # -- stages' options ---------------------------------------------------------------------------------------

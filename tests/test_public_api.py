@@ -43,12 +43,12 @@ def checked_by_mypy(folder: Path, code: str) -> str:
 def test_a_type_checker_passes_the_readme_and_flags_what_does_not_exist(tmp_path: Path) -> None:
     assert PYTHON is not None
     wrong = {
-        'qdeploy.collect("x", "y", bogus=3)': "collect",  # of overloads, mypy names the function or the word
-        'qdeploy.calibrate("x", recipe="y", effort=3)': "calibrate",
-        'qdeploy.calibrate("x", sensitiviti="y")': "calibrate",
+        'qdeploy.collect("x", "y", bogus=3)': 'bogus|No overload variant of "collect"',  # mypy says either of overloads
+        'qdeploy.calibrate("x", recipe="y", effort=3)': 'arg-type|No overload variant of "calibrate"',
+        'qdeploy.calibrate("x", sensitiviti="y")': 'sensitiviti|No overload variant of "calibrate"',
         "qdeploy.AdaRound(reach=1.0)": "reach",
         'qdeploy.Recipe("int4", stages=[3])': "list-item",
-        'qdeploy.sample("x", steps="many")': "sample",
+        'qdeploy.sample("x", steps="many")': "arg-type",
     }
     right = [
         "reveal_type(checkpoint)",
@@ -62,7 +62,7 @@ def test_a_type_checker_passes_the_readme_and_flags_what_does_not_exist(tmp_path
     found = {int(n): text for n, text in re.findall(r"reader\.py:(\d+): error: (.*)", said)}
     assert found.keys() == {lines.index(line) + 1 for line in wrong}, said
     for line, word in wrong.items():
-        assert word in found[lines.index(line) + 1]
+        assert re.search(word, found[lines.index(line) + 1])
 
 
 def test_the_readme_runs(stable_diffusion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import click
 from qdeploy.commands.base import print_result, report_made, verb
 from qdeploy.commands.options import Verb
 from qdeploy.system.errors import CheckFailed, UsageError
+from qdeploy.system.progress import say
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -32,15 +33,17 @@ _SELFTEST = Verb("qdeploy.engines.selftest.run", "selftest")
 @_EXPORT.option("calibration", "For a model: the set that its probe comes from.")
 @_EXPORT.option("time_table", "Features of the timestep from a table: none, fp32, fp16 or int8.")
 @_EXPORT.option("table_rows", "Its rows: all, or a schedule: ddim:50.")
-@_EXPORT.option(
-    "components", "Also text encoders and autoencoder.", "--components/--no-components", default=True
-)
+@_EXPORT.option("components", "Also text encoders and autoencoder.", "--pipeline/--no-pipeline", default=True)
+@click.option("--no-components", is_flag=True, hidden=True)  # until 0.4
 @_EXPORT.option("sizes", "Of images, in one graph: 512x512,768x512 or 512x512..1024x1024.")
 @_EXPORT.option("overwrite", "Replace another artifact at the output.")
 @verb
-def export(source: str, as_json: bool, **options: Any) -> None:
+def export(source: str, no_components: bool, as_json: bool, **options: Any) -> None:
     """Write a checkpoint, or a model in full precision, as ONNX."""
     began = time.perf_counter()
+    if no_components:
+        say("--no-components is now called --no-pipeline: the old word goes with the next version")
+        options["components"] = False
     report_made(_EXPORT.call(source, **options), began, as_json)
 
 

@@ -52,7 +52,7 @@ def plan_components(
         raise CapabilityError(f"{backend.name} builds denoisers alone: build without --pipeline")
     if described is None:
         raise InvalidInputError(
-            f"{source.path} holds a denoiser alone: export the whole pipeline, with --components"
+            f"{source.path} holds a denoiser alone: export the whole pipeline, with --pipeline"
         )
     graphs, kept = described.graphs, described.torch
     if strict and kept:

@@ -100,7 +100,7 @@ def _copy(draft: Draft[Bundle], path: Path, name: str) -> bool:
         if found.variant is not None:
             raise InvalidInputError(
                 f"the component {path / name} has weights of the variant {found.variant} alone: save the pipeline "
-                "without a variant, or export with --no-components"
+                "without a variant, or export with --no-pipeline"
             )
         weights = list(found.files)
     for place, file in listed.items():

@@ -362,10 +362,12 @@ def test_sampling_with_a_correction_says_so(checkpoint: Artifact, tmp_path: Path
     assert made["table"].facts.correction == "table"
     assert len({artifact.sha256 for artifact in made.values()}) == 3
     assert not torch.equal(images_of(made["none"]), images_of(made["table"]))
-    again = sample(checkpoint, tmp_path / "again", correction="online", **{**FEW, "batch": 3})
-    # Kernels for another batch size differ in the last bits, and a quantizer can make a step of that.
-    error = (images_of(made["online"]) - images_of(again)).double().square().mean()
-    assert 10 * torch.log10(255**2 / error) > 40
+    apart = {}
+    for name in ("none", "online"):
+        again = sample(checkpoint, tmp_path / f"{name}-again", correction=name, **{**FEW, "batch": 3})
+        apart[name] = (images_of(made[name]) - images_of(again)).abs().amax((1, 2, 3))
+    # Kernels for another batch size may flip a rounding of the network; the correction adds no more than a level.
+    assert torch.all(apart["online"] <= apart["none"].clamp(min=1))
 
 
 def test_the_correction_counts_in_what_is_measured(checkpoint: Artifact, ddpm: Path) -> None:
