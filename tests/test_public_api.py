@@ -42,8 +42,9 @@ def checked_by_mypy(folder: Path, code: str) -> str:
 @pytest.mark.slow
 def test_a_type_checker_passes_the_readme_and_flags_what_does_not_exist(tmp_path: Path) -> None:
     assert PYTHON is not None
+    # Of overloads, mypy names the word or the function.
     wrong = {
-        'qdeploy.collect("x", "y", bogus=3)': 'bogus|No overload variant of "collect"',  # mypy says either of overloads
+        'qdeploy.collect("x", "y", bogus=3)': 'bogus|No overload variant of "collect"',
         'qdeploy.calibrate("x", recipe="y", effort=3)': 'arg-type|No overload variant of "calibrate"',
         'qdeploy.calibrate("x", sensitiviti="y")': 'sensitiviti|No overload variant of "calibrate"',
         "qdeploy.AdaRound(reach=1.0)": "reach",

@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qdeploy.engines.build import build_engine
 from qdeploy.engines.registry import find_backend
 from qdeploy.export.run import export
 from qdeploy.model.folder import Model
 from qdeploy.model.origin import source_model
-from qdeploy.store.artifact import Bundle, DenoiserArtifact, EngineFolder
+from qdeploy.store.artifact import Artifact, Bundle, DenoiserArtifact, EngineFolder, open_artifact
 from qdeploy.store.paths import cache_entry
+from qdeploy.system.errors import InvalidInputError
 from qdeploy.system.hashing import sha256_of
 from qdeploy.system.machine import has_bf16
 from qdeploy.system.progress import say
 from qdeploy.version import __version__
 
+_A = TypeVar("_A", bound=Artifact)
+
 FULL, HALF = "f32", "bf16"
 HALVES = {"cpu": HALF, "cuda": "f16"}
 # Facts of an engine that its baselines share where kernels are chosen for sizes, as on GPUs.
 _ALIKE = ("batch", "shapes", "optimization_level", "workspace")
+
+
+def _kept(place: Path, kind: type[_A]) -> _A | None:
+    """The entry of the cache, if it was made before and is whole."""
+    if not place.exists():
+        return None
+    try:
+        return open_artifact(place, kind)
+    except InvalidInputError as error:
+        say(f"{error}: it is made again")
+        shutil.rmtree(place)
+        return None
 
 
 def is_baseline(engine: DenoiserArtifact) -> bool:
@@ -57,7 +73,8 @@ def baseline_bundle(model: Model, like: DenoiserArtifact | None = None) -> Bundl
     """
     name = f"onnx-{__version__}" + ("" if like is None else f"-{inputs_key(like)}")
     with _entry(model, name) as place:
-        return export(model.source, place, calibration=like)
+        # The probe of the artifact that was compared first serves all others of its shapes.
+        return _kept(place, Bundle) or export(model.source, place, calibration=like)
 
 
 def inputs_key(artifact: DenoiserArtifact) -> str:
@@ -94,7 +111,9 @@ def baseline_engine(
     name += f"-{inputs_key(like)}" if like else ""
     bundle = baseline_bundle(model, like)
     with _entry(model, name) as place:
-        return build_engine(bundle, place, backend=backend, precision=precision, **alike)
+        return _kept(place, EngineFolder) or build_engine(
+            bundle, place, backend=backend, precision=precision, **alike
+        )
 
 
 @dataclass(frozen=True)
