@@ -33,6 +33,10 @@ from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{base}")
 """
+_WHOLE = """import qdeploy
+
+pipe = qdeploy.load_pipeline("{here}")  # a stock diffusers pipeline; needs no other model
+"""
 _SIMULATE = 'pipe.{component} = qdeploy.load_checkpoint("{here}")'
 _USE = {
     "checkpoint": """denoiser = qdeploy.load_checkpoint("{here}")  # computes as the engines do
@@ -88,8 +92,7 @@ def card(kind: str, folder: Path, facts: DenoiserFacts, recipe: Mapping[str, Any
         tags.append(facts.backend)
     simulated = facts.simulated if isinstance(facts, CheckpointFacts | BundleFacts) else []
     matter: dict[str, Any] = {
-        "base_model": base,
-        "base_model_relation": "quantized",
+        **({"base_model": base, "base_model_relation": "quantized"} if "/" in base else {}),
         "library_name": "qdeploy",
         "pipeline_tag": task,
         "tags": tags,
@@ -133,8 +136,10 @@ def probe_sqnr(folder: Path) -> float:
 
 
 def _use(lines: str, facts: DenoiserFacts) -> str:
-    lines = (_START + lines).format(base=facts.base_model, here="this-folder", component=facts.component)
-    return f"```python\n{lines}\n```\n"
+    whole = isinstance(facts, EngineFacts) and facts.pipeline is not None
+    lines = _WHOLE if whole else _START + lines
+    lines = lines.format(base=facts.base_model, here="this-folder", component=facts.component)
+    return f"```python\n{lines.strip()}\n```\n"
 
 
 def _task(folder: Path) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from qdeploy.model.folder import open_model
 from qdeploy.model.sampling import COLLECTING, Sampling, SamplingOptions, sampled, with_old_names
+from qdeploy.sampling.pipeline_folder import is_pipeline_folder
 from qdeploy.store.artifact import EngineFolder
 from qdeploy.store.files import explained_os_errors, write_json
 from qdeploy.system.errors import UsageError
@@ -54,6 +55,7 @@ class AutoResult:
         attempts: all of them, in the order in which they were made.
         speed: the result of ``benchmark``, as JSON values.
         report: the HTML file.
+        pipeline: whether the chosen engine's folder is a whole pipeline, which `load_pipeline` opens.
     """
 
     output: Path
@@ -61,6 +63,7 @@ class AutoResult:
     attempts: tuple[Attempt, ...]
     speed: dict[str, Any]
     report: Path
+    pipeline: bool = False
 
     @property
     def passed(self) -> bool:
@@ -77,6 +80,7 @@ class AutoResult:
             "path": str(self.output),
             "passed": self.passed,
             "engine": str(self.chosen.engine),
+            "pipeline": self.pipeline,
             "chosen": shown(self.chosen),
             "attempts": [shown(attempt) for attempt in self.attempts],
             "benchmark": self.speed,
@@ -92,8 +96,14 @@ class AutoResult:
         ]
         quartiles = self.speed["ratios_quartiles"]
         lines += [_speed(pair, ratio, *quartiles[pair]) for pair, ratio in self.speed["ratios"].items()]
-        name = "engine" if self.passed else "best engine, which misses the bounds"
-        lines += [f"{name}: {self.chosen.engine}", f"everything on one page: {self.report}"]
+        name = "pipeline" if self.pipeline else "engine"
+        name = name if self.passed else f"best {name}, which misses the bounds"
+        opener = "load_pipeline" if self.pipeline else "load_engine"
+        lines += [
+            f"{name}: {self.chosen.engine}",
+            f'in Python: qdeploy.{opener}("{self.chosen.engine}")',
+            f"everything on one page: {self.report}",
+        ]
         return "\n".join(lines)
 
 
@@ -219,7 +229,8 @@ def auto(
     )
     speed = run.benchmark(engines)
     page = run.report(engines, checks, speed)
-    result = AutoResult(run.output, chosen, tuple(attempts), speed, page)
+    whole = is_pipeline_folder(engines[attempts.index(chosen)])
+    result = AutoResult(run.output, chosen, tuple(attempts), speed, page, whole)
     write_json(run.output / "auto.json", result.to_json())
     return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Callable
 from functools import partial
@@ -12,6 +13,8 @@ import pytest
 from click.testing import Result
 
 from qdeploy.engines.measure import latency
+from qdeploy.model.card import CARD
+from qdeploy.sampling.pipeline_folder import load_pipeline
 from qdeploy.store.artifact import EngineFolder, open_artifact
 from qdeploy.workflows import auto_steps
 
@@ -61,6 +64,25 @@ def test_a_bound_that_no_recipe_meets_is_said_and_the_best_engine_is_kept(
     assert [attempt["recipe"] for attempt in result["attempts"]] == ["w8a8-minmax-cpu", "w8a8-minmax"]
     assert result["chosen"]["psnr_db"] == max(attempt["psnr_db"] for attempt in result["attempts"])
     assert open_artifact(result["engine"], EngineFolder).facts.component == "unet"
+
+
+@pytest.mark.slow
+def test_of_a_whole_pipeline_it_makes_a_pipeline_folder(
+    qdeploy: Callable[..., Result], stable_diffusion: Path, tmp_path: Path
+) -> None:
+    done = qdeploy(
+        "auto", stable_diffusion, "-o", tmp_path / "auto", *FEW, "--min-psnr", "1", "--prompt", "a cat"
+    )
+    assert done.exit_code == 0, done.stderr
+    result = json.loads((tmp_path / "auto" / "auto.json").read_text())
+    assert result["pipeline"] is True
+    assert f'qdeploy.load_pipeline("{result["engine"]}")' in done.stdout
+    pipeline = load_pipeline(result["engine"])
+    assert type(pipeline.text_encoder).__name__ == "EngineTextEncoder"
+    (code,) = re.findall(r"```python\n(.*?)```", (Path(result["engine"]) / CARD).read_text(), flags=re.DOTALL)
+    names: dict[str, object] = {}
+    exec(code.replace("this-folder", result["engine"]), names)
+    assert type(names["pipe"]) is type(pipeline)
 
 
 @pytest.mark.parametrize(
