@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from qdeploy.workflows.auto import auto
     from qdeploy.workflows.calibrate import calibrate
     from qdeploy.workflows.demo import demo
+    from qdeploy.workflows.import_checkpoint import import_checkpoint
     from qdeploy.workflows.inspect import inspect, methods
     from qdeploy.workflows.preflight import preflight
 
@@ -94,6 +95,7 @@ __all__ = [
     "demo",
     "doctor",
     "export",
+    "import_checkpoint",
     "inspect",
     "lint",
     "load_checkpoint",
@@ -166,6 +168,7 @@ _NAMES = {
     "qdeploy.workflows.auto": ("auto",),
     "qdeploy.workflows.calibrate": ("calibrate",),
     "qdeploy.workflows.demo": ("demo",),
+    "qdeploy.workflows.import_checkpoint": ("import_checkpoint",),
     "qdeploy.workflows.inspect": (
         "inspect",
         "methods",

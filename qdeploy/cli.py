@@ -11,7 +11,7 @@ import os
 import click
 
 from qdeploy.commands.base import Commands
-from qdeploy.commands.calibration import calibrate, collect, preflight, sensitivity
+from qdeploy.commands.calibration import calibrate, collect, import_checkpoint, preflight, sensitivity
 from qdeploy.commands.deployment import build_engine, doctor, export, lint, push, selftest
 from qdeploy.commands.evaluation import auto, benchmark, check, demo, report, sample
 from qdeploy.commands.information import inspect, methods
@@ -34,6 +34,7 @@ for _command in (
     preflight,
     collect,
     calibrate,
+    import_checkpoint,
     sensitivity,
     export,
     build_engine,

@@ -12,7 +12,6 @@ each a tensor or a list of S tensors. ``xs`` may have one entry more than ``ts``
 from __future__ import annotations
 
 import inspect
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +32,7 @@ from qdeploy.calibration_set.shards import (
     shard_name,
 )
 from qdeploy.model.folder import Model, open_model
+from qdeploy.model.tensor_files import load_tensors
 from qdeploy.store.artifact import CalibrationFolder
 from qdeploy.store.builder import Draft
 from qdeploy.store.manifest import Notes
@@ -163,22 +163,7 @@ def _read(path: Path) -> QDiffusionFile:
     Raises:
         InvalidInputError: it is not there, cannot be read, holds more than tensors, or lacks an entry.
     """
-    if not path.is_file():
-        raise InvalidInputError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise InvalidInputError(
-            f"{path} holds more than tensors, such as code; it is refused, and nothing in it was executed"
-        ) from error
-    except Exception as error:
-        if "mmap can only be used with files saved with" in str(error):
-            raise InvalidInputError(
-                f"{path} is a plain pickle, or of PyTorch's format before 1.6, and was not read: "
-                "if you trust it, load it yourself and save its tensors with torch.save"
-            ) from error
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InvalidInputError(f"{path} cannot be read as a PyTorch file: {reason}") from error
+    content = load_tensors(path)
     if not isinstance(content, dict):
         found = type(content).__name__
         raise InvalidInputError(f"{path} holds a {found} instead of a dictionary of 'xs' and 'ts'")

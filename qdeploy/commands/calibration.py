@@ -18,6 +18,7 @@ from qdeploy.system.errors import InvalidInputError, UsageError
 _COLLECT = Verb("qdeploy.calibration_set.collect", "collect")
 _PREFLIGHT = Verb("qdeploy.workflows.preflight", "preflight")
 _CALIBRATE = Verb("qdeploy.workflows.calibrate", "calibrate")
+_IMPORT_CHECKPOINT = Verb("qdeploy.workflows.import_checkpoint", "import_checkpoint")
 _SENSITIVITY = Verb("qdeploy.mixed.sensitivity", "sensitivity")
 _IMPORT = Verb("qdeploy.calibration_set.importers", "import_qdiffusion")
 
@@ -77,6 +78,7 @@ def preflight(model: str, as_json: bool, **options: Any) -> None:
 @_CALIBRATE.option("coverage", "Which layers: portable, qdiffusion-paper, ...")
 @_CALIBRATE.option("target", "What the result must run on.")
 @_CALIBRATE.option("effort", "fast, balanced or best.")
+@_CALIBRATE.option("softmax", "Where attention is quantized, its softmax output: uint8, uint16 or none.")
 @_CALIBRATE.option("exclude", "Shell glob of layers that stay in float.")
 @_CALIBRATE.option(
     "timestep_groups",
@@ -158,3 +160,27 @@ def sensitivity(source: str, formats: str | None, as_json: bool, **options: Any)
 
     began, listed = time.perf_counter(), formats.split(",") if formats else None
     report_made(_SENSITIVITY.call(source, formats=listed, **options), began, as_json, summary, table)
+
+
+@click.command("import-checkpoint")
+@click.argument("file", type=click.Path(path_type=Path))
+@_IMPORT_CHECKPOINT.option("model", "The model that it was made from.", required=True)
+@_IMPORT_CHECKPOINT.option("method", "Whose code wrote it: qdiffusion, tfmq, quest, dgq or brecq.", required=True)
+@_IMPORT_CHECKPOINT.option("output", "Folder to write.  [default: MODEL-METHOD in the working directory]")
+@_IMPORT_CHECKPOINT.option("weights", "Format of weights.  [default: uint4 or uint8, as their zero points are]")
+@_IMPORT_CHECKPOINT.option("activations", "Format of activations, or none.  [default: uint8 or int8]")
+@_IMPORT_CHECKPOINT.option(
+    "timesteps",
+    "What scales by step belong to, the noisiest first: 981,961,...  [default: the model's schedule]",
+    multiple=False,
+)
+@_IMPORT_CHECKPOINT.option("merge_timesteps", "One range per activation that holds those of all timesteps.")
+@_IMPORT_CHECKPOINT.option("float_attention", "Leave q, k, v and the softmax output in float.")
+@_IMPORT_CHECKPOINT.option("target", "What the result must run on.  [default: an engine, where one can]")
+@_IMPORT_CHECKPOINT.option("device", "Torch device.")
+@_IMPORT_CHECKPOINT.option("overwrite", "Replace another artifact at the output.")
+@verb
+def import_checkpoint(file: Path, model: str, as_json: bool, **options: Any) -> None:
+    """Take over a quantized network as the authors of a method published it."""
+    began = time.perf_counter()
+    report_made(_IMPORT_CHECKPOINT.call(file, model, **options), began, as_json)

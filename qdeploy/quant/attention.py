@@ -22,20 +22,33 @@ from qdeploy.recipe.formats import Format
 MOST_SCORES = 2**26  # of an attention that are held at a time: 256 MiB in float32, and some copies
 
 
+class Unquantized(nn.Module):
+    """In place of a quantizer: leaves what it is given as it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def restore(self, y: Tensor) -> Tensor:
+        """Nothing was taken out of what is quantized."""
+        return y
+
+
 class AttentionQuantizers(nn.Module):
     """Quantizers of one attention module's matrix products.
 
     Args:
         activations: format of q, k and v.
-        probabilities: unsigned format of the softmax output; its zero point stays 0.
+        probabilities: unsigned format of the softmax output, whose zero point stays 0; None leaves it in float.
     """
 
-    def __init__(self, activations: Format, probabilities: Format) -> None:
+    def __init__(self, activations: Format, probabilities: Format | None) -> None:
         super().__init__()
         self.query = ActivationQuantizer(activations)
         self.key = ActivationQuantizer(activations)
         self.value = ActivationQuantizer(activations)
-        self.probabilities: ActivationQuantizer | LogQuantizer = ActivationQuantizer(probabilities)
+        self.probabilities: ActivationQuantizer | LogQuantizer | Unquantized = (
+            Unquantized() if probabilities is None else ActivationQuantizer(probabilities)
+        )
         self.quantized = True
 
     @property

@@ -33,7 +33,7 @@ from qdeploy.quant.layer import OF_LAYERS, QuantizedLayer, quantized_layers, rep
 from qdeploy.quant.modes import full_precision
 from qdeploy.quant.shared_inputs import share_quantizers
 from qdeploy.quant.state import read_state, write_state
-from qdeploy.recipe.formats import NONE, Format, parse_format, uint8
+from qdeploy.recipe.formats import NONE, Format, parse_format
 from qdeploy.recipe.recipe import Recipe
 from qdeploy.store.artifact import Artifact, Checkpoint, DenoiserArtifact, open_artifact
 from qdeploy.store.bounded_json import read_json_object
@@ -189,7 +189,7 @@ def _quantize_as_described(denoiser: nn.Module, described: Mapping[str, Any], re
     share_dynamic_group(denoiser, recipe)
     for path in described["attentions"]:
         assert recipe.attention is not None
-        quantize_attention(denoiser.get_submodule(path), AttentionQuantizers(recipe.attention, uint8))
+        quantize_attention(denoiser.get_submodule(path), AttentionQuantizers(recipe.attention, recipe.probabilities))
     set_clock(denoiser)
 
 

@@ -21,7 +21,7 @@ from qdeploy.quant.quantizers import ActivationQuantizer
 from qdeploy.quant.shared_inputs import share_quantizers
 from qdeploy.recipe.coverage import covered, find_coverage, float_inputs
 from qdeploy.recipe.exclusions import check_exclude
-from qdeploy.recipe.formats import BLOCKS, Format, blocked, parse_format, uint8
+from qdeploy.recipe.formats import BLOCKS, Format, blocked, parse_format
 from qdeploy.recipe.kernel_limits import thin_conv, thin_float_conv, thin_product
 from qdeploy.recipe.layer_formats import check_overrides
 from qdeploy.recipe.recipe import Recipe
@@ -60,7 +60,7 @@ def quantize_structure(denoiser: nn.Module, structure: Structure, recipe: Recipe
     share_dynamic_group(denoiser, recipe)
     if recipe.attention is not None:
         for path in structure.attentions:
-            quantize_attention(denoiser.get_submodule(path), AttentionQuantizers(recipe.attention, uint8))
+            quantize_attention(denoiser.get_submodule(path), AttentionQuantizers(recipe.attention, recipe.probabilities))
     set_clock(denoiser)
     return layers
 

@@ -60,9 +60,8 @@ def read_state(denoiser: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     """The state of all quantizers at and below ``prefix``."""
     state: dict[str, Tensor] = {}
     for name, quantizer in quantizers(denoiser, prefix):
-        stored = code_type(quantizer.format)
         state[f"{name}.scale"] = quantizer.scale.detach().cpu().clone()
-        state[f"{name}.zero_point"] = quantizer.zero_point.cpu().to(stored)
+        state[f"{name}.zero_point"] = _stored_zero_point(quantizer)
         if isinstance(quantizer, ActivationQuantizer) and quantizer.banked:
             state[f"{name}.edges"] = quantizer.edges.cpu().clone()
         if isinstance(quantizer, ActivationQuantizer) and quantizer.axis is not None:
@@ -86,6 +85,13 @@ def read_state(denoiser: nn.Module, prefix: str = "") -> dict[str, Tensor]:
             tables = layer.table.named_buffers()
             state |= {f"{path}.feature.{name}": buffer.cpu().clone() for name, buffer in tables}
     return state
+
+
+def _stored_zero_point(quantizer: Quantizer) -> Tensor:
+    """Zero points in the type of the codes, or in 16 bits: those of weights that do not reach zero may be no code."""
+    zero_point = quantizer.zero_point.cpu()
+    stored = zero_point.to(code_type(quantizer.format))
+    return stored if torch.equal(stored.to(zero_point.dtype), zero_point) else zero_point.to(torch.int16)
 
 
 def write_state(

@@ -78,6 +78,14 @@ COVERAGES = {
             target="openvino",
         ),
         Coverage(
+            "every-layer",
+            "all convolutions and linear layers, the first, the last and the time path too; split shortcuts",
+            ends=True,
+            temporal=True,
+            attention=False,
+            split=True,
+        ),
+        Coverage(
             "tfmq-paper",
             "what TFMQ-DM's code covers: the time path but its first layer, no shortcuts, no downsampling",
             ends=False,

@@ -103,6 +103,16 @@ FORMATS = {
     )
 }
 NONE = "none"
+# Formats of the softmax output. Of these an engine has int8 kernels for the first; the last leaves it in float, as
+# engines do that compute "16 bits".
+SOFTMAX: dict[str, Format | None] = {
+    "uint8": uint8,
+    "uint16": unsigned(16),
+    "uint6": uint6,
+    "uint4": uint4,
+    "int8": int8,
+    NONE: None,
+}
 
 
 def parse_format(name: str) -> Format | None:

@@ -15,7 +15,7 @@ from typing import Any
 from qdeploy.recipe.coverage import find_coverage
 from qdeploy.recipe.effort import find_effort
 from qdeploy.recipe.format_rules import check_formats, check_unblocked
-from qdeploy.recipe.formats import NONE, Format, integer, parse_format
+from qdeploy.recipe.formats import NONE, SOFTMAX, Format, integer, parse_format
 from qdeploy.recipe.layer_formats import Overrides, combinations, formats_of, parse_overrides, span
 from qdeploy.recipe.stages import (
     ForeignStage,
@@ -27,6 +27,7 @@ from qdeploy.recipe.stages import (
 )
 from qdeploy.recipe.targets import TARGETS, find_target
 from qdeploy.system.errors import InvalidInputError, UsageError
+from qdeploy.system.suggest import unknown
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Recipe:
         layers: shell globs of layer paths with formats of their own, see `qdeploy.recipe.layer_formats`.
         unblocked: where ``weights`` are in blocks, the format of the weights that blocks do not fit, such as those of
             convolutions, whose inputs stay in float; ``none`` leaves these layers in float.
+        softmax: where the coverage quantizes attention, the format of the softmax output; ``none`` leaves it in
+            float, and q·k in integers.
 
     Raises:
         UsageError: unknown names, or a combination that the target cannot run.
@@ -70,6 +73,7 @@ class Recipe:
     timestep_groups: int | tuple[float, ...] = field(default=1, kw_only=True)
     layers: Overrides = field(default=(), kw_only=True)
     unblocked: str = field(default=NONE, kw_only=True)
+    softmax: str = field(default="uint8", kw_only=True)
 
     def __post_init__(self) -> None:
         """Fill in what was left out, and check."""
@@ -110,6 +114,8 @@ class Recipe:
             value["layers"] = [{pattern: dict(formats)} for pattern, formats in self.layers]
         if self.unblocked != NONE:
             value["unblocked"] = self.unblocked
+        if self.softmax != "uint8":
+            value["softmax"] = self.softmax
         return value
 
     @classmethod
@@ -153,6 +159,11 @@ class Recipe:
         return integer(operands.bits) if find_target(self.target).backends else operands
 
     @property
+    def probabilities(self) -> Format | None:
+        """The format of the softmax output where attention is quantized; None for float."""
+        return SOFTMAX[self.softmax]
+
+    @property
     def combinations(self) -> list[tuple[str, str]]:
         """The pairs of formats of weights and activations that layers have, those of most layers first."""
         return combinations(self.weights, self.activations, self.layers)
@@ -186,6 +197,8 @@ class Recipe:
         reasons = []
         if self.attention is not None and not find_target(self.target).backends:
             reasons.append(f"coverage {self.coverage} quantizes q, k, v and the softmax output")
+        elif self.attention is not None and self.softmax not in ("uint8", NONE):
+            reasons.append(f"no engine has a kernel for a softmax output in {self.softmax}")
         for weights in dict.fromkeys(pair[0] for pair in self.combinations):
             if not any(weights in target.weights for target in targets):
                 reasons.append(f"no engine has a kernel for {weights} weights")
@@ -224,7 +237,7 @@ def parse_groups(given: Any) -> int | tuple[float, ...]:
 
 
 def _check_kinds(values: Mapping[str, Any]) -> None:
-    for name in ("method", "weights", "activations", "coverage", "target", "effort", "unblocked"):
+    for name in ("method", "weights", "activations", "coverage", "target", "effort", "unblocked", "softmax"):
         if not isinstance(values.get(name, ""), str):
             raise InvalidInputError(f"the recipe's {name} must be one word, not {values[name]!r}")
     exclude = values.get("exclude", ())
@@ -252,6 +265,12 @@ def _check(recipe: Recipe) -> None:
     find_effort(recipe.effort)
     recipe.check_formats()
     check_unblocked(recipe.weights, recipe.unblocked, recipe.target)
+    if recipe.softmax not in SOFTMAX:
+        raise UsageError(unknown("format of the softmax output", recipe.softmax, SOFTMAX))
+    if recipe.softmax != "uint8" and not coverage.attention:
+        raise UsageError(
+            f"coverage {coverage.name} leaves the softmax output in float: 'softmax' is for one that quantizes attention"
+        )
     if coverage.attention and not target.attention:
         raise UsageError(
             f"target {target.name} cannot run coverage {coverage.name}, which quantizes the attention "

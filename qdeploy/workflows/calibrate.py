@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
+from msgspec.structs import replace
 
 from qdeploy.calibrate.opening import calibration_for, check_device, open_session
 from qdeploy.calibrate.session import Session
@@ -52,6 +53,7 @@ class _Options(TypedDict, total=False):
     coverage: str | None
     target: str | None
     effort: str | None
+    softmax: str | None
     stages: Sequence[Stage] | None
     options: Mapping[str, Mapping[str, Any]] | None
     exclude: Sequence[str] | None
@@ -96,6 +98,7 @@ def calibrate(
     coverage: str | None = None,
     target: str | None = None,
     effort: str | None = None,
+    softmax: str | None = None,
     stages: Sequence[Stage] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     exclude: Sequence[str] | None = None,
@@ -122,6 +125,7 @@ def calibrate(
         coverage: name of a coverage profile.
         target: what the result must run on.
         effort: ``fast``, ``balanced`` or ``best``.
+        softmax: where the coverage quantizes attention, the format of the softmax output; ``none`` for float.
         stages: the stages in their order, such as ``[WeightRanges("lp"), AdaRound(), ActivationRanges()]``.
         options: options of stages to set, by stage and option: ``{"round-weights": {"steps": 5000}}``.
         exclude: shell globs of layers that stay in float.
@@ -159,6 +163,7 @@ def calibrate(
         coverage=coverage,
         target=target,
         effort=effort,
+        softmax=softmax,
         stages=stages,
         options=options,
         exclude=exclude,
@@ -206,29 +211,56 @@ def calibrate(
         return estimate
     with draft:
         run_stages(session)
-        _write(session, source, data)
         if planned is not None:
             planned.write(draft, source.name)
-        facts = CheckpointFacts(
-            component=source.name,
-            class_name=source.class_name,
-            model_sha256=source.sha256,
-            base_model=base_model(source),
-            precision=resolved.precision,
-            weights=resolved.weights,
-            activations=resolved.activations,
-            target=resolved.target,
-            simulated=resolved.simulated(),
-            layers=len(session.layers),
-            timesteps=timestep_facts(session),
-            timestep_scales=resolved.timestep_groups != 1,
-            temporal=any(layer.path in session.structure.time.layers for layer in session.layers),
-            correction=correction_facts(draft.content / source.name / CORRECTION),
-            left_in_float=by_reason(session.left) or None,
-            **data.carried,
-        )
-        write_card(draft, facts)
-        return draft.finish(facts, session.report, Notes(source=source.source))
+        return finish(session, source, data, Notes(source=source.source))
+
+
+def finish(
+    session: Session,
+    source: Model,
+    data: CalibrationSet | ExampleRows,
+    notes: Notes,
+    simulated: Sequence[str] = (),
+    calibrated: Sequence[float] = (),
+) -> Checkpoint:
+    """Write what a session's network has become, and make the checkpoint appear.
+
+    Args:
+        session: its draft is open.
+        source: the model.
+        data: what the probe's rows are taken from.
+        notes: where things were.
+        simulated: why no engine can run it, beside what the recipe says.
+        calibrated: the timesteps that its scales were found at, ascending, if they are not those of ``data``.
+    """
+    recipe, draft = session.recipe, session.draft
+    timesteps = timestep_facts(session)
+    if calibrated:
+        timesteps = replace(timesteps, calibrated=list(calibrated))
+    _write(session, source, data)
+    facts = CheckpointFacts(
+        component=source.name,
+        class_name=source.class_name,
+        model_sha256=source.sha256,
+        base_model=base_model(source),
+        precision=recipe.precision,
+        weights=recipe.weights,
+        activations=recipe.activations,
+        target=recipe.target,
+        simulated=[*recipe.simulated(), *simulated],
+        layers=len(session.layers),
+        timesteps=timesteps,
+        timestep_scales=recipe.timestep_groups != 1,
+        temporal=any(layer.path in session.structure.time.layers for layer in session.layers),
+        correction=correction_facts(draft.content / source.name / CORRECTION),
+        left_in_float=by_reason(session.left) or None,
+        **data.carried,
+    )
+    write_card(draft, facts)
+    made = draft.finish(facts, session.report, notes)
+    assert isinstance(made, Checkpoint)
+    return made
 
 
 def _write(session: Session, source: Model, data: CalibrationSet | ExampleRows) -> None:

@@ -1,0 +1,294 @@
+"""The verb ``import-checkpoint``: a quantized network as its authors published it in, a checkpoint out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qdeploy.calibrate.opening import check_device
+from qdeploy.calibrate.published.fit import Fitted, fit
+from qdeploy.calibrate.published.layouts import InputGrid, find_layout, read_published
+from qdeploy.calibrate.published.place import Steps, place
+from qdeploy.calibrate.session import Session
+from qdeploy.calibration_set.example_rows import ExampleRows
+from qdeploy.model.folder import Model
+from qdeploy.model.in_memory import ModelSource, model_of
+from qdeploy.network.roles import Structure, find_structure
+from qdeploy.quant.insert import quantize_structure
+from qdeploy.quant.layer import quantized_layers
+from qdeploy.quant.log_attention import LogQuantizer
+from qdeploy.quant.quantizers import ActivationQuantizer
+from qdeploy.quant.state import quantizers
+from qdeploy.recipe.formats import NONE, Format, integer, parse_format, unsigned
+from qdeploy.recipe.recipe import Recipe
+from qdeploy.recipe.stages import ForeignStage
+from qdeploy.recipe.targets import find_target
+from qdeploy.store.artifact import Checkpoint
+from qdeploy.store.builder import Draft
+from qdeploy.store.manifest import Notes
+from qdeploy.store.paths import default_output
+from qdeploy.system.errors import CapabilityError, UsageError
+from qdeploy.system.hashing import sha256_file
+from qdeploy.system.progress import say
+from qdeploy.workflows.calibrate import finish
+
+WIDE = 15  # zero points above this are none of 4 bits
+SIXTEEN = 1 / 4096  # steps of a softmax output below this are those of 16 bits
+
+
+def import_checkpoint(
+    file: str | Path,
+    model: ModelSource,
+    output: str | Path | None = None,
+    *,
+    method: str,
+    weights: str | None = None,
+    activations: str | None = None,
+    timesteps: str | Sequence[float] | None = None,
+    merge_timesteps: bool = False,
+    float_attention: bool = False,
+    target: str | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+) -> Checkpoint:
+    """Make a checkpoint of a quantized network that the code of a paper wrote, bit for bit.
+
+    Codes are ``clamp(floor(W / delta) + [alpha >= 0] + zero_point)`` with the file's numbers; so are all scales.
+    Layers that the file does not quantize stay in float.
+
+    Args:
+        file: what the authors' code saved. Read as tensors only: code in it is never executed.
+        model: the model that it was made from, as diffusers stores it.
+        output: folder of the checkpoint; ``MODEL-METHOD`` in the working directory by default.
+        method: whose code wrote it: ``qdiffusion``, ``tfmq``, ``quest``, ``dgq`` or ``brecq``.
+        weights: their format, such as ``uint4``, which the file does not say. By default 4 or 8 bits, as zero points
+            have it; with a sign where all are zero.
+        activations: their format; ``none`` leaves the file's scales of activations. By default ``uint8``, or ``int8``
+            where there are no zero points.
+        timesteps: those that the file's scales of activations belong to, the noisiest first, as numbers or as text
+            ``981,961``; by default those of the model's own scheduler for as many steps.
+        merge_timesteps: one range for each activation outside of the time path, that holds those of all timesteps.
+        float_attention: leave q, k, v and the softmax output in float.
+        target: what the result must run on; by default an engine's where one can run it.
+        device: torch device.
+        overwrite: replace another artifact at ``output``.
+
+    Raises:
+        UsageError: unknown names, or timesteps that do not fit.
+        CapabilityError: no quantizer here can hold the file's scales.
+        InvalidInputError: the file is not of this method or of this network, or holds more than tensors.
+    """
+    path = Path(file)
+    find_layout(method)
+    check_device(device)
+    source = model_of(model)
+    given = _listed(timesteps)
+    network = read_published(path, method)
+    denoiser = source.load(device)
+    data = ExampleRows(source)
+    structure = find_structure(denoiser, data.inputs([0], device=device))
+    fitted = fit(network, denoiser, structure, str(path))
+    if activations == NONE or float_attention:
+        fitted.attentions.clear()
+    if activations == NONE:
+        for layer in fitted.layers.values():
+            layer.inputs = []
+        fitted.steps = 1
+    steps = _steps(fitted, source, given, method, merge_timesteps, path)
+    recipe = _recipe(fitted, structure, method, weights, activations, target, steps)
+    place_to = Path(output) if output else default_output(source.path, method)
+    made_from = {"model": source.sha256, "file": sha256_file(path)}
+    asked = {"timesteps": steps.timesteps.tolist(), "merge": merge_timesteps}
+    draft = Draft(place_to, Checkpoint, made_from, recipe.to_json(), recipe.seed, asked, overwrite)
+    if done := draft.finished():
+        return done
+    structure = _as_published(structure, fitted)
+    layers = quantize_structure(denoiser, structure, recipe)
+    denoiser.eval().requires_grad_(False).to(device)
+    session = Session(
+        denoiser,
+        structure,
+        layers,
+        data,
+        recipe,
+        draft,
+        device,
+        training_timesteps=source.training_timesteps,
+        component=source.name,
+    )
+    temporal = set(structure.time.layers)
+    place(denoiser, fitted, steps, temporal, method)
+    reasons = _moving(denoiser, temporal)
+    say(
+        f"{path.name}: {recipe.precision} of {method}, {len(layers)} of {len(structure.layers)} layers quantized"
+        + (f", scales for {fitted.steps} steps" if fitted.steps > 1 else "")
+    )
+    for reason in [*recipe.simulated(), *reasons]:
+        say(f"simulated: {reason}; no engine will run this checkpoint")
+    with draft:
+        notes = Notes(source=source.source, file=str(path.absolute()))
+        calibrated = steps.timesteps.flip(0).tolist()
+        return finish(session, source, data, notes, reasons, calibrated)
+
+
+def _listed(given: str | Sequence[float] | None) -> Tensor | None:
+    """Timesteps [K] as they were given.
+
+    Raises:
+        UsageError: they are no descending numbers.
+    """
+    if given is None:
+        return None
+    words = given.split(",") if isinstance(given, str) else list(given)
+    try:
+        numbers = [float(word) for word in words]
+    except ValueError as error:
+        raise UsageError(f"timesteps are numbers such as 981,961,941, not {given!r}") from error
+    if any(not a > b for a, b in pairwise(numbers)) or not all(0 <= number < 1e6 for number in numbers):
+        raise UsageError("timesteps must descend, each once, as sampling meets them: 981,961,...,1")
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def _steps(
+    fitted: Fitted, source: Model, given: Tensor | None, method: str, merged: bool, path: Path
+) -> Steps:
+    """The timesteps of the file's scales; entries of a timestep that a schedule repeats are dropped but the first."""
+    if fitted.steps == 1:
+        return Steps(torch.zeros(0))
+    trained = source.training_timesteps
+    found = _scheduled(source, fitted.steps) if given is None else given
+    if found is None or len(found) != fitted.steps:
+        counted = "as many as no schedule of the model has" if found is None else f"not {len(found)}"
+        raise UsageError(
+            f"{path} has scales for {fitted.steps} timesteps, {counted}: name them with --timesteps, the noisiest first"
+        )
+    if trained is not None and float(found.max()) >= trained:
+        raise UsageError(f"the model was trained with {trained} timesteps, and {float(found.max()):g} is none of them")
+    first = [0, *(number for number in range(1, len(found)) if found[number] != found[number - 1])]
+    if len(first) < len(found):
+        grids = [grid for layer in fitted.layers.values() for grid in layer.inputs]
+        for grid in [*grids, *(g for each in fitted.attentions.values() for g in each.operands.values())]:
+            if len(grid.delta) > 1:
+                grid.delta, grid.zero_point = grid.delta[first], grid.zero_point[first]
+        fitted.steps = len(first)
+    return Steps(found[first], upwards=method == "quest", merged=merged)
+
+
+def _scheduled(source: Model, count: int) -> Tensor | None:
+    """Timesteps of the model's own scheduler that call the denoiser so often; None if none do."""
+    for steps in (count, count - 1):
+        scheduler = source.scheduler()
+        try:
+            scheduler.set_timesteps(steps)
+        except (ValueError, TypeError, ZeroDivisionError):
+            continue
+        timesteps = torch.as_tensor(scheduler.timesteps).double()
+        if len(timesteps) == count and bool((timesteps[1:] <= timesteps[:-1]).all()):
+            return timesteps
+    return None
+
+
+def _recipe(
+    fitted: Fitted,
+    structure: Structure,
+    method: str,
+    weights: str | None,
+    activations: str | None,
+    target: str | None,
+    steps: Steps,
+) -> Recipe:
+    """What the file is, in a recipe's words."""
+    kept = {path: layer for path, layer in fitted.layers.items() if layer.weights}
+    grids = [grid for layer in kept.values() for grid in layer.inputs]
+    weights = weights or _weight_format(fitted).name
+    seen = activations or _input_format(grids).name if grids else NONE
+    number_format = parse_format(seen)
+    if number_format is not None and number_format.symmetric and method == "quest":
+        raise CapabilityError(
+            "QuEST's code clamps symmetric activations to [-257, 256] at 8 bits, which no format of 8 bits holds: "
+            "import the weights alone with --activations none"
+        )
+    attention = bool(fitted.attentions)
+    moving = fitted.steps > 1 and not steps.merged
+    asymmetric = number_format is not None and not number_format.symmetric
+    several = any(grid.delta[0].numel() > 1 for grid in grids)
+    engine = find_target("openvino")
+    able = weights in engine.weights and seen in engine.activations
+    simulated = not able or (asymmetric and (attention or moving)) or (several and method == "dgq")
+    bare = {path for path, layer in kept.items() if not layer.inputs}
+    options = {"method": method}
+    softmax = {"softmax": _softmax_format(fitted)} if attention else {}
+    return Recipe(
+        weights,
+        seen,
+        method=method if method in ("qdiffusion", "tfmq", "quest", "dgq") else "qdiffusion",
+        stages=[ForeignStage("import-checkpoint", options)],
+        coverage="qdiffusion-paper" if attention else "every-layer",
+        target=target or ("simulated" if simulated else "openvino"),
+        exclude=[layer.path for layer in structure.layers if layer.path not in kept],
+        layers=[{path: {"activations": NONE}} for path in sorted(bare)] if seen != NONE else (),
+        timestep_groups=tuple(steps.edges.tolist()) if moving else 1,
+        **softmax,
+    )
+
+
+def _weight_format(fitted: Fitted) -> Format:
+    grids = [grid for layer in fitted.layers.values() for grid in layer.weights]
+    zero_points = torch.cat([grid.zero_point for grid in grids])
+    bits = 8 if float(zero_points.median()) > WIDE else 4
+    if not bool(zero_points.any()):
+        raise UsageError(
+            "the file's weights have no zero points, so their bits cannot be told: pass --weights int4 or int8"
+        )
+    return unsigned(bits)
+
+
+def _input_format(grids: Sequence[InputGrid]) -> Format:
+    return unsigned(8) if any(bool(grid.zero_point.any()) for grid in grids) else integer(8)
+
+
+def _softmax_format(fitted: Fitted) -> str:
+    """The format of the softmax output: its steps say whether they are of 8 or of 16 bits."""
+    deltas = [
+        float(each.operands["probabilities"].delta.max())
+        for each in fitted.attentions.values()
+        if "probabilities" in each.operands
+    ]
+    return "uint16" if deltas and max(deltas) < SIXTEEN else "uint8"
+
+
+def _as_published(structure: Structure, fitted: Fitted) -> Structure:
+    """The structure with the file's splits; layers that read one tensor with equal scales read it together."""
+    first: dict[tuple[object, ...], str] = {}
+    layers = []
+    for layer in structure.layers:
+        found = fitted.layers[layer.path]
+        scales = tuple(
+            (tuple(grid.delta.flatten().tolist()), tuple(grid.zero_point.flatten().tolist())) for grid in found.inputs
+        )
+        reads = first.setdefault((layer.unit, layer.reads, found.split, scales), layer.path)
+        layers.append(replace(layer, split=found.split, reads=reads))
+    attentions = tuple(path for path in structure.attentions if path in fitted.attentions)
+    return replace(structure, layers=tuple(layers), attentions=attentions)
+
+
+def _moving(denoiser: nn.Module, temporal: set[str]) -> list[str]:
+    """Why no engine can run what was placed, beside what its formats say."""
+    reasons = []
+    found = [
+        quantizer
+        for name, quantizer in quantizers(denoiser)
+        if isinstance(quantizer, ActivationQuantizer) and name.rpartition(".input.")[0] not in temporal
+    ]
+    if any(quantizer.axis is not None for quantizer in found):
+        reasons.append("activations have scales along channels, tokens or pixels")
+    if any(quantizer.banked and not quantizer.hoisted and quantizer.axis is None for quantizer in found):
+        reasons.append("activations have a zero point for each timestep")
+    if any(isinstance(module, LogQuantizer) for module in denoiser.modules()):
+        reasons.append("the softmax output is on a logarithmic scale")
+    return reasons
