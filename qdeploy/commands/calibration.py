@@ -165,9 +165,13 @@ def sensitivity(source: str, formats: str | None, as_json: bool, **options: Any)
 @click.command("import-checkpoint")
 @click.argument("file", type=click.Path(path_type=Path))
 @_IMPORT_CHECKPOINT.option("model", "The model that it was made from.", required=True)
-@_IMPORT_CHECKPOINT.option("method", "Whose code wrote it: qdiffusion, tfmq, quest, dgq or brecq.", required=True)
+@_IMPORT_CHECKPOINT.option(
+    "method", "Whose code wrote it: qdiffusion, tfmq, quest, dgq or brecq.", required=True
+)
 @_IMPORT_CHECKPOINT.option("output", "Folder to write.  [default: MODEL-METHOD in the working directory]")
-@_IMPORT_CHECKPOINT.option("weights", "Format of weights.  [default: uint4 or uint8, as their zero points are]")
+@_IMPORT_CHECKPOINT.option(
+    "weights", "Format of weights.  [default: uint4 or uint8, as their zero points are]"
+)
 @_IMPORT_CHECKPOINT.option("activations", "Format of activations, or none.  [default: uint8 or int8]")
 @_IMPORT_CHECKPOINT.option(
     "timesteps",

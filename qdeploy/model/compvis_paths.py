@@ -34,11 +34,23 @@ _DDIM = (
     (r"temb\.dense\.([01])", lambda m, last: f"time_embedding.linear_{int(m[1]) + 1}"),
     (r"mid\.block_([12])\.(\w+)", lambda m, last: f"mid_block.resnets.{int(m[1]) - 1}.{_DDIM_RESNET[m[2]]}"),
     (r"mid\.attn_1\.(\w+)", lambda m, last: f"mid_block.attentions.0.{_DDIM_ATTENTION[m[1]]}"),
-    (r"down\.(\d+)\.block\.(\d+)\.(\w+)", lambda m, last: f"down_blocks.{m[1]}.resnets.{m[2]}.{_DDIM_RESNET[m[3]]}"),
-    (r"down\.(\d+)\.attn\.(\d+)\.(\w+)", lambda m, last: f"down_blocks.{m[1]}.attentions.{m[2]}.{_DDIM_ATTENTION[m[3]]}"),
+    (
+        r"down\.(\d+)\.block\.(\d+)\.(\w+)",
+        lambda m, last: f"down_blocks.{m[1]}.resnets.{m[2]}.{_DDIM_RESNET[m[3]]}",
+    ),
+    (
+        r"down\.(\d+)\.attn\.(\d+)\.(\w+)",
+        lambda m, last: f"down_blocks.{m[1]}.attentions.{m[2]}.{_DDIM_ATTENTION[m[3]]}",
+    ),
     (r"down\.(\d+)\.downsample\.conv", lambda m, last: f"down_blocks.{m[1]}.downsamplers.0.conv"),
-    (r"up\.(\d+)\.block\.(\d+)\.(\w+)", lambda m, last: f"up_blocks.{last - int(m[1])}.resnets.{m[2]}.{_DDIM_RESNET[m[3]]}"),
-    (r"up\.(\d+)\.attn\.(\d+)\.(\w+)", lambda m, last: f"up_blocks.{last - int(m[1])}.attentions.{m[2]}.{_DDIM_ATTENTION[m[3]]}"),
+    (
+        r"up\.(\d+)\.block\.(\d+)\.(\w+)",
+        lambda m, last: f"up_blocks.{last - int(m[1])}.resnets.{m[2]}.{_DDIM_RESNET[m[3]]}",
+    ),
+    (
+        r"up\.(\d+)\.attn\.(\d+)\.(\w+)",
+        lambda m, last: f"up_blocks.{last - int(m[1])}.attentions.{m[2]}.{_DDIM_ATTENTION[m[3]]}",
+    ),
     (r"up\.(\d+)\.upsample\.conv", lambda m, last: f"up_blocks.{last - int(m[1])}.upsamplers.0.conv"),
 )
 _DDIM_RESNET = {

@@ -189,7 +189,9 @@ def _quantize_as_described(denoiser: nn.Module, described: Mapping[str, Any], re
     share_dynamic_group(denoiser, recipe)
     for path in described["attentions"]:
         assert recipe.attention is not None
-        quantize_attention(denoiser.get_submodule(path), AttentionQuantizers(recipe.attention, recipe.probabilities))
+        quantize_attention(
+            denoiser.get_submodule(path), AttentionQuantizers(recipe.attention, recipe.probabilities)
+        )
     set_clock(denoiser)
 
 

@@ -60,7 +60,9 @@ def quantize_structure(denoiser: nn.Module, structure: Structure, recipe: Recipe
     share_dynamic_group(denoiser, recipe)
     if recipe.attention is not None:
         for path in structure.attentions:
-            quantize_attention(denoiser.get_submodule(path), AttentionQuantizers(recipe.attention, recipe.probabilities))
+            quantize_attention(
+                denoiser.get_submodule(path), AttentionQuantizers(recipe.attention, recipe.probabilities)
+            )
     set_clock(denoiser)
     return layers
 

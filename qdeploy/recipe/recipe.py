@@ -269,7 +269,7 @@ def _check(recipe: Recipe) -> None:
         raise UsageError(unknown("format of the softmax output", recipe.softmax, SOFTMAX))
     if recipe.softmax != "uint8" and not coverage.attention:
         raise UsageError(
-            f"coverage {coverage.name} leaves the softmax output in float: 'softmax' is for one that quantizes attention"
+            f"coverage {coverage.name} leaves the softmax output in float: 'softmax' is for those that quantize it"
         )
     if coverage.attention and not target.attention:
         raise UsageError(

@@ -20,7 +20,6 @@ from qdeploy.model.folder import Model
 from qdeploy.model.in_memory import ModelSource, model_of
 from qdeploy.network.roles import Structure, find_structure
 from qdeploy.quant.insert import quantize_structure
-from qdeploy.quant.layer import quantized_layers
 from qdeploy.quant.log_attention import LogQuantizer
 from qdeploy.quant.quantizers import ActivationQuantizer
 from qdeploy.quant.state import quantizers
@@ -165,10 +164,12 @@ def _steps(
     if found is None or len(found) != fitted.steps:
         counted = "as many as no schedule of the model has" if found is None else f"not {len(found)}"
         raise UsageError(
-            f"{path} has scales for {fitted.steps} timesteps, {counted}: name them with --timesteps, the noisiest first"
+            f"{path} has scales for {fitted.steps} timesteps, {counted}: name them with --timesteps"
         )
     if trained is not None and float(found.max()) >= trained:
-        raise UsageError(f"the model was trained with {trained} timesteps, and {float(found.max()):g} is none of them")
+        raise UsageError(
+            f"the model was trained with {trained} timesteps, and {float(found.max()):g} is none of them"
+        )
     first = [0, *(number for number in range(1, len(found)) if found[number] != found[number - 1])]
     if len(first) < len(found):
         grids = [grid for layer in fitted.layers.values() for grid in layer.inputs]
@@ -269,7 +270,8 @@ def _as_published(structure: Structure, fitted: Fitted) -> Structure:
     for layer in structure.layers:
         found = fitted.layers[layer.path]
         scales = tuple(
-            (tuple(grid.delta.flatten().tolist()), tuple(grid.zero_point.flatten().tolist())) for grid in found.inputs
+            (tuple(grid.delta.flatten().tolist()), tuple(grid.zero_point.flatten().tolist()))
+            for grid in found.inputs
         )
         reads = first.setdefault((layer.unit, layer.reads, found.split, scales), layer.path)
         layers.append(replace(layer, split=found.split, reads=reads))

@@ -82,7 +82,14 @@ HALVES = {
     "up_blocks.1.resnets.1": 8,
 }
 WORDS = {
-    "qdiffusion": ("weight", "bias", "weight_quantizer", "weight_quantizer_0", "act_quantizer", "act_quantizer_0"),
+    "qdiffusion": (
+        "weight",
+        "bias",
+        "weight_quantizer",
+        "weight_quantizer_0",
+        "act_quantizer",
+        "act_quantizer_0",
+    ),
     "tfmq": ("w", "b", "wqtizer", "wqtizer1", "aqtizer", "aqtizer1"),
 }
 WORDS |= {"quest": WORDS["qdiffusion"], "brecq": WORDS["qdiffusion"], "dgq": WORDS["tfmq"]}
@@ -152,7 +159,9 @@ def published(
         for number, part in enumerate(parts):
             delta, zero, alpha, codes = _quantized(part, bits, random if learned else None)
             start = f"model.{name}.{words[number]}"
-            made.state[f"{start}.delta"], made.state[f"{start}.zero_point"] = map(torch.from_numpy, (delta, zero))
+            made.state[f"{start}.delta"], made.state[f"{start}.zero_point"] = map(
+                torch.from_numpy, (delta, zero)
+            )
             if alpha is not None:
                 made.state[f"{start}.alpha"] = torch.from_numpy(alpha)
             for path, chosen in zip(paths, rows, strict=True):
@@ -176,12 +185,16 @@ def _write_input(made: Published, method: str, start: str, grid: tuple[Array, Ar
     elif method == "quest":  # along the channels, even where all are alike
         shape = (len(delta), weight.shape[1], 1, 1) if weight.ndim == 4 else (len(delta), 1, weight.shape[1])
         made.state[f"{start}.delta_list"] = delta.view(-1, 1, *[1] * (len(shape) - 2)).expand(shape).clone()
-        made.state[f"{start}.zero_point_list"] = zero.view(-1, 1, *[1] * (len(shape) - 2)).expand(shape).clone()
+        made.state[f"{start}.zero_point_list"] = (
+            zero.view(-1, 1, *[1] * (len(shape) - 2)).expand(shape).clone()
+        )
     else:
         made.state[f"{start}.delta"], made.state[f"{start}.zero_point"] = delta[0], zero[0]
 
 
-def _quantized(weight: Array, bits: int, random: np.random.Generator | None) -> tuple[Array, Array, Array | None, Array]:
+def _quantized(
+    weight: Array, bits: int, random: np.random.Generator | None
+) -> tuple[Array, Array, Array | None, Array]:
     flat = weight.reshape(len(weight), -1)
     shape = (-1, *[1] * (weight.ndim - 1))
     low, high = np.minimum(flat.min(1), 0), np.maximum(flat.max(1), 0)

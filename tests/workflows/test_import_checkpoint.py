@@ -24,7 +24,9 @@ from tests.models.published import Published, published
 
 
 def imported(made: Published, method: str, model: Path, folder: Path, **options: Any) -> Checkpoint:
-    return import_checkpoint(made.save(folder / "file.pth", method), model, folder / "out", method=method, **options)
+    return import_checkpoint(
+        made.save(folder / "file.pth", method), model, folder / "out", method=method, **options
+    )
 
 
 def assert_same_codes(made: Published, checkpoint: Checkpoint) -> None:
@@ -32,7 +34,9 @@ def assert_same_codes(made: Published, checkpoint: Checkpoint) -> None:
     assert layers.keys() == made.codes.keys()
     for path, codes in made.codes.items():
         for quantizer, wanted in zip(layers[path].weight_quantizers, codes, strict=True):
-            np.testing.assert_array_equal(np.squeeze(quantizer.codes.numpy()), np.squeeze(wanted), err_msg=path)
+            np.testing.assert_array_equal(
+                np.squeeze(quantizer.codes.numpy()), np.squeeze(wanted), err_msg=path
+            )
 
 
 @pytest.mark.parametrize("names", ["diffusers", "compvis", "ddim"])
@@ -61,7 +65,10 @@ def test_scales_of_activations_are_the_files_and_shared_only_where_they_are_equa
     layers = quantized_layers(load_checkpoint(checkpoint))
     for path, grids in made.inputs.items():
         for quantizer, (delta, zero_point) in zip(layers[path].activation_quantizers, grids, strict=True):
-            assert (float(quantizer.scale), int(quantizer.zero_point)) == (float(delta[0]), int(zero_point[0]))
+            assert (float(quantizer.scale), int(quantizer.zero_point)) == (
+                float(delta[0]),
+                int(zero_point[0]),
+            )
     query, key = (layers[f"mid_block.attentions.0.to_{letter}"] for letter in "qk")
     assert query.input_quantizers is key.input_quantizers  # one convolution in the file
 
@@ -71,7 +78,7 @@ def test_tables_by_timestep_are_looked_up_by_its_value(ddpm: Path, tmp_path: Pat
     checkpoint = imported(made, "tfmq", ddpm, tmp_path, timesteps="900,500,100")
     assert checkpoint.facts.simulated == []
     layer = quantized_layers(load_checkpoint(checkpoint))["down_blocks.0.resnets.0.conv1"]
-    (delta, _), = made.inputs["down_blocks.0.resnets.0.conv1"]
+    ((delta, _),) = made.inputs["down_blocks.0.resnets.0.conv1"]
     quantizer = layer.activation_quantizers[0]
     assert quantizer.clock is not None
     for timestep, entry in ((999, 0), (701, 0), (700, 1), (300, 2), (0, 2)):
@@ -85,7 +92,7 @@ def test_quests_entries_serve_the_timesteps_below_their_own(ddpm: Path, tmp_path
     checkpoint = imported(made, "quest", ddpm, tmp_path, timesteps=[900, 400])
     assert checkpoint.facts.simulated == ["activations have a zero point for each timestep"]
     layer = quantized_layers(load_checkpoint(checkpoint))["conv_out"]
-    (delta, _), = made.inputs["conv_out"]
+    ((delta, _),) = made.inputs["conv_out"]
     quantizer = layer.activation_quantizers[0]
     assert quantizer.clock is not None
     for timestep, entry in ((900, 0), (401, 0), (400, 1), (3, 1)):
@@ -98,7 +105,7 @@ def test_one_range_over_all_timesteps_makes_a_network_that_engines_run(ddpm: Pat
     checkpoint = imported(made, "tfmq", ddpm, tmp_path, timesteps=[900, 100], merge_timesteps=True)
     assert checkpoint.facts.simulated == []
     quantizer = quantized_layers(load_checkpoint(checkpoint))["conv_out"].activation_quantizers[0]
-    (delta, zero), = made.inputs["conv_out"]
+    ((delta, zero),) = made.inputs["conv_out"]
     scale, zero_point = float(quantizer.scale), int(quantizer.zero_point)
     assert -zero_point * scale <= (-zero * delta).min() + scale / 2
     assert (255 - zero_point) * scale >= ((255 - zero) * delta).max() - scale / 2
@@ -112,9 +119,16 @@ def broken(made: Published, what: str) -> None:
     if what == "nan":
         made.state[name][0] = torch.nan
     elif what == "missing":
-        made.state = {key: value for key, value in made.state.items() if ".mid_block.resnets.0.conv1." not in key}
+        made.state = {
+            key: value for key, value in made.state.items() if ".mid_block.resnets.0.conv1." not in key
+        }
     elif what == "surplus":
-        for part in ("weight", "weight_quantizer.delta", "weight_quantizer.zero_point", "weight_quantizer.alpha"):
+        for part in (
+            "weight",
+            "weight_quantizer.delta",
+            "weight_quantizer.zero_point",
+            "weight_quantizer.alpha",
+        ):
             made.state[f"model.conv_extra.{part}"] = made.state[f"model.conv_in.{part}"]
     elif what == "scales":
         del made.state[name]

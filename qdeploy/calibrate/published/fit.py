@@ -87,7 +87,9 @@ def fit(network: PublishedNetwork, denoiser: nn.Module, structure: Structure, wh
             if module is not None and isinstance(getattr(module, "weight", None), Tensor):
                 found[place.path] = _fitted(layer, place, module, name, where)
     known = {layer.path for layer in structure.layers}
-    strangers = [name for name, layer in network.layers.items() if layer.weights and not _lands(places, name, known)]
+    strangers = [
+        name for name, layer in network.layers.items() if layer.weights and not _lands(places, name, known)
+    ]
     if strangers:
         raise InvalidInputError(
             f"{where} has {len(strangers)} quantized layers that the model lacks, first {strangers[0]}: is it of "
@@ -95,8 +97,8 @@ def fit(network: PublishedNetwork, denoiser: nn.Module, structure: Structure, wh
         )
     if missing := [layer.path for layer in structure.layers if layer.path not in found]:
         raise InvalidInputError(
-            f"{where} lacks {len(missing)} of the model's {len(known)} layers, first {missing[0]}: is it of another "
-            "network?"
+            f"{where} lacks {len(missing)} of the model's {len(known)} layers, first {missing[0]}: is it of "
+            "another network?"
         )
     _check_distance(found, modules, where)
     fitted = Fitted({layer.path: found[layer.path] for layer in structure.layers}, steps=network.steps)
@@ -118,13 +120,15 @@ def _fitted(layer: PublishedLayer, place: Place, module: nn.Module, name: str, w
     given = layer.weight if place.rows is None else layer.weight[place.rows]
     if _bare(given.shape) != _bare(own.shape):
         raise InvalidInputError(
-            f"{where} has a weight of shape {list(given.shape)} at {name}, and the model has {list(own.shape)}: is it "
-            "of another network?"
+            f"{where} has a weight of shape {list(given.shape)} at {name}, and the model {list(own.shape)}: is it of "
+            "another network?"
         )
     if not bool(given.isfinite().all()):
         raise InvalidInputError(f"{where} holds NaN or Inf in the weight of {name}")
     bias = layer.bias if layer.bias is None or place.rows is None else layer.bias[place.rows]
-    grids = [_chosen(grid, place, len(layer.weight), given.ndim, own.ndim, name, where) for grid in layer.weights]
+    grids = [
+        _chosen(grid, place, len(layer.weight), given.ndim, own.ndim, name, where) for grid in layer.weights
+    ]
     linear = isinstance(module, nn.Linear)
     return FittedLayer(
         given.reshape(own.shape).float(), bias, grids, layer.inputs, (), linear and given.ndim == 3
@@ -135,11 +139,15 @@ def _chosen(
     grid: WeightGrid, place: Place, channels: int, ndim: int, wanted: int, name: str, where: str
 ) -> WeightGrid:
     if grid.delta.numel() not in (1, channels) or grid.zero_point.numel() not in (1, channels):
-        raise InvalidInputError(f"{where} has {grid.delta.numel()} scales for the {channels} channels of {name}")
+        raise InvalidInputError(
+            f"{where} has {grid.delta.numel()} scales for the {channels} channels of {name}"
+        )
     delta, zero_point = grid.delta.expand(channels), grid.zero_point.expand(channels)
     alpha = grid.alpha
     if alpha is not None and (alpha.ndim != ndim or len(alpha) != channels):
-        raise InvalidInputError(f"{where} has roundings of shape {list(alpha.shape)} at {name}, which do not fit")
+        raise InvalidInputError(
+            f"{where} has roundings of shape {list(alpha.shape)} at {name}, which do not fit"
+        )
     if place.rows is not None:
         delta, zero_point = delta[place.rows], zero_point[place.rows]
         alpha = None if alpha is None else alpha[place.rows]
@@ -178,9 +186,7 @@ def _split(layer: FittedLayer, traced: tuple[int, ...], path: str, where: str) -
     return split
 
 
-def _attention_path(
-    name: str, places: Mapping[str, list[Place]], structure: Structure, where: str
-) -> str:
+def _attention_path(name: str, places: Mapping[str, list[Place]], structure: Structure, where: str) -> str:
     for layer in ("to_q", "qkv", "q"):
         for place in places.get(f"{name}.{layer}", ()):
             path = place.path.rpartition(".")[0]

@@ -8,7 +8,7 @@
     PATH.act_quantizer.{delta,zero_point}            and ``act_quantizer_0`` likewise
     ATTENTION.act_quantizer_{q,k,v,w}.*              operands of attention; w is the softmax output
 
-QuEST has ``delta_list`` and ``zero_point_list`` with an entry for each kept timestep, the first one being the noisiest.
+QuEST has ``delta_list`` and ``zero_point_list`` with an entry for each kept timestep, the noisiest first.
 
 ``tfmq`` (TFMQ-DM, DGQ): ``{"weight": state_dict, "act_0": {...}, ...}``. The words are ``w``, ``b``, ``wqtizer``,
 ``wqtizer1``, ``aqtizer``, ``aqtizer1`` and ``aqtizer_{q,k,v,w}``; ``act_i`` holds the activations' scales of sampling
@@ -154,10 +154,14 @@ def read_published(path: Path, method: str) -> PublishedNetwork:
     return network
 
 
-def _parts(content: Any, layout: Layout, where: str) -> tuple[Mapping[str, Tensor], list[Mapping[str, Tensor]]]:
+def _parts(
+    content: Any, layout: Layout, where: str
+) -> tuple[Mapping[str, Tensor], list[Mapping[str, Tensor]]]:
     """The weights' ``state_dict`` and the tables of sampling steps, in their order."""
     if not isinstance(content, Mapping):
-        raise InvalidInputError(f"{where} holds a {type(content).__name__} instead of a dictionary of tensors")
+        raise InvalidInputError(
+            f"{where} holds a {type(content).__name__} instead of a dictionary of tensors"
+        )
     state: Any = content
     steps: list[Any] = []
     if layout.by_step:
@@ -227,7 +231,9 @@ def _read_inputs(
     listed = {len(grid.delta) for layer in network.layers.values() for grid in layer.inputs}
     listed |= {len(grid.delta) for each in network.attentions.values() for grid in each.operands.values()}
     if len(listed - {1}) > 1:
-        raise InvalidInputError(f"{where} has scales for {sorted(listed)} sampling steps: they do not fit together")
+        raise InvalidInputError(
+            f"{where} has scales for {sorted(listed)} sampling steps: they do not fit together"
+        )
     network.steps = max(listed, default=1)
 
 

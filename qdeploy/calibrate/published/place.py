@@ -64,10 +64,16 @@ def place(denoiser: nn.Module, fitted: Fitted, steps: Steps, temporal: set[str],
         for (quantizer, _), grid, codes in pairs:
             quantizer.set(grid.delta, grid.zero_point.to(torch.int32))
             quantizer.codes = codes.to(code_type(quantizer.format)).to(layer.device)
-        if found.bias is not None and layer.bias is not None and not torch.equal(found.bias, layer.bias.cpu()):
+        if (
+            found.bias is not None
+            and layer.bias is not None
+            and not torch.equal(found.bias, layer.bias.cpu())
+        ):
             layer.tuned_bias = found.bias.float().to(layer.device)
         for part in range(len(layer.input_quantizers)):
-            values = _merged(found.inputs[part], layer.activation_quantizers[part].format, steps, path in temporal)
+            values = _merged(
+                found.inputs[part], layer.activation_quantizers[part].format, steps, path in temporal
+            )
             _place_input(layer, part, values, steps, found, method, path)
     for path, module in denoiser.named_modules():
         if isinstance(module, AttentionQuantizers):
@@ -111,7 +117,13 @@ def _along(grid: InputGrid, method: str, image: bool) -> tuple[InputGrid, str | 
 
 
 def _place_input(
-    layer: QuantizedLayer, part: int, grid: InputGrid, steps: Steps, found: FittedLayer, method: str, path: str
+    layer: QuantizedLayer,
+    part: int,
+    grid: InputGrid,
+    steps: Steps,
+    found: FittedLayer,
+    method: str,
+    path: str,
 ) -> None:
     quantizer = layer.activation_quantizers[part]
     convolution = isinstance(layer.inner, nn.Conv2d)
@@ -131,7 +143,8 @@ def _by_position(grid: InputGrid, layer: QuantizedLayer) -> InputGrid:
     """Rows of the im2col matrix, which the file has channel by channel, position by position."""
     channels = layer.weight.shape[1]
     delta, zero_point = (
-        each.view(len(each), channels, -1).transpose(1, 2).flatten(1) for each in (grid.delta, grid.zero_point)
+        each.view(len(each), channels, -1).transpose(1, 2).flatten(1)
+        for each in (grid.delta, grid.zero_point)
     )
     return InputGrid(delta, zero_point)
 
@@ -145,8 +158,8 @@ def _set(quantizer: ActivationQuantizer, grid: InputGrid, steps: Steps, axis: in
         )
     if bool(((grid.zero_point < low) | (grid.zero_point > high)).any()):
         raise CapabilityError(
-            f"a zero point of the input of {path} is no code of {quantizer.format.name}: import the weights alone with "
-            "--activations none, and find ranges of activations by a recipe with load-weights"
+            f"a zero point of the input of {path} is no code of {quantizer.format.name}: import the weights alone "
+            "with --activations none, and find ranges of activations by a recipe with load-weights"
         )
     delta, zero_point = grid.delta, grid.zero_point.to(torch.int32)
     if len(delta) == 1:
