@@ -30,37 +30,34 @@ _OUTSIDE = {
     "label_emb.0.0": "add_embedding.linear_1",
     "label_emb.0.2": "add_embedding.linear_2",
 }
-_DDIM = (
-    (r"temb\.dense\.([01])", lambda m, last: f"time_embedding.linear_{int(m[1]) + 1}"),
-    (r"mid\.block_([12])\.(\w+)", lambda m, last: f"mid_block.resnets.{int(m[1]) - 1}.{_DDIM_RESNET[m[2]]}"),
-    (r"mid\.attn_1\.(\w+)", lambda m, last: f"mid_block.attentions.0.{_DDIM_ATTENTION[m[1]]}"),
-    (
-        r"down\.(\d+)\.block\.(\d+)\.(\w+)",
-        lambda m, last: f"down_blocks.{m[1]}.resnets.{m[2]}.{_DDIM_RESNET[m[3]]}",
-    ),
-    (
-        r"down\.(\d+)\.attn\.(\d+)\.(\w+)",
-        lambda m, last: f"down_blocks.{m[1]}.attentions.{m[2]}.{_DDIM_ATTENTION[m[3]]}",
-    ),
-    (r"down\.(\d+)\.downsample\.conv", lambda m, last: f"down_blocks.{m[1]}.downsamplers.0.conv"),
-    (
-        r"up\.(\d+)\.block\.(\d+)\.(\w+)",
-        lambda m, last: f"up_blocks.{last - int(m[1])}.resnets.{m[2]}.{_DDIM_RESNET[m[3]]}",
-    ),
-    (
-        r"up\.(\d+)\.attn\.(\d+)\.(\w+)",
-        lambda m, last: f"up_blocks.{last - int(m[1])}.attentions.{m[2]}.{_DDIM_ATTENTION[m[3]]}",
-    ),
-    (r"up\.(\d+)\.upsample\.conv", lambda m, last: f"up_blocks.{last - int(m[1])}.upsamplers.0.conv"),
-)
-_DDIM_RESNET = {
-    "conv1": "conv1",
-    "conv2": "conv2",
+_DDIM_INNER = {
     "temb_proj": "time_emb_proj",
     "nin_shortcut": "conv_shortcut",
-    "conv_shortcut": "conv_shortcut",
+    "q": "to_q",
+    "k": "to_k",
+    "v": "to_v",
+    "proj_out": "to_out.0",
 }
-_DDIM_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+
+
+# Blocks of DDIM's code by resolution; ``{up}`` counts from the other end.
+_DDIM = {
+    r"mid\.block_1": "mid_block.resnets.0",
+    r"mid\.block_2": "mid_block.resnets.1",
+    r"mid\.attn_1": "mid_block.attentions.0",
+    r"down\.(\d+)\.block\.(\d+)": "down_blocks.{down}.resnets.{layer}",
+    r"down\.(\d+)\.attn\.(\d+)": "down_blocks.{down}.attentions.{layer}",
+    r"down\.(\d+)\.downsample": "down_blocks.{down}.downsamplers.0",
+    r"up\.(\d+)\.block\.(\d+)": "up_blocks.{up}.resnets.{layer}",
+    r"up\.(\d+)\.attn\.(\d+)": "up_blocks.{up}.attentions.{layer}",
+    r"up\.(\d+)\.upsample": "up_blocks.{up}.upsamplers.0",
+}
+_DDIM_OUTSIDE = {
+    "conv_in": "conv_in",
+    "conv_out": "conv_out",
+    "temb.dense.0": "time_embedding.linear_1",
+    "temb.dense.1": "time_embedding.linear_2",
+}
 
 
 @dataclass(frozen=True)
@@ -150,12 +147,12 @@ def _of_heads(path: str, own: dict[str, nn.Module]) -> list[Place]:
 
 
 def _ddim(name: str, last: int) -> list[Place]:
-    if name in ("conv_in", "conv_out"):
-        return [Place(name)]
-    for pattern, place in _DDIM:
-        if (match := re.fullmatch(pattern, name)) is not None:
-            try:
-                return [Place(place(match, last))]
-            except KeyError:
-                return []
+    if name in _DDIM_OUTSIDE:
+        return [Place(_DDIM_OUTSIDE[name])]
+    block, _, inner = name.rpartition(".")
+    for pattern, place in _DDIM.items():
+        if (match := re.fullmatch(pattern, block)) is not None:
+            numbers = [int(number) for number in match.groups()] or [0]
+            known = {"down": numbers[0], "up": last - numbers[0], "layer": numbers[-1]}
+            return [Place(f"{place.format(**known)}.{_DDIM_INNER.get(inner, inner)}")]
     return []

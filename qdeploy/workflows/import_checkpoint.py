@@ -223,7 +223,6 @@ def _recipe(
     simulated = not able or (asymmetric and (attention or moving)) or (several and method == "dgq")
     bare = {path for path, layer in kept.items() if not layer.inputs}
     options = {"method": method}
-    softmax = {"softmax": _softmax_format(fitted)} if attention else {}
     return Recipe(
         weights,
         seen,
@@ -232,9 +231,9 @@ def _recipe(
         coverage="qdiffusion-paper" if attention else "every-layer",
         target=target or ("simulated" if simulated else "openvino"),
         exclude=[layer.path for layer in structure.layers if layer.path not in kept],
-        layers=[{path: {"activations": NONE}} for path in sorted(bare)] if seen != NONE else (),
+        layers=tuple((path, {"activations": NONE}) for path in sorted(bare)) if seen != NONE else (),
         timestep_groups=tuple(steps.edges.tolist()) if moving else 1,
-        **softmax,
+        softmax=_softmax_format(fitted) if attention else "uint8",
     )
 
 

@@ -106,8 +106,8 @@ def fit(network: PublishedNetwork, denoiser: nn.Module, structure: Structure, wh
         each.split = _split(each, structure[path].split, path, where)
     for name, attention in network.attentions.items():
         path = _attention_path(name, places, structure, where)
-        module: Any = modules[path]
-        fitted.attentions[path], fitted.head_widths[path] = attention, module.inner_dim // module.heads
+        attends: Any = modules[path]
+        fitted.attentions[path], fitted.head_widths[path] = attention, attends.inner_dim // attends.heads
     return fitted
 
 
