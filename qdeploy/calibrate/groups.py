@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qdeploy.calibrate.observe_rows import observe_rows
 from qdeploy.calibrate.session import Session
-from qdeploy.network.current_timestep import attach_clock
+from qdeploy.network.current_timestep import attach_current_timestep
 from qdeploy.network.observe import ModuleCall
 from qdeploy.quant.layer import QuantizedLayer
 from qdeploy.quant.patches import PIXELS, ROWS, shifted
@@ -157,11 +157,11 @@ def input_spreads(
         path: InputSpreads(module.inner if isinstance(module, QuantizedLayer) else None, timesteps)
         for path, module in modules.items()
     }
-    clock = attach_clock(session.denoiser)
+    current = attach_current_timestep(session.denoiser)
 
     def before(call: ModuleCall) -> None:
-        assert clock.now is not None
-        found[call.name].observe(call.input, clock.now)
+        assert current.now is not None
+        found[call.name].observe(call.input, current.now)
 
     observe_rows(session, modules, what, before=before, mode=mode)
     return {f"{path}:{name}": value for path, seen in found.items() for name, value in seen.tensors().items()}

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from qdeploy.calibrate.session import Session
 from qdeploy.model.inputs import denoise
-from qdeploy.network.current_timestep import clock_of
+from qdeploy.network.current_timestep import current_timestep_of
 from qdeploy.network.observe import ModuleCall, observing
 from qdeploy.quant.attention import intercepted
 
@@ -52,8 +52,8 @@ class Losses:
         repeated = recomputed(session.denoiser, units) if self.recompute else nullcontext()
         with repeated, outputs_of(session.denoiser, watched) as outputs:
             prediction = denoise(session.denoiser, inputs)
-        loss = self.overall * relative_error(prediction, target)
-        errors = [relative_error(y, z) for y, z in zip(outputs, targets, strict=True)]
+        loss = self.overall * relative_squared_error(prediction, target)
+        errors = [relative_squared_error(y, z) for y, z in zip(outputs, targets, strict=True)]
         return loss + self.local * torch.stack(errors).mean() if errors else loss
 
     def judged(self, rows: Sequence[int], batch: int) -> float:
@@ -64,12 +64,12 @@ class Losses:
                 inputs = self.session.inputs(chosen := rows[start : start + batch])
                 with self.session.teacher():
                     target = denoise(self.session.denoiser, inputs)
-                error = relative_error(denoise(self.session.denoiser, inputs), target)
+                error = relative_squared_error(denoise(self.session.denoiser, inputs), target)
                 total += float(error) * len(chosen)
         return total / len(rows)
 
 
-def relative_error(output: Tensor, target: Tensor) -> Tensor:
+def relative_squared_error(output: Tensor, target: Tensor) -> Tensor:
     """``mean_rows |y - y_hat|^2 / |y|^2``; shapes [rows, ...]."""
     power = target.flatten(1).square().sum(1).clamp(min=torch.finfo(target.dtype).tiny)
     return ((output - target).flatten(1).square().sum(1) / power).mean()
@@ -93,16 +93,16 @@ def recomputed(denoiser: nn.Module, units: Sequence[str]) -> Iterator[None]:
 
     The gradient runs when the network's call is over, so each unit takes its timestep along.
     """
-    clock = clock_of(denoiser)
+    current = current_timestep_of(denoiser)
     modules = [denoiser.get_submodule(path) for path in units]
     for module in modules:
         stock = module.forward
 
         def forward(*args: Any, module: nn.Module = module, stock: Any = stock, **kwargs: Any) -> Any:
-            now = None if clock is None else clock.now
+            now = None if current is None else current.now
 
             def again(*args: Any, **kwargs: Any) -> Any:
-                running = clock.at(now) if clock is not None and now is not None else nullcontext()
+                running = current.at(now) if current is not None and now is not None else nullcontext()
                 with running, intercepted(module):
                     return stock(*args, **kwargs)
 

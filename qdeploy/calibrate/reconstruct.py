@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from qdeploy.model.inputs import denoise
-from qdeploy.network.current_timestep import Clock
+from qdeploy.network.current_timestep import CurrentTimestep
 from qdeploy.network.observe import ModuleCall, observing
 
 
@@ -189,14 +189,14 @@ class UnitProblem:
     learn: Tensor
     judge: Tensor
     device: str = "cpu"
-    clock: Clock | None = None
+    current_timestep: CurrentTimestep | None = None
     timesteps: Tensor | None = None
 
     def error(self, rows: Tensor, p: float) -> Tensor:
         """`output_error` of the unit on some rows."""
         args, kwargs = self.to_device(self.inputs.batch(rows))
-        known = self.clock is not None and self.timesteps is not None
-        running = self.clock.at(self.timesteps[rows].to(self.device)) if known else nullcontext()  # type: ignore[union-attr,index]
+        known = self.current_timestep is not None and self.timesteps is not None
+        running = self.current_timestep.at(self.timesteps[rows].to(self.device)) if known else nullcontext()  # type: ignore[union-attr,index]
         with running:
             output = self.unit(*args, **kwargs)
         return output_error(output, self.to_device(self.targets.batch(rows)), p)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qdeploy.calibrate.reconstruct import UnitProblem, UnitRecorder, record_unit
 from qdeploy.model.inputs import rows_at_once, sample_name
-from qdeploy.network.current_timestep import clock_of
+from qdeploy.network.current_timestep import current_timestep_of
 from qdeploy.network.roles import Layer, Structure
 from qdeploy.quant.layer import QuantizedLayer, quantized_layers
 from qdeploy.quant.modes import full_precision, weights_only
@@ -192,8 +192,8 @@ class _Problem:
         inputs, targets = self.recording.__enter__()
         learn, judge = self.session.split(self.rows)
         timesteps = self.session.data.timesteps[self.rows].flatten()
-        clock = clock_of(self.session.denoiser)
-        return UnitProblem(self.unit, inputs, targets, learn, judge, self.session.device, clock, timesteps)
+        current = current_timestep_of(self.session.denoiser)
+        return UnitProblem(self.unit, inputs, targets, learn, judge, self.session.device, current, timesteps)
 
     def __exit__(self, *error: Any) -> None:
         self.recording.__exit__(*error)

@@ -58,7 +58,7 @@ def build_engine(
     components: Mapping[str, str] | None = None,
     strict: bool = False,
     overwrite: bool = False,
-    **wishes: Any,
+    **build_options: Any,
 ) -> EngineFolder:
     """Build the engine of an ONNX bundle, and measure it.
 
@@ -79,7 +79,7 @@ def build_engine(
         components: precision of each of these, such as ``{"vae": "f32"}``; 16 bits by default.
         strict: refuse a pipeline some of whose components would stay in torch.
         overwrite: replace another artifact at ``output``.
-        wishes: options that only some backends have, see `Backend.wishes`; None or False leaves an option out.
+        build_options: those that only some backends have, see `Backend.build_options`; None or False leaves one out.
 
     Returns:
         An artifact of kind ``engine``, in the layout that the runtime's own diffusers pipelines open.
@@ -105,8 +105,10 @@ def build_engine(
         if optimize_for and "bf16" in chosen.precisions and has_bf16():
             precision = "bf16"
     check_precision(chosen, precision)
-    wishes = {name: value for name, value in wishes.items() if value is not None and value is not False}
-    _check_wishes(chosen, wishes)
+    build_options = {
+        name: value for name, value in build_options.items() if value is not None and value is not False
+    }
+    _check_build_options(chosen, build_options)
     if source.facts.sizes is not None and not chosen.any_size:
         raise CapabilityError(
             f"{chosen.name} builds engines of one size: export {source.path} without --sizes"
@@ -122,7 +124,7 @@ def build_engine(
         "threads": threads,
         **({"int8_sums": NARROW} if narrow else {}),
         **({"optimize_for": optimize_for, "min_sqnr": min_sqnr} if optimize_for else {}),
-        **{name: value for name, value in wishes.items() if _shapes_the_engine(chosen, name, value)},
+        **{name: value for name, value in build_options.items() if _shapes_the_engine(chosen, name, value)},
     }
     asked = options | ({"pipeline": rest.to_json()} if rest else {})
     place = Path(output) if output else default_output(source.path, "engine")
@@ -151,7 +153,7 @@ def build_engine(
             facts = replace(facts, quantizers_left_out=list(placement.floats))
         if quantized and chosen.narrow_sums:
             facts = replace(facts, int8_sums=sums_of(graph))
-        took = _convert(chosen, source, graph, draft, facts, wishes)
+        took = _convert(chosen, source, graph, draft, facts, build_options)
         if rest:
             build_components(chosen, source, draft, rest)
         write_card(draft, facts)
@@ -220,12 +222,12 @@ def _check_goal(backend: Backend, optimize_for: str | None, min_sqnr: float | No
         )
 
 
-def _check_wishes(backend: Backend, wishes: dict[str, Any]) -> None:
-    known = {name for other in backends().values() for name in other.wishes}
-    for name in wishes.keys() - set(backend.wishes):
+def _check_build_options(backend: Backend, build_options: dict[str, Any]) -> None:
+    known = {name for other in backends().values() for name in other.build_options}
+    for name in build_options.keys() - set(backend.build_options):
         if name not in known:
             raise TypeError(f"build_engine takes no {name!r}")
-        able = " and ".join(other.name for other in backends().values() if name in other.wishes)
+        able = " and ".join(other.name for other in backends().values() if name in other.build_options)
         raise UsageError(f"--{name.replace('_', '-')} is an option of {able}, not of {backend.name}")
 
 
@@ -235,7 +237,7 @@ def _convert(
     graph: Path,
     draft: Draft[EngineFolder],
     facts: EngineFacts,
-    wishes: dict[str, Any],
+    build_options: dict[str, Any],
 ) -> Mapping[str, Any] | None:
     """Write the runtime's files, copy what is still needed of the bundle, and store the MACs of all layers.
 
@@ -244,9 +246,9 @@ def _convert(
     """
     from qdeploy.export.macs import graph_macs, meant_int8
 
-    if backend.wishes:
-        wishes = wishes | {"precision": facts.engine_precision, "batch": facts.batch}
-    took = backend.build(graph, draft.content / facts.component, **wishes)
+    if backend.build_options:
+        build_options = build_options | {"precision": facts.engine_precision, "batch": facts.batch}
+    took = backend.build(graph, draft.content / facts.component, **build_options)
     for name in source.files:
         if not name.endswith((".onnx", ".onnx_data")):
             draft.copy(source.file(name), name)
@@ -326,7 +328,7 @@ def _size_mb(folder: Path) -> float:
 
 
 def _shapes_the_engine(backend: Backend, name: str, value: Any) -> bool:
-    """Whether a wish is part of an engine's identity: no place of a cache, no limit of the build."""
+    """Whether an option is part of an engine's identity: no place of a cache, no limit of the build."""
     return not isinstance(value, Path) and name not in backend.limits
 
 

@@ -144,6 +144,6 @@ BACKEND = Backend(
     precisions=("f32", "f16"),
     rank=0,
     device="cuda",
-    wishes=("shapes",),
+    build_options=("shapes",),
     check=require,
 )

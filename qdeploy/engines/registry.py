@@ -43,13 +43,13 @@ class Backend:
         load: the engine of verified files, with a number of threads or the runtime's own choice.
         rank: ``auto`` takes the available backend of the highest rank; 0 is never taken.
         device: where it computes, as torch calls it.
-        wishes: names of further options of its builds; ``build`` takes them, ``precision`` and ``batch`` as
+        build_options: names of further options of its builds; ``build`` takes them, ``precision`` and ``batch`` as
             keywords where there are any.
         check: raises `CapabilityError` where the machine lacks something that the backend needs besides its package.
         lacks: number formats (`qdeploy.recipe.formats`) that it has no kernels for.
         can_run: raises `CapabilityError` where the machine can build engines and cannot run them; None where every
             machine that builds also runs. Where it raises, an engine is built and not measured.
-        limits: those of ``wishes`` that bound the build and leave the engine as it is.
+        limits: those of ``build_options`` that bound the build and leave the engine as it is.
         default_precision: the precision where nothing is said.
         narrow_sums: whether its int8 products may overflow where `machine.int8_sums_saturate`, so that its
             builds leave some layers in floats there.
@@ -68,7 +68,7 @@ class Backend:
     precisions: tuple[str, ...] = ("f32", "bf16")
     rank: int = 0
     device: str = "cpu"
-    wishes: tuple[str, ...] = ()
+    build_options: tuple[str, ...] = ()
     check: Callable[[], None] | None = None
     lacks: frozenset[str] = frozenset()
     narrow_sums: bool = False

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qdeploy.engines.registry import Backend
 from qdeploy.engines.tensorrt.flavour import RTX
-from qdeploy.engines.tensorrt.options import LIMITS, PRECISIONS, RTX_WISHES
+from qdeploy.engines.tensorrt.options import LIMITS, PRECISIONS, RTX_BUILD_OPTIONS
 from qdeploy.system.gpu import require_gpu
 
 if TYPE_CHECKING:
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from qdeploy.engines.spec import EngineSpec
 
 
-def build(onnx_path: Path, folder: Path, **wishes: Any) -> dict[str, Any]:
+def build(onnx_path: Path, folder: Path, **build_options: Any) -> dict[str, Any]:
     """Write the plan of a graph; see `qdeploy.engines.tensorrt.builder`."""
     from qdeploy.engines.tensorrt.builder import build
 
-    return build(onnx_path, folder, flavour=RTX, **wishes)
+    return build(onnx_path, folder, flavour=RTX, **build_options)
 
 
 def load(spec: EngineSpec, threads: int | None = None) -> Engine:
@@ -45,7 +45,7 @@ BACKEND = Backend(
     default_precision=RTX.default_precision,
     rank=15,
     device="cuda",
-    wishes=RTX_WISHES,
+    build_options=RTX_BUILD_OPTIONS,
     limits=LIMITS,
     can_run=partial(require_gpu, packages=RTX.cuda),
 )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qdeploy.model.folder import Model
 from qdeploy.model.schedulers import make_scheduler
-from qdeploy.network.current_timestep import attach_clock, midpoints
+from qdeploy.network.current_timestep import attach_current_timestep, midpoints
 from qdeploy.network.roles import find_structure
 from qdeploy.quant.feature_table import STORAGES, FeatureTable
 from qdeploy.quant.layer import QuantizedLayer, quantized_layers, replace_module
@@ -111,7 +111,7 @@ def tabulate(denoiser: nn.Module, inputs: Mapping[str, Tensor], table: TimeTable
     time = find_structure(denoiser, inputs).time
     if not time.features:
         raise UsageError("nothing in this network depends on the timestep alone: export without a time table")
-    clock = attach_clock(denoiser)
+    current = attach_current_timestep(denoiser)
     timesteps = table.timesteps
     with torch.no_grad():
         features = time(denoiser, timesteps)
@@ -122,13 +122,13 @@ def tabulate(denoiser: nn.Module, inputs: Mapping[str, Tensor], table: TimeTable
         layer = denoiser.get_submodule(name)
         kept = layer.table if isinstance(layer, QuantizedLayer) else None
         if kept is not None and table.storage == "int8":
-            with clock.at(timesteps):
-                rows = clock.index(kept.edges)
+            with current.at(timesteps):
+                rows = current.index(kept.edges)
             assert kept.scale is not None
             assert kept.zero_point is not None
-            made = FeatureTable(kept.rows[rows], edges, clock, kept.scale[rows], kept.zero_point[rows])
+            made = FeatureTable(kept.rows[rows], edges, current, kept.scale[rows], kept.zero_point[rows])
         else:
-            made = FeatureTable.stored(values, edges, clock, table.storage)
+            made = FeatureTable.stored(values, edges, current, table.storage)
         replace_module(denoiser, name, made)
         size += made.size
     for path in time.layers:

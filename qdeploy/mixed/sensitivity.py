@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qdeploy.calibrate.methods.minmax import ActivationRanges, WeightRanges
-from qdeploy.calibrate.opening import calibration_for, check_device, open_session
+from qdeploy.calibrate.open_session import calibration_for, check_device, open_session
 from qdeploy.calibrate.session import Session
 from qdeploy.calibration_set.dataset import CalibrationSet
 from qdeploy.mixed.estimate import first_order

@@ -1,7 +1,7 @@
 """The timestep of the running call, and lookups by its value.
 
 What depends on the timestep beside the network itself (a scale per group of timesteps, a table of temporal
-features) asks the clock. Lookups go by the timestep's value, never by counting calls: any scheduler with any
+features) asks `CurrentTimestep`. Lookups go by the timestep's value, never by counting calls: any scheduler with any
 number of steps finds the nearest entry.
 """
 
@@ -18,11 +18,11 @@ from qdeploy.model.call import signature_of, time_parameter
 
 
 def midpoints(values: Tensor) -> Tensor:
-    """Edges [T - 1] between sorted timesteps [T]: `Clock.index` then finds the nearest of them."""
+    """Edges [T - 1] between sorted timesteps [T]: `CurrentTimestep.index` then finds the nearest of them."""
     return (values[1:] + values[:-1]) / 2
 
 
-class Clock:
+class CurrentTimestep:
     """Knows the timestep of each row of the call that is running.
 
     Attributes:
@@ -37,8 +37,8 @@ class Clock:
         self.check: Callable[[float], None] | None = None
         self.single = False
 
-    def __deepcopy__(self, memo: Any) -> Clock:
-        return self  # a copied quantizer still asks the clock of the network that it is in
+    def __deepcopy__(self, memo: Any) -> CurrentTimestep:
+        return self  # a copied quantizer still asks that of the network that it is in
 
     @contextmanager
     def at(self, timesteps: Tensor) -> Iterator[None]:
@@ -59,37 +59,37 @@ class Clock:
         Returns:
             [B] int64 in ``[0, K - 1]``; at an edge the lower entry.
         """
-        assert self.now is not None, "nothing is running: the clock is set by the network's own forward"
+        assert self.now is not None, "nothing is running: it is set by the network's own forward"
         now = self.now[:1] if self.single else self.now
         return (now[:, None] > edges).sum(1)
 
 
-def attach_clock(denoiser: nn.Module) -> Clock:
-    """Give a network a clock that every call of it sets; the same one if it has one already."""
-    found: Clock | None = clock_of(denoiser)
+def attach_current_timestep(denoiser: nn.Module) -> CurrentTimestep:
+    """Give a network the timestep of its running call; the same object if it has one already."""
+    found: CurrentTimestep | None = current_timestep_of(denoiser)
     if found is not None:
         return found
-    clock = Clock()
+    current = CurrentTimestep()
     signature = signature_of(denoiser)
     time = time_parameter(signature.parameters) or "timestep"
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         given = signature.bind_partial(*args, **kwargs).arguments.get(time)
-        clock.now = None if given is None else torch.as_tensor(given).float().flatten()
-        if clock.check is not None and clock.now is not None and not torch.compiler.is_compiling():
-            for timestep in clock.now.unique().tolist():
-                clock.check(timestep)
+        current.now = None if given is None else torch.as_tensor(given).float().flatten()
+        if current.check is not None and current.now is not None and not torch.compiler.is_compiling():
+            for timestep in current.now.unique().tolist():
+                current.check(timestep)
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        clock.now = None
+        current.now = None
 
     denoiser.register_forward_pre_hook(before, with_kwargs=True)
     denoiser.register_forward_hook(after, always_call=True)
-    denoiser.__dict__["_clock"] = clock
-    return clock
+    denoiser.__dict__["_current_timestep"] = current
+    return current
 
 
-def clock_of(denoiser: nn.Module) -> Clock | None:
-    """The network's clock, if it has one."""
-    found: Clock | None = denoiser.__dict__.get("_clock")
+def current_timestep_of(denoiser: nn.Module) -> CurrentTimestep | None:
+    """What `attach_current_timestep` gave the network, if it did."""
+    found: CurrentTimestep | None = denoiser.__dict__.get("_current_timestep")
     return found

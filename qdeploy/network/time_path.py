@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
-from qdeploy.network.current_timestep import clock_of
+from qdeploy.network.current_timestep import current_timestep_of
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,10 @@ class TimePart:
         return {name: value[:, 0] for name, value in zip(self.features, batched, strict=True)}
 
     def _run(self, denoiser: nn.Module, timestep: Tensor) -> tuple[Tensor, ...]:
-        clock = clock_of(denoiser)
-        if clock is None:
+        current = current_timestep_of(denoiser)
+        if current is None:
             return self._replay(denoiser, timestep)
-        with clock.at(timestep):
+        with current.at(timestep):
             return self._replay(denoiser, timestep)
 
     def _replay(self, denoiser: nn.Module, timestep: Tensor) -> tuple[Tensor, ...]:

@@ -25,7 +25,7 @@ from qdeploy.model.call import CallForm, read_call, signature_of
 from qdeploy.model.folder import Model
 from qdeploy.model.inputs import attach_form, denoise_rows
 from qdeploy.model.pipeline_index import INDEX, files_of, read_index
-from qdeploy.network.current_timestep import attach_clock
+from qdeploy.network.current_timestep import attach_current_timestep
 from qdeploy.network.roles import Layer, Structure
 from qdeploy.quant.attention import AttentionQuantizers, quantize_attention
 from qdeploy.quant.insert import set_clock, share_dynamic_group
@@ -143,7 +143,7 @@ def load_checkpoint(checkpoint: str | Path | Artifact, device: str = "cpu") -> n
     }
     write_state(denoiser, load_file(artifact.quantized), shapes)
     facts, where = artifact.facts, str(artifact.path)
-    attach_clock(denoiser).check = lambda timestep: check_timestep(
+    attach_current_timestep(denoiser).check = lambda timestep: check_timestep(
         facts.timesteps, facts.time_table, timestep, where
     )
     guard_form(denoiser, CallForm.of(facts.call), where)

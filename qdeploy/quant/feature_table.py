@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qdeploy.network.current_timestep import Clock
+from qdeploy.network.current_timestep import CurrentTimestep
 from qdeploy.quant.ranges import to_scale
 from qdeploy.recipe.formats import Format, int8
 from qdeploy.system.errors import UsageError
@@ -36,7 +36,7 @@ class FeatureTable(nn.Module):
         self,
         rows: Tensor,
         edges: Tensor,
-        clock: Clock | None,
+        current: CurrentTimestep | None,
         scale: Tensor | None = None,
         zero_point: Tensor | None = None,
     ) -> None:
@@ -45,11 +45,11 @@ class FeatureTable(nn.Module):
         self.register_buffer("edges", edges)
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point)
-        self.clock = clock
+        self.current_timestep = current
 
     @classmethod
     def quantized(
-        cls, features: Tensor, edges: Tensor, clock: Clock | None, number_format: Format = int8
+        cls, features: Tensor, edges: Tensor, current: CurrentTimestep | None, number_format: Format = int8
     ) -> FeatureTable:
         """Features [T, ...] as codes, each row with a scale and a zero point of its own."""
         flat = features.flatten(1)
@@ -57,27 +57,29 @@ class FeatureTable(nn.Module):
         codes = (flat / scale[:, None]).round() + zero[:, None]
         stored = torch.int8 if number_format.symmetric else torch.uint8
         codes = codes.clamp(number_format.qmin, number_format.qmax).to(stored).view(features.shape)
-        return cls(codes, edges, clock, scale, zero.to(stored))
+        return cls(codes, edges, current, scale, zero.to(stored))
 
     @classmethod
-    def stored(cls, features: Tensor, edges: Tensor, clock: Clock | None, storage: str) -> FeatureTable:
+    def stored(
+        cls, features: Tensor, edges: Tensor, current: CurrentTimestep | None, storage: str
+    ) -> FeatureTable:
         """Features [T, ...] in one of `STORAGES`.
 
         Raises:
             UsageError: there is no such storage, or float16 cannot hold the features.
         """
         if storage == "int8":
-            return cls.quantized(features, edges, clock)
+            return cls.quantized(features, edges, current)
         if storage == "fp16":
             half = features.half()
             if not half.isfinite().all():
                 raise UsageError("the temporal features exceed what fp16 holds: store them as fp32 or int8")
-            return cls(half, edges, clock)
+            return cls(half, edges, current)
         if storage != "fp32":
             raise UsageError(
                 f"unknown storage {storage!r} of a time table: choose from {', '.join(STORAGES)}"
             )
-        return cls(features.float(), edges, clock)
+        return cls(features.float(), edges, current)
 
     def values(self, rows: Tensor | None = None) -> Tensor:
         """Features of some rows by their numbers, or of all; float32."""
@@ -92,8 +94,8 @@ class FeatureTable(nn.Module):
 
     def forward(self, x: Tensor | None = None) -> Tensor:
         """The features of the running call's timesteps; the layer's input is not looked at."""
-        assert self.clock is not None
-        return self.values(self.clock.index(self.edges))
+        assert self.current_timestep is not None
+        return self.values(self.current_timestep.index(self.edges))
 
     @property
     def size(self) -> int:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from qdeploy.network.current_timestep import attach_clock
+from qdeploy.network.current_timestep import attach_current_timestep
 from qdeploy.network.roles import Layer, Structure
 from qdeploy.quant.attention import AttentionQuantizers, quantize_attention
 from qdeploy.quant.layer import (
@@ -132,10 +132,10 @@ def _counted(left: Mapping[str, str]) -> str:
 
 def set_clock(denoiser: nn.Module) -> None:
     """Let every quantizer of a network know the timestep of the running call."""
-    clock = attach_clock(denoiser)
+    current = attach_current_timestep(denoiser)
     for module in denoiser.modules():
         if isinstance(module, ActivationQuantizer):
-            module.clock = clock
+            module.current_timestep = current
 
 
 def too_thin(module: nn.Module, layer: Layer, weights: Format | None = None) -> bool:

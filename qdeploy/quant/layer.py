@@ -93,7 +93,9 @@ class QuantizedLayer(WrappedLayer):
         """
         weights, activations = self.formats
         parts = max(1, len(split))
-        clock = next((quantizer.clock for quantizer in getattr(self, "input_quantizers", ())), None)
+        current = next(
+            (quantizer.current_timestep for quantizer in getattr(self, "input_quantizers", ())), None
+        )
         self.split, self.order = split, order
         self.weight_quantizers = nn.ModuleList(
             [self._weight_quantizer(weights, features) for features in split or (self.features,)]
@@ -106,7 +108,7 @@ class QuantizedLayer(WrappedLayer):
             else []
         )
         for quantizer in self.activation_quantizers:
-            quantizer.clock = clock
+            quantizer.current_timestep = current
         self.weight_quantizers.to(self.device)
         self.input_quantizers.to(self.device)
 
@@ -121,7 +123,7 @@ class QuantizedLayer(WrappedLayer):
             return before
         quantizer = PatchQuantizer(before.format).to(self.device)
         quantizer.set(before.scale, before.zero_point, before.edges if before.banked else None)
-        quantizer.clock = before.clock
+        quantizer.current_timestep = before.current_timestep
         self.input_quantizers[part] = quantizer
         return quantizer
 

@@ -8,7 +8,7 @@ from copy import deepcopy
 
 from torch import nn
 
-from qdeploy.network.current_timestep import clock_of
+from qdeploy.network.current_timestep import current_timestep_of
 from qdeploy.quant.attention import AttentionQuantizers
 from qdeploy.quant.dynamic import DynamicQuantizer
 from qdeploy.quant.layer import QuantizedLayer, quantized_layers
@@ -49,7 +49,7 @@ def weights_only(denoiser: nn.Module) -> Iterator[None]:
 def freeze(denoiser: nn.Module) -> None:
     """Switch every quantizer to the operators that export writes; for a network that is only traced.
 
-    An engine has one timestep for all rows, so the clock then looks at the first only.
+    An engine has one timestep for all rows, so only the first row's is looked at then.
 
     Shared quantizers are copied, since a tracer calls a shared tensor by any of its names. The exported
     graph shares them again, under the first name.
@@ -59,9 +59,9 @@ def freeze(denoiser: nn.Module) -> None:
         if layer.shift is not None:
             layer.tuned_bias = layer.shifted_bias(layer.quantized_weights())
             layer.bias_holds_shift = True
-    clock = clock_of(denoiser)
-    if clock is not None:
-        clock.single = True
+    current = current_timestep_of(denoiser)
+    if current is not None:
+        current.single = True
     for module in denoiser.modules():
         if isinstance(module, ActivationQuantizer | WeightQuantizer | DynamicQuantizer):
             module.freeze()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qdeploy.network.current_timestep import Clock
+from qdeploy.network.current_timestep import CurrentTimestep
 from qdeploy.quant.operators import code_type, dequantize_codes, over_weight, to_grid
 from qdeploy.recipe.formats import Format
 from qdeploy.system.errors import CapabilityError, InvalidInputError
@@ -24,7 +24,7 @@ class ActivationQuantizer(nn.Module):
         zero_point: codes of zero, shaped like ``scale``.
         edges: [K - 1] timesteps between the groups, ascending; empty for one group.
         axis: the input's axis that scales run along; None for one scale per tensor.
-        clock: holds the timestep; needed where there are several groups.
+        current_timestep: of the running call; needed where there are several groups.
     """
 
     scale: Tensor
@@ -44,7 +44,7 @@ class ActivationQuantizer(nn.Module):
         for name in ("frozen", "nominal", "to_nominal", "from_nominal"):
             self.register_buffer(name, None)
         self.axis: int | None = None
-        self.clock: Clock | None = None
+        self.current_timestep: CurrentTimestep | None = None
         self.enabled = True
 
     def set(
@@ -137,9 +137,9 @@ class ActivationQuantizer(nn.Module):
             shape[self.axis] = values.shape[-1]
         if not self.banked:
             return values.view(shape)
-        assert self.clock is not None, "scales that depend on the timestep need a clock"
+        assert self.current_timestep is not None, "scales that depend on the timestep need the current one"
         shape[0] = -1
-        chosen = values.view(shape).index_select(0, self.clock.index(self.edges))
+        chosen = values.view(shape).index_select(0, self.current_timestep.index(self.edges))
         if len(chosen) > 1 and len(chosen) != len(x):  # rows that were folded into the first axis, in order
             chosen = chosen.repeat_interleave(len(x) // len(chosen), 0)
         return chosen

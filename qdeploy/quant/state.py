@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from qdeploy.network.current_timestep import Clock, clock_of
+from qdeploy.network.current_timestep import CurrentTimestep, current_timestep_of
 from qdeploy.quant.attention import AttentionQuantizers
 from qdeploy.quant.feature_table import FeatureTable
 from qdeploy.quant.layer import OF_LAYERS, QuantizedLayer
@@ -149,11 +149,11 @@ def write_state(
                 )
             quantizer.set(scale, zero_point, edges, None if axis is None else int(axis))
     for path, layer in layers:
-        layer.table = _table(state, path, clock_of(denoiser), layer.device)
+        layer.table = _table(state, path, current_timestep_of(denoiser), layer.device)
 
 
 def _table(
-    state: Mapping[str, Tensor], path: str, clock: Clock | None, device: torch.device
+    state: Mapping[str, Tensor], path: str, current: CurrentTimestep | None, device: torch.device
 ) -> FeatureTable | None:
     """The table of a temporal feature, if the state holds one."""
     rows, edges = state.get(f"{path}.feature.rows"), state.get(f"{path}.feature.edges")
@@ -164,7 +164,7 @@ def _table(
     steps = None if rows.is_floating_point() else len(rows)
     if edges is None or len(edges) != len(rows) - 1 or lengths != [steps, steps]:
         raise InvalidInputError(f"{path}.feature has {len(rows)} rows, and edges or scales that do not fit")
-    return FeatureTable(rows, edges, clock, *own).to(device)
+    return FeatureTable(rows, edges, current, *own).to(device)
 
 
 def _share(groups: list[list[QuantizedLayer]], cut: set[int]) -> None:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 import torch
 from msgspec.structs import replace
 
-from qdeploy.calibrate.opening import calibration_for, check_device, open_session
+from qdeploy.calibrate.open_session import calibration_for, check_device, open_session
+from qdeploy.calibrate.run_stages import estimate_cost, run_stages
 from qdeploy.calibrate.session import Session
-from qdeploy.calibrate.staged import estimate_cost, run_stages
 from qdeploy.calibration_set.dataset import CalibrationSet
 from qdeploy.calibration_set.example_rows import ExampleRows
 from qdeploy.mixed.budget import parse_budget

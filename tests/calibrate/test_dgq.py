@@ -27,10 +27,10 @@ from qdeploy.calibrate.groups import (
 from qdeploy.calibrate.input_groups import reference_dimension, set_group_scales
 from qdeploy.calibrate.methods import dgq, dgq_attention, dgq_tokens, minmax
 from qdeploy.calibrate.rounding_noise import rounding_noise
-from qdeploy.calibrate.staged import run_stages
+from qdeploy.calibrate.run_stages import run_stages
 from qdeploy.export.graph import constant
 from qdeploy.model.inputs import denoise
-from qdeploy.network.current_timestep import Clock, midpoints
+from qdeploy.network.current_timestep import CurrentTimestep, midpoints
 from qdeploy.quant.attention import AttentionQuantizers
 from qdeploy.quant.checkpoint import load_checkpoint
 from qdeploy.quant.layer import QuantizedLayer, quantized_layers
@@ -274,9 +274,9 @@ def test_the_order_of_channels_means_nothing(inner: nn.Module, form: str) -> Non
 
 def test_parts_that_are_cut_anew_ask_the_same_clock() -> None:
     layer = QuantizedLayer(nn.Linear(4, 2), int8, int8)
-    clock = layer.activation_quantizers[0].clock = Clock()
+    current = layer.activation_quantizers[0].current_timestep = CurrentTimestep()
     layer.cut((1, 3), torch.tensor([2, 0, 1, 3]))
-    assert all(quantizer.clock is clock for quantizer in layer.activation_quantizers)
+    assert all(quantizer.current_timestep is current for quantizer in layer.activation_quantizers)
 
 
 def test_estimated_noise_tells_what_folding_does_to_narrow_weights() -> None:
@@ -412,9 +412,9 @@ def test_every_timestep_of_plms_finds_the_scale_that_it_was_calibrated_with() ->
     called = scheduler.timesteps.float()
     assert len(called) == 26
     distinct = called.unique()
-    clock = Clock()
-    with clock.at(called):
-        assert torch.equal(distinct[clock.index(midpoints(distinct))], called)
+    current = CurrentTimestep()
+    with current.at(called):
+        assert torch.equal(distinct[current.index(midpoints(distinct))], called)
 
 
 # -- tokens ------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import qdeploy
 from qdeploy.calibrate.groups import cluster, extremes
 from qdeploy.calibrate.input_groups import set_group_scales
 from qdeploy.calibrate.methods import dgq_patches
-from qdeploy.calibrate.staged import run_stages
+from qdeploy.calibrate.run_stages import run_stages
 from qdeploy.model.inputs import denoise
 from qdeploy.quant.checkpoint import load_checkpoint
 from qdeploy.quant.layer import QuantizedLayer, quantized_layers

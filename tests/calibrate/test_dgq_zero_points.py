@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qdeploy.calibrate.groups import CHANNELS, relative_spans
 from qdeploy.calibrate.input_groups import set_group_scales
-from qdeploy.calibrate.staged import run_stages
+from qdeploy.calibrate.run_stages import run_stages
 from qdeploy.quant.attention import AttentionQuantizers
 from qdeploy.quant.operators import to_grid
 from qdeploy.quant.quantizers import ActivationQuantizer

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from qdeploy.calibrate import rounding
 from qdeploy.calibrate.methods import minmax, qdiffusion
 from qdeploy.calibrate.reconstruct import UnitProblem
+from qdeploy.calibrate.run_stages import run_stages
 from qdeploy.calibrate.session import Session
-from qdeploy.calibrate.staged import run_stages
 from qdeploy.model.inputs import denoise
 from qdeploy.network.roles import find_structure
 from qdeploy.quant.layer import quantized_layers

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from qdeploy.calibrate.methods import qdiffusion, qncd
 from qdeploy.calibrate.methods.minmax import ActivationRanges, WeightRanges
 from qdeploy.calibrate.methods.qncd import SmoothEmbeddings, mean_errors, smoothing_factors
+from qdeploy.calibrate.run_stages import run_stages
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.smoothing import smooth
-from qdeploy.calibrate.staged import run_stages
 from qdeploy.calibration_set.collect import collect
 from qdeploy.export.run import export
 from qdeploy.model.inputs import denoise

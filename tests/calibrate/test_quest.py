@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from qdeploy.calibrate import learning
 from qdeploy.calibrate.methods import minmax, quest
 from qdeploy.calibrate.prediction_loss import Losses
+from qdeploy.calibrate.run_stages import run_stages
 from qdeploy.calibrate.session import Session
-from qdeploy.calibrate.staged import run_stages
 from qdeploy.calibrate.tuning import StraightThrough, Tuning
 from qdeploy.export.graph import save
 from qdeploy.export.lower import lower

@@ -24,11 +24,11 @@ from qdeploy.calibrate.methods.tfmq import (
     mismatches,
     relative_error,
 )
+from qdeploy.calibrate.run_stages import run_stages
 from qdeploy.calibrate.session import Session
-from qdeploy.calibrate.staged import run_stages
 from qdeploy.model.folder import read_json
 from qdeploy.model.inputs import denoise
-from qdeploy.network.current_timestep import Clock, midpoints
+from qdeploy.network.current_timestep import CurrentTimestep, midpoints
 from qdeploy.network.roles import find_structure
 from qdeploy.quant.feature_table import FeatureTable
 from qdeploy.quant.layer import QuantizedLayer, quantized_layers
@@ -269,7 +269,7 @@ def test_no_activation_of_any_timestep_is_clipped(tmp_path: Path, activations: s
             assert quantizer.scale.shape == (len(timesteps),)
             assert torch.equal(quantizer.edges, midpoints(timesteps.float()))
             for number, x in enumerate(seen):
-                with quantizer.clock.at(timesteps[number : number + 1]):  # type: ignore[union-attr]
+                with quantizer.current_timestep.at(timesteps[number : number + 1]):  # type: ignore[union-attr]
                     error = (quantizer.restore(quantizer(x)) - x).abs().max()
                 assert error <= quantizer.scale[number] * (1 + 1e-4)
 
@@ -298,11 +298,11 @@ def test_where_all_timesteps_are_alike_it_is_one_static_range() -> None:
     """P2, the reduction: a bank of equal parameters gives the static quantizer's bits."""
     x = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     banked, static = ActivationQuantizer(uint8), ActivationQuantizer(uint8)
-    banked.clock = Clock()
+    banked.current_timestep = CurrentTimestep()
     scale, zero = to_scale(x.min(), x.max(), uint8)
     banked.set(scale.expand(3), zero.expand(3), torch.tensor([10.0, 20.0]))
     static.set(scale, zero)
-    with banked.clock.at(torch.tensor([1.0, 15.0, 30.0, 11.0, 20.0])):
+    with banked.current_timestep.at(torch.tensor([1.0, 15.0, 30.0, 11.0, 20.0])):
         assert torch.equal(banked(x), static(x))
 
 
@@ -319,7 +319,9 @@ def test_shared_quantizers_cover_what_every_reader_sees(finished: Session) -> No
 
 
 def clocked(features: Tensor, storage: str) -> FeatureTable:
-    return FeatureTable.stored(features, midpoints(torch.arange(float(len(features)))), Clock(), storage)
+    return FeatureTable.stored(
+        features, midpoints(torch.arange(float(len(features)))), CurrentTimestep(), storage
+    )
 
 
 def test_a_table_in_float_gives_the_networks_own_output(tmp_path: Path) -> None:
@@ -332,9 +334,11 @@ def test_a_table_in_float_gives_the_networks_own_output(tmp_path: Path) -> None:
             reference = denoise(network, DATA.inputs(range(12)))
         for path, layer in quantized_layers(network).items():  # everything else in float
             layer.quantized = path in reference_features
-        clock = block_of(session)[session.structure.time.features[0]].activation_quantizers[0].clock
+        current = (
+            block_of(session)[session.structure.time.features[0]].activation_quantizers[0].current_timestep
+        )
         for name, value in reference_features.items():
-            quantized_layers(network)[name].table = FeatureTable.stored(value, edges, clock, "fp32")
+            quantized_layers(network)[name].table = FeatureTable.stored(value, edges, current, "fp32")
         with torch.no_grad():
             tabled = denoise(network, DATA.inputs(range(12)))
     assert relative(reference, tabled) <= 1e-6
@@ -358,7 +362,7 @@ def test_a_table_is_read_by_the_rows_timesteps() -> None:
     values = torch.randn(5, 3)
     for storage, tolerance in (("fp32", 0.0), ("fp16", 2e-3), ("int8", 3e-2)):
         table = clocked(values, storage)
-        with table.clock.at(torch.tensor([4.0, 0.4, 2.0, 2.6])):  # type: ignore[union-attr]
+        with table.current_timestep.at(torch.tensor([4.0, 0.4, 2.0, 2.6])):  # type: ignore[union-attr]
             found = table()
         assert torch.allclose(found, values[[4, 0, 2, 3]], atol=tolerance)
 

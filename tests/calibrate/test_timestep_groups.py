@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qdeploy.calibrate.methods import minmax
+from qdeploy.calibrate.run_stages import run_stages
 from qdeploy.calibrate.session import Session
-from qdeploy.calibrate.staged import run_stages
 from qdeploy.calibrate.timestep_groups import best_cuts, check_groups, find_edges
 from qdeploy.model.inputs import denoise
-from qdeploy.network.current_timestep import Clock, midpoints
+from qdeploy.network.current_timestep import CurrentTimestep, midpoints
 from qdeploy.quant.activation_statistics import ActivationStatistics
 from qdeploy.quant.attention import AttentionQuantizers
 from qdeploy.quant.feature_table import FeatureTable
@@ -97,9 +97,9 @@ def test_edges_lie_between_calibrated_timesteps() -> None:
 
 
 def test_given_boundaries_are_the_largest_timesteps_of_their_groups() -> None:
-    clock = Clock()
-    with clock.at(torch.tensor([0.0, 200.0, 200.5, 500.0, 501.0])):
-        assert clock.index(find_edges((200.0, 500.0), {})).tolist() == [0, 0, 1, 1, 2]
+    current = CurrentTimestep()
+    with current.at(torch.tensor([0.0, 200.0, 200.5, 500.0, 501.0])):
+        assert current.index(find_edges((200.0, 500.0), {})).tolist() == [0, 0, 1, 1, 2]
 
 
 # -- what is refused ---------------------------------------------------------------------------------------
@@ -197,13 +197,13 @@ def bank(scale: Tensor = BANK, edges: Tensor = EDGES, number_format: Any = int8)
     quantizer = ActivationQuantizer(number_format)
     zero = torch.zeros_like(scale) if number_format.symmetric else torch.arange(len(scale)) * 40
     quantizer.set(scale, zero, edges)
-    quantizer.clock = Clock()
+    quantizer.current_timestep = CurrentTimestep()
     return quantizer
 
 
 def at(quantizer: ActivationQuantizer, timesteps: Tensor) -> Any:
-    assert quantizer.clock is not None
-    return quantizer.clock.at(timesteps)
+    assert quantizer.current_timestep is not None
+    return quantizer.current_timestep.at(timesteps)
 
 
 def activations(rows: int = 4, *shape: int) -> Tensor:
@@ -218,7 +218,7 @@ def test_one_group_is_stored_as_a_plain_scale_and_gives_the_same_bits(number_for
     assert single.scale.ndim == single.zero_point.ndim == 0
     assert not single.banked
     x = activations()
-    assert torch.equal(single(x), plain(x))  # and no clock is asked
+    assert torch.equal(single(x), plain(x))  # and no timestep is asked for
     y = activations()
     assert single.restore(y) is y
 
@@ -242,11 +242,11 @@ def test_hoisted_is_the_direct_form_for_every_timestep(kind: str, frozen: bool) 
     inner: nn.Module = nn.Linear(6, 4) if kind == "linear" else nn.Conv2d(6, 4, 3, padding=1)
     split = (2, 4) if kind == "split" else ()
     layer = QuantizedLayer(inner.requires_grad_(False), int8, int8, split)
-    clock = Clock()
+    current = CurrentTimestep()
     other = BANK.flip(0) * 1.7
     for number, quantizer in enumerate(layer.activation_quantizers):
         quantizer.set(other if number else BANK, torch.zeros(3), EDGES)
-        quantizer.clock = clock
+        quantizer.current_timestep = current
     for weight_quantizer, weight in layer.weight_pairs():
         weight_quantizer.set(*minmax_weights(weight, int8))
         weight_quantizer.codes = weight_quantizer.nearest(weight)
@@ -256,7 +256,7 @@ def test_hoisted_is_the_direct_form_for_every_timestep(kind: str, frozen: bool) 
     x = activations(2, 5, 6) if kind == "linear" else activations(2)
     for timestep in (0.0, 100.0, 249.5, 250.0, 251.0, 599.0, 601.0, 999.0):
         group = int(timestep > 250) + int(timestep > 600)
-        with clock.at(torch.tensor([timestep, timestep])), torch.no_grad():
+        with current.at(torch.tensor([timestep, timestep])), torch.no_grad():
             hoisted = layer(x)
         direct = torch.zeros(())
         weights = layer.quantized_weights()
@@ -329,12 +329,12 @@ def test_frozen_ratios_are_positive_and_undo_each_other() -> None:
 def test_folded_heads_take_the_scale_of_their_row() -> None:
     """Operands of attention may have rows times heads on the first axis."""
     attention = AttentionQuantizers(int8, uint8)
-    clock = Clock()
+    current = CurrentTimestep()
     for quantizer in attention.children():
-        quantizer.clock = clock  # type: ignore[assignment]
+        quantizer.current_timestep = current  # type: ignore[assignment]
     attention.query.set(BANK, torch.zeros(3), EDGES)
     x = activations(4, 5, 3)  # two rows of two heads each
-    with clock.at(torch.tensor([10.0, 999.0])):
+    with current.at(torch.tensor([10.0, 999.0])):
         folded = attention.query.restore(attention.query(x))
     for row, group in enumerate((0, 0, 2, 2)):
         direct = fake_quantize(x[row], BANK[group], torch.tensor(0), -128, 127)
@@ -435,7 +435,9 @@ def stateful(tmp_path_factory: pytest.TempPathFactory) -> Session:
     session = calibrated(tmp_path_factory.mktemp("stateful"), groups=3)
     layer = next(iter(quantized_layers(session.denoiser).values()))
     features = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
-    layer.table = FeatureTable.quantized(features, midpoints(torch.arange(4.0)), banks(session)[0].clock)
+    layer.table = FeatureTable.quantized(
+        features, midpoints(torch.arange(4.0)), banks(session)[0].current_timestep
+    )
     return session
 
 

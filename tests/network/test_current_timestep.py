@@ -11,26 +11,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qdeploy.network.current_timestep import Clock, attach_clock, clock_of, midpoints
+from qdeploy.network.current_timestep import (
+    CurrentTimestep,
+    attach_current_timestep,
+    current_timestep_of,
+    midpoints,
+)
 
 VALUES = st.lists(st.integers(0, 1000), min_size=1, max_size=12, unique=True).map(sorted)
 
 
 class Net(nn.Module):
-    """Returns the timesteps that its clock tells while it runs."""
+    """Returns the current timesteps while it runs."""
 
     def forward(self, sample: Tensor, timestep: Tensor | float, scale: float = 1.0) -> Tensor | None:
-        clock = clock_of(self)
-        assert clock is not None
+        current = current_timestep_of(self)
+        assert current is not None
         if scale < 0:
             raise RuntimeError("broken")
-        return clock.now
+        return current.now
 
 
 def chosen(values: list[float], *timesteps: float) -> list[int]:
-    clock = Clock()
-    with clock.at(torch.tensor(timesteps)):
-        return clock.index(midpoints(torch.tensor(values, dtype=torch.float32))).tolist()
+    current = CurrentTimestep()
+    with current.at(torch.tensor(timesteps)):
+        return current.index(midpoints(torch.tensor(values, dtype=torch.float32))).tolist()
 
 
 # -- the nearest entry -------------------------------------------------------------------------------------
@@ -69,10 +74,10 @@ def test_rows_of_one_call_may_have_different_timesteps() -> None:
 
 def test_where_all_rows_are_known_to_be_alike_the_first_is_asked() -> None:
     """As in an engine's graph, whose timestep is a scalar: then the lookup is one row long."""
-    clock = Clock()
-    clock.single = True
-    with clock.at(torch.tensor([200.0, 200.0, 200.0])):
-        assert clock.index(torch.tensor([50.0, 150.0])).tolist() == [2]
+    current = CurrentTimestep()
+    current.single = True
+    with current.at(torch.tensor([200.0, 200.0, 200.0])):
+        assert current.index(torch.tensor([50.0, 150.0])).tolist() == [2]
 
 
 # -- who sets it -------------------------------------------------------------------------------------------
@@ -91,54 +96,54 @@ def test_where_all_rows_are_known_to_be_alike_the_first_is_asked() -> None:
 def test_the_networks_own_call_sets_it(given: Tensor | float, told: list[float]) -> None:
     """Diffusers pipelines pass scalars, integers and one per row, by position and by name."""
     net = Net()
-    clock = attach_clock(net)
+    current = attach_current_timestep(net)
     sample = torch.zeros(2, 1)
     for now in (net(sample, given), net(sample, timestep=given), net(timestep=given, sample=sample)):
         assert now.dtype == torch.float32
         assert now.tolist() == told
-        assert clock.now is None
+        assert current.now is None
 
 
 def test_it_is_unset_after_a_call_that_failed() -> None:
     net = Net()
-    clock = attach_clock(net)
+    current = attach_current_timestep(net)
     with pytest.raises(RuntimeError):
         net(torch.zeros(1), 5, scale=-1.0)
-    assert clock.now is None
+    assert current.now is None
     with pytest.raises(AssertionError, match="nothing is running"):
-        clock.index(torch.zeros(0))
+        current.index(torch.zeros(0))
 
 
 def test_at_gives_back_what_was_there_even_after_an_error() -> None:
-    clock = Clock()
-    with clock.at(torch.tensor([1])):
-        with contextlib.suppress(ValueError), clock.at(torch.tensor([2, 3])):
-            assert clock.now is not None
-            assert clock.now.tolist() == [2.0, 3.0]
+    current = CurrentTimestep()
+    with current.at(torch.tensor([1])):
+        with contextlib.suppress(ValueError), current.at(torch.tensor([2, 3])):
+            assert current.now is not None
+            assert current.now.tolist() == [2.0, 3.0]
             raise ValueError
-        assert clock.now is not None
-        assert clock.now.tolist() == [1.0]
-    assert clock.now is None
+        assert current.now is not None
+        assert current.now.tolist() == [1.0]
+    assert current.now is None
 
 
 def test_a_network_has_one_clock_and_copies_ask_the_same() -> None:
     net = Net()
-    assert clock_of(net) is None
-    clock = attach_clock(net)
-    assert attach_clock(net) is clock is clock_of(net)
-    assert copy.deepcopy(clock) is clock
+    assert current_timestep_of(net) is None
+    current = attach_current_timestep(net)
+    assert attach_current_timestep(net) is current is current_timestep_of(net)
+    assert copy.deepcopy(current) is current
 
 
 def test_every_timestep_of_a_call_is_checked_before_anything_runs() -> None:
     net, asked = Net(), []
-    clock = attach_clock(net)
+    current = attach_current_timestep(net)
 
     def check(timestep: float) -> None:
         asked.append(timestep)
         if timestep > 999:
             raise ValueError("out of range")
 
-    clock.check = check
+    current.check = check
     net(torch.zeros(3), torch.tensor([3, 7, 3]))
     assert asked == [3.0, 7.0]
     with pytest.raises(ValueError, match="out of range"):

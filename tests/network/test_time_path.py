@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from qdeploy.calibrate.rounding import SoftRounding
 from qdeploy.model.inputs import denoise
 from qdeploy.model.schedulers import make_scheduler
-from qdeploy.network.current_timestep import attach_clock
+from qdeploy.network.current_timestep import attach_current_timestep
 from qdeploy.network.roles import Structure, find_structure
 from qdeploy.quant.insert import set_clock
 from qdeploy.quant.layer import QuantizedLayer, replace_module
@@ -241,10 +241,10 @@ def test_gradients_reach_the_rounding_of_every_layer() -> None:
 def test_the_clock_tells_each_timestep_and_nothing_afterwards() -> None:
     network, inputs = make("unet")
     structure = find_structure(network, inputs)
-    clock, seen = attach_clock(network), []
+    current, seen = attach_current_timestep(network), []
     path = structure.time.layers[0]
-    hook = network.get_submodule(path).register_forward_hook(lambda *_: seen.append(clock.now))
+    hook = network.get_submodule(path).register_forward_hook(lambda *_: seen.append(current.now))
     structure.time(network, torch.tensor([3.0, 700.0]))
     hook.remove()
     assert [now.tolist() for now in seen if now is not None] == [[3.0], [700.0]]
-    assert clock.now is None
+    assert current.now is None

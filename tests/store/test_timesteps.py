@@ -16,7 +16,7 @@ from qdeploy.model.folder import open_model
 from qdeploy.model.inputs import example_inputs
 from qdeploy.model.pipeline import generate
 from qdeploy.model.schedulers import make_scheduler
-from qdeploy.network.current_timestep import Clock, midpoints
+from qdeploy.network.current_timestep import CurrentTimestep, midpoints
 from qdeploy.network.roles import find_structure
 from qdeploy.quant.insert import quantize_structure
 from qdeploy.quant.layer import quantized_layers
@@ -78,20 +78,20 @@ def text(small_sd: Path) -> nn.Module:
 def watched(denoiser: nn.Module) -> Iterator[list[tuple[float, set[int]]]]:
     """For every call of the denoiser: the timestep it is passed, and the entries that its quantizers use."""
     calls: list[tuple[float, set[int]]] = []
-    stock = Clock.index
+    stock = CurrentTimestep.index
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = args[1] if len(args) > 1 else kwargs["timestep"]
         calls.append((float(torch.as_tensor(given).flatten()[0]), set()))
 
-    def spy(self: Clock, edges: Tensor) -> Tensor:
+    def spy(self: CurrentTimestep, edges: Tensor) -> Tensor:
         found = stock(self, edges)
         calls[-1][1].update(found.tolist())
         return found
 
     handle = denoiser.register_forward_pre_hook(before, with_kwargs=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Clock, "index", spy)
+        patch.setattr(CurrentTimestep, "index", spy)
         yield calls
     handle.remove()
 
@@ -174,9 +174,9 @@ def test_every_timestep_of_every_schedule_has_an_entry(small_sd: Path, scheduler
         pytest.skip(f"diffusers has no such schedule: {error}")
     timesteps = torch.as_tensor(chosen.timesteps).float()
     assert len(timesteps) == steps + (scheduler == "pndm" and steps > 1)
-    clock = Clock()
-    with clock.at(timesteps):
-        found = clock.index(midpoints(CALIBRATED)).tolist()
+    current = CurrentTimestep()
+    with current.at(timesteps):
+        found = current.index(midpoints(CALIBRATED)).tolist()
     assert found == [nearest(timestep) for timestep in timesteps.tolist()]
 
 
@@ -194,9 +194,9 @@ def test_the_reference_formula_misses_entries_where_steps_do_not_divide_1000(ste
     assert in_table == (steps not in (30, 400))
     assert len(schedule) == {30: 31, 400: 500}.get(steps, steps)
     calibrated = torch.tensor(sorted(schedule), dtype=torch.float32)
-    clock = Clock()
-    with clock.at(torch.tensor(schedule)):
-        mine = clock.index(midpoints(calibrated))
+    current = CurrentTimestep()
+    with current.at(torch.tensor(schedule)):
+        mine = current.index(midpoints(calibrated))
     assert calibrated[mine].tolist() == schedule
     if in_table:
         assert [len(schedule) - 1 - int(entry) for entry in mine] == formula
@@ -271,7 +271,7 @@ def test_sampling_says_how_the_schedule_meets_the_scales(
 def test_quantizers_that_are_shared_ask_for_the_same_entry(unconditional: nn.Module) -> None:
     """The spy above sees every quantizer: none of them keeps an entry of an earlier call."""
     quantizers = [m for m in unconditional.modules() if isinstance(m, ActivationQuantizer)]
-    assert len({id(quantizer.clock) for quantizer in quantizers}) == 1
+    assert len({id(quantizer.current_timestep) for quantizer in quantizers}) == 1
     with watched(unconditional) as calls:
         for timestep in (1, 951, 1):
             unconditional(torch.zeros(1, 3, 8, 8), timestep)

@@ -148,7 +148,7 @@ def summarize(
     def observe(quantizer: ActivationQuantizer, x: torch.Tensor) -> None:
         name, _, statistics = found[id(quantizer)]
         met.setdefault(name)
-        statistics.observe(x, quantizer.clock.now if quantizer.clock else None)
+        statistics.observe(x, quantizer.current_timestep.now if quantizer.current_timestep else None)
 
     def before(call: ModuleCall) -> None:
         if isinstance(call.module, ActivationQuantizer):

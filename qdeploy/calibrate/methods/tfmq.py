@@ -27,7 +27,7 @@ from qdeploy.calibrate.methods.minmax import ActivationRanges, WeightRanges
 from qdeploy.calibrate.methods.qdiffusion import AdaRound
 from qdeploy.calibrate.rounding import default_rate, learn_rounding, undecided
 from qdeploy.calibrate.session import HELD_OUT, Session
-from qdeploy.network.current_timestep import clock_of, midpoints
+from qdeploy.network.current_timestep import current_timestep_of, midpoints
 from qdeploy.network.observe import ModuleCall, observing
 from qdeploy.quant.feature_table import FeatureTable
 from qdeploy.quant.layer import QuantizedLayer
@@ -279,7 +279,7 @@ def _block(session: Session) -> dict[str, QuantizedLayer]:
 def _table(session: Session, layer: QuantizedLayer, features: Tensor) -> FeatureTable:
     edges = midpoints(session.all_timesteps().float()).to(features.device)
     number_format = next((q.format for q in layer.activation_quantizers), int8)
-    return FeatureTable.quantized(features, edges, clock_of(session.denoiser), number_format)
+    return FeatureTable.quantized(features, edges, current_timestep_of(session.denoiser), number_format)
 
 
 METHOD = Method(

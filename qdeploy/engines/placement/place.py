@@ -269,8 +269,10 @@ class Placer:
     def _build(self, floats: Sequence[str]) -> Engine:
         graph = self._placed(floats) if floats else self._graph
         folder = self._work / f"engine-{len(list(self._work.glob('engine-*')))}"
-        wishes = {"precision": self._facts.engine_precision, "batch": self._facts.batch}
-        self._backend.build(graph, folder / self._component, **(wishes if self._backend.wishes else {}))
+        build_options = {"precision": self._facts.engine_precision, "batch": self._facts.batch}
+        self._backend.build(
+            graph, folder / self._component, **(build_options if self._backend.build_options else {})
+        )
         return self._load(self._backend, graph, folder.name)
 
     def _load(self, backend: Backend, graph: Path, name: str) -> Engine:

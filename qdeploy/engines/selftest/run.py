@@ -167,8 +167,8 @@ def _play(case: Case, backend: Backend, kind: GraphFormat, precision: str, folde
 
     path = folder / "model.onnx"
     onnx.save(model(case.pattern, kind), path)
-    wishes = {"precision": precision, "batch": max(BATCHES)} if backend.wishes else {}
-    backend.build(path, folder / "engine" / COMPONENT, **wishes)
+    build_options = {"precision": precision, "batch": max(BATCHES)} if backend.build_options else {}
+    backend.build(path, folder / "engine" / COMPONENT, **build_options)
     with backend.load(_spec(folder / "engine", precision, kind), 1) as engine:
         found: list[Mapping[str, float]] = []
         for batch in BATCHES:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qdeploy.engines.registry import Backend
-from qdeploy.engines.tensorrt.options import LIMITS, PRECISIONS, WISHES
+from qdeploy.engines.tensorrt.options import BUILD_OPTIONS, LIMITS, PRECISIONS
 from qdeploy.system.gpu import require_gpu
 
 if TYPE_CHECKING:
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from qdeploy.engines.spec import EngineSpec
 
 
-def build(onnx_path: Path, folder: Path, **wishes: Any) -> dict[str, Any]:
+def build(onnx_path: Path, folder: Path, **build_options: Any) -> dict[str, Any]:
     """Write the plan of a graph; see `qdeploy.engines.tensorrt.builder`."""
     from qdeploy.engines.tensorrt.builder import build
 
-    return build(onnx_path, folder, **wishes)
+    return build(onnx_path, folder, **build_options)
 
 
 def load(spec: EngineSpec, threads: int | None = None) -> Engine:
@@ -46,7 +46,7 @@ BACKEND = Backend(
     precisions=PRECISIONS,
     rank=20,
     device="cuda",
-    wishes=WISHES,
+    build_options=BUILD_OPTIONS,
     limits=LIMITS,
     check=_check,
 )

@@ -49,14 +49,16 @@ FLAGS = {
 }
 
 
-def build(onnx_path: Path, folder: Path, *, flavour: Flavour = TENSORRT, **wishes: Any) -> dict[str, Any]:
+def build(
+    onnx_path: Path, folder: Path, *, flavour: Flavour = TENSORRT, **build_options: Any
+) -> dict[str, Any]:
     """Write the plan of a graph, ``plan.json`` and ``layers.json``.
 
     Args:
         onnx_path: the graph.
         folder: where they go.
         flavour: which TensorRT builds.
-        wishes: fields of `Options`.
+        build_options: fields of `Options`.
 
     Returns:
         What the build took: ``seconds``, and ``peak_bytes`` of memory where the system tells.
@@ -71,7 +73,7 @@ def build(onnx_path: Path, folder: Path, *, flavour: Flavour = TENSORRT, **wishe
     from qdeploy.engines.tensorrt.memory import estimate, warn_if_tight
     from qdeploy.export.products import products
 
-    options = Options(**wishes)
+    options = Options(**build_options)
     check_options(options)
     if options.version_compatible:
         require_trust()  # rather now than after the build
@@ -238,8 +240,8 @@ def configure(trt: Any, config: Any, options: Options) -> None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
     if options.optimization_level is not None:
         config.builder_optimization_level = options.optimization_level
-    for wish, flag in FLAGS.items():
-        if getattr(options, wish):
+    for name, flag in FLAGS.items():
+        if getattr(options, name):
             config.set_flag(member(trt, "BuilderFlag", flag))
     if options.hardware_compatible:
         config.hardware_compatibility_level = member(trt, "HardwareCompatibilityLevel", "AMPERE_PLUS")

@@ -1,4 +1,4 @@
-"""What a build can be asked for, and which wishes exclude each other."""
+"""What a build can be asked for, and which options exclude each other."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ class Options:
 LIMITS = ("time_limit", "memory_limit")
 # Those that ``build-engine`` hands on, as keywords and, with dashes, as options.
 _ALL = tuple(field.name for field in fields(Options) if field.name not in ("precision", "batch"))
-WISHES = tuple(name for name in _ALL if name != "gpu")
+BUILD_OPTIONS = tuple(name for name in _ALL if name != "gpu")
 # TensorRT for RTX compiles without a GPU: nothing is timed, the GPUs are named by --gpu, and versions 1.5 to 1.7 fail
 # on plans that can be refitted, hold no weights or run on other versions where no GPU is there.
 _LACKING = ("timing_cache", "refit", "strip_plan", "version_compatible", "hardware_compatible")
-RTX_WISHES = tuple(name for name in _ALL if name not in _LACKING)
+RTX_BUILD_OPTIONS = tuple(name for name in _ALL if name not in _LACKING)
 
 # Wishes that cannot be granted together, or at all, wherever the build runs.
 _CONFLICTS: tuple[tuple[Callable[[Options], bool], str], ...] = (
@@ -108,7 +108,7 @@ def check_options(options: Options) -> None:
     """Refuse what makes no sense on any machine.
 
     Raises:
-        UsageError: an impossible value, or wishes that exclude each other.
+        UsageError: an impossible value, or options that exclude each other.
     """
     for wrong, sentence in _CONFLICTS:
         if wrong(options):

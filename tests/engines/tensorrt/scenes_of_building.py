@@ -28,7 +28,7 @@ def build_here(request: BuildRequest, folder: Path) -> Built:
     return built_from(serve(request, folder), folder, 0.0)
 
 
-def whole(folder: Path, failure: str = "", **wishes: Any) -> dict[str, Any]:
+def whole(folder: Path, failure: str = "", **build_options: Any) -> dict[str, Any]:
     """Build from a file, as the command line does; the GPU is the only thing that is made up."""
     write_graph(folder / "model.onnx")
     with (
@@ -36,7 +36,7 @@ def whole(folder: Path, failure: str = "", **wishes: Any) -> dict[str, Any]:
         mock.patch.object(building, "build_in_child", build_here),  # failures are played in this process
         library.failing(failure),
     ):
-        building.build(folder / "model.onnx", folder / "engine", **wishes)
+        building.build(folder / "model.onnx", folder / "engine", **build_options)
     return json.loads((folder / "engine" / "plan.json").read_text())
 
 

@@ -88,7 +88,7 @@ def test_a_truncated_plan_is_refused(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wishes",
+    "build_options",
     [
         {"optimization_level": 1, "workspace": 1.0},
         {"refit": True},
@@ -96,12 +96,14 @@ def test_a_truncated_plan_is_refused(folder: Path, tmp_path: Path) -> None:
         {"weight_streaming": True},
         {"hardware_compatible": True},
     ],
-    ids=lambda wishes: "-".join(wishes),
+    ids=lambda build_options: "-".join(build_options),
 )
-def test_each_wish_gives_an_engine_that_computes_the_same(tmp_path: Path, wishes: dict[str, object]) -> None:
+def test_each_option_gives_an_engine_that_computes_the_same(
+    tmp_path: Path, build_options: dict[str, object]
+) -> None:
     bundle = write_bundle(tmp_path / "bundle")
     engine = build_engine(
-        bundle, tmp_path / "engine", backend="tensorrt", timing_cache=tmp_path / "cache", **wishes
+        bundle, tmp_path / "engine", backend="tensorrt", timing_cache=tmp_path / "cache", **build_options
     )
     inputs = example_inputs(2)
     with load_engine(engine) as loaded:

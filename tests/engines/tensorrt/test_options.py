@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 
-from qdeploy.engines.tensorrt.options import WISHES, Options, check_machine, check_options
+from qdeploy.engines.tensorrt.options import BUILD_OPTIONS, Options, check_machine, check_options
 from qdeploy.store.artifact import Artifact
 from qdeploy.system.errors import QDeployError, UsageError
 from tests.engines.tensorrt.bench import ADA, GRAPH
@@ -64,15 +64,15 @@ def test_large_weights_may_stream() -> None:
     check_machine(Options(weight_streaming=True), large, ADA)
 
 
-@pytest.mark.parametrize("wish", WISHES)
+@pytest.mark.parametrize("name", BUILD_OPTIONS)
 def test_other_backends_refuse_each_wish_in_one_sentence(
-    qdeploy: Callable[..., Result], quantized_bundle: Artifact, tmp_path: Path, wish: str
+    qdeploy: Callable[..., Result], quantized_bundle: Artifact, tmp_path: Path, name: str
 ) -> None:
     values = {"shapes": ["x:1"], "timing_cache": ["c"], "workspace": [2], "optimization_level": [0],
               "time_limit": [1], "memory_limit": [1]}  # fmt: skip
-    option = f"--{wish.replace('_', '-')}"
+    option = f"--{name.replace('_', '-')}"
     result = qdeploy("build-engine", quantized_bundle.path, "--backend", "openvino", "-o", tmp_path / "out",
-                     option, *values.get(wish, []))  # fmt: skip
+                     option, *values.get(name, []))  # fmt: skip
     assert result.exit_code == 2
     assert f"{option} is an option of" in result.stderr
     assert "not of openvino" in result.stderr
