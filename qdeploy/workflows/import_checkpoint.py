@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qdeploy.calibrate.opening import check_device
+from qdeploy.calibrate.open_session import check_device
 from qdeploy.calibrate.published.fit import Fitted, fit
 from qdeploy.calibrate.published.layouts import InputGrid, find_layout, read_published
 from qdeploy.calibrate.published.place import Steps, place
