@@ -29,7 +29,7 @@ from qdeploy.model.inputs import sample_name
 from qdeploy.model.pipeline import sample_images
 from qdeploy.model.pipeline_index import pipeline_sha256
 from qdeploy.model.sampling import COLLECTING, Sampling, SamplingOptions, sampled, with_old_names
-from qdeploy.model.schedulers import make_scheduler
+from qdeploy.model.schedulers import scheduler_for
 from qdeploy.quant.time_ranges import merge_ranges, read_ranges
 from qdeploy.store.artifact import RANGES, CalibrationFolder
 from qdeploy.store.builder import Draft
@@ -119,7 +119,7 @@ def collect(
     with _seeded(chosen.seed):  # weights are drawn at random before they are loaded
         denoiser = model.load(device)
         pipeline = model.pipeline(denoiser).to(device)
-    pipeline.scheduler = make_scheduler(chosen.scheduler, pipeline.scheduler)
+    pipeline.scheduler = scheduler_for(chosen, pipeline.scheduler)
     work = _Work(request, pipeline, denoiser, dry_run)
     work.look()
     if dry_run:

@@ -11,7 +11,7 @@ from qdeploy.model.folder import Model
 from qdeploy.model.pipeline_index import INDEX, read_index
 from qdeploy.model.requirements import require_libraries
 from qdeploy.model.sampling import LARGEST_SEED, Sampling
-from qdeploy.model.schedulers import make_scheduler
+from qdeploy.model.schedulers import scheduler_for
 from qdeploy.system.errors import InvalidInputError, UsageError
 
 
@@ -42,7 +42,7 @@ class Request:
         """What determines the set, in the words of sets that exist."""
         value = {**asdict(self.sampling), "samples": self.samples, "device": self.device}
         value |= {"steps": self.keep, "inference_steps": self.sampling.steps}
-        for name in ("negative_prompts", "arguments"):
+        for name in ("negative_prompts", "arguments", "timesteps"):
             if not value[name]:
                 del value[name]
         return value
@@ -83,9 +83,7 @@ def check_pipeline(model: Model, request: Request) -> None:
         own = shipped.from_pretrained(model.path / "scheduler")
     except (OSError, ValueError, TypeError) as error:
         raise InvalidInputError(f"the scheduler in {model.path} cannot be loaded: {error}") from error
-    scheduler = make_scheduler(sampling.scheduler, own)
-    if sampling.eta is not None and "eta" not in inspect.signature(scheduler.step).parameters:
-        raise UsageError(f"{type(scheduler).__name__} takes no eta")
+    scheduler = scheduler_for(sampling, own)
     try:
         scheduler.set_timesteps(sampling.steps)
     except (ValueError, TypeError, IndexError, ZeroDivisionError) as error:

@@ -22,7 +22,7 @@ from qdeploy.model.inputs import attach_form, denoise, flatten_inputs, sample_na
 from qdeploy.model.pipeline import sample_images
 from qdeploy.model.pipeline_index import pipeline_sha256
 from qdeploy.model.sampling import CHECKING, Sampling
-from qdeploy.model.schedulers import make_scheduler
+from qdeploy.model.schedulers import scheduler_for
 from qdeploy.network.observe import ModuleCall, observing
 from qdeploy.system.errors import InvalidInputError, UsageError
 from qdeploy.system.hashing import sha256_of
@@ -113,7 +113,7 @@ class Trajectories:
         self._rest = pipeline_sha256(model) if model.has_pipeline else ""
         self.sample = sample_name(self._denoiser)
         self._pipeline = model.pipeline(self._denoiser)
-        self._pipeline.scheduler = make_scheduler(plan.sampling.scheduler, self._pipeline.scheduler)
+        self._pipeline.scheduler = scheduler_for(plan.sampling, self._pipeline.scheduler)
         self._kept: dict[int, Trajectory] = {}
 
     @cached_property

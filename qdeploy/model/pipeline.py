@@ -129,6 +129,8 @@ def sample_images(
         InvalidInputError: the pipeline cannot make images of that size.
     """
     first = sampling.seed if first_seed is None else first_seed
+    known = inspect.signature(pipeline.__call__).parameters
+    set_there = "eta" not in known and getattr(pipeline.scheduler, "own_eta", None) == sampling.eta
     return generate(
         pipeline,
         [first + image for image in images],
@@ -136,7 +138,7 @@ def sample_images(
         sampling.prompts_of(images),
         sampling.guidance,
         latents_alone=latents_alone,
-        eta=sampling.eta,
+        eta=None if set_there else sampling.eta,
         height=sampling.height,
         width=sampling.width,
         negative_prompt=sampling.negative_prompts_of(images),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypedDict, TypeVar
 
+from qdeploy.model.timesteps import Timesteps, read_timesteps
 from qdeploy.store.facts import SampledFacts
 from qdeploy.system.errors import UsageError
 
@@ -36,6 +37,7 @@ class Sampling:
         height: height of the images in pixels, where the pipeline offers a choice.
         width: width of the images in pixels.
         arguments: further arguments of the pipeline by name, such as ``num_frames``.
+        timesteps: those to sample at, descending; or ``quad``, DDIM's quadratic choice of as many as ``steps``.
 
     Raises:
         UsageError: an impossible number, or an empty list of prompts.
@@ -52,8 +54,14 @@ class Sampling:
     height: int | None = _option("Height of the images in pixels.")
     width: int | None = _option("Width of the images in pixels.")
     arguments: Mapping[str, Any] | None = None
+    timesteps: Timesteps | None = _option("Timesteps to sample at: quad, or a list: 981,961,...")
 
     def __post_init__(self) -> None:
+        if self.timesteps is not None:
+            chosen = read_timesteps(self.timesteps)
+            object.__setattr__(self, "timesteps", chosen)
+            if not isinstance(chosen, str):
+                object.__setattr__(self, "steps", len(chosen))
         for name in ("steps", "batch", "height", "width"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -150,6 +158,7 @@ class SamplingOptions(TypedDict, total=False):
     height: int | None
     width: int | None
     arguments: Mapping[str, Any] | None
+    timesteps: Timesteps | None
 
 
 def sampled(defaults: Sampling) -> Callable[[F], F]:

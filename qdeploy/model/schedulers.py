@@ -6,6 +6,8 @@ import functools
 import inspect
 from typing import Any
 
+from qdeploy.model.sampling import Sampling
+from qdeploy.model.timesteps import with_eta, with_timesteps
 from qdeploy.system.errors import CapabilityError, InvalidInputError, UsageError
 
 SHORT_NAMES = {
@@ -19,6 +21,25 @@ SHORT_NAMES = {
     "dpm++": "DPMSolverMultistepScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
+
+
+def scheduler_for(sampling: Sampling, current: Any) -> Any:
+    """The scheduler that images are to be sampled with: its class, its timesteps and its ``eta``.
+
+    Args:
+        sampling: what is asked for.
+        current: the scheduler that the model came with.
+
+    Raises:
+        UsageError: as `make_scheduler`; or it takes no choice of timesteps, or no eta.
+        CapabilityError: as `make_scheduler`.
+        InvalidInputError: as `make_scheduler`.
+    """
+    scheduler = make_scheduler(sampling.scheduler, current)
+    if sampling.timesteps is not None:
+        assert isinstance(sampling.timesteps, str | tuple)
+        scheduler = with_timesteps(scheduler, sampling.timesteps, sampling.steps)
+    return scheduler if sampling.eta is None else with_eta(scheduler, sampling.eta)
 
 
 def make_scheduler(name: str | None, current: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,7 +17,8 @@ from qdeploy.model.origin import find_source_model
 from qdeploy.model.pipeline import sample_images
 from qdeploy.model.pipeline_index import pipeline_sha256, read_index
 from qdeploy.model.sampling import SAMPLING, Sampling, SamplingOptions, renamed, sampled
-from qdeploy.model.schedulers import make_scheduler
+from qdeploy.model.schedulers import scheduler_for
+from qdeploy.model.timesteps import Timesteps
 from qdeploy.sampling.correction import check_correction, correct
 from qdeploy.sampling.media_files import as_stored, file_of, write_media
 from qdeploy.sampling.pipeline_folder import is_pipeline_folder, load_pipeline, quiet_loading
@@ -105,6 +107,7 @@ def sample(
         "width": chosen.width,
         **({"negative_prompts": list(chosen.negative_prompts)} if chosen.negative_prompts else {}),
         **({"arguments": dict(chosen.arguments)} if chosen.arguments else {}),
+        **({"timesteps": _words(chosen.timesteps)} if chosen.timesteps else {}),
         **({} if correction == "none" else {"correction": correction}),
     }
     place = Path(output) if output else default_output(whole.path if made is None else made.path, "samples")
@@ -113,7 +116,7 @@ def sample(
     if done := draft.finished():
         return done
     with draft:
-        pipeline = cache(lambda: _open_pipeline(made, whole, chosen.scheduler, chosen.steps, correction))
+        pipeline = cache(lambda: _open_pipeline(made, whole, chosen, correction))
         media = _make(pipeline, draft, chosen, samples)
         settings = {
             "steps": chosen.steps,
@@ -183,19 +186,23 @@ def _is_denoiser_and_scheduler(artifact: EngineFolder | Checkpoint) -> bool:
     )
 
 
-def _open_pipeline(source: _Source, whole: Model, scheduler: str | None, steps: int, correction: str) -> Any:
+def _words(timesteps: Timesteps) -> str:
+    return timesteps if isinstance(timesteps, str) else ",".join(f"{t:g}" for t in timesteps)
+
+
+def _open_pipeline(source: _Source, whole: Model, sampling: Sampling, correction: str) -> Any:
     if source is not None and whole.path == source.path and is_pipeline_folder(source):
         checker = {"safety_checker": None} if "safety_checker" in read_json_object(whole.path / INDEX) else {}
         pipeline = load_pipeline(source, **checker)
     else:
         with quiet_loading():
             pipeline = whole.pipeline(_denoiser(source))
-    pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler)
+    pipeline.scheduler = scheduler_for(sampling, pipeline.scheduler)
     # Schedules that are shifted by the size of the image are not known before the pipeline runs.
     shifted = pipeline.scheduler.config.get("use_dynamic_shifting", False)
     if source is not None and not shifted:
-        asked = make_scheduler(type(pipeline.scheduler).__name__, pipeline.scheduler)
-        asked.set_timesteps(steps)
+        asked = scheduler_for(replace(sampling, scheduler=type(pipeline.scheduler).__name__), pipeline.scheduler)
+        asked.set_timesteps(sampling.steps)
         if line := explain_schedule(source.facts, torch.as_tensor(asked.timesteps).tolist()):
             say(line)
     if correction != "none":

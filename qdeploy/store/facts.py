@@ -343,6 +343,7 @@ class SamplesFacts(Facts, frozen=True, kw_only=True):
         engine: hash of the engine that did.
         media: what they are, if no images: ``frames``, ``audio`` or ``embeddings``.
         arguments: further ones of the pipeline.
+        timesteps: those that were chosen, as text.
     """
 
     count: Positive
@@ -361,6 +362,7 @@ class SamplesFacts(Facts, frozen=True, kw_only=True):
     engine: Sha256 | None = None
     media: Word | None = None
     arguments: dict[str, Any] | None = None
+    timesteps: Annotated[str, Meta(max_length=2**16)] | None = None
 
 
 class AgreementFacts(Facts, frozen=True, kw_only=True):

@@ -21,7 +21,7 @@ from qdeploy.model.folder import Model, open_model
 from qdeploy.model.inputs import attach_form
 from qdeploy.model.pipeline import sample_images
 from qdeploy.model.sampling import COLLECTING, Sampling, SamplingOptions, sampled
-from qdeploy.model.schedulers import make_scheduler
+from qdeploy.model.schedulers import scheduler_for
 from qdeploy.model.weights import stored_types
 from qdeploy.network.roles import Structure, find_structure
 from qdeploy.system.errors import QDeployError
@@ -150,7 +150,7 @@ class _Preflight:
 
     def _open(self) -> str:
         self.pipeline = self.model.pipeline(self.denoiser)
-        self.pipeline.scheduler = make_scheduler(self.sampling.scheduler, self.pipeline.scheduler)
+        self.pipeline.scheduler = scheduler_for(self.sampling, self.pipeline.scheduler)
         return f"{type(self.pipeline).__name__} with {type(self.pipeline.scheduler).__name__}"
 
     def _survey(self) -> str:
