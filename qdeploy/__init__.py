@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from qdeploy.quant.checkpoint import load_checkpoint
     from qdeploy.recipe.recipe import Recipe
     from qdeploy.recipe.stages import Method, Stage
+    from qdeploy.sampling.correct import correct
     from qdeploy.sampling.pipeline_folder import load_pipeline
     from qdeploy.sampling.sample import sample
     from qdeploy.workflows.auto import auto
@@ -92,6 +93,7 @@ __all__ = [
     "calibrate",
     "check",
     "collect",
+    "correct",
     "demo",
     "doctor",
     "export",
@@ -164,6 +166,7 @@ _NAMES = {
         "Stage",
     ),
     "qdeploy.sampling.pipeline_folder": ("load_pipeline",),
+    "qdeploy.sampling.correct": ("correct",),
     "qdeploy.sampling.sample": ("sample",),
     "qdeploy.workflows.auto": ("auto",),
     "qdeploy.workflows.calibrate": ("calibrate",),

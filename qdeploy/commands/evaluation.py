@@ -23,8 +23,7 @@ _REPORT = Verb("qdeploy.evaluate.report_page.run", "report")
 
 _AS = "ddim, euler, ... or a diffusers class.  [default: as its calibration set]"
 _HEIGHT = "Height of the images in pixels.  [default: as its calibration set]"
-_CORRECTIONS = click.Choice(["none", "table", "online"])
-_CORRECTION = "Take mean errors out of predictions: from the calibration's table, or estimated on the way."
+_CORRECTION = "Take mean errors out of predictions: none, table, online, or online:EVERY,GUARD."
 
 
 @click.command()
@@ -62,7 +61,8 @@ def auto(model: str, as_json: bool, **options: Any) -> None:
 @_SAMPLE.option("samples", "Images to sample.")
 @click.option("--count", type=int, hidden=True)  # until 0.4
 @_SAMPLE.option("model", "The model whose pipeline is used.  [default: the one the engine was made from]")
-@_SAMPLE.option("correction", _CORRECTION, type=_CORRECTIONS)
+@_SAMPLE.option("correction", _CORRECTION)
+@_SAMPLE.option("npz", "Also write images.npz, as the evaluation suite of ADM reads it.")
 @sampling_options(SAMPLING)
 @_SAMPLE.option("overwrite", "Replace another artifact at the output.")
 @verb
@@ -92,7 +92,7 @@ def sample(source: str, count: int | None, as_json: bool, **options: Any) -> Non
 @_CHECK.option("real", "Folder of real images to compare sets with.")
 @_CHECK.option("lpips", "Folder with LPIPS's weights.")
 @_CHECK.option("clip", "CLIP model for the score of prompts: a folder or a Hub id.")
-@_CHECK.option("correction", _CORRECTION, type=_CORRECTIONS)
+@_CHECK.option("correction", _CORRECTION)
 @sampling_options(
     AS_COLLECTED, scheduler=_AS, height=_HEIGHT, seed="Chooses the images: none that a calibration set holds."
 )

@@ -19,7 +19,7 @@ from qdeploy.model.folder import Model, open_model
 from qdeploy.model.origin import source_model
 from qdeploy.model.sampling import AS_COLLECTED, Sampling, SamplingOptions, sampled, with_old_names
 from qdeploy.plots.pictures import picture_folder
-from qdeploy.sampling.correction import check_correction, correct
+from qdeploy.sampling.correct import check_correction, correct
 from qdeploy.store.artifact import Artifact, DenoiserArtifact
 from qdeploy.system.decibels import decibels, powers
 from qdeploy.system.errors import InvalidInputError, UsageError

@@ -54,7 +54,7 @@ class Sampling:
     height: int | None = _option("Height of the images in pixels.")
     width: int | None = _option("Width of the images in pixels.")
     arguments: Mapping[str, Any] | None = None
-    timesteps: Timesteps | None = _option("Timesteps to sample at: quad, or a list: 981,961,...")
+    timesteps: Timesteps | None = _option("Timesteps to sample at: quad, or a list: 981,961,...")  # noqa: RUF009 - an alias
 
     def __post_init__(self) -> None:
         if self.timesteps is not None:

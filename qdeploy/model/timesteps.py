@@ -1,7 +1,7 @@
 """Timesteps that are chosen one by one, and DDIM's share of noise, in any pipeline.
 
-Pipelines ask their scheduler for as many steps as they are told and offer no choice of them, and some never pass ``eta``
-on. So the scheduler is given both: it is of its own class, with another ``set_timesteps`` or ``step``.
+Pipelines ask their scheduler for as many steps as they are told and offer no choice of them, and some never pass
+``eta`` on. So the scheduler is given both: it is of its own class, with another ``set_timesteps`` or ``step``.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def with_timesteps(scheduler: Any, timesteps: tuple[float, ...] | str, steps: in
     trained = scheduler.config.get("num_train_timesteps", 1000)
     chosen = quadratic(steps, trained) if isinstance(timesteps, str) else timesteps
     if chosen[0] >= trained:
-        raise UsageError(f"the model was trained with timesteps below {trained}, and {chosen[0]:g} is none of them")
+        raise UsageError(
+            f"the model was trained with timesteps below {trained}, and {chosen[0]:g} is none of them"
+        )
     choice = "timesteps" in inspect.signature(parent.set_timesteps).parameters
     if not choice and not isinstance(scheduler, diffusers.DDIMScheduler):
         raise UsageError(
@@ -102,7 +104,8 @@ def with_timesteps(scheduler: Any, timesteps: tuple[float, ...] | str, steps: in
     members: dict[str, Any] = {"set_timesteps": set_timesteps, "__module__": parent.__module__}
     if not choice:
         members["step"] = step
-    return type(parent.__name__, (parent,), members).from_config(scheduler.config)
+    made: Any = type(parent.__name__, (parent,), members)
+    return made.from_config(scheduler.config)
 
 
 class _Steps(int):
@@ -133,5 +136,6 @@ def with_eta(scheduler: Any, eta: float) -> Any:
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         return parent.step(self, *args, **{**kwargs, "eta": eta})
 
-    made = type(parent.__name__, (parent,), {"step": step, "own_eta": eta, "__module__": parent.__module__})
+    members = {"step": step, "own_eta": eta, "__module__": parent.__module__}
+    made: Any = type(parent.__name__, (parent,), members)
     return made.from_config(scheduler.config)

@@ -27,6 +27,7 @@ class Coverage:
         split: quantize the two halves of a concatenation on their own.
         shortcuts: the shortcuts of blocks, and layers that lower the resolution.
         second: the inputs of the layers that read the outputs of the first float ones.
+        attends: the layers of modules that attend and of their transformer blocks.
         target: the one that is meant where none is named.
     """
 
@@ -38,6 +39,7 @@ class Coverage:
     split: bool
     shortcuts: bool = True
     second: bool = True
+    attends: bool = True
     target: str = "portable"
 
 
@@ -113,6 +115,24 @@ COVERAGES = {
             split=True,
             target="simulated",
         ),
+        Coverage(
+            "quest-paper",
+            "what QuEST's code covers without --split: every layer, q, k, v and the softmax output; simulated",
+            ends=True,
+            temporal=True,
+            attention=True,
+            split=False,
+            target="simulated",
+        ),
+        Coverage(
+            "qncd-paper",
+            "what QNCD's code covers: every layer but those of attention and of its transformer blocks",
+            ends=True,
+            temporal=True,
+            attention=False,
+            split=False,
+            attends=False,
+        ),
     )
 }
 
@@ -138,6 +158,7 @@ def covered(structure: Structure, coverage: Coverage, exclude: Iterable[str] = (
         if (coverage.temporal or not layer.temporal)
         and (coverage.ends or not (layer.first or layer.last))
         and (coverage.shortcuts or not (layer.shortcut or layer.resamples))
+        and (coverage.attends or not layer.attention)
         and layer.path not in first_of_time
         and not any(fnmatchcase(layer.path, pattern) for pattern in patterns)
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 from qdeploy.system.errors import UsageError
 from qdeploy.system.suggest import unknown
@@ -41,11 +41,23 @@ EFFORTS = {
 
 
 def find_effort(name: str) -> Effort:
-    """The effort of that name.
+    """The effort of that name, or one with numbers of its own: ``fast,rows=5120,batch=8,rounding=20000``.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or a number is none that an effort has.
     """
-    if name not in EFFORTS:
-        raise UsageError(unknown("effort", name, EFFORTS))
-    return EFFORTS[name]
+    word, *given = (part.strip() for part in name.split(","))
+    if word not in EFFORTS:
+        raise UsageError(unknown("effort", word, EFFORTS))
+    own = {each.name for each in fields(Effort)} - {"name"}
+    numbers = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if key not in own:
+            raise UsageError(unknown("number of an effort", key, sorted(own)))
+        if not equals or not value.isdecimal() or int(value) < 1:
+            raise UsageError(
+                f"{key} of an effort is a whole number from 1 on, as in {word},{key}=32, not {text!r}"
+            )
+        numbers[key] = int(value)
+    return replace(EFFORTS[word], name=name, **numbers) if numbers else EFFORTS[word]

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import diffusers
 import torch
@@ -27,11 +27,9 @@ from torch import Tensor, nn
 
 from qdeploy.engines.drop_in.denoiser import DenoiserOutput
 from qdeploy.model.call import signature_of, time_parameter
-from qdeploy.store.artifact import DenoiserArtifact
-from qdeploy.store.correction_table import CorrectionTable, check_prediction, prediction_type, read_correction
+from qdeploy.store.correction_table import CorrectionTable, prediction_type
 from qdeploy.system.errors import InvalidInputError, UsageError
 
-CORRECTIONS = ("none", "table", "online")
 EVERY = 10  # the paper's interval
 GUARD = 3.0
 _LEAST_SIGNAL = 1e-4  # below this alpha_bar a v-prediction holds no information on epsilon
@@ -258,46 +256,3 @@ def _guided(sample: Tensor) -> bool:
         return False
     first, second = sample.chunk(2)
     return torch.equal(first, second)
-
-
-def check_correction(name: str, artifact: DenoiserArtifact | None) -> None:
-    """Refuse a correction that is not possible, before any work.
-
-    Args:
-        name: one of `CORRECTIONS`.
-        artifact: whose predictions are to be corrected; None for a model in full precision.
-
-    Raises:
-        UsageError: an unknown name, or there is no table.
-        InvalidInputError: the table is that of another checkpoint.
-    """
-    if name not in CORRECTIONS:
-        raise UsageError(f"unknown correction {name!r}: choose from {', '.join(CORRECTIONS)}")
-    if name == "table":
-        if artifact is None:
-            raise UsageError("a model in full precision has no correction table: choose --correction none")
-        read_correction(artifact)
-
-
-def correct(denoiser: nn.Module, name: str, artifact: DenoiserArtifact | None, scheduler: Any) -> nn.Module:
-    """A denoiser with the correction of that name; itself for ``none``.
-
-    Args:
-        denoiser: of the artifact or model.
-        name: one of `CORRECTIONS`.
-        artifact: holds the table.
-        scheduler: the one that the denoiser will be used with.
-
-    Raises:
-        UsageError: as `check_correction`.
-        InvalidInputError: the scheduler takes predictions for something else.
-    """
-    check_correction(name, artifact)
-    if name == "online":
-        return cast(nn.Module, Corrected(denoiser, OnlineCorrection(scheduler)))
-    if name == "none":
-        return denoiser
-    assert artifact is not None
-    table = read_correction(artifact)
-    check_prediction(table, scheduler, str(artifact.path))
-    return cast(nn.Module, Corrected(denoiser, TableCorrection(table)))

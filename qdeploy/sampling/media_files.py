@@ -1,6 +1,6 @@
 """Files of what was sampled.
 
-images.safetensors      uint8 ``images`` [N, C, H, W];          00000.png ..., grid.png
+images.safetensors      uint8 ``images`` [N, C, H, W];          00000.png ..., grid.png, images.npz if asked for
 frames.safetensors      uint8 ``frames`` [N, F, C, H, W];       00000.gif ..., grid.png of the middle frames
 audio.safetensors       float32 ``audio`` [N, channels, samples]; 00000.wav ..., 16 bits
 embeddings.safetensors  float32 ``embeddings`` [N, ...]
@@ -14,6 +14,7 @@ import wave
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -21,9 +22,10 @@ from torch import Tensor
 
 from qdeploy.model.media import AUDIO, FRAMES, IMAGES, RATE, Media
 from qdeploy.store.builder import Draft
-from qdeploy.system.errors import InvalidInputError
+from qdeploy.system.errors import InvalidInputError, UsageError
 
 GRID = "grid.png"
+NPZ = "images.npz"
 GRID_LIMIT = 64
 FRAME_MS = 125  # how long a GIF shows a frame
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -68,6 +70,17 @@ def write_media(
     elif media.kind == AUDIO:
         for number, sound in enumerate(media.values):
             (draft.content / f"{number:05d}.wav").write_bytes(wav(sound))
+
+
+def write_npz(draft: Draft[Any], media: Media) -> None:
+    """Write images as one array ``arr_0`` [N, H, W, C] of bytes, as the evaluation suite of ADM reads them.
+
+    Raises:
+        UsageError: the results are no images.
+    """
+    if media.kind != IMAGES:
+        raise UsageError(f"an .npz file is of images, and these are {media.kind}")
+    np.savez(draft.content / NPZ, media.values.permute(0, 2, 3, 1).numpy())
 
 
 def wav(sound: Tensor, rate: int = RATE) -> bytes:

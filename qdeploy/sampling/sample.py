@@ -19,8 +19,8 @@ from qdeploy.model.pipeline_index import pipeline_sha256, read_index
 from qdeploy.model.sampling import SAMPLING, Sampling, SamplingOptions, renamed, sampled
 from qdeploy.model.schedulers import scheduler_for
 from qdeploy.model.timesteps import Timesteps
-from qdeploy.sampling.correction import check_correction, correct
-from qdeploy.sampling.media_files import as_stored, file_of, write_media
+from qdeploy.sampling.correct import check_correction, correct
+from qdeploy.sampling.media_files import as_stored, file_of, write_media, write_npz
 from qdeploy.sampling.pipeline_folder import is_pipeline_folder, load_pipeline, quiet_loading
 from qdeploy.store.artifact import (
     INDEX,
@@ -56,6 +56,7 @@ def sample(
     samples: int = 16,
     model: str | Path | None = None,
     correction: str = "none",
+    npz: bool = False,
     overwrite: bool = False,
     **options: Unpack[SamplingOptions],
 ) -> Samples:
@@ -68,7 +69,9 @@ def sample(
         samples: number of images.
         model: the pipeline in which an engine or checkpoint runs; by default the engine's own where its folder is a
             whole pipeline, else the one that it was made from.
-        correction: ``table`` or ``online`` to subtract mean errors from predictions, or ``none``.
+        correction: ``table`` or ``online`` to subtract mean errors from predictions, or ``none``; ``online:4,3``
+            estimates at every fourth call, with a guard of three standard deviations.
+        npz: also write ``images.npz`` with one array [N, H, W, C], as the evaluation suite of ADM reads it.
         overwrite: replace another artifact at ``output``.
         options: fields of `Sampling`, in place of those of ``sampling``.
 
@@ -109,6 +112,7 @@ def sample(
         **({"arguments": dict(chosen.arguments)} if chosen.arguments else {}),
         **({"timesteps": _words(chosen.timesteps)} if chosen.timesteps else {}),
         **({} if correction == "none" else {"correction": correction}),
+        **({"npz": True} if npz else {}),
     }
     place = Path(output) if output else default_output(whole.path if made is None else made.path, "samples")
     made_from = {origin: identity, "pipeline": pipeline_sha256(whole)}
@@ -125,6 +129,8 @@ def sample(
             **({} if correction == "none" else {"correction": correction}),
         }
         write_media(draft, media, chosen.seed, prompts, settings)
+        if npz:
+            write_npz(draft, media)
         kind = None if media.kind == IMAGES else media.kind
         facts = SamplesFacts(**asked | settings, shape=list(media.values.shape[1:]), media=kind)
         return draft.finish(facts, notes=Notes(pipeline=str(whole.path)))
@@ -201,7 +207,9 @@ def _open_pipeline(source: _Source, whole: Model, sampling: Sampling, correction
     # Schedules that are shifted by the size of the image are not known before the pipeline runs.
     shifted = pipeline.scheduler.config.get("use_dynamic_shifting", False)
     if source is not None and not shifted:
-        asked = scheduler_for(replace(sampling, scheduler=type(pipeline.scheduler).__name__), pipeline.scheduler)
+        asked = scheduler_for(
+            replace(sampling, scheduler=type(pipeline.scheduler).__name__), pipeline.scheduler
+        )
         asked.set_timesteps(sampling.steps)
         if line := explain_schedule(source.facts, torch.as_tensor(asked.timesteps).tolist()):
             say(line)

@@ -344,6 +344,7 @@ class SamplesFacts(Facts, frozen=True, kw_only=True):
         media: what they are, if no images: ``frames``, ``audio`` or ``embeddings``.
         arguments: further ones of the pipeline.
         timesteps: those that were chosen, as text.
+        npz: whether the images are there as one array too.
     """
 
     count: Positive
@@ -363,6 +364,7 @@ class SamplesFacts(Facts, frozen=True, kw_only=True):
     media: Word | None = None
     arguments: dict[str, Any] | None = None
     timesteps: Annotated[str, Meta(max_length=2**16)] | None = None
+    npz: bool | None = None
 
 
 class AgreementFacts(Facts, frozen=True, kw_only=True):

@@ -53,7 +53,10 @@ def test_each_step_of_ddim_goes_to_the_next_timestep_of_the_list(timesteps: Any)
 def test_a_list_of_even_timesteps_is_the_stock_schedule(ddpm: Path) -> None:
     model = open_model(ddpm)
     made = []
-    for chosen in (Sampling(steps=4, scheduler="ddim"), Sampling(scheduler="ddim", timesteps=[750, 500, 250, 0])):
+    for chosen in (
+        Sampling(steps=4, scheduler="ddim"),
+        Sampling(scheduler="ddim", timesteps=[750, 500, 250, 0]),
+    ):
         pipeline = model.pipeline()
         pipeline.scheduler = scheduler_for(chosen, pipeline.scheduler)
         made.append(sample_images(pipeline, chosen, range(2)).values)
@@ -72,7 +75,9 @@ def test_eta_reaches_a_pipeline_that_does_not_know_the_word(ddpm: Path) -> None:
     pipeline = model.pipeline()
     pipeline.scheduler = scheduler_for(chosen, pipeline.scheduler)
     mine = sample_images(pipeline, chosen, range(2)).values
-    stock = diffusers.DDIMPipeline(pipeline.unet, diffusers.DDIMScheduler.from_config(pipeline.scheduler.config))
+    stock = diffusers.DDIMPipeline(
+        pipeline.unet, diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+    )
     stock.set_progress_bar_config(disable=True)
     seeds = [torch.Generator().manual_seed(seed) for seed in range(2)]
     theirs = stock(batch_size=2, generator=seeds, num_inference_steps=3, eta=0.7, output_type="np").images

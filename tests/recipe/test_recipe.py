@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from qdeploy.recipe.effort import EFFORTS, find_effort
 from qdeploy.recipe.formats import FORMATS
 from qdeploy.recipe.recipe import Recipe
 from qdeploy.recipe.resolve import presets, resolve_recipe
@@ -199,3 +200,34 @@ def test_low_bits_of_tensorrt_are_no_simulation() -> None:
         assert resolve_recipe(preset).simulated() == []
     assert resolve_recipe("fp8-minmax").precision == "Wf8Af8"
     assert resolve_recipe("int4-weights").precision == "W4g128Afp"
+
+
+def test_numbers_of_an_effort_can_be_replaced() -> None:
+    effort = find_effort("fast,rows=5120,batch=8, rounding=20000,scales=5000,tuning=7")
+    assert (effort.rows, effort.batch, effort.rounding, effort.scales, effort.tuning) == (
+        5120,
+        8,
+        20000,
+        5000,
+        7,
+    )
+    assert find_effort("fast") is EFFORTS["fast"]
+    assert Recipe(effort="best,rows=64").to_json()["effort"] == "best,rows=64"
+
+
+@pytest.mark.parametrize(
+    "effort", ["5120", "fast,5120", "fast,rows=0", "fast,rows=x", "fast,row=3", "fast,name=x"]
+)
+def test_impossible_numbers_of_an_effort(effort: str) -> None:
+    with pytest.raises(UsageError):
+        Recipe(effort=effort)
+
+
+def test_the_softmax_output_has_a_format_where_attention_is_quantized() -> None:
+    recipe = Recipe(coverage="portable-attention", softmax="none")
+    assert (recipe.probabilities, recipe.simulated()) == (None, [])
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    assert Recipe(coverage="portable-attention", softmax="uint16").simulated()
+    for wrong in ({"softmax": "uint3", "coverage": "portable-attention"}, {"softmax": "none"}):
+        with pytest.raises(UsageError):
+            Recipe(**wrong)

@@ -24,7 +24,8 @@ from qdeploy.evaluate.check import check
 from qdeploy.evaluate.quality import QualityPlan, Trajectories, measure_quality
 from qdeploy.model.folder import open_model
 from qdeploy.model.sampling import CHECKING
-from qdeploy.sampling.correction import Corrected, OnlineCorrection, TableCorrection, correct
+from qdeploy.sampling.correct import correct, read_choice
+from qdeploy.sampling.correction import Corrected, OnlineCorrection, TableCorrection
 from qdeploy.sampling.sample import sample
 from qdeploy.store.artifact import Artifact
 from qdeploy.store.correction_table import CorrectionTable, read_correction
@@ -487,3 +488,20 @@ def test_a_check_measures_the_quality_with_the_correction(
     assert result.parity == plain.parity
     # Nothing of this network's error is beyond chance within one image: the guard holds.
     assert (result.quality["psnr_db"] != plain.quality["psnr_db"]) == (name == "table")
+
+
+def test_interval_and_guard_are_read_from_the_correction() -> None:
+    choice = read_choice("online:4,2.5")
+    assert (choice.kind, choice.every, choice.guard) == ("online", 4, 2.5)
+    assert read_choice("online:4").guard == read_choice("online").guard == 3.0
+    scheduler = diffusers.DDIMScheduler()
+    made: Any = correct(nn.Identity(), "none", None, scheduler)
+    assert isinstance(made, nn.Identity)
+
+
+@pytest.mark.parametrize(
+    "name", ["online:", "online:0", "online:x", "online:4,-1", "online:4,nan", "table:4", "on"]
+)
+def test_other_corrections_are_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="correction"):
+        read_choice(name)

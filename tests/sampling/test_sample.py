@@ -191,3 +191,13 @@ def test_a_denoiser_alone_cannot_sample(ddpm: Path, tmp_path: Path) -> None:
 def test_a_graph_is_no_engine(ddpm_engine: Artifact, tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="kind 'onnx', but 'engine or checkpoint'"):
         sample(ddpm_engine.path.parent / "onnx", tmp_path / "samples", **FEW)
+
+
+def test_images_as_one_array_for_the_evaluation_suite_of_adm(ddpm_engine: Artifact, tmp_path: Path) -> None:
+    artifact = sample(ddpm_engine, tmp_path / "samples", npz=True, **FEW)
+    with np.load(artifact.file("images.npz")) as arrays:
+        assert list(arrays) == ["arr_0"]
+        assert arrays["arr_0"].dtype == np.uint8
+        assert np.array_equal(arrays["arr_0"], images_of(artifact).permute(0, 2, 3, 1).numpy())
+    again = sample(ddpm_engine, tmp_path / "again", npz=True, **FEW)
+    assert again.sha256 == artifact.sha256

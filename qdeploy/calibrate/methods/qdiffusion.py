@@ -125,6 +125,7 @@ class LearnScales(Stage):
     Attributes:
         lr: Adam's learning rate for the logarithm of a step.
         p: exponent of the output error.
+        steps: of the optimiser for each unit; None leaves it to the effort.
     """
 
     name = "learn-scales"
@@ -134,6 +135,7 @@ class LearnScales(Stage):
 
     lr: float = 0.01
     p: float = 2.4
+    steps: int | None = None
 
     def run(self, session: Session) -> None:
         """Change the scales of activations."""
@@ -145,17 +147,19 @@ class LearnScales(Stage):
             def compute(unit: str = unit) -> None:
                 nonlocal kept
                 with session.problem(unit, nullcontext) as problem:
-                    kept += _learn_unit(session, problem, unit, self.lr, self.p)
+                    kept += _learn_unit(session, problem, unit, self.lr, self.p, self.steps)
 
             session.once(f"{number:04d}", compute, prefix=unit)
         say(f"learned activation scales were kept in {kept} of {len(session.units)} units", level=2)
 
     def cost(self, units: int, effort: Effort) -> tuple[float, float]:
         """See `Stage.cost`."""
-        return units, effort.scales
+        return units, self.steps or effort.scales
 
 
-def _learn_unit(session: Session, problem: UnitProblem, unit: str, lr: float, p: float) -> bool:
+def _learn_unit(
+    session: Session, problem: UnitProblem, unit: str, lr: float, p: float, steps: int | None
+) -> bool:
     own = quantizers(session.denoiser, unit)
     found = {name: quantizer for name, quantizer in own if isinstance(quantizer, ActivationQuantizer)}
     if not found:
@@ -163,7 +167,7 @@ def _learn_unit(session: Session, problem: UnitProblem, unit: str, lr: float, p:
     before = {name: quantizer.scale.clone() for name, quantizer in found.items()}
     baseline = problem.judged(p)
     logs = {name: nn.Parameter(scale.log()) for name, scale in before.items()}
-    generator, steps = session.generator(f"scales/{unit}"), session.effort.scales
+    generator, steps = session.generator(f"scales/{unit}"), steps or session.effort.scales
     with learned_scales(found, logs):
         optimize(problem, list(logs.values()), steps, session.effort.batch, lr, generator, p, cosine=True)
     for name, quantizer in found.items():

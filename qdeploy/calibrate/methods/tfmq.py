@@ -90,6 +90,7 @@ class TemporalRounding(Stage):
         weight: lambda, the weight of the rounding regulariser.
         warmup: share of the steps without regulariser.
         lr: Adam's learning rate; 0 chooses the paper's 1e-3, raised where there are fewer steps.
+        steps: of the optimiser; None leaves it to the effort.
     """
 
     name = "temporal-rounding"
@@ -101,11 +102,12 @@ class TemporalRounding(Stage):
     weight: float = 0.01
     warmup: float = 0.2
     lr: float = 0.0
+    steps: int | None = None
 
     def run(self, session: Session) -> None:
         """Decide the codes of the block."""
         layers = _block(session)
-        steps = session.effort.rounding
+        steps = self.steps or session.effort.rounding
 
         def compute() -> None:
             gain = learn_rounding(
