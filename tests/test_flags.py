@@ -1,4 +1,4 @@
-"""Every row of ``docs/flags.md`` is run: its command is parsed, and what it asks for resolved as far as without a model."""
+"""Every row of ``docs/flags.md`` is run: its command is parsed, and what it asks for resolved, short of a model."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qdeploy.calibrate.open_session import check_device
 from qdeploy.calibrate.published.fit import Fitted, fit
 from qdeploy.calibrate.published.layouts import InputGrid, find_layout, read_published
-from qdeploy.calibrate.published.place import Steps, place
+from qdeploy.calibrate.published.place import PublishedSteps, place
 from qdeploy.calibrate.session import Session
 from qdeploy.calibration_set.example_rows import ExampleRows
 from qdeploy.model.folder import Model
@@ -155,10 +155,10 @@ def _listed(given: str | Sequence[float] | None) -> Tensor | None:
 
 def _steps(
     fitted: Fitted, source: Model, given: Tensor | None, method: str, merged: bool, path: Path
-) -> Steps:
+) -> PublishedSteps:
     """The timesteps of the file's scales; entries of a timestep that a schedule repeats are dropped but the first."""
     if fitted.steps == 1:
-        return Steps(torch.zeros(0))
+        return PublishedSteps(torch.zeros(0))
     trained = source.training_timesteps
     found = _scheduled(source, fitted.steps) if given is None else given
     if found is None or len(found) != fitted.steps:
@@ -177,7 +177,7 @@ def _steps(
             if len(grid.delta) > 1:
                 grid.delta, grid.zero_point = grid.delta[first], grid.zero_point[first]
         fitted.steps = len(first)
-    return Steps(found[first], upwards=method == "quest", merged=merged)
+    return PublishedSteps(found[first], upwards=method == "quest", merged=merged)
 
 
 def _scheduled(source: Model, count: int) -> Tensor | None:
@@ -201,7 +201,7 @@ def _recipe(
     weights: str | None,
     activations: str | None,
     target: str | None,
-    steps: Steps,
+    steps: PublishedSteps,
 ) -> Recipe:
     """What the file is, in a recipe's words."""
     kept = {path: layer for path, layer in fitted.layers.items() if layer.weights}

@@ -24,7 +24,7 @@ FEATURES, TOKENS = "features", "tokens"
 
 
 @dataclass(frozen=True)
-class Steps:
+class PublishedSteps:
     """Which timesteps a file's scales belong to.
 
     Attributes:
@@ -45,7 +45,9 @@ class Steps:
         return ascending[:-1].clone() if self.upwards else midpoints(ascending)
 
 
-def place(denoiser: nn.Module, fitted: Fitted, steps: Steps, temporal: set[str], method: str) -> None:
+def place(
+    denoiser: nn.Module, fitted: Fitted, steps: PublishedSteps, temporal: set[str], method: str
+) -> None:
     """Set scales, zero points and codes of a quantized network from a published checkpoint.
 
     Args:
@@ -86,7 +88,7 @@ def _weights(layer: QuantizedLayer) -> Format:
     return number_format
 
 
-def _merged(grid: InputGrid, number_format: Format, steps: Steps, temporal: bool) -> InputGrid:
+def _merged(grid: InputGrid, number_format: Format, steps: PublishedSteps, temporal: bool) -> InputGrid:
     if not steps.merged or temporal or len(grid.delta) == 1:
         return grid
     low = ((number_format.qmin - grid.zero_point) * grid.delta).amin(0, keepdim=True)
@@ -120,7 +122,7 @@ def _place_input(
     layer: QuantizedLayer,
     part: int,
     grid: InputGrid,
-    steps: Steps,
+    steps: PublishedSteps,
     found: FittedLayer,
     method: str,
     path: str,
@@ -149,7 +151,9 @@ def _by_position(grid: InputGrid, layer: QuantizedLayer) -> InputGrid:
     return InputGrid(delta, zero_point)
 
 
-def _set(quantizer: ActivationQuantizer, grid: InputGrid, steps: Steps, axis: int | None, path: str) -> None:
+def _set(
+    quantizer: ActivationQuantizer, grid: InputGrid, steps: PublishedSteps, axis: int | None, path: str
+) -> None:
     low, high = quantizer.format.qmin, quantizer.format.qmax
     if quantizer.format.symmetric and bool((grid.zero_point != 0).any()):
         raise CapabilityError(
@@ -169,7 +173,7 @@ def _set(quantizer: ActivationQuantizer, grid: InputGrid, steps: Steps, axis: in
 
 
 def _place_operands(
-    quantizers: AttentionQuantizers, fitted: Fitted, steps: Steps, path: str, method: str
+    quantizers: AttentionQuantizers, fitted: Fitted, steps: PublishedSteps, path: str, method: str
 ) -> None:
     attention = fitted.attentions[path]
     width = 1.0
