@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-slow lint golden format bench clean
+.PHONY: setup demo test test-slow lint golden format bench compatibility clean
 
 setup: $(VENV)/.installed
 
@@ -41,6 +41,9 @@ format: setup
 
 bench: setup  ## the tables of docs/benchmarks.md
 	$(BIN)/python benchmarks/digits_quality.py --output runs/digits-quality
+
+compatibility: setup  ## docs/compatibility.md: a tiny pipeline of each class of diffusers, from preflight to check
+	$(BIN)/python tools/compatibility.py
 
 clean:
 	rm -rf $(VENV) qdeploy-demo runs .pytest_cache .mypy_cache .ruff_cache

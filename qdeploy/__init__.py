@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from qdeploy.calibrate.methods.svdquant import LowRank
     from qdeploy.calibrate.methods.tfmq import FiniteSetRanges, TemporalRounding, TemporalSelection
     from qdeploy.calibration_set.collect import collect
+    from qdeploy.calibration_set.record import record
     from qdeploy.engines.build import build_engine, load_engine
     from qdeploy.engines.doctor import doctor
     from qdeploy.engines.selftest.run import selftest
@@ -105,6 +106,7 @@ __all__ = [
     "load_pipeline",
     "methods",
     "preflight",
+    "record",
     "report",
     "sample",
     "selftest",
@@ -146,6 +148,7 @@ _NAMES = {
         "TemporalSelection",
     ),
     "qdeploy.calibration_set.collect": ("collect",),
+    "qdeploy.calibration_set.record": ("record",),
     "qdeploy.engines.build": (
         "build_engine",
         "load_engine",

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.calibration_set.layer_ranges import LayerRanges
+from qdeploy.calibration_set.making import draw_ranges, ranges_name, seeded
 from qdeploy.calibration_set.recorder import Recorder, chosen_calls
 from qdeploy.calibration_set.request import Request, check_pipeline
 from qdeploy.calibration_set.shards import describe, open_shards, shard_files, shard_name
@@ -30,10 +30,10 @@ from qdeploy.model.pipeline import sample_images
 from qdeploy.model.pipeline_index import pipeline_sha256
 from qdeploy.model.sampling import COLLECTING, Sampling, SamplingOptions, sampled, with_old_names
 from qdeploy.model.schedulers import scheduler_for
-from qdeploy.quant.time_ranges import merge_ranges, read_ranges
+from qdeploy.quant.time_ranges import merge_ranges
 from qdeploy.store.artifact import RANGES, CalibrationFolder
 from qdeploy.store.builder import Draft
-from qdeploy.store.manifest import RANGES_PICTURE, Notes
+from qdeploy.store.manifest import Notes
 from qdeploy.system.estimate import Estimate, readable_size, readable_time
 from qdeploy.system.progress import say, track
 
@@ -112,11 +112,13 @@ def collect(
     request = Request(replace(chosen, batch=min(chosen.batch, max(1, samples))), keep, samples, device)
     check_pipeline(model, request)
     made_from = {"model": model.sha256, "pipeline": pipeline_sha256(model)}
+    if chosen.folder is not None:
+        made_from["inputs"] = chosen.folder.sha256
     draft = Draft(Path(output), CalibrationFolder, made_from, None, chosen.seed, request.to_json(), overwrite)
     if not dry_run and (done := draft.finished()):
-        _draw(done)
+        draw_ranges(done)
         return done
-    with _seeded(chosen.seed):  # weights are drawn at random before they are loaded
+    with seeded(chosen.seed):  # weights are drawn at random before they are loaded
         denoiser = model.load(device)
         pipeline = model.pipeline(denoiser).to(device)
     pipeline.scheduler = scheduler_for(chosen, pipeline.scheduler)
@@ -139,7 +141,7 @@ def collect(
             range=work.plan.timestep_range,
         )
         made = draft.finish(facts, notes=Notes(source=model.source))
-    _draw(made)
+    draw_ranges(made)
     return made
 
 
@@ -159,7 +161,7 @@ class _Work:
         sampling = self.request.sampling
 
         def run(images: range) -> None:
-            with _seeded(sampling.seed):
+            with seeded(sampling.seed):
                 sample_images(self.pipeline, sampling, images, latents_alone=True)
 
         self.plan = survey(self.pipeline, self.denoiser, run)
@@ -182,7 +184,7 @@ class _Work:
         finally:
             self._bar = None
         ranges = [
-            draft.step(_ranges_name(number), partial(self._ranges, images))
+            draft.step(ranges_name(number), partial(self._ranges, images))
             for number, images in enumerate(batches)
         ]
         draft.tensors(RANGES, lambda: merge_ranges(ranges))
@@ -190,7 +192,7 @@ class _Work:
     def _shard(self, draft: Draft[CalibrationFolder], number: int, images: range) -> dict[str, Tensor]:
         """One shard. Its ranges are in the journal before it is written, so they are there where it is."""
         shard, ranges = self._record(images)
-        draft.step(_ranges_name(number), lambda: ranges)
+        draft.step(ranges_name(number), lambda: ranges)
         return shard
 
     def _ranges(self, images: range) -> dict[str, Tensor]:
@@ -203,7 +205,7 @@ class _Work:
             self.pipeline, self.denoiser, numbers, self.request.keep, self.plan, self._after_call
         )
         ranges = LayerRanges(self.denoiser, lambda: recorder.timestep)
-        with _seeded(sampling.seed + images[0]), ranges, recorder:
+        with seeded(sampling.seed + images[0]), ranges, recorder:
             sample_images(self.pipeline, sampling, images)
         assert recorder.batch is not None
         return recorder.batch.pack(), ranges.tensors()
@@ -237,37 +239,6 @@ class _Work:
         self._bar = track(range(calls), "collecting", total=calls)
         for _ in range(recorder.calls - 1):
             next(self._bar, None)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Leave torch's own generator as it was, and what is drawn from it meanwhile reproducible.
-
-    Pipelines that do not pass their generators on to the scheduler draw from it.
-    """
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
-
-
-def _ranges_name(number: int) -> str:
-    return f"ranges-{number:05d}"
-
-
-def _draw(made: CalibrationFolder) -> None:
-    """The set's ranges as a picture in its folder.
-
-    The picture is no part of the artifact: its bytes depend on the version of matplotlib and on fonts.
-    """
-    from qdeploy.plots.pictures import range_heat_map
-
-    picture, ranges = made.path / RANGES_PICTURE, read_ranges(made)
-    if ranges is None or picture.exists():
-        return
-    try:
-        range_heat_map(ranges, picture)
-    except OSError as error:
-        say(f"{picture} could not be written: {error.strerror or error}")
 
 
 def _default(pipeline: Any, name: str) -> Any:

@@ -75,10 +75,11 @@ class Recorder:
     Args:
         pipeline: the pipeline, with a scheduler.
         denoiser: its denoiser.
-        images: numbers of the images in the batch, ``[N]``.
+        images: numbers of the images in the batch, ``[N]``; or what they are for a number of rows.
         steps: number of steps of the trajectory to keep, with all calls that each makes.
         plan: how the pipeline calls its denoiser.
         after_call: called after each denoiser call.
+        stop: whether to stop the pipeline; else it goes on to its result.
 
     Attributes:
         batch: what has been recorded.
@@ -91,12 +92,15 @@ class Recorder:
         self,
         pipeline: Any,
         denoiser: nn.Module,
-        images: Tensor,
+        images: Tensor | Callable[[int], Tensor],
         steps: int,
         plan: Survey,
         after_call: Callable[[Recorder], None] = lambda recorder: None,
+        stop: bool = True,
     ) -> None:
-        self.pipeline, self.denoiser, self.images, self.plan = pipeline, denoiser, images, plan
+        self.pipeline, self.denoiser, self.plan, self._stop = pipeline, denoiser, plan, stop
+        self.images = images if isinstance(images, Tensor) else torch.empty(0, dtype=torch.int64)
+        self._numbers = None if isinstance(images, Tensor) else images
         self.batch: Batch | None = None
         self.calls = 0
         self.seconds: list[float] = []
@@ -125,7 +129,7 @@ class Recorder:
         @functools.wraps(stock)
         def step(*args: Any, **kwargs: Any) -> Any:
             self._guided(args[0] if args else kwargs["model_output"])
-            if self.complete:
+            if self.complete and self._stop:
                 raise Recorded
             return stock(*args, **kwargs)
 
@@ -174,6 +178,8 @@ class Recorder:
             torch.cuda.synchronize()
 
     def _new_batch(self, rows: int) -> Batch:
+        if self._numbers is not None:
+            self.images = self._numbers(rows)
         images = len(self.images)
         if rows % images:
             raise InvalidInputError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from qdeploy.calibration_set.recorder import chosen_calls
@@ -40,9 +40,9 @@ class Request:
 
     def to_json(self) -> dict[str, Any]:
         """What determines the set, in the words of sets that exist."""
-        value = {**asdict(self.sampling), "samples": self.samples, "device": self.device}
+        value = {**self.sampling.to_json(), "samples": self.samples, "device": self.device}
         value |= {"steps": self.keep, "inference_steps": self.sampling.steps}
-        for name in ("negative_prompts", "arguments", "timesteps"):
+        for name in ("negative_prompts", "arguments", "inputs", "timesteps"):
             if not value[name]:
                 del value[name]
         return value
@@ -57,11 +57,13 @@ def check_pipeline(model: Model, request: Request) -> None:
 
     Raises:
         UsageError: the pipeline or the scheduler cannot do what is asked.
-        InvalidInputError: there is no pipeline.
+        InvalidInputError: there is no pipeline, or a picture of the inputs is missing, broken or too large.
     """
     import diffusers
 
     sampling = request.sampling
+    if sampling.folder is not None:
+        sampling.folder.check(range(request.samples))
     index = read_index(model.path)
     if index is None:
         raise InvalidInputError(

@@ -44,6 +44,8 @@ class Survey:
         layout: dtype and shape of each tensor; the shape without the axis of rows, where there is one.
         timestep_range: of the network, as of `qdeploy.calibration_set.timestep_range.timestep_range`.
         seconds: that one computed call took, for one image.
+        rows: of the denoiser's first call.
+        images: of the sample that the scheduler is given; those of the call if it is never asked.
         examples: inputs of the first calls; later ones than the first are not those of a real trajectory.
     """
 
@@ -54,6 +56,8 @@ class Survey:
     layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
     timestep_range: RangeFacts | None
     seconds: float
+    rows: int = 1
+    images: int = 1
     examples: Sequence[Mapping[str, Tensor]] = ()
 
     @property
@@ -146,7 +150,18 @@ def survey(pipeline: Any, denoiser: nn.Module, run: Run, keep: int = 0) -> Surve
     }
     timesteps = tuple(step[0] for step in steps)
     limits = timestep_range(pipeline.scheduler, timesteps)
-    found = Survey(form, len(steps), branches.pop(), timesteps, layout, limits, watch.seconds, watch.kept)
+    found = Survey(
+        form,
+        len(steps),
+        branches.pop(),
+        timesteps,
+        layout,
+        limits,
+        watch.seconds,
+        watch.rows,
+        watch.images or watch.rows,
+        watch.kept,
+    )
     for other, tensors, rows in watch.distinct:
         found.check(tensors, rows, other, where)
     watch.check_shared(form)
@@ -172,6 +187,12 @@ class _Watch:
         self._unshared: dict[str, Tensor] = {}
         self.changing: set[str] = set()
         self._scheduler_steps = 0
+        self.images = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of the first call."""
+        return self.first[0][2]
 
     @property
     def steps(self) -> list[list[float]]:
@@ -221,9 +242,10 @@ class _Watch:
             self._answers[key] = output
         return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self._answers[key])
 
-    def end_of_step(self) -> None:
+    def end_of_step(self, sample: Any) -> None:
         """The scheduler has been called."""
         self._scheduler_steps += 1
+        self.images = self.images or (len(sample) if isinstance(sample, Tensor) and sample.ndim else 0)
         if len(self.steps) >= len(self.pipeline.scheduler.timesteps):
             raise Recorded
 
@@ -301,15 +323,15 @@ def _forward(denoiser: nn.Module, answer: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _scheduler_steps(pipeline: Any, after: Callable[[], None]) -> Iterator[None]:
-    """Within, ``after`` is called after each step of the pipeline's scheduler."""
+def _scheduler_steps(pipeline: Any, after: Callable[[Any], None]) -> Iterator[None]:
+    """Within, ``after`` is called after each step of the pipeline's scheduler, with the sample it was given."""
     scheduler = pipeline.scheduler
     stock = scheduler.step
 
     @functools.wraps(stock)
     def step(*args: Any, **kwargs: Any) -> Any:
         result = stock(*args, **kwargs)
-        after()
+        after(kwargs["sample"] if "sample" in kwargs else args[2] if len(args) > 2 else None)
         return result
 
     scheduler.step = step

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from qdeploy.model.sampling import COLLECTING
 from qdeploy.system.errors import InvalidInputError, UsageError
 
 _COLLECT = Verb("qdeploy.calibration_set.collect", "collect")
+_RECORD = Verb("qdeploy.calibration_set.record", "record")
+_OF_SCRIPTS = ("keep", "samples", "seed", "device", "overwrite")
 _PREFLIGHT = Verb("qdeploy.workflows.preflight", "preflight")
 _CALIBRATE = Verb("qdeploy.workflows.calibrate", "calibrate")
 _IMPORT_CHECKPOINT = Verb("qdeploy.workflows.import_checkpoint", "import_checkpoint")
@@ -34,18 +37,54 @@ _IMPORT = Verb("qdeploy.calibration_set.importers", "import_qdiffusion")
     type=click.Path(path_type=Path),
     help="Import Q-Diffusion's .pt file instead of sampling.",
 )
+@click.option(
+    "--script",
+    type=click.Path(path_type=Path),
+    help="Record a Python file's own calls of the pipeline: it defines calls(pipeline).",
+)
 @_COLLECT.option("device", "Torch device.")
 @_COLLECT.option("dry_run", "Say what it would cost, and stop.")
 @_COLLECT.option("overwrite", "Replace another artifact at the output.")
 @verb
-def collect(model: str, output: str, from_qdiffusion: Path | None, as_json: bool, **options: Any) -> None:
+def collect(
+    model: str,
+    output: str,
+    from_qdiffusion: Path | None,
+    script: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Record a calibration set: denoiser inputs along the sampling trajectory."""
     began = time.perf_counter()
+    if script is not None:
+        report_made(_record(model, output, script, from_qdiffusion, options), began, as_json)
+        return
     if from_qdiffusion:
         kept = {name: options[name] for name in ("keep", "samples", "seed", "overwrite")}
         report_made(_IMPORT.call(model, from_qdiffusion, output, **kept), began, as_json)
         return
     report_made(_COLLECT.call(model, output, **sampling_of(options)), began, as_json)
+
+
+def _record(
+    model: str, output: str, script: Path, from_qdiffusion: Path | None, options: dict[str, Any]
+) -> Any:
+    """Record a script's calls.
+
+    Raises:
+        UsageError: an option is given that the script has to say itself.
+    """
+    from qdeploy.calibration_set.script import Script
+
+    kept = {name: options.pop(name) for name in _OF_SCRIPTS}
+    defaults = {each.name: getattr(COLLECTING, each.name) for each in fields(COLLECTING)}
+    for name, value in {**options, "from_qdiffusion": from_qdiffusion}.items():
+        if value not in (None, (), False, defaults.get(name)):
+            raise UsageError(
+                f"--{name.replace('_', '-')} does not go with --script: the script calls the pipeline itself, with "
+                "all that it needs"
+            )
+    return _RECORD.call(model, Script(script), output, **kept)
 
 
 @click.command()

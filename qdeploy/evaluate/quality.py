@@ -164,7 +164,8 @@ class Trajectories:
             for number in track(range(count), "sampling in pairs"):
                 yield self.pair(subject, number)
             return
-        identity = sha256_of([__version__, key, self.model.sha256, self._rest, asdict(self.plan)])
+        plan = {**asdict(self.plan), "sampling": self.plan.sampling.to_json()}
+        identity = sha256_of([__version__, key, self.model.sha256, self._rest, plan])
         left = iter(track(range(count), "sampling in pairs", total=-(-count // processes()[1])))
 
         def make(number: int) -> Pair:

@@ -142,6 +142,7 @@ def sample_images(
         height=sampling.height,
         width=sampling.width,
         negative_prompt=sampling.negative_prompts_of(images),
+        **sampling.inputs_of(images),
         **(sampling.arguments or {}),
     )
 

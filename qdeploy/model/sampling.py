@@ -5,9 +5,12 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
+from qdeploy.model.input_folder import InputFolder
 from qdeploy.model.timesteps import Timesteps, read_timesteps
 from qdeploy.store.facts import SampledFacts
 from qdeploy.system.errors import UsageError
@@ -36,11 +39,13 @@ class Sampling:
         batch: images that are sampled together; memory grows with it.
         height: height of the images in pixels, where the pipeline offers a choice.
         width: width of the images in pixels.
+        inputs: a folder with further inputs, such as images and masks (see `qdeploy.model.input_folder`).
         arguments: further arguments of the pipeline by name, such as ``num_frames``.
         timesteps: those to sample at, descending; or ``quad``, DDIM's quadratic choice of as many as ``steps``.
 
     Raises:
         UsageError: an impossible number, or an empty list of prompts.
+        InvalidInputError: the folder of inputs cannot be used.
     """
 
     steps: int = _option("Sampling steps.", 50)
@@ -53,6 +58,9 @@ class Sampling:
     batch: int = _option("Images at a time.", 16)
     height: int | None = _option("Height of the images in pixels.")
     width: int | None = _option("Width of the images in pixels.")
+    inputs: str | Path | None = field(
+        default=None, metadata={"help": "Folder of inputs: image/, mask_image/, prompt.txt, ..."}
+    )
     arguments: Mapping[str, Any] | None = None
     timesteps: Timesteps | None = _option("Timesteps to sample at: quad, or a list: 981,961,...")  # noqa: RUF009 - an alias
 
@@ -76,11 +84,33 @@ class Sampling:
                 if not given:
                     raise UsageError(f"the list of {name.replace('_', ' ')} is empty")
                 object.__setattr__(self, name, tuple(map(str, given)))
+        if self.prompts is None and self.folder is not None and (lines := self.folder.lines("prompt")):
+            object.__setattr__(self, "prompts", tuple(lines))
         negative = len(self.negative_prompts or ())
         if negative > 1 and negative != len(self.prompts or ()):
             raise UsageError(
                 f"{negative} negative prompts do not go with {len(self.prompts or ())} prompts: give one, or as many"
             )
+
+    @cached_property
+    def folder(self) -> InputFolder | None:
+        """The folder of inputs."""
+        return None if self.inputs is None else InputFolder(Path(self.inputs))
+
+    def inputs_of(self, images: Sequence[int]) -> dict[str, Any]:
+        """Arguments of the pipeline from the folder of inputs, for some images by their numbers.
+
+        Raises:
+            InvalidInputError: a picture is missing, broken or too large.
+        """
+        found = {} if self.folder is None else self.folder.arguments(images)
+        return {name: value for name, value in found.items() if name != "prompt"}
+
+    def to_json(self) -> dict[str, Any]:
+        """What determines the images, with the content of the folder of inputs in place of its path."""
+        value = asdict(self)
+        inputs = None if self.folder is None else self.folder.sha256
+        return {**value, "inputs": inputs}
 
     def prompts_of(self, images: Sequence[int]) -> list[str] | None:
         """A prompt for each of some images, by their numbers; the list begins anew where it ends."""
@@ -157,6 +187,7 @@ class SamplingOptions(TypedDict, total=False):
     batch: int
     height: int | None
     width: int | None
+    inputs: str | Path | None
     arguments: Mapping[str, Any] | None
     timesteps: Timesteps | None
 

@@ -116,6 +116,9 @@ def sample(
     }
     place = Path(output) if output else default_output(whole.path if made is None else made.path, "samples")
     made_from = {origin: identity, "pipeline": pipeline_sha256(whole)}
+    if chosen.folder is not None:
+        chosen.folder.check(range(samples))
+        made_from["inputs"] = chosen.folder.sha256
     draft = Draft(place, Samples, made_from, None, chosen.seed, asked, overwrite)
     if done := draft.finished():
         return done

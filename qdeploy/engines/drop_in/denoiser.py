@@ -17,6 +17,16 @@ from qdeploy.model.call import CallForm, read_call
 from qdeploy.store.facts import CallFacts
 from qdeploy.system.errors import InvalidInputError
 
+# What ControlNets and T2I adapters add to features inside of a denoiser. Zeros add what none adds.
+RESIDUALS = (
+    "down_block_additional_residuals",
+    "mid_block_additional_residual",
+    "down_intrablock_additional_residuals",
+    "block_controlnet_hidden_states",
+    "controlnet_block_samples",
+    "controlnet_single_block_samples",
+)
+
 
 @dataclass
 class DenoiserOutput(BaseOutput):
@@ -79,6 +89,7 @@ class EngineDenoiser(ModelStandIn):
             found, tensors = read_call(self.signature, args, kwargs)
         except TypeError as error:
             raise InvalidInputError(f"{self._original.__name__}: {error}") from error
+        found = self._with_zeros(found, tensors)
         self._check(found, tensors)
         result = self.engine(self._with_rows(tensors))
         sample = tensors.get(next(iter(self.signature.parameters)))
@@ -86,6 +97,29 @@ class EngineDenoiser(ModelStandIn):
             result = result.to(sample.dtype)
         wanted = self.signature.bind(*args, **kwargs).arguments.get("return_dict", True)
         return DenoiserOutput(sample=result) if wanted else (result,)
+
+    def _with_zeros(self, found: CallForm, tensors: dict[str, Tensor]) -> CallForm:
+        """Zeros for the residuals that the graph takes and a call without a ControlNet does not give.
+
+        Args:
+            found: the form of the call.
+            tensors: of the call; zeros are added.
+
+        Returns:
+            The form with them.
+        """
+        sample = tensors.get(next(iter(self.signature.parameters)))
+        form = CallForm.of(self.engine.call)
+        arguments = dict(found.arguments)
+        for name, port in self.engine.ports.items():
+            argument = name.partition(".")[0]
+            shape: tuple[int | None, ...] = getattr(port, "shape", ())
+            row = [size for size in shape[1:] if size is not None]
+            if name in tensors or argument not in RESIDUALS or sample is None or len(row) < len(shape) - 1:
+                continue
+            tensors[name] = sample.new_zeros(shape[0] or len(sample), *row)
+            arguments[argument] = {"tensor": name} if form is None else form.arguments[argument]
+        return CallForm(arguments, found.shared)
 
     def _check(self, found: CallForm, tensors: Mapping[str, Tensor]) -> None:
         """Make sure that the graph computes all that a call asks for.
