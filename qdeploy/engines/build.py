@@ -116,6 +116,11 @@ def build_engine(
     rest = plan_components(chosen, source, pipeline, components, strict)
     quantized = source.facts.activations not in ("none", DYNAMIC)
     narrow = quantized and chosen.narrow_sums and int8_sums_saturate()
+    if source.facts.activations == DYNAMIC and chosen.name == "openvino" and int8_sums_saturate():
+        say(
+            "this processor has no VNNI: OpenVINO leaves activations in float here, nearer to full precision than "
+            "the simulation and no faster"
+        )
     options = {
         "backend": chosen.name,
         "backend_version": chosen.version(),
