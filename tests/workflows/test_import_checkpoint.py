@@ -13,6 +13,7 @@ from click.testing import Result
 
 from qdeploy.engines.build import build_engine
 from qdeploy.export.run import export
+from qdeploy.quant.attention import AttentionQuantizers
 from qdeploy.quant.checkpoint import load_checkpoint
 from qdeploy.quant.layer import quantized_layers
 from qdeploy.sampling.sample import sample
@@ -80,10 +81,10 @@ def test_tables_by_timestep_are_looked_up_by_its_value(ddpm: Path, tmp_path: Pat
     layer = quantized_layers(load_checkpoint(checkpoint))["down_blocks.0.resnets.0.conv1"]
     ((delta, _),) = made.inputs["down_blocks.0.resnets.0.conv1"]
     quantizer = layer.activation_quantizers[0]
-    assert quantizer.clock is not None
+    assert quantizer.current_timestep is not None
     for timestep, entry in ((999, 0), (701, 0), (700, 1), (300, 2), (0, 2)):
-        with quantizer.clock.at(torch.tensor([timestep])):
-            found = quantizer.scale[quantizer.clock.index(quantizer.edges)]
+        with quantizer.current_timestep.at(torch.tensor([timestep])):
+            found = quantizer.scale[quantizer.current_timestep.index(quantizer.edges)]
         assert float(found) == float(delta[entry]), timestep
 
 
@@ -94,10 +95,12 @@ def test_quests_entries_serve_the_timesteps_below_their_own(ddpm: Path, tmp_path
     layer = quantized_layers(load_checkpoint(checkpoint))["conv_out"]
     ((delta, _),) = made.inputs["conv_out"]
     quantizer = layer.activation_quantizers[0]
-    assert quantizer.clock is not None
+    assert quantizer.current_timestep is not None
     for timestep, entry in ((900, 0), (401, 0), (400, 1), (3, 1)):
-        with quantizer.clock.at(torch.tensor([timestep])):
-            assert float(quantizer.scale[quantizer.clock.index(quantizer.edges)]) == float(delta[entry])
+        with quantizer.current_timestep.at(torch.tensor([timestep])):
+            assert float(quantizer.scale[quantizer.current_timestep.index(quantizer.edges)]) == float(
+                delta[entry]
+            )
 
 
 def test_one_range_over_all_timesteps_makes_a_network_that_engines_run(ddpm: Path, tmp_path: Path) -> None:
@@ -235,3 +238,96 @@ def load(samples: Any) -> Any:
     from safetensors.numpy import load_file
 
     return load_file(samples.path / "images.safetensors")["images"]
+
+
+# -- attention -----------------------------------------------------------------------------------------------
+
+OPERANDS = {"q": (0.05, 120), "k": (0.04, 130), "v": (0.03, 128), "w": (1 / 255, 0)}
+
+
+def with_operands(made: Published, start: str, names: dict[str, str], softmax: float = 1 / 255) -> None:
+    """Scales of the operands of one attention; ``names`` says which module holds each."""
+    for operand, (delta, zero_point) in OPERANDS.items():
+        scale = softmax if operand == "w" else delta
+        name = f"model.{start}{names[operand]}.act_quantizer_{operand}"
+        made.state[f"{name}.delta"] = torch.tensor(scale)
+        made.state[f"{name}.zero_point"] = torch.tensor(float(zero_point))
+
+
+def test_operands_of_cross_attention_in_the_names_of_stable_diffusion(
+    stable_diffusion: Path, tmp_path: Path
+) -> None:
+    made = published(stable_diffusion, "qdiffusion", names="compvis", activations="asymmetric", split=True)
+    places = [name for name in made.state if name.endswith((".attn1.to_q.weight", ".attn2.to_q.weight"))]
+    for name in places:
+        start = name.removeprefix("model.").removesuffix(".to_q.weight")
+        with_operands(made, start, dict.fromkeys("qkvw", ""), softmax=1 / 65535)
+    checkpoint = imported(made, "qdiffusion", stable_diffusion, tmp_path)
+    assert_same_codes(made, checkpoint)
+    assert checkpoint.recipe is not None
+    assert checkpoint.recipe["softmax"] == "uint16"
+    assert checkpoint.facts.simulated
+    found = [m for m in load_checkpoint(checkpoint).modules() if isinstance(m, AttentionQuantizers)]
+    assert len(found) == len(places) == 8
+    for attention in found:
+        read = {name: (float(q.scale), int(q.zero_point)) for name, q in attention.named_children()}
+        assert read["query"] == (pytest.approx(0.05), 120)
+        assert read["probabilities"] == (pytest.approx(1 / 65535), 0)
+    in_float = import_checkpoint(
+        tmp_path / "file.pth", stable_diffusion, tmp_path / "float", method="qdiffusion", float_attention=True
+    )
+    assert in_float.facts.simulated == []
+
+
+def test_operands_that_were_scaled_before_have_the_steps_of_what_they_were(
+    ddpm: Path, tmp_path: Path
+) -> None:
+    """LDM multiplies q and k by d^(-1/4) each, and quantizes that."""
+    made = published(ddpm, "qdiffusion", names="compvis", activations="asymmetric")
+    for block in ("input_blocks.3.1", "middle_block.1", "output_blocks.0.1", "output_blocks.1.1"):
+        places = {"q": "qkv_matmul", "k": "qkv_matmul", "v": "smv_matmul", "w": "smv_matmul"}
+        with_operands(made, f"{block}.attention.", places)
+    denoiser = load_checkpoint(imported(made, "qdiffusion", ddpm, tmp_path))
+    attention = denoiser.get_submodule("mid_block.attentions.0")
+    quantizers = attention.get_submodule("attention_quantizers")
+    width = attention.inner_dim // attention.heads
+    scales = {name: float(each.scale) for name, each in quantizers.named_children()}
+    wanted = {"query": 0.05 * width**0.25, "key": 0.04 * width**0.25, "value": 0.03, "probabilities": 1 / 255}
+    assert scales == pytest.approx(wanted)
+
+
+# -- scales along axes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("path", "shape", "axis"), [("to_q", (1, 1, 16), -1), ("to_q", (1, 16, 1), -2)])
+def test_groups_of_dgq_lie_along_features_or_tokens(
+    path: str, shape: tuple[int, ...], axis: int, ddpm: Path, tmp_path: Path
+) -> None:
+    made = published(ddpm, "dgq", activations="asymmetric")
+    name = f"model.mid_block.attentions.0.{path}.aqtizer"
+    delta = torch.rand(16) * 0.02 + 0.02
+    made.steps[0][f"{name}.delta"] = delta.view(shape)
+    made.steps[0][f"{name}.zero_point"] = torch.full(shape, 100.0)
+    checkpoint = imported(made, "dgq", ddpm, tmp_path)
+    assert "activations have scales along channels, tokens or pixels" in checkpoint.facts.simulated
+    layer = quantized_layers(load_checkpoint(checkpoint))[f"mid_block.attentions.0.{path}"]
+    quantizer = layer.activation_quantizers[0]
+    assert quantizer.axis == axis
+    torch.testing.assert_close(quantizer.scale, delta, rtol=0, atol=0)
+
+
+def test_rows_of_the_im2col_matrix_are_quantized_as_unfolded(ddpm: Path, tmp_path: Path) -> None:
+    """Against an explicit im2col, whose rows go channel by channel, position by position."""
+    made = published(ddpm, "dgq", activations="asymmetric")
+    path = "mid_block.resnets.0.conv1"
+    delta = torch.rand(16 * 9) * 0.02 + 0.02
+    made.steps[0][f"model.{path}.aqtizer.delta"] = delta.view(1, -1, 1)
+    made.steps[0][f"model.{path}.aqtizer.zero_point"] = torch.full((1, 144, 1), 128.0)
+    layer = quantized_layers(load_checkpoint(imported(made, "dgq", ddpm, tmp_path)))[path]
+    x = torch.randn(2, 16, 4, 4)
+    unfolded = torch.nn.functional.unfold(x, 3, padding=1)
+    codes = (unfolded / delta[:, None]).round().add(128).clamp(0, 255)
+    weight = layer.quantized_weights()[0].flatten(1)
+    wanted = (weight @ ((codes - 128) * delta[:, None])).unflatten(2, (4, 4)) + layer.bias[:, None, None]
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-5)
