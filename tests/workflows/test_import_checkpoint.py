@@ -331,3 +331,34 @@ def test_rows_of_the_im2col_matrix_are_quantized_as_unfolded(ddpm: Path, tmp_pat
     wanted = (weight @ ((codes - 128) * delta[:, None])).unflatten(2, (4, 4)) + layer.bias[:, None, None]
     with torch.no_grad():
         torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_eight_bits_are_kept_for_torch(ddpm: Path, tmp_path: Path) -> None:
+    made = published(ddpm, "qdiffusion", bits=8)
+    checkpoint = imported(made, "qdiffusion", ddpm, tmp_path)
+    assert checkpoint.facts.precision == "W8Afp"
+    assert checkpoint.facts.simulated == ["no engine has a kernel for uint8 weights"]
+    assert_same_codes(made, checkpoint)
+
+
+def test_biases_that_a_method_tuned_are_the_files(ddpm: Path, tmp_path: Path) -> None:
+    made = published(ddpm, "quest")
+    name = "model.mid_block.resnets.0.time_emb_proj.bias"
+    made.state[name] = made.state[name] + 0.25
+    layer = quantized_layers(load_checkpoint(imported(made, "quest", ddpm, tmp_path)))[
+        "mid_block.resnets.0.time_emb_proj"
+    ]
+    assert layer.bias is not None
+    torch.testing.assert_close(layer.bias, made.state[name], rtol=0, atol=0)
+
+
+def test_zero_points_outside_of_the_codes_are_kept(ddpm: Path, tmp_path: Path) -> None:
+    """Channels whose weights are all of one sign have them, where ranges need not hold zero."""
+    made = published(ddpm, "brecq")
+    name = "model.conv_out.weight_quantizer.zero_point"
+    made.state[name] = made.state[name] - 20
+    layer = quantized_layers(load_checkpoint(imported(made, "brecq", ddpm, tmp_path)))["conv_out"]
+    zero_point = layer.weight_quantizers[0].zero_point
+    assert isinstance(zero_point, torch.Tensor)
+    assert torch.equal(zero_point.float(), made.state[name].flatten())
+    assert float(zero_point.min()) < 0
