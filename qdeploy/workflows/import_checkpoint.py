@@ -3,41 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qdeploy.calibrate.open_session import check_device
 from qdeploy.calibrate.published.fit import Fitted, fit
-from qdeploy.calibrate.published.layouts import InputGrid, find_layout, read_published
-from qdeploy.calibrate.published.place import PublishedSteps, place
+from qdeploy.calibrate.published.layouts import find_layout, read_published
+from qdeploy.calibrate.published.place import PublishedSteps, not_for_engines, place
+from qdeploy.calibrate.published.recipe import as_published, recipe_of
 from qdeploy.calibrate.session import Session
 from qdeploy.calibration_set.example_rows import ExampleRows
 from qdeploy.model.folder import Model
 from qdeploy.model.in_memory import ModelSource, model_of
-from qdeploy.network.roles import Structure, find_structure
+from qdeploy.network.roles import find_structure
 from qdeploy.quant.insert import quantize_structure
-from qdeploy.quant.log_attention import LogQuantizer
-from qdeploy.quant.quantizers import ActivationQuantizer
-from qdeploy.quant.state import quantizers
-from qdeploy.recipe.formats import NONE, Format, integer, parse_format, unsigned
-from qdeploy.recipe.recipe import Recipe
-from qdeploy.recipe.stages import ForeignStage
-from qdeploy.recipe.targets import find_target
+from qdeploy.recipe.formats import NONE
 from qdeploy.store.artifact import Checkpoint
 from qdeploy.store.builder import Draft
 from qdeploy.store.manifest import Notes
 from qdeploy.store.paths import default_output
-from qdeploy.system.errors import CapabilityError, UsageError
+from qdeploy.system.errors import UsageError
 from qdeploy.system.hashing import sha256_file
 from qdeploy.system.progress import say
 from qdeploy.workflows.calibrate import finish
-
-WIDE = 15  # zero points above this are none of 4 bits
-SIXTEEN = 1 / 4096  # steps of a softmax output below this are those of 16 bits
 
 
 def import_checkpoint(
@@ -99,14 +90,14 @@ def import_checkpoint(
             layer.inputs = []
         fitted.steps = 1
     steps = _steps(fitted, source, given, method, merge_timesteps, path)
-    recipe = _recipe(fitted, structure, method, weights, activations, target, steps)
+    recipe = recipe_of(fitted, structure, method, weights, activations, target, steps)
     place_to = Path(output) if output else default_output(source.path, method)
     made_from = {"model": source.sha256, "file": sha256_file(path)}
     asked = {"timesteps": steps.timesteps.tolist(), "merge": merge_timesteps}
     draft = Draft(place_to, Checkpoint, made_from, recipe.to_json(), recipe.seed, asked, overwrite)
     if done := draft.finished():
         return done
-    structure = _as_published(structure, fitted)
+    structure = as_published(structure, fitted)
     layers = quantize_structure(denoiser, structure, recipe)
     denoiser.eval().requires_grad_(False).to(device)
     session = Session(
@@ -122,7 +113,7 @@ def import_checkpoint(
     )
     temporal = set(structure.time.layers)
     place(denoiser, fitted, steps, temporal, method)
-    reasons = _moving(denoiser, temporal)
+    reasons = not_for_engines(denoiser, temporal)
     say(
         f"{path.name}: {recipe.precision} of {method}, {len(layers)} of {len(structure.layers)} layers quantized"
         + (f", scales for {fitted.steps} steps" if fitted.steps > 1 else "")
@@ -192,104 +183,3 @@ def _scheduled(source: Model, count: int) -> Tensor | None:
         if len(timesteps) == count and bool((timesteps[1:] <= timesteps[:-1]).all()):
             return timesteps
     return None
-
-
-def _recipe(
-    fitted: Fitted,
-    structure: Structure,
-    method: str,
-    weights: str | None,
-    activations: str | None,
-    target: str | None,
-    steps: PublishedSteps,
-) -> Recipe:
-    """What the file is, in a recipe's words."""
-    kept = {path: layer for path, layer in fitted.layers.items() if layer.weights}
-    grids = [grid for layer in kept.values() for grid in layer.inputs]
-    weights = weights or _weight_format(fitted).name
-    seen = activations or _input_format(grids).name if grids else NONE
-    number_format = parse_format(seen)
-    if number_format is not None and number_format.symmetric and method == "quest":
-        raise CapabilityError(
-            "QuEST's code clamps symmetric activations to [-257, 256] at 8 bits, which no format of 8 bits holds: "
-            "import the weights alone with --activations none"
-        )
-    attention = bool(fitted.attentions)
-    moving = fitted.steps > 1 and not steps.merged
-    asymmetric = number_format is not None and not number_format.symmetric
-    several = any(grid.delta[0].numel() > 1 for grid in grids)
-    engine = find_target("openvino")
-    able = weights in engine.weights and seen in engine.activations
-    simulated = not able or (asymmetric and (attention or moving)) or (several and method == "dgq")
-    bare = {path for path, layer in kept.items() if not layer.inputs}
-    options = {"method": method}
-    return Recipe(
-        weights,
-        seen,
-        method=method if method in ("qdiffusion", "tfmq", "quest", "dgq") else "qdiffusion",
-        stages=[ForeignStage("import-checkpoint", options)],
-        coverage="qdiffusion-paper" if attention else "every-layer",
-        target=target or ("simulated" if simulated else "openvino"),
-        exclude=[layer.path for layer in structure.layers if layer.path not in kept],
-        layers=tuple((path, {"activations": NONE}) for path in sorted(bare)) if seen != NONE else (),
-        timestep_groups=tuple(steps.edges.tolist()) if moving else 1,
-        softmax=_softmax_format(fitted) if attention else "uint8",
-    )
-
-
-def _weight_format(fitted: Fitted) -> Format:
-    grids = [grid for layer in fitted.layers.values() for grid in layer.weights]
-    zero_points = torch.cat([grid.zero_point for grid in grids])
-    bits = 8 if float(zero_points.median()) > WIDE else 4
-    if not bool(zero_points.any()):
-        raise UsageError(
-            "the file's weights have no zero points, so their bits cannot be told: pass --weights int4 or int8"
-        )
-    return unsigned(bits)
-
-
-def _input_format(grids: Sequence[InputGrid]) -> Format:
-    return unsigned(8) if any(bool(grid.zero_point.any()) for grid in grids) else integer(8)
-
-
-def _softmax_format(fitted: Fitted) -> str:
-    """The format of the softmax output: its steps say whether they are of 8 or of 16 bits."""
-    deltas = [
-        float(each.operands["probabilities"].delta.max())
-        for each in fitted.attentions.values()
-        if "probabilities" in each.operands
-    ]
-    return "uint16" if deltas and max(deltas) < SIXTEEN else "uint8"
-
-
-def _as_published(structure: Structure, fitted: Fitted) -> Structure:
-    """The structure with the file's splits; layers that read one tensor with equal scales read it together."""
-    first: dict[tuple[object, ...], str] = {}
-    layers = []
-    for layer in structure.layers:
-        found = fitted.layers[layer.path]
-        scales = tuple(
-            (tuple(grid.delta.flatten().tolist()), tuple(grid.zero_point.flatten().tolist()))
-            for grid in found.inputs
-        )
-        reads = first.setdefault((layer.unit, layer.reads, found.split, scales), layer.path)
-        layers.append(replace(layer, split=found.split, reads=reads))
-    attentions = tuple(path for path in structure.attentions if path in fitted.attentions)
-    return replace(structure, layers=tuple(layers), attentions=attentions)
-
-
-def _moving(denoiser: nn.Module, temporal: set[str]) -> list[str]:
-    """Why no engine can run what was placed, beside what its formats say."""
-    reasons = []
-    found = [
-        quantizer
-        for name, quantizer in quantizers(denoiser)
-        if isinstance(quantizer, ActivationQuantizer) and name.rpartition(".input.")[0] not in temporal
-    ]
-    if any(quantizer.axis is not None for quantizer in found):
-        reasons.append("activations have scales along channels, tokens or pixels")
-    if any(quantizer.banked and not quantizer.hoisted and quantizer.axis is None for quantizer in found):
-        reasons.append("activations have a zero point for each timestep")
-    if any(isinstance(module, LogQuantizer) for module in denoiser.modules()):
-        reasons.append("the softmax output is on a logarithmic scale")
-    return reasons

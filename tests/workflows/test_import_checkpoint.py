@@ -357,8 +357,15 @@ def test_zero_points_outside_of_the_codes_are_kept(ddpm: Path, tmp_path: Path) -
     made = published(ddpm, "brecq")
     name = "model.conv_out.weight_quantizer.zero_point"
     made.state[name] = made.state[name] - 20
-    layer = quantized_layers(load_checkpoint(imported(made, "brecq", ddpm, tmp_path)))["conv_out"]
+    checkpoint = imported(made, "brecq", ddpm, tmp_path)
+    assert checkpoint.facts.simulated == []
+    layer = quantized_layers(load_checkpoint(checkpoint))["conv_out"]
     zero_point = layer.weight_quantizers[0].zero_point
     assert isinstance(zero_point, torch.Tensor)
     assert torch.equal(zero_point.float(), made.state[name].flatten())
     assert float(zero_point.min()) < 0
+    made.state[name] -= 200
+    far = import_checkpoint(made.save(tmp_path / "far.pth", "brecq"), ddpm, tmp_path / "far", method="brecq")
+    assert far.facts.simulated == [
+        "codes of conv_out.weight.0 are further from their zero point than int8 reaches"
+    ]

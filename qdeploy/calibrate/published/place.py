@@ -13,13 +13,15 @@ from qdeploy.network.current_timestep import midpoints
 from qdeploy.quant.attention import AttentionQuantizers
 from qdeploy.quant.layer import QuantizedLayer, is_pointwise, quantized_layers
 from qdeploy.quant.log_attention import LogQuantizer
-from qdeploy.quant.operators import code_type
+from qdeploy.quant.operators import code_type, per_channel
 from qdeploy.quant.patches import AXES, PIXELS, ROWS
-from qdeploy.quant.quantizers import ActivationQuantizer
+from qdeploy.quant.quantizers import ActivationQuantizer, WeightQuantizer
 from qdeploy.quant.ranges import to_scale
+from qdeploy.quant.state import quantizers
 from qdeploy.recipe.formats import Format
 from qdeploy.system.errors import CapabilityError
 
+INT8 = 127  # how far engines' codes reach
 FEATURES, TOKENS = "features", "tokens"
 
 
@@ -193,3 +195,39 @@ def _place_operands(
         last = TOKENS if attention.scaled else FEATURES  # there tokens are the last axis
         axis = None if along is None else -1 if along == last else -2
         _set(quantizer, values, steps, axis, f"{path}.{name}")
+
+
+def not_for_engines(denoiser: nn.Module, temporal: set[str]) -> list[str]:
+    """Why no engine can run what was placed, beside what its formats say; empty if one can.
+
+    Args:
+        denoiser: the network.
+        temporal: paths of layers that depend on the timestep alone.
+    """
+    reasons = []
+    wide = [
+        name
+        for name, quantizer in quantizers(denoiser)
+        if isinstance(quantizer, WeightQuantizer) and quantizer.format.bits < 8 and _reach(quantizer) > INT8
+    ]
+    if wide:
+        reasons.append(f"codes of {wide[0]} are further from their zero point than int8 reaches")
+    found = [
+        quantizer
+        for name, quantizer in quantizers(denoiser)
+        if isinstance(quantizer, ActivationQuantizer) and name.rpartition(".input.")[0] not in temporal
+    ]
+    if any(quantizer.axis is not None for quantizer in found):
+        reasons.append("activations have scales along channels, tokens or pixels")
+    if any(quantizer.banked and not quantizer.hoisted and quantizer.axis is None for quantizer in found):
+        reasons.append("activations have a zero point for each timestep")
+    if any(isinstance(module, LogQuantizer) for module in denoiser.modules()):
+        reasons.append("the softmax output is on a logarithmic scale")
+    return reasons
+
+
+def _reach(quantizer: WeightQuantizer) -> int:
+    """The largest distance of a code from its zero point."""
+    assert quantizer.codes is not None
+    codes = quantizer.codes.to(torch.int32)
+    return int((codes - per_channel(quantizer.zero_point, codes.ndim)).abs().max())
