@@ -50,6 +50,7 @@ def test_a_type_checker_passes_the_readme_and_flags_what_does_not_exist(tmp_path
         "qdeploy.AdaRound(reach=1.0)": "reach",
         'qdeploy.Recipe("int4", stages=[3])': "list-item",
         'qdeploy.sample("x", steps="many")': "arg-type",
+        'qdeploy.build_engine("x", workspaces=2.0)': "workspaces",
     }
     right = [
         "reveal_type(checkpoint)",

@@ -48,7 +48,7 @@ def export(source: str, no_components: bool, as_json: bool, **options: Any) -> N
 
 
 def _tensorrt(function: F) -> F:
-    """The options that only builds with TensorRT have: fields of `qdeploy.engines.build.BackendOptions`."""
+    """The options that only builds with TensorRT have: keys of `qdeploy.engines.backend_options.BackendOptions`."""
     decorated: Any = function
     for option in (
         click.option(

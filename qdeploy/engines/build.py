@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
@@ -39,6 +39,11 @@ from qdeploy.system.machine import (
 )
 from qdeploy.system.progress import say
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from qdeploy.engines.backend_options import BackendOptions
+
 # An engine may round differently here and there, and every difference spreads. Two independent roundings are
 # twice the quantization noise apart; beyond twice that, the engine computes something else.
 _NOISE_RATIO = 4.0
@@ -58,7 +63,7 @@ def build_engine(
     components: Mapping[str, str] | None = None,
     strict: bool = False,
     overwrite: bool = False,
-    **build_options: Any,
+    **build_options: Unpack[BackendOptions],
 ) -> EngineFolder:
     """Build the engine of an ONNX bundle, and measure it.
 
@@ -79,7 +84,7 @@ def build_engine(
         components: precision of each of these, such as ``{"vae": "f32"}``; 16 bits by default.
         strict: refuse a pipeline some of whose components would stay in torch.
         overwrite: replace another artifact at ``output``.
-        build_options: those that only some backends have, see `Backend.build_options`; None or False leaves one out.
+        build_options: those that only some backends have, see `BackendOptions`; None or False leaves one out.
 
     Returns:
         An artifact of kind ``engine``, in the layout that the runtime's own diffusers pipelines open.
@@ -105,10 +110,8 @@ def build_engine(
         if optimize_for and "bf16" in chosen.precisions and has_bf16():
             precision = "bf16"
     check_precision(chosen, precision)
-    build_options = {
-        name: value for name, value in build_options.items() if value is not None and value is not False
-    }
-    _check_build_options(chosen, build_options)
+    own = {name: value for name, value in build_options.items() if value is not None and value is not False}
+    _check_build_options(chosen, own)
     if source.facts.sizes is not None and not chosen.any_size:
         raise CapabilityError(
             f"{chosen.name} builds engines of one size: export {source.path} without --sizes"
@@ -129,7 +132,7 @@ def build_engine(
         "threads": threads,
         **({"int8_sums": NARROW} if narrow else {}),
         **({"optimize_for": optimize_for, "min_sqnr": min_sqnr} if optimize_for else {}),
-        **{name: value for name, value in build_options.items() if _shapes_the_engine(chosen, name, value)},
+        **{name: value for name, value in own.items() if _shapes_the_engine(chosen, name, value)},
     }
     asked = options | ({"pipeline": rest.to_json()} if rest else {})
     place = Path(output) if output else default_output(source.path, "engine")
@@ -158,7 +161,7 @@ def build_engine(
             facts = replace(facts, quantizers_left_out=list(placement.floats))
         if quantized and chosen.narrow_sums:
             facts = replace(facts, int8_sums=sums_of(graph))
-        took = _convert(chosen, source, graph, draft, facts, build_options)
+        took = _convert(chosen, source, graph, draft, facts, own)
         if rest:
             build_components(chosen, source, draft, rest)
         write_card(draft, facts)

@@ -2,12 +2,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from click.testing import Result
 
+from qdeploy.cli import main
+from qdeploy.engines.backend_options import BackendOptions
+from qdeploy.engines.build import build_engine
+from qdeploy.engines.registry import backends
 from qdeploy.engines.tensorrt.options import BUILD_OPTIONS, Options, check_machine, check_options
 from qdeploy.store.artifact import Artifact
 from qdeploy.system.errors import QDeployError, UsageError
@@ -83,3 +88,12 @@ def test_other_backends_refuse_each_wish_in_one_sentence(
 def test_the_place_of_the_cache_is_no_fact() -> None:
     assert Options(timing_cache=Path("a")).facts() == Options(timing_cache=Path("b")).facts()
     assert Options(refit=True).facts() != Options().facts()
+
+
+def test_the_typed_keywords_are_those_of_the_backends_and_of_the_command() -> None:
+    keywords = get_type_hints(BackendOptions).keys()
+    assert keywords == {name for backend in backends().values() for name in backend.build_options}
+    written = {parameter.name for parameter in main.commands["build-engine"].params}
+    assert keywords <= written
+    own = set(signature(build_engine).parameters) - {"bundle", "build_options"}
+    assert written - keywords == own | {"onnx", "as_json", "verbose", "quiet", "debug"}
