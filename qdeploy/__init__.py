@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qdeploy.calibrate.methods.dgq_attention import LogAttention
     from qdeploy.calibrate.methods.dgq_patches import GroupPatches
     from qdeploy.calibrate.methods.dgq_tokens import GroupTokens
+    from qdeploy.calibrate.methods.gptq import GPTQ
     from qdeploy.calibrate.methods.load_weights import LoadWeights
     from qdeploy.calibrate.methods.minmax import ActivationRanges, WeightRanges
     from qdeploy.calibrate.methods.qdiffusion import AdaRound, LearnScales
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from qdeploy.workflows.preflight import preflight
 
 __all__ = [
+    "GPTQ",
     "ActivationRanges",
     "AdaRound",
     "AlignAttention",
@@ -121,6 +123,7 @@ _NAMES = {
     "qdeploy.calibrate.methods.dgq_attention": ("LogAttention",),
     "qdeploy.calibrate.methods.dgq_patches": ("GroupPatches",),
     "qdeploy.calibrate.methods.dgq_tokens": ("GroupTokens",),
+    "qdeploy.calibrate.methods.gptq": ("GPTQ",),
     "qdeploy.calibrate.methods.load_weights": ("LoadWeights",),
     "qdeploy.calibrate.methods.minmax": (
         "ActivationRanges",

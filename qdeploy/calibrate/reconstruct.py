@@ -194,12 +194,15 @@ class UnitProblem:
 
     def error(self, rows: Tensor, p: float) -> Tensor:
         """`output_error` of the unit on some rows."""
+        return output_error(self.output(rows), self.to_device(self.targets.batch(rows)), p)
+
+    def output(self, rows: Tensor) -> Any:
+        """What the unit computes for some rows."""
         args, kwargs = self.to_device(self.inputs.batch(rows))
         known = self.current_timestep is not None and self.timesteps is not None
         running = self.current_timestep.at(self.timesteps[rows].to(self.device)) if known else nullcontext()  # type: ignore[union-attr,index]
         with running:
-            output = self.unit(*args, **kwargs)
-        return output_error(output, self.to_device(self.targets.batch(rows)), p)
+            return self.unit(*args, **kwargs)
 
     def judged(self, p: float, batch: int = 32) -> float:
         """Mean error on the rows that nothing was learned from."""

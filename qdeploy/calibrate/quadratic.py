@@ -1,0 +1,109 @@
+"""Rounding in closed form: codes of least quadratic error, given the second moments of a layer's inputs.
+
+A layer computes ``W x``. With ``H = E[x x^T]``, the mean squared error of an output channel with weights w, whose
+values on the grid are q, is ``(q - w) H (q - w)^T``. `gptq` rounds column after column and lets the columns to come
+make up for the error (GPTQ, Frantar et al., ICLR 2023, arXiv 2210.17323, algorithm 1; OBQ, Frantar and Alistarh,
+NeurIPS 2022, arXiv 2208.11580, equation 4), all channels at once, since none depends on another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qdeploy.recipe.formats import Format
+
+_BLOCK = 128  # columns whose effect on later ones is applied at once
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The grid of integers that weights [O, K] are rounded to.
+
+    Attributes:
+        scale: positive steps, broadcastable to [O, K].
+        zero_point: codes of zero, shaped like ``scale``.
+        number_format: says which codes there are.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    number_format: Format
+
+    def values(self, weight: Tensor, columns: Tensor | slice = slice(None)) -> Tensor:
+        """The nearest values on the grid of some columns of a weight."""
+        scale, zero = self.scale[:, columns], self.zero_point[:, columns]
+        codes = (torch.round(weight / scale) + zero).clamp(self.number_format.qmin, self.number_format.qmax)
+        return (codes - zero) * scale
+
+    def codes(self, values: Tensor) -> Tensor:
+        """The codes of values on the grid."""
+        codes = torch.round(values / self.scale) + self.zero_point
+        return codes.clamp(self.number_format.qmin, self.number_format.qmax)
+
+
+def quadratic_error(weight: Tensor, values: Tensor, hessian: Tensor) -> Tensor:
+    """[O] ``(q - w) H (q - w)^T`` of each row, in double precision.
+
+    Args:
+        weight: [O, K].
+        values: [O, K] what stands in its place.
+        hessian: [K, K].
+    """
+    error = (values - weight).double()
+    return ((error @ hessian.double()) * error).sum(1)
+
+
+def round_rows(weight: Tensor, grid: Grid, hessian: Tensor, damping: float) -> Tensor:
+    """Values on the grid whose quadratic error is, row by row, at most that of rounding to nearest.
+
+    Args:
+        weight: [O, K] float.
+        grid: for it.
+        hessian: [K, K] second moments of the inputs.
+        damping: share of the mean of the diagonal that is added to it for `gptq` (section 3.3, step 3).
+
+    Returns:
+        [O, K] values on the grid.
+    """
+    nearest = grid.values(weight)
+    found = gptq(weight, grid, hessian, damping)
+    better = quadratic_error(weight, found, hessian) < quadratic_error(weight, nearest, hessian)
+    return torch.where(better[:, None], found, nearest)
+
+
+def gptq(weight: Tensor, grid: Grid, hessian: Tensor, damping: float) -> Tensor:
+    """Round column after column, the largest second moments first; arguments as of `round_rows`.
+
+    Columns whose inputs are always 0 are rounded to nearest.
+    """
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    inverse = _inverse_factor(hessian[order][:, order], damping)
+    left, found = weight[:, order].clone(), torch.empty_like(weight)
+    for start in range(0, weight.shape[1], _BLOCK):
+        stop = min(start + _BLOCK, weight.shape[1])
+        errors = weight.new_zeros(len(weight), stop - start)
+        for column in range(start, stop):
+            place = order[column]
+            found[:, place] = grid.values(left[:, column : column + 1], place[None]).flatten()
+            errors[:, column - start] = (left[:, column] - found[:, place]) / inverse[column, column]
+            left[:, column:stop] -= torch.outer(errors[:, column - start], inverse[column, column:stop])
+        left[:, stop:] -= errors @ inverse[start:stop, stop:]
+    return found
+
+
+def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """The upper Cholesky factor of the damped inverse (section 3.3, step 3); more damping where that fails."""
+    diagonal = hessian.diagonal()
+    mean = float(diagonal.mean()) or 1.0
+    upper: Tensor
+    while True:
+        damped = hessian + torch.diag(torch.where(diagonal > 0, damping * mean, mean).to(hessian.dtype))
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                return upper
+        damping = max(10 * damping, 1e-6)
