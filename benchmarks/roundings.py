@@ -1,0 +1,141 @@
+"""What deciding the roundings of weights costs and gives: nearest, GPTQ and AdaRound on one calibration set.
+
+    python -m benchmarks.roundings --model digits --output runs/roundings
+
+The same ranges for all (``lp``, W4A8); SQNR against full precision on calls of images that nothing was calibrated on:
+median over timesteps, pooled, and the worst timestep; with the activations quantized, and with the weights alone.
+Seconds are of the processor, for the whole calibration. ``table`` prints the kept results as Markdown:
+
+    python -m benchmarks.roundings table benchmarks/results/roundings.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qdeploy.calibrate.methods.gptq import GPTQ
+from qdeploy.calibrate.methods.minmax import ActivationRanges, WeightRanges
+from qdeploy.calibrate.methods.qdiffusion import AdaRound
+from qdeploy.calibration_set.collect import collect
+from qdeploy.calibration_set.dataset import CalibrationSet
+from qdeploy.model.folder import open_model, read_json
+from qdeploy.model.inputs import denoise
+from qdeploy.quant.checkpoint import load_checkpoint
+from qdeploy.quant.modes import weights_only
+from qdeploy.recipe.stages import Stage
+from qdeploy.store.files import write_json
+from qdeploy.system.tables import Table
+from qdeploy.workflows.calibrate import calibrate
+
+ROUNDINGS: dict[str, tuple[Stage, ...]] = {"nearest": (), "GPTQ": (GPTQ(),), "AdaRound, fast": (AdaRound(),)}
+FIGURES = ("median", "pooled", "worst")
+
+
+def decibels(signal: float, noise: float) -> float:
+    """Signal to noise, in dB."""
+    return float(10 * torch.log10(torch.tensor(signal / noise)))
+
+
+def figures(reference: Tensor, other: Tensor, timesteps: Tensor) -> dict[str, float]:
+    """SQNR by timestep, summed up."""
+    signal = reference.double().square().flatten(1).sum(1)
+    noise = (other - reference).double().square().flatten(1).sum(1)
+    each = [timesteps == t for t in timesteps.unique()]
+    by_timestep = [decibels(float(signal[own].sum()), float(noise[own].sum())) for own in each]
+    pooled = decibels(float(signal.sum()), float(noise.sum()))
+    return dict(zip(FIGURES, (median(by_timestep), pooled, min(by_timestep)), strict=True))
+
+
+def predictions(network: torch.nn.Module, data: CalibrationSet) -> Tensor:
+    """The network's output for all rows."""
+    with torch.no_grad():
+        parts = torch.arange(len(data)).split(64)
+        return torch.cat([denoise(network, data.inputs(part.tolist())) for part in parts])
+
+
+def measure(model: str, output: Path, wanted: list[str], seed: int, held_images: int) -> list[dict[str, Any]]:
+    """One record for each way of rounding."""
+    common = {"keep": 20, "steps": 50, "scheduler": "ddim", "batch": 32}
+    data = collect(model, output / f"{model}-set-{seed}", samples=64, seed=1000 * seed, **common)  # type: ignore[call-overload]
+    held = collect(model, output / f"{model}-held", samples=held_images, seed=77_000, **common)  # type: ignore[call-overload]
+    unseen = CalibrationSet.open(held.path)
+    timesteps = unseen.timesteps.flatten()
+    reference = predictions(open_model(model).load().float().eval(), unseen)
+    records = []
+    for name in wanted:
+        stages = [WeightRanges("lp"), *ROUNDINGS[name], ActivationRanges("lp")]
+        place = output / f"{model}-{name.replace(', ', '-').lower()}-{seed}"
+        began = time.process_time()
+        checkpoint = calibrate(
+            model, place, weights="int4", activations="int8", effort="fast", stages=stages, calibration=data,
+            seed=seed,
+        )  # fmt: skip
+        took = time.process_time() - began
+        network = load_checkpoint(checkpoint).eval()
+        record: dict[str, Any] = {
+            "model": model,
+            "rounding": name,
+            "seed": seed,
+            "cpu_seconds": round(took, 1),
+        }
+        for kind, mode in (("W4A8", nullcontext()), ("weights alone", weights_only(network))):
+            with mode:
+                found = figures(reference, predictions(network, unseen), timesteps)
+            record[kind] = {figure: round(value, 1) for figure, value in found.items()}
+        records.append(record)
+        print(record, flush=True)
+    return records
+
+
+def table(records: list[dict[str, Any]]) -> Table:
+    """The records side by side."""
+    columns = ["model", "roundings", "CPU s", "W4A8: median / pooled / worst dB", "weights alone"]
+    rows = [
+        [
+            record["model"],
+            record["rounding"],
+            f"{record['cpu_seconds']:.0f}",
+            *(
+                " / ".join(f"{record[kind][figure]:.1f}" for figure in FIGURES)
+                for kind in ("W4A8", "weights alone")
+            ),
+        ]
+        for record in records
+    ]
+    return Table(columns, rows)
+
+
+def main() -> None:
+    """Measure and write ``results.json``, or print what was kept."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("kept", nargs="*", help="table FILE: print a file of results")
+    parser.add_argument("--model", default="digits")
+    parser.add_argument("--output", type=Path, default=Path("runs/roundings"))
+    parser.add_argument("--roundings", nargs="+", choices=ROUNDINGS, default=list(ROUNDINGS))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--held-images", type=int, default=32)
+    arguments = parser.parse_args()
+    if arguments.kept:
+        print(table(read_json(Path(arguments.kept[-1]))["results"]).markdown())
+        return
+    torch.set_num_threads(1)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    records = measure(
+        arguments.model, arguments.output, arguments.roundings, arguments.seed, arguments.held_images
+    )
+    write_json(arguments.output / "results.json", {"results": records})
+    print(table(records).text())
+
+
+if __name__ == "__main__":
+    main()
