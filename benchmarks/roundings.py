@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,6 +29,7 @@ from qdeploy.calibration_set.collect import collect
 from qdeploy.calibration_set.dataset import CalibrationSet
 from qdeploy.model.folder import open_model, read_json
 from qdeploy.model.inputs import denoise
+from qdeploy.model.sampling import COLLECTING
 from qdeploy.quant.checkpoint import load_checkpoint
 from qdeploy.quant.modes import weights_only
 from qdeploy.recipe.stages import Stage
@@ -63,9 +65,10 @@ def predictions(network: torch.nn.Module, data: CalibrationSet) -> Tensor:
 
 def measure(model: str, output: Path, wanted: list[str], seed: int, held_images: int) -> list[dict[str, Any]]:
     """One record for each way of rounding."""
-    common = {"keep": 20, "steps": 50, "scheduler": "ddim", "batch": 32}
-    data = collect(model, output / f"{model}-set-{seed}", samples=64, seed=1000 * seed, **common)  # type: ignore[call-overload]
-    held = collect(model, output / f"{model}-held", samples=held_images, seed=77_000, **common)  # type: ignore[call-overload]
+    sampling = replace(COLLECTING, steps=50, scheduler="ddim", batch=32, seed=1000 * seed)
+    data = collect(model, output / f"{model}-set-{seed}", sampling, keep=20, samples=64)
+    unseen_images = replace(sampling, seed=77_000)
+    held = collect(model, output / f"{model}-held", unseen_images, keep=20, samples=held_images)
     unseen = CalibrationSet.open(held.path)
     timesteps = unseen.timesteps.flatten()
     reference = predictions(open_model(model).load().float().eval(), unseen)
@@ -86,7 +89,11 @@ def measure(model: str, output: Path, wanted: list[str], seed: int, held_images:
             "seed": seed,
             "cpu_seconds": round(took, 1),
         }
-        for kind, mode in (("W4A8", nullcontext()), ("weights alone", weights_only(network))):
+        modes: dict[str, AbstractContextManager[None]] = {
+            "W4A8": nullcontext(),
+            "weights alone": weights_only(network),
+        }
+        for kind, mode in modes.items():
             with mode:
                 found = figures(reference, predictions(network, unseen), timesteps)
             record[kind] = {figure: round(value, 1) for figure, value in found.items()}

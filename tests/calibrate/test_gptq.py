@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from qdeploy.calibrate.methods import gptq
 from qdeploy.calibrate.methods.gptq import GPTQ, round_layer
 from qdeploy.calibrate.methods.minmax import ActivationRanges, WeightRanges, round_to_nearest
+from qdeploy.calibrate.run_stages import run_stages
 from qdeploy.calibrate.second_moments import Moments, columns_of, read_vectors
-from qdeploy.calibrate.staged import run_stages
 from qdeploy.quant.layer import QuantizedLayer, quantized_layers
 from qdeploy.recipe.formats import Format, int4, int4b64, uint4
 from qdeploy.recipe.stages import check_stages

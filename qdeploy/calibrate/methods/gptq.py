@@ -98,7 +98,7 @@ class GPTQ(Stage):
         pairs = zip(readers, session.quantized(readers), strict=True)
         modules = {layer.path: module for layer, module in pairs if undecided([module])}
         moments = {path: Moments(module) for path, module in modules.items()}
-        batches = torch.arange(len(problem.timesteps)).split(session.batch)
+        batches = torch.arange(len(session.rows())).split(session.batch)
         generators = {path: session.generator("gptq", path) for path in modules}
 
         def before(call: ModuleCall) -> None:
