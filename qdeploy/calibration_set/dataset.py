@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from qdeploy.calibration_set.plausible import check_rows, check_timesteps
 from qdeploy.calibration_set.shards import Shard, open_shards
 from qdeploy.model.call import CallForm, signature_of, time_parameter
 from qdeploy.model.inputs import attach_form, denoise, sample_name
@@ -165,7 +166,7 @@ class CalibrationSet:
         return inputs | {name: inputs[name].expand(count, *inputs[name].shape).clone() for name in shared}
 
     def check_fits(self, model: Model, denoiser: nn.Module) -> None:
-        """Make sure that the set belongs to a model, by its hash, its input names and one call.
+        """Make sure that the set belongs to a model, by its hash, its input names, its numbers and one call.
 
         From then on `qdeploy.model.inputs.denoise` calls the network as the set says.
 
@@ -174,7 +175,8 @@ class CalibrationSet:
             denoiser: the network, loaded from it.
 
         Raises:
-            InvalidInputError: the set was made from another model, or the network cannot take its rows.
+            InvalidInputError: the set was made from another model, holds a row or a timestep that cannot be from
+                its trajectory, or the network cannot take its rows.
         """
         path, made_from = self.artifact.path, self.artifact.made_from.get("model")
         if made_from != model.sha256:
@@ -191,6 +193,11 @@ class CalibrationSet:
             raise InvalidInputError(
                 f"the calibration set {path} has an input {what!r} that {model.class_name} has not"
             )
+        training = model.training_timesteps
+        check_timesteps(
+            self.timesteps, training, self.timestep_range(training), f"the calibration set {path}"
+        )
+        check_rows(self._shards, f"the calibration set {path}")
         attach_form(denoiser, self.form)
         first = next(denoiser.parameters(), torch.empty(0))
         try:

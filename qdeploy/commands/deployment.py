@@ -89,6 +89,7 @@ def _tensorrt(function: F) -> F:
     help="Also text encoders and autoencoders.  [default: where there are any]",
 )
 @click.option("--components", help="Their precisions: vae=f32,text_encoder=bf16.  [default: 16 bits]")
+@_BUILD.option("allow_inaccurate", "Keep an engine that is far from the model on its probe.")
 @_BUILD.option("strict", "Refuse a pipeline some of whose components stay in torch.")
 @click.option("--device", help="OpenVINO: CPU, GPU or NPU.  [default: CPU]")
 @_tensorrt

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from qdeploy.engines.base import DYNAMIC, UNKNOWN, Engine
 from qdeploy.engines.components import build_components, plan_components
+from qdeploy.engines.floor import check_floor
 from qdeploy.engines.int8_share import int8_layers, int8_mac_share
 from qdeploy.engines.int8_sums import sums_of
 from qdeploy.engines.measure import latency, measure_sizes, read_macs, repeat_rows, row_by_row
@@ -25,7 +26,7 @@ from qdeploy.store.facts import EngineFacts
 from qdeploy.store.hub import local_artifact
 from qdeploy.store.paths import default_output
 from qdeploy.store.probe import read_probe
-from qdeploy.system.decibels import distance, powers
+from qdeploy.system.decibels import distance
 from qdeploy.system.errors import CapabilityError, InvalidInputError, UsageError
 from qdeploy.system.machine import (
     BF16_INSTRUCTIONS,
@@ -44,10 +45,6 @@ if TYPE_CHECKING:
 
     from qdeploy.engines.backend_options import BackendOptions
 
-# An engine may round differently here and there, and every difference spreads. Two independent roundings are
-# twice the quantization noise apart; beyond twice that, the engine computes something else.
-_NOISE_RATIO = 4.0
-
 
 def build_engine(
     bundle: str | Path | Artifact,
@@ -62,6 +59,7 @@ def build_engine(
     pipeline: bool | None = None,
     components: Mapping[str, str] | None = None,
     strict: bool = False,
+    allow_inaccurate: bool = False,
     overwrite: bool = False,
     **build_options: Unpack[BackendOptions],
 ) -> EngineFolder:
@@ -83,6 +81,7 @@ def build_engine(
             (`qdeploy.sampling.pipeline_folder`); by default wherever bundle and backend allow it.
         components: precision of each of these, such as ``{"vae": "f32"}``; 16 bits by default.
         strict: refuse a pipeline some of whose components would stay in torch.
+        allow_inaccurate: keep an engine that is below the floors of `qdeploy.engines.floor` on its probe.
         overwrite: replace another artifact at ``output``.
         build_options: those that only some backends have, see `BackendOptions`; None or False leaves one out.
 
@@ -94,7 +93,7 @@ def build_engine(
         CapabilityError: the backend is not installed or has no kernels for a format of the bundle, the machine
             lacks bf16, or the bundle is a simulation.
         InvalidInputError: the bundle is damaged, or holds what the backend cannot run.
-        CheckFailed: no placement reaches ``min_sqnr``.
+        CheckFailed: no placement reaches ``min_sqnr``, or the engine is below the floors.
     """
     if batch < 1 or (threads is not None and threads < 1):
         raise UsageError(f"batch and threads must be at least 1, not {batch if batch < 1 else threads}")
@@ -169,7 +168,7 @@ def build_engine(
             say(f"the engine is built and not measured: {reason}")
             measured = _unmeasured(draft, facts, reason)
         else:
-            measured = _measure(chosen, draft, facts) | searched
+            measured = _measure(chosen, source, draft, facts, allow_inaccurate) | searched
         if took:
             measured["build"] = dict(took)
         return draft.finish(facts, measured, source.manifest.notes)
@@ -268,7 +267,9 @@ def _convert(
     return took
 
 
-def _measure(backend: Backend, draft: Draft[EngineFolder], facts: EngineFacts) -> dict[str, Any]:
+def _measure(
+    backend: Backend, source: Bundle, draft: Draft[EngineFolder], facts: EngineFacts, allow_inaccurate: bool
+) -> dict[str, Any]:
     """Measure the new engine: its latency, its kernels, and its distance from the probe's outputs."""
     spec = EngineSpec.described_by(
         draft.content, facts, facts.engine_precision, int8_sums=facts.int8_sums, device=facts.device
@@ -292,13 +293,7 @@ def _measure(backend: Backend, draft: Draft[EngineFolder], facts: EngineFacts) -
     if not bool(result.isfinite().all()):
         raise InvalidInputError("the engine computes NaN or Inf for its own probe")
     parity = distance(result, reference if simulated is None else simulated)
-    if simulated is not None:
-        (_, noise), (_, quantization) = powers(result, simulated), powers(simulated, reference)
-        if noise > _NOISE_RATIO * quantization:
-            say(
-                f"warning: this engine is only {parity['pooled_db']} dB from the model that was calibrated, "
-                "further than that is from full precision: choose another backend, and report this"
-            )
+    check_floor(result, reference, simulated, source, facts, draft.work / "blame", allow_inaccurate)
     return {
         "ms": ms,
         "load_seconds": round(loaded, 3),

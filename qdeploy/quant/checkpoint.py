@@ -32,7 +32,7 @@ from qdeploy.quant.insert import set_clock, share_dynamic_group
 from qdeploy.quant.layer import OF_LAYERS, QuantizedLayer, quantized_layers, replace_module
 from qdeploy.quant.modes import full_precision
 from qdeploy.quant.shared_inputs import share_quantizers
-from qdeploy.quant.state import read_state, write_state
+from qdeploy.quant.state import check_state, read_state, write_state
 from qdeploy.recipe.formats import NONE, Format, parse_format
 from qdeploy.recipe.recipe import Recipe
 from qdeploy.store.artifact import Artifact, Checkpoint, DenoiserArtifact, open_artifact
@@ -141,7 +141,9 @@ def load_checkpoint(checkpoint: str | Path | Artifact, device: str = "cpu") -> n
         for layer in described["layers"]
         for part, shape in enumerate(layer["codes"])
     }
-    write_state(denoiser, load_file(artifact.quantized), shapes)
+    state = load_file(artifact.quantized)
+    check_state(state, str(artifact.path))
+    write_state(denoiser, state, shapes)
     facts, where = artifact.facts, str(artifact.path)
     attach_current_timestep(denoiser).check = lambda timestep: check_timestep(
         facts.timesteps, facts.time_table, timestep, where

@@ -152,6 +152,28 @@ def write_state(
         layer.table = _table(state, path, current_timestep_of(denoiser), layer.device)
 
 
+def check_state(state: Mapping[str, Tensor], where: str) -> None:
+    """Refuse scales and tables that no calibration makes: codes would stand for nothing.
+
+    Args:
+        state: named tensors, as of `read_state`.
+        where: what they were read from, for the message.
+
+    Raises:
+        InvalidInputError: a number is not finite, or a scale is not positive; the tensor is named.
+    """
+    for name, tensor in state.items():
+        if not tensor.is_floating_point() or tensor.itemsize == 1:  # codes
+            continue
+        if not bool(torch.isfinite(tensor).all()):
+            raise InvalidInputError(f"{where} holds NaN or Inf in {name!r}: calibrate again")
+        if name.endswith(".scale") and not bool((tensor > 0).all()):
+            value = float(tensor.min())
+            raise InvalidInputError(
+                f"{where} holds a scale of {value:g} in {name!r}, but scales are positive: calibrate again"
+            )
+
+
 def _table(
     state: Mapping[str, Tensor], path: str, current: CurrentTimestep | None, device: torch.device
 ) -> FeatureTable | None:

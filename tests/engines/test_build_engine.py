@@ -246,8 +246,11 @@ def test_an_engine_with_wide_sums_is_refused_where_they_saturate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend_processor(monkeypatch, tmp_path, "avx2 avx512_vnni")
+    # Where this machine itself saturates, the engine of the wider codes is below the floor.
     engines = [
-        build_engine(write_bundle(tmp_path / f"onnx{n}", limit=n), tmp_path / f"e{n}", threads=1)
+        build_engine(
+            write_bundle(tmp_path / f"onnx{n}", limit=n), tmp_path / f"e{n}", threads=1, allow_inaccurate=True
+        )
         for n in (127, 63)
     ]
     pretend_processor(monkeypatch, tmp_path, "avx2")
@@ -262,9 +265,7 @@ def test_an_engine_with_wide_sums_is_refused_where_they_saturate(
 def test_an_engine_that_computes_something_else_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bundle = write_bundle(tmp_path / "onnx", simulated=torch.zeros(4, 3, 6, 6))
-    build_engine(bundle, tmp_path / "good-excuse", threads=1)  # zeros are far from full precision, too
-    assert "report this" not in capsys.readouterr().err
+    bundle = write_bundle(tmp_path / "onnx")
     from safetensors.torch import load_file
 
     probe = load_file(bundle.file("probe.safetensors"))

@@ -40,8 +40,8 @@ def test_a_location_elsewhere_is_refused(tmp_path: Path, location: str, where: s
     graph = graph_with(location, folder / "model.onnx", where)
     with pytest.raises(InvalidInputError, match=r"not a file of its own folder|which is not a plain path"):
         external_files(graph)
-    with pytest.raises(InvalidInputError):
-        lint(graph)
+    assert [finding.rule for finding in lint(graph).findings] == ["TRT048"]
+    assert not lint(graph, target="openvino").passed
 
 
 def test_a_file_beside_the_graph_is_read_and_a_link_there_is_not(tmp_path: Path) -> None:
@@ -56,6 +56,7 @@ def test_a_file_beside_the_graph_is_read_and_a_link_there_is_not(tmp_path: Path)
     (tmp_path / "weights").symlink_to("/etc/hostname")
     with pytest.raises(InvalidInputError, match="link to outside"):
         check_external(graph)
+    assert [finding.rule for finding in lint(graph).findings] == ["TRT048"]
 
 
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])

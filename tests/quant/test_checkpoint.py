@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qdeploy.calibrate.methods import minmax
@@ -38,7 +38,7 @@ from qdeploy.store.artifact import Artifact
 from qdeploy.store.probe import PROBE
 from qdeploy.system.errors import InvalidInputError
 from qdeploy.workflows.calibrate import any_attention
-from tests.helpers import MemoryRows, calibrating, minmax_layer, some_facts
+from tests.helpers import MemoryRows, calibrating, minmax_layer, reseal, some_facts
 from tests.models import ddpm_folder
 
 DATA = MemoryRows.noisy()
@@ -239,6 +239,23 @@ def test_damage_is_found_before_anything_is_built(
     file.write_bytes(damaged)
     monkeypatch.setattr(checkpoint, "checkpoint_model", None)
     with pytest.raises(InvalidInputError, match=r"damaged.*quantized\.safetensors"):
+        load_checkpoint(artifact.path)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["weight", "input"])
+def test_scales_that_no_calibration_makes_are_refused(
+    model: Model, tmp_path: Path, value: float, kind: str
+) -> None:
+    with calibrated(model, tmp_path / "out") as session:
+        artifact = written(session, model)
+    file = artifact.file(f"{model.name}/quantized.safetensors")
+    tensors = load_file(file)
+    name = sorted(name for name in tensors if f".{kind}." in name and name.endswith(".scale"))[0]
+    tensors[name].view(-1)[0] = value
+    save_file(tensors, file)
+    reseal(artifact.path)
+    with pytest.raises(InvalidInputError, match=rf"{name.replace('.', '[.]')}'.*calibrate again"):
         load_checkpoint(artifact.path)
 
 

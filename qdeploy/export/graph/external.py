@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qdeploy.store.names import contained
+from qdeploy.store.names import contained, is_contained, name_problem
 from qdeploy.system.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 LARGEST_GRAPH = 2**31  # bytes: the limit of the format itself
 
 
-def external_files(path: Path) -> list[str]:
-    """Names of the files that hold external data of a graph, sorted; each checked.
+def locations(path: Path) -> list[str]:
+    """What a graph names as the files that hold its external data, sorted; nothing is checked of them.
 
     Raises:
-        InvalidInputError: the file is no ONNX, or names a file that is not a regular one in its own folder.
+        InvalidInputError: the file is no ONNX.
     """
     import onnx
 
@@ -37,7 +37,23 @@ def external_files(path: Path) -> list[str]:
     except Exception as error:  # the parser's exceptions have no common base class
         raise InvalidInputError(f"{path} is damaged or no ONNX graph") from error
     entries = (entry for tensor in _tensors(model) for entry in tensor.external_data)
-    names = sorted({entry.value for entry in entries if entry.key == "location"})
+    return sorted({entry.value for entry in entries if entry.key == "location"})
+
+
+def is_elsewhere(path: Path, location: str) -> bool:
+    """Whether a location is anything but a plain name of a regular file, or of none, in the graph's own folder."""
+    if "/" in location or "\\" in location or name_problem(location):
+        return True
+    return os.path.lexists(path.parent / location) and not is_contained(path.parent, location)
+
+
+def external_files(path: Path) -> list[str]:
+    """Names of the files that hold external data of a graph, sorted; each checked.
+
+    Raises:
+        InvalidInputError: the file is no ONNX, or names a file that is not a regular one in its own folder.
+    """
+    names = locations(path)
     for name in names:
         if "/" in name or "\\" in name:
             raise InvalidInputError(

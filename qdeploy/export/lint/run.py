@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx_ir as ir
@@ -19,6 +20,7 @@ from qdeploy.export.lint.fixes import fixes
 from qdeploy.export.lint.forecast import forecast
 from qdeploy.export.lint.options import parse_version, profile_of
 from qdeploy.export.lint.rule import SEVERITIES, E, Hit, Rule, rules
+from qdeploy.export.lint.rules.graph import ELSEWHERE
 from qdeploy.export.lint.scope import Scope
 from qdeploy.export.lint.verdicts import ENGINES, INFERRED, READ, TENSORRT, severity, verdict
 from qdeploy.export.lint.waivers import WAIVERS
@@ -149,8 +151,11 @@ def lint(
         profile_of(shapes) if shapes else {},
     )
     path = graph_file(Path(source))
+    if elsewhere := _read_elsewhere(path, scope):
+        if fix is not None:
+            raise InvalidInputError(f"{path} has weights elsewhere: lint says where, without --fix")
+        return LintReport(str(source), scope, elsewhere, {}, {})
     net = Network(path, scope.optimal)
-    _check_weights(net)
     fixed: dict[str, int] = {}
     if fix is not None:
         output = Path(fix)
@@ -256,11 +261,11 @@ def _save(model: ir.Model, output: Path) -> None:
             raise
 
 
-def _check_weights(net: Network) -> None:
-    for value in net.model.graph.initializers.values():
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor) and not (net.path.parent / tensor.location).exists():
-            raise InvalidInputError(f"{net.path} has its weights in {tensor.location}, which is missing")
+def _read_elsewhere(path: Path, scope: Scope) -> tuple[Finding, ...]:
+    """Findings of the one rule that is asked before a graph is read; it looks at no more than the file."""
+    rule = rules()[ELSEWHERE]
+    unread: Any = SimpleNamespace(path=path)
+    return tuple(_finding(rule, hit, rule.severity, scope.engine, None) for hit in rule.check(unread, scope))
 
 
 def _finding(rule: Rule, hit: Hit, held: str, engine: str, waiver: str | None) -> Finding:

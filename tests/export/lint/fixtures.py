@@ -166,6 +166,13 @@ def truncate(path: Path) -> None:
     data.write_bytes(data.read_bytes()[:-16])
 
 
+def move_away(path: Path) -> None:
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        tensor.external_data[0].value = "../elsewhere"
+    path.write_bytes(model.SerializeToString())
+
+
 def good(**kwargs: object) -> onnx.ModelProto:
     return graph(GOOD, **kwargs)  # type: ignore[arg-type]
 
@@ -269,6 +276,7 @@ CASES: dict[str, Case] = {
         graph(qdq("xd", "x") + "w = DequantizeLinear<axis=0>(W4, sw) " + CONV),
         graph(qdq("xd", "x") + "w = DequantizeLinear<axis=0>(W4as8, sw) " + CONV),
     ),
+    "TRT048": Case(good(), good(), lame="its weights are in another folder", spoil=move_away),
     "TRT047": Case(
         graph(
             qdq("xd", "x") + "w = DequantizeLinear<axis=0, block_size=64>(K128, s2) y = MatMul(xd, w)",

@@ -203,15 +203,18 @@ def test_a_graph_is_linted_for_the_shapes_that_build_engine_takes() -> None:
 # -- files -------------------------------------------------------------------------------------------------
 
 
-def test_weights_elsewhere_and_missing_ones_are_refused(tmp_path: Path) -> None:
+def test_weights_elsewhere_are_found_and_missing_ones_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "graph.onnx"
     onnx.save(good(), path, save_as_external_data=True, location="weights", size_threshold=0)
     model = onnx.load(path, load_external_data=False)
     for tensor in model.graph.initializer:
         tensor.external_data[0].value = str(tmp_path / "weights")
     (tmp_path / "moved.onnx").write_bytes(model.SerializeToString())
-    with pytest.raises(InvalidInputError, match="not a file of its own folder"):
-        lint(tmp_path / "moved.onnx")
+    (finding,) = lint(tmp_path / "moved.onnx").findings
+    assert (finding.rule, finding.severity) == ("TRT048", "E")
+    with pytest.raises(InvalidInputError, match="has weights elsewhere"):
+        lint(tmp_path / "moved.onnx", fix=tmp_path / "fixed.onnx")
+    assert not (tmp_path / "fixed.onnx").exists()
     (tmp_path / "weights").unlink()
     with pytest.raises(InvalidInputError, match="weights, which is missing"):
         lint(path)

@@ -40,7 +40,7 @@ def twin(case: Case, tmp_path: Path) -> Path:
 
 def test_every_rule_has_a_fixture() -> None:
     assert CASES.keys() == rules().keys()
-    assert len([rule for rule in rules() if rule.startswith("TRT")]) == 47
+    assert len([rule for rule in rules() if rule.startswith("TRT")]) == 48
 
 
 def test_it_fires(rule: str, case: Case, failing: Path) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import onnx_ir as ir
 
+from qdeploy.export.graph.external import is_elsewhere, locations
 from qdeploy.export.graph.network import FLOATS, Network
 from qdeploy.export.graph.nodes import stored
 from qdeploy.export.graph.quantizer import DEQUANTIZE, QUANTIZE
@@ -13,6 +12,7 @@ from qdeploy.export.lint.rule import E, Hit, Hits, W, rule
 from qdeploy.export.lint.scope import Scope
 
 PROTOBUF_LIMIT = 2**31
+ELSEWHERE = "TRT048"  # looked at before a graph is read
 INTEGER_OPS = (
     "DynamicQuantizeLinear",
     "QLinearConv",
@@ -54,8 +54,8 @@ def unknown_operator(net: Network, scope: Scope) -> Hits:
 @rule(
     "TRT036",
     E,
-    "more than 2 GB lie in files beside the graph, which are whole and named relatively",
-    "protobuf ends at 2 GB; a wrong place or size fails in the parser",
+    "more than 2 GB lie in files beside the graph, which are whole",
+    "protobuf ends at 2 GB; a wrong size fails in the parser",
     "ISS",
 )
 def external_data(net: Network, scope: Scope) -> Hits:
@@ -65,18 +65,30 @@ def external_data(net: Network, scope: Scope) -> Hits:
         if not isinstance(tensor, ir.ExternalTensor):
             inside += 0 if tensor is None else tensor.nbytes
             continue
-        location = Path(tensor.location)
-        if location.is_absolute() or ".." in location.parts:
-            yield Hit(name, f"its data is at {location}: store it beside the graph, with a relative path")
-            continue
-        file = net.path.parent / location
+        file = net.path.parent / tensor.location
         needed = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
-        if not file.exists():
-            yield Hit(name, f"its data file {location} is not there: copy it beside the graph")
-        elif file.stat().st_size < needed or (tensor.length or tensor.nbytes) < tensor.nbytes:
-            yield Hit(name, f"{location} is shorter than the {needed} bytes it should have: copy it again")
+        if file.stat().st_size < needed or (tensor.length or tensor.nbytes) < tensor.nbytes:
+            yield Hit(
+                name, f"{tensor.location} is shorter than the {needed} bytes it should have: copy it again"
+            )
     if inside >= PROTOBUF_LIMIT:
         yield Hit("initializers", f"{inside / 2**30:.1f} GB in the graph file: save with external data")
+
+
+@rule(
+    ELSEWHERE,
+    E,
+    "external data lie in plain files of the graph's own folder",
+    "a graph of others could have any file of yours read or written; qdeploy reads no further",
+    "RUN",
+)
+def weights_elsewhere(net: Network, scope: Scope) -> Hits:
+    for location in locations(net.path):
+        if is_elsewhere(net.path, location):
+            yield Hit(
+                "initializers",
+                f"weights lie in {location[:200]!r}: save your own with its weights beside, use no other",
+            )
 
 
 @rule(
