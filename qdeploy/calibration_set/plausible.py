@@ -86,7 +86,7 @@ def check_timesteps(timesteps: Tensor, training: int | None, span: RangeFacts | 
 
 def _usual(peaks: Tensor, timesteps: Tensor | None) -> Tensor:
     """[rows] the largest magnitude that is believed of each row."""
-    believed = torch.full_like(peaks, _APART * _typical(peaks))
+    believed = torch.full_like(peaks, _APART * float(_typical(peaks)))
     if timesteps is None:
         return believed
     for timestep in timesteps.unique():

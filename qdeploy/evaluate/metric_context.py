@@ -20,6 +20,8 @@ from qdeploy.system.hashing import sha256_file, sha256_of
 from qdeploy.system.progress import say, track
 
 FOLDER = "features"
+LARGEST_SIDE = 8192  # pixels
+MOST_PIXELS = 2**31  # of all images together: 6 GB
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PAIRED = "full precision, same seeds"
 
@@ -143,9 +145,16 @@ def _read(files: list[Path]) -> Tensor:
     for file in files:
         try:
             with Image.open(file) as picture:
+                _check_pixels(file, picture.size, len(files))
                 shown = picture.convert("L" if picture.mode in ("1", "L", "I;16") else "RGB")
                 pixels = torch.from_numpy(np.array(shown))
-        except (UnidentifiedImageError, OSError) as error:
+        except (
+            UnidentifiedImageError,
+            Image.DecompressionBombError,
+            OSError,
+            ValueError,
+            SyntaxError,
+        ) as error:
             raise InvalidInputError(f"{file} is no readable image") from error
         images.append(pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1))
         if images[-1].shape != images[0].shape:
@@ -154,3 +163,12 @@ def _read(files: list[Path]) -> Tensor:
                 f"{file} is {sizes[1]}, and {files[0].name} is {sizes[0]}: all must have one size"
             )
     return torch.stack(images)
+
+
+def _check_pixels(file: Path, size: tuple[int, int], count: int) -> None:
+    """Refuse an image by what its header says, before any of it is unpacked."""
+    width, height = size
+    if max(width, height) > LARGEST_SIDE or width * height * count > MOST_PIXELS:
+        raise InvalidInputError(
+            f"{file} has {width} x {height} pixels, too many for {count} images: use smaller ones, or fewer"
+        )

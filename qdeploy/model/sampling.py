@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -74,6 +75,10 @@ class Sampling:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, not {value}")
+        for name in ("guidance", "eta"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise UsageError(f"{name} is a finite number, not {value}")
         if not 0 <= self.seed < LARGEST_SEED:
             raise UsageError(f"the seed must be a number from 0 to 2**63, not {self.seed}")
         for name in ("prompts", "negative_prompts"):

@@ -16,6 +16,7 @@ from PIL import Image
 from sklearn.metrics.pairwise import polynomial_kernel
 from torch import Tensor
 
+from qdeploy.evaluate import metric_context
 from qdeploy.evaluate.intervals import of_mean, of_share, of_statistic
 from qdeploy.evaluate.metric_context import MetricContext
 from qdeploy.evaluate.metrics.base import metrics
@@ -319,3 +320,13 @@ def test_lpips_is_zero_for_equal_images_and_grows_with_noise(tmp_path: Path) -> 
 def test_no_clip_model_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="is no CLIP model"):
         metrics()["clip_score"].meter(MetricContext(open_model("digits"), clip=tmp_path))
+
+
+def test_an_image_is_refused_by_its_header_before_it_is_unpacked(tmp_path: Path) -> None:
+    """A PNG of a few kilobytes may claim gigabytes of pixels."""
+    Image.new("1", (metric_context.LARGEST_SIDE + 1, 16)).save(tmp_path / "a.png")
+    with pytest.raises(InvalidInputError, match=r"has 8193 x 16 pixels, too many for 1 images"):
+        metric_context._read([tmp_path / "a.png"])
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
+    with pytest.raises(InvalidInputError, match="no readable image"):
+        metric_context._read([tmp_path / "b.png"])
