@@ -78,14 +78,15 @@ def _steps(name: str, folder: Path) -> Iterator[tuple[str, Callable[[], dict[str
     def make() -> None:
         options.update(ENTRIES[name].write(model))
         options["batch"] = min(2, options.get("batch", 2))
+        options.setdefault("steps", STEPS)
 
     def preflight() -> None:
-        result = qdeploy.preflight(model, steps=STEPS, **options)
+        result = qdeploy.preflight(model, **options)
         if not result.passed:
             raise InvalidInputError(str(result.problem))
 
     def collect() -> None:
-        made["set"] = qdeploy.collect(model, folder / "set", samples=4, keep=2, steps=STEPS, **options)
+        made["set"] = qdeploy.collect(model, folder / "set", samples=4, keep=2, **options)
 
     def calibrate() -> None:
         asked = {"recipe": "w8a8-minmax", "effort": "fast", "calibration": made["set"]}
@@ -99,7 +100,7 @@ def _steps(name: str, folder: Path) -> Iterator[tuple[str, Callable[[], dict[str
         made["engine"] = qdeploy.build_engine(made["onnx"], folder / "engine", backend="openvino", threads=1)
 
     def sample() -> None:
-        qdeploy.sample(made["engine"], folder / "samples", model=model, samples=2, steps=STEPS, **options)
+        qdeploy.sample(made["engine"], folder / "samples", model=model, samples=2, **options)
 
     def check() -> dict[str, Any]:
         told = qdeploy.check(made["engine"], checkpoint=made["checkpoint"])

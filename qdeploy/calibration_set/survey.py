@@ -122,6 +122,7 @@ def survey(pipeline: Any, denoiser: nn.Module, run: Run, keep: int = 0) -> Surve
     """
     where = type(pipeline).__name__
     watch = _Watch(pipeline, denoiser, where, keep)
+    _until_recorded = functools.partial(_run_until_recorded, denoiser)
     with _scheduler_steps(pipeline, watch.end_of_step), _forward(denoiser, watch.answer):
         _until_recorded(run, range(1))
     steps = watch.steps
@@ -184,6 +185,7 @@ class _Watch:
         self.prediction: Tensor | None = None
         self.seconds = 0.0
         self._answers: dict[str, Any] = {}
+        self._processors = _processor_kinds(denoiser)
         self._unshared: dict[str, Tensor] = {}
         self.changing: set[str] = set()
         self._scheduler_steps = 0
@@ -215,6 +217,11 @@ class _Watch:
         """The network's answer to the first call of its kind, again and again."""
         form, tensors = read_call(self.signature, args, kwargs, self.where)
         rows = len(self.sample_of(tensors))
+        if _processor_kinds(self.denoiser) != self._processors:
+            raise InvalidInputError(
+                f"{self.where} replaces the attention of its denoiser while it samples, as perturbed attention and "
+                "self-attention guidance do: a graph cannot follow, so use the pipeline without it"
+            )
         if "timestep" not in tensors:
             raise InvalidInputError(f"{self.where} gives its denoiser no timestep: it cannot be recorded")
         if tensors["timestep"].numel() not in (1, rows):
@@ -258,6 +265,12 @@ class _Watch:
             )
 
 
+def _processor_kinds(denoiser: nn.Module) -> dict[str, type]:
+    """Classes of a network's attention processors by name."""
+    found = getattr(denoiser, "attn_processors", {})
+    return {name: type(processor) for name, processor in found.items()}
+
+
 def _prediction(output: Any, where: str) -> Tensor:
     tensors = [leaf for leaf in tree_leaves(_plain(output)) if isinstance(leaf, Tensor)]
     if len(tensors) != 1:
@@ -298,9 +311,15 @@ def _described(dtype: torch.dtype, shape: Any) -> str:
     return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
 
 
-def _until_recorded(run: Run, images: range) -> None:
-    with suppress(Recorded):
-        run(images)
+def _run_until_recorded(denoiser: nn.Module, run: Run, images: range) -> None:
+    """Run until the pipeline is stopped; then it cannot put back the attention processors that it has replaced."""
+    before = dict(getattr(denoiser, "attn_processors", {}))
+    try:
+        with suppress(Recorded):
+            run(images)
+    finally:
+        if before != dict(getattr(denoiser, "attn_processors", {})):
+            denoiser.set_attn_processor(before)  # type: ignore[operator]
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from qdeploy.model.call import time_parameter
 from qdeploy.model.inputs import denoise
 from qdeploy.quant.operators import onnx_translations
 from qdeploy.system.errors import InvalidInputError
@@ -57,7 +58,8 @@ def trace(
     Raises:
         InvalidInputError: the network cannot be traced.
     """
-    parameters = list(inspect.signature(denoiser.forward).parameters)
+    known = inspect.signature(denoiser.forward).parameters
+    parameters = ["timestep" if name == time_parameter(known) else name for name in known]
     names = tuple(sorted(inputs, key=lambda name: (parameters.index(name.partition(".")[0]), name)))
     inputs = {name: inputs[name] for name in names}
     tensors = tuple(

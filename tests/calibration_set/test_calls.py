@@ -20,6 +20,7 @@ from qdeploy.model.inputs import denoise
 from qdeploy.model.pipeline import generate
 from qdeploy.store.artifact import Artifact
 from qdeploy.system.errors import InvalidInputError
+from tests.models.catalogue import ENTRIES
 from tests.models.field import (
     cogvideox_folder,
     consistency_folder,
@@ -231,6 +232,22 @@ def test_full_precision_results_never_bear_another_networks_name(tmp_path: Path)
     given.__class__ = type("Ignored", (type(given),), {"__call__": lambda self, *a, **k: own(*a, **k)})
     with pytest.raises(InvalidInputError, match="did not call the unet"):
         generate(pipeline, [0], 2, prompts=["a cat"])
+
+
+def test_attention_that_is_replaced_while_sampling_is_refused_and_put_back(tmp_path: Path) -> None:
+    entry = ENTRIES["StableDiffusionPAGPipeline"]
+    options = entry.write(tmp_path / "model")
+    pipeline = open_model(tmp_path / "model").pipeline()
+    before = dict(pipeline.unet.attn_processors)
+    with pytest.raises(InvalidInputError, match="replaces the attention of its denoiser"):
+        survey(
+            pipeline,
+            pipeline.unet,
+            lambda images: generate(
+                pipeline, list(images), 2, ["a"] * len(images), **dict(options["arguments"])
+            ),
+        )
+    assert dict(pipeline.unet.attn_processors) == before
 
 
 def test_pipelines_that_keep_their_own_denoiser_are_given_ours(tmp_path: Path) -> None:

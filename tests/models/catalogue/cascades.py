@@ -32,7 +32,7 @@ def kandinsky(**changes: Any) -> dict[str, Any]:
         }
     )
     movq = diffusers.VQModel(
-        block_out_channels=(8, 16),
+        block_out_channels=(32, 64),
         norm_num_groups=4,
         down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
         up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),

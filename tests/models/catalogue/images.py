@@ -144,7 +144,7 @@ def sana_with_pag() -> Any:
     )
 
 
-@tiny("SanaSprintPipeline", height=32, width=32, guidance=3.0, arguments=_SANA)
+@tiny("SanaSprintPipeline", steps=2, height=32, width=32, guidance=3.0, arguments=_SANA)
 def sana_sprint() -> Any:
     import diffusers
 
