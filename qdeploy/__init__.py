@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from qdeploy.export.lint.run import lint
     from qdeploy.export.run import export
     from qdeploy.mixed.sensitivity import sensitivity
+    from qdeploy.model.importing.run import import_model
     from qdeploy.model.sampling import Sampling
     from qdeploy.quant.checkpoint import load_checkpoint
     from qdeploy.recipe.recipe import Recipe
@@ -101,6 +102,7 @@ __all__ = [
     "doctor",
     "export",
     "import_checkpoint",
+    "import_model",
     "inspect",
     "lint",
     "load_checkpoint",
@@ -164,6 +166,7 @@ _NAMES = {
     "qdeploy.export.lint.run": ("lint",),
     "qdeploy.export.run": ("export",),
     "qdeploy.mixed.sensitivity": ("sensitivity",),
+    "qdeploy.model.importing.run": ("import_model",),
     "qdeploy.model.sampling": ("Sampling",),
     "qdeploy.quant.checkpoint": ("load_checkpoint",),
     "qdeploy.recipe.recipe": ("Recipe",),

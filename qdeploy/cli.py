@@ -15,6 +15,7 @@ from qdeploy.commands.calibration import calibrate, collect, import_checkpoint, 
 from qdeploy.commands.deployment import build_engine, doctor, export, lint, push, selftest
 from qdeploy.commands.evaluation import auto, benchmark, check, demo, report, sample
 from qdeploy.commands.information import inspect, methods
+from qdeploy.commands.models import import_
 from qdeploy.version import __version__
 
 # Read when torch is imported. Threads that spin while they wait slow down each other, by more than ten times
@@ -31,6 +32,7 @@ def main() -> None:
 for _command in (
     demo,
     auto,
+    import_,
     preflight,
     collect,
     calibrate,

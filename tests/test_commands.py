@@ -17,7 +17,7 @@ from click.testing import Result
 import qdeploy as qd
 from qdeploy.calibration_set.collect import collect
 from qdeploy.cli import main
-from qdeploy.commands import calibration, deployment, evaluation
+from qdeploy.commands import calibration, deployment, evaluation, models
 from qdeploy.commands.calibration import _stage_options
 from qdeploy.commands.options import Verb
 from qdeploy.commands.signature import REQUIRED
@@ -29,7 +29,7 @@ from qdeploy.system.errors import UsageError
 Run = Callable[..., Result]
 VERBS = [
     value
-    for module in (calibration, deployment, evaluation)
+    for module in (calibration, deployment, evaluation, models)
     for value in vars(module).values()
     if isinstance(value, Verb)
 ]

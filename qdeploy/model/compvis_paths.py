@@ -1,4 +1,4 @@
-"""Where the weighted layers of CompVis' and DDIM's U-Nets are in diffusers' networks.
+"""Where the layers of CompVis' and DDIM's U-Nets are in diffusers' networks.
 
 ``input_blocks``, ``middle_block`` and ``output_blocks`` (Stable Diffusion, LDM, ADM) number blocks in the order of
 execution; ``down``, ``mid`` and ``up`` (DDIM's code for CIFAR-10) by resolution, the highest first.
@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 _RESNET = {
+    "in_layers.0": "norm1",
     "in_layers.2": "conv1",
     "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
     "op": "conv",
@@ -26,6 +28,7 @@ _OUTSIDE = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
     "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
     "out.2": "conv_out",
     "label_emb.0.0": "add_embedding.linear_1",
     "label_emb.0.2": "add_embedding.linear_2",
@@ -130,8 +133,9 @@ def _compvis(name: str, blocks: dict[str, str], own: dict[str, nn.Module]) -> li
             continue
         if rest == "qkv":
             return _of_heads(path, own)
-        if rest == "proj_out" and f"{path}.to_out.0" in own:
-            return [Place(f"{path}.to_out.0")]
+        attention = {"proj_out": "to_out.0", "norm": "group_norm"}.get(rest, rest)
+        if attention != rest and f"{path}.{attention}" in own:
+            return [Place(f"{path}.{attention}")]
         return [Place(f"{path}.{_RESNET.get(rest, rest)}")]
     return []
 

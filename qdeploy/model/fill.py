@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,12 +33,29 @@ def fill(denoiser: nn.Module, files: Sequence[Path], folder: Path) -> None:
     Raises:
         InvalidInputError: a file is truncated, the tensors are not those of the network, or hold NaN or Inf.
     """
+    fill_tensors(denoiser, read_tensors(files), folder)
+
+
+def fill_tensors(
+    denoiser: nn.Module, tensors: Iterable[tuple[str, Tensor]], folder: Path, config: str = "its config.json"
+) -> None:
+    """As `fill`, with tensors that are read already.
+
+    Args:
+        denoiser: the network; its parameters need no memory.
+        tensors: names and tensors.
+        folder: where they are from, for messages.
+        config: where the network's configuration is from, for messages.
+
+    Raises:
+        InvalidInputError: the tensors are not those of the network, or hold NaN or Inf.
+    """
     import torch
 
     expected = denoiser.state_dict()
     ignored = getattr(denoiser, "_keys_to_ignore_on_load_unexpected", None) or []
     missing, foreign = set(expected), set()
-    for stored, tensor in read_tensors(files):
+    for stored, tensor in tensors:
         name = current_name(stored, expected)
         if name not in expected:
             if not any(re.search(pattern, name) for pattern in ignored):
@@ -46,7 +63,7 @@ def fill(denoiser: nn.Module, files: Sequence[Path], folder: Path) -> None:
             continue
         if tensor.shape != expected[name].shape:
             raise InvalidInputError(
-                f"the weights in {folder} do not fit its config.json: {name} has shape {list(tensor.shape)} instead "
+                f"the weights in {folder} do not fit {config}: {name} has shape {list(tensor.shape)} instead "
                 f"of {list(expected[name].shape)}"
             )
         tensor = tensor.float() if tensor.is_floating_point() else tensor
@@ -78,7 +95,8 @@ def _mismatch(denoiser: nn.Module, folder: Path, missing: set[str], foreign: set
     if any(_LORA.search(name) for name in foreign):
         return (
             f"the weights in {folder} hold LoRA layers that are not fused into the network: call fuse_lora() and "
-            "unload_lora_weights() on the pipeline before it is saved, or name the LoRA's own file with --lora"
+            "unload_lora_weights() on the pipeline before it is saved, or fuse "
+            "the LoRA's own file with `qdeploy import MODEL --lora FILE -o FOLDER`"
         )
     if any(name.endswith((".absmax", ".quant_state", ".SCB", ".weight_scale")) for name in foreign):
         return f"the weights in {folder} are quantized already: qdeploy starts from full precision"

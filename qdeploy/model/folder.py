@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qdeploy.model.call import time_parameter
 from qdeploy.model.fill import fill
+from qdeploy.model.networks import find_network_class
 from qdeploy.model.pipeline_index import INDEX, NEVER_LOADED, read_index
 from qdeploy.model.requirements import require_libraries
 from qdeploy.model.weights import WeightFiles, find_weights, variants_needed
@@ -130,7 +131,7 @@ class Model:
 
     def build(self) -> nn.Module:
         """The denoiser with its configuration, its parameters without values or memory (device ``meta``)."""
-        with _without_parameters():
+        with without_parameters():
             denoiser: nn.Module = self.denoiser_class().from_config(self.config)
         return denoiser.eval()
 
@@ -213,9 +214,7 @@ class Model:
         Raises:
             InvalidInputError: it is no denoiser.
         """
-        import diffusers
-
-        found = getattr(diffusers, self.class_name, None)
+        found = find_network_class(self.class_name)
         if found is None or time_parameter(inspect.signature(found.forward).parameters) is None:
             raise InvalidInputError(
                 f"{self.folder} holds a {self.class_name}, which is no denoiser: diffusers has no such class "
@@ -282,7 +281,7 @@ def _download(source: str, variant: str | None) -> Path:
 
 
 @contextmanager
-def _without_parameters() -> Iterator[None]:
+def without_parameters() -> Iterator[None]:
     """Within, modules are made whose parameters have a shape alone; buffers have their values."""
     from torch import nn
 

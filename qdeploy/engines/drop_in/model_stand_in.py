@@ -13,6 +13,7 @@ from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from torch import Tensor, nn
 
 from qdeploy.engines.drop_in.refusals import refusal
+from qdeploy.model.networks import find_network_class
 from qdeploy.system.errors import CapabilityError, InvalidInputError
 
 
@@ -34,7 +35,7 @@ class ModelStandIn(diffusers.ModelMixin, ConfigMixin):
     def __init__(self, config: Mapping[str, Any], path: Path) -> None:
         super().__init__()
         name = str(config.get("_class_name"))
-        original = getattr(diffusers, name, None)
+        original = find_network_class(name)
         if original is None:
             raise InvalidInputError(f"{path} was made from a {name}, which this diffusers lacks")
         self._original, self._path = original, path

@@ -1,0 +1,1 @@
+"""Models in other layouts than diffusers' folders: single files, checkpoints of latent diffusion, LoRA."""
