@@ -144,18 +144,19 @@ def build_engine(
         say(f"this processor: {cpu_model()}, with {', '.join(cpu_features()) or 'features unknown'}")
     if chosen.device == "cpu" and quantized and not has_int8():
         say("this processor has neither VNNI nor AMX: int8 gains less here than on one that has")
-    from qdeploy.export.graph.external import check_external
+    from qdeploy.export.graph.external import check_external, plain_graph
 
     with draft:
         say(f"building a {chosen.name} engine of {source.path.name}")
         graph = source.graph
         folder = f"{source.component}/"
         check_external(graph, [name.removeprefix(folder) for name in source.files if name.startswith(folder)])
+        graph = plain_graph(graph, draft.work / "graphs" / source.component)
         searched: dict[str, Any] = {}
         if optimize_for:
             from qdeploy.engines.placement.place import Placer
 
-            placement = Placer(chosen, source, draft, facts).search(min_sqnr)
+            placement = Placer(chosen, source, graph, draft, facts).search(min_sqnr)
             graph, searched = placement.graph, {"placement": placement.to_json()}
             facts = replace(facts, quantizers_left_out=list(placement.floats))
         if quantized and chosen.narrow_sums:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from msgspec.structs import replace
 
 from qdeploy.engines.registry import Backend
+from qdeploy.export.graph.external import plain_graph
 from qdeploy.store.artifact import Bundle, EngineFolder
 from qdeploy.store.builder import Draft
 from qdeploy.store.facts import PipelineFacts
@@ -97,7 +98,8 @@ def build_components(
         for folder in folders:
             precision = (plan.precision or {})[name]
             say(f"building {folder} in {precision}")
-            backend.build_component(source.file(f"{folder}/{GRAPH}"), draft.content / folder, precision)
+            graph = plain_graph(source.file(f"{folder}/{GRAPH}"), draft.work / "graphs" / folder)
+            backend.build_component(graph, draft.content / folder, precision)
     if backend.name == "openvino":
         from qdeploy.engines.openvino_tokenizers import convert_tokenizers
 

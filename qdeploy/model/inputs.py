@@ -95,9 +95,13 @@ def example_inputs(model: Model, rows: int, seed: int = 0) -> dict[str, Tensor]:
     width = config.get("caption_channels") or config.get("cross_attention_dim")
     if "encoder_hidden_states" in names and isinstance(width, int):
         inputs["encoder_hidden_states"] = noise(_prompt_tokens(model), width)
-    classes = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
-    if "class_labels" in names and classes and not config.get("caption_channels"):
-        inputs["class_labels"] = torch.arange(rows) % 10
+    tables = [config.get(name) for name in ("num_class_embeds", "num_embeds_ada_norm", "num_classes")]
+    if "class_labels" in names and config.get("class_embed_type") == "projection":
+        inputs["class_labels"] = noise(config["projection_class_embeddings_input_dim"])
+    elif "class_labels" in names and any(tables) and not config.get("caption_channels"):
+        inputs["class_labels"] = torch.arange(rows) % min([10, *filter(None, tables)])
+    if "timestep_cond" in names and config.get("time_cond_proj_dim"):
+        inputs["timestep_cond"] = noise(config["time_cond_proj_dim"])
     if config.get("addition_embed_type") == "text_time":
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
         inputs["added_cond_kwargs.text_embeds"] = noise(pooled)

@@ -80,12 +80,13 @@ def is_contained(folder: Path, name: str) -> bool:
 
 
 def _blobs(root: Path) -> list[Path]:
-    """Where the files of a snapshot in the Hub's cache really lie."""
-    repository = root.parent.parent
-    if root.parent.name != "snapshots" or not repository.name.startswith(("models--", "datasets--")):
-        return []
-    blobs = repository / "blobs"
-    return [] if blobs.is_symlink() else [blobs]
+    """Where the files of a snapshot in the Hub's cache, or of a folder in one, really lie."""
+    for folder in (root, *root.parents):
+        repository = folder.parent.parent
+        if folder.parent.name == "snapshots" and repository.name.startswith(("models--", "datasets--")):
+            blobs = repository / "blobs"
+            return [] if blobs.is_symlink() else [blobs]
+    return []
 
 
 def entries(folder: Path) -> list[str]:

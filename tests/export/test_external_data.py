@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from qdeploy.engines.build import build_engine
+from qdeploy.engines.build import build_engine, load_engine
 from qdeploy.export.graph.external import check_external, external_files
 from qdeploy.export.lint.run import lint
-from qdeploy.store.artifact import Bundle
+from qdeploy.store.artifact import Artifact, Bundle
+from qdeploy.store.manifest import read_manifest
 from qdeploy.system.errors import InvalidInputError
+from qdeploy.system.hashing import sha256_file
 from tests.engines.bundles import write_bundle
 from tests.helpers import reseal
 
@@ -76,3 +80,53 @@ def test_a_bundle_with_such_a_graph_writes_and_reads_nothing(tmp_path: Path, bac
         build_engine(bundle.path, tmp_path / "engine", backend=backend)
     after = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
     assert after == before
+
+
+def in_the_hubs_cache(made: Artifact, folder: Path) -> Path:
+    """An artifact as the Hub's client keeps it: every file a link to a blob, four folders away."""
+    snapshot = folder / "models--owner--name" / "snapshots" / "0f3a"
+    blobs = snapshot.parent.parent / "blobs"
+    blobs.mkdir(parents=True)
+    for number, file in enumerate(sorted(path for path in made.path.rglob("*") if path.is_file())):
+        link = snapshot / file.relative_to(made.path)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, blobs / str(number))
+        link.symlink_to(os.path.relpath(blobs / str(number), link.parent))
+    return snapshot
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_weights_beside_a_graph_in_the_hubs_cache_are_read_through_their_links(
+    tmp_path: Path, backend: str
+) -> None:
+    plain = write_bundle(tmp_path / "plain")
+    bundle = with_weights_beside(plain)
+    assert (bundle.graph.parent / "model.onnx_data").is_file()
+    snapshot = in_the_hubs_cache(bundle, tmp_path / "bundle")
+    lint(snapshot)
+    engine = build_engine(snapshot, tmp_path / "engine", backend=backend, threads=1)
+    inputs = bundle.probe().inputs
+    expected = load_engine(build_engine(bundle, tmp_path / "direct", backend=backend, threads=1))(inputs)
+    assert load_engine(engine)(inputs).equal(expected)
+    # The engine's own files may lie in the cache too.
+    assert load_engine(in_the_hubs_cache(engine, tmp_path / "hub"))(inputs).equal(expected)
+    # Links to anywhere else are refused.
+    data = snapshot / "unet" / "model.onnx_data"
+    shutil.copy(data, tmp_path / "elsewhere")
+    data.unlink()
+    data.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InvalidInputError, match="link to outside"):
+        build_engine(snapshot, tmp_path / "other", backend=backend)
+
+
+def with_weights_beside(bundle: Artifact) -> Bundle:
+    """The same bundle with the weights in a file of their own."""
+    assert isinstance(bundle, Bundle)
+    model = onnx.load(bundle.graph)
+    onnx.save_model(
+        model, bundle.graph, save_as_external_data=True, location="model.onnx_data", size_threshold=0
+    )
+    name = f"{bundle.component}/model.onnx_data"
+    digest = sha256_file(bundle.path / name)
+    reseal(bundle.path, lambda manifest: manifest["files"].update({name: digest}))
+    return Bundle(bundle.path, read_manifest(bundle.path))

@@ -1,13 +1,18 @@
-"""A network is given as many rows at once as its size allows."""
+"""A network is given every condition that it has, and as many rows at once as its size allows."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 from qdeploy.model import inputs
-from qdeploy.model.inputs import denoise, denoise_rows, rows_at_once
+from qdeploy.model.folder import open_model
+from qdeploy.model.inputs import denoise, denoise_rows, example_inputs, rows_at_once
 
 
 class Network(nn.Module):
@@ -39,3 +44,43 @@ def test_parts_give_what_all_rows_give(monkeypatch: pytest.MonkeyPatch) -> None:
     network = Network()
     assert torch.equal(denoise_rows(network, given), denoise(network, given))
     assert network.rows == [2, 2, 1, 5]
+
+
+BLOCKS: dict[str, Any] = {
+    "sample_size": 8,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
+TEXT: dict[str, Any] = {
+    "attention_head_dim": 2,
+    "cross_attention_dim": 8,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+}
+PLAIN: dict[str, Any] = {
+    "attention_head_dim": 4,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}
+CONDITIONS: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "guidance as an embedding": (UNet2DConditionModel, TEXT | {"time_cond_proj_dim": 6}, "timestep_cond"),
+    "a projected embedding": (
+        UNet2DConditionModel,
+        TEXT | {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 6},
+        "class_labels",
+    ),
+    "few classes": (UNet2DModel, PLAIN | {"num_class_embeds": 3}, "class_labels"),
+}
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_a_denoiser_alone_is_given_every_condition_that_it_has(condition: str, tmp_path: Path) -> None:
+    kind, options, name = CONDITIONS[condition]
+    network = kind(**BLOCKS, **options).eval()
+    network.save_pretrained(tmp_path)
+    given = example_inputs(open_model(tmp_path), rows=5)
+    other = given | {name: given[name].roll(1, 0)}
+    with torch.no_grad():
+        assert denoise(network, given).shape == given["sample"].shape
+        assert not torch.equal(denoise(network, given), denoise(network, other))

@@ -45,16 +45,17 @@ class Placer:
     Args:
         backend: where the engine will run; it has to report the times of its kernels.
         source: the ONNX bundle.
+        graph: its denoiser's graph.
         draft: of the engine; keeps finished measurements, so that an interrupted search continues.
         facts: of the engine.
     """
 
     def __init__(
-        self, backend: Backend, source: Bundle, draft: Draft[EngineFolder], facts: EngineFacts
+        self, backend: Backend, source: Bundle, graph: Path, draft: Draft[EngineFolder], facts: EngineFacts
     ) -> None:
         self._backend, self._source, self._draft, self._facts = backend, source, draft, facts
         self._component = facts.component
-        self._graph = source.graph
+        self._graph = graph
         self._work = draft.work / "candidates"
         self._inputs, self._reference, _ = source.probe()
         self._batch = repeat_rows(self._inputs, facts.batch)

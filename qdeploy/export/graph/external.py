@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qdeploy.store.files import copy_file
 from qdeploy.store.names import contained, is_contained, name_problem
 from qdeploy.system.errors import InvalidInputError
 
@@ -79,6 +80,25 @@ def check_external(path: Path, listed: Iterable[str] | None = None) -> None:
     for name in external_files(path):
         if allowed is not None and name not in allowed:
             raise InvalidInputError(f"{path} reads its weights from {name}, which its artifact does not list")
+
+
+def plain_graph(graph: Path, work: Path) -> Path:
+    """The graph itself, or a copy where its files are links, as in the Hub's cache: most readers refuse those.
+
+    Args:
+        graph: the ONNX file of a verified artifact.
+        work: folder for the copy; it is made when there is a need for one.
+
+    Raises:
+        InvalidInputError: the graph reads other files than those next to it, or is no ONNX file.
+    """
+    names = [graph.name, *external_files(graph)]
+    if not any((graph.parent / name).is_symlink() for name in names):
+        return graph
+    work.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        copy_file(contained(graph.parent, name), work / name)
+    return work / graph.name
 
 
 def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
