@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from qdeploy.workflows.demo import demo
     from qdeploy.workflows.import_checkpoint import import_checkpoint
     from qdeploy.workflows.inspect import inspect, methods
+    from qdeploy.workflows.packaging.run import package
     from qdeploy.workflows.preflight import preflight
 
 __all__ = [
@@ -109,6 +110,7 @@ __all__ = [
     "load_engine",
     "load_pipeline",
     "methods",
+    "package",
     "preflight",
     "record",
     "report",
@@ -185,6 +187,7 @@ _NAMES = {
         "inspect",
         "methods",
     ),
+    "qdeploy.workflows.packaging.run": ("package",),
     "qdeploy.workflows.preflight": ("preflight",),
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names}

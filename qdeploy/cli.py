@@ -12,7 +12,7 @@ import click
 
 from qdeploy.commands.base import Commands
 from qdeploy.commands.calibration import calibrate, collect, import_checkpoint, preflight, sensitivity
-from qdeploy.commands.deployment import build_engine, doctor, export, lint, push, selftest
+from qdeploy.commands.deployment import build_engine, doctor, export, lint, package, push, selftest
 from qdeploy.commands.evaluation import auto, benchmark, check, demo, report, sample
 from qdeploy.commands.information import inspect, methods
 from qdeploy.commands.models import import_
@@ -41,6 +41,7 @@ for _command in (
     export,
     build_engine,
     push,
+    package,
     sample,
     check,
     benchmark,

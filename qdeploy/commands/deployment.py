@@ -1,4 +1,4 @@
-"""``export``, ``build-engine``, ``lint``, ``doctor`` and ``selftest``: from a checkpoint to an engine."""
+"""From a checkpoint to an engine and its server: ``export``, ``build-engine``, ``package``, ``lint``, ``doctor`` ..."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 _EXPORT = Verb("qdeploy.export.run", "export")
 _BUILD = Verb("qdeploy.engines.build", "build_engine")
 _PUSH = Verb("qdeploy.store.hub", "push")
+_PACKAGE = Verb("qdeploy.workflows.packaging.run", "package")
 _LINT = Verb("qdeploy.export.lint.run", "lint")
 _VERIFY = Verb("qdeploy.engines.tensorrt.verify", "verify")
 _DOCTOR = Verb("qdeploy.engines.doctor", "doctor")
@@ -114,6 +115,20 @@ def push(artifact: str, repository: str, as_json: bool, **options: Any) -> None:
     """Upload an artifact to a repository of the Hugging Face Hub."""
     url = _PUSH.call(artifact, repository, **options)
     print_result(as_json, lambda: {"repository": repository, "url": url}, lambda: url)
+
+
+@click.command()
+@click.argument("engine")
+@_PACKAGE.option("output", "Folder to write.", required=True)
+@_PACKAGE.option("server", "triton, kserve, openvino-genai or ovms.", "--for", required=True)
+@_PACKAGE.option("name", "Of the model in requests.  [default: of the engine's folder]")
+@_PACKAGE.option("batch", "Most images that are sampled at once.")
+@_PACKAGE.option("overwrite", "Replace an earlier package at the output.")
+@verb
+def package(engine: str, as_json: bool, **options: Any) -> None:
+    """Write a folder that a model server loads, with the commands that start it."""
+    made = _PACKAGE.call(engine, **options)
+    print_result(as_json, made.to_json, made.as_text)
 
 
 @click.command()
