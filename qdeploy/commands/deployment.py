@@ -1,4 +1,4 @@
-"""From a checkpoint to an engine and its server: ``export``, ``build-engine``, ``package``, ``lint``, ``doctor`` ..."""
+"""``export``, ``build-engine``, ``push``, ``package``, ``lint``, ``doctor``, ``selftest``: from a checkpoint on."""
 
 from __future__ import annotations
 

@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from qdeploy.commands.base import print_result, report_made, verb
 from qdeploy.commands.options import Verb, sampling_of, sampling_options
 from qdeploy.model.sampling import AS_COLLECTED, COLLECTING, SAMPLING
-from qdeploy.system.errors import CheckFailed
+from qdeploy.system.errors import CheckFailed, UsageError
 from qdeploy.system.progress import say
 
 _DEMO = Verb("qdeploy.workflows.demo", "demo")
@@ -19,6 +20,7 @@ _AUTO = Verb("qdeploy.workflows.auto", "auto")
 _SAMPLE = Verb("qdeploy.sampling.sample", "sample")
 _CHECK = Verb("qdeploy.evaluate.check", "check")
 _BENCHMARK = Verb("qdeploy.evaluate.benchmark", "benchmark")
+_PIPELINES = Verb("qdeploy.evaluate.pipeline_speed", "benchmark_pipelines")
 _REPORT = Verb("qdeploy.evaluate.report_page.run", "report")
 
 _AS = "ddim, euler, ... or a diffusers class.  [default: as its calibration set]"
@@ -87,6 +89,7 @@ def sample(source: str, count: int | None, as_json: bool, **options: Any) -> Non
 @_CHECK.option("min_parity", "dB.  [default: 45, for engines at f32 40]")
 @_CHECK.option("min_sqnr", "dB, median over timesteps.  [default: 20]")
 @_CHECK.option("min_psnr", "dB, of images on the same seeds.")
+@_CHECK.option("min_speedup", "Times as fast as the 16-bit engine, measured here; needs --reference.")
 @_CHECK.option("max_fd_increase", "FD-local above the reference's.")
 @_CHECK.option("features", "Feature network: a folder, or Inception's weights file.")
 @_CHECK.option("real", "Folder of real images to compare sets with.")
@@ -111,13 +114,25 @@ def check(subject: str, as_json: bool, **options: Any) -> None:
 @click.command()
 @click.argument("paths", nargs=-1, required=True)
 @_BENCHMARK.option("reference", "The full-precision model.  [default: the one the engines were made from]")
-@_BENCHMARK.option("batch", "Samples in each call of an engine.")
 @_BENCHMARK.option("rounds", "Interleaved measurements of each.")
 @_BENCHMARK.option("threads", "CPU threads.  [default: all]")
+@click.option("--pipeline", is_flag=True, help="Whole pipelines, from prompt to image, beside torch.")
+@sampling_options(
+    replace(SAMPLING, batch=1), batch="Samples in each call of an engine; of a pipeline, images at a time."
+)
 @verb
-def benchmark(paths: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def benchmark(paths: tuple[str, ...], pipeline: bool, as_json: bool, **options: Any) -> None:
     """Latency of engines and of the full-precision and 16-bit engines of the same model, in one run."""
-    result = _BENCHMARK.call(paths, **options)
+    if pipeline:
+        result = _PIPELINES.call(paths, **sampling_of(options))
+    else:
+        context, own = click.get_current_context(), set(_BENCHMARK.parameters)
+        for name in options.keys() - own:
+            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+                raise UsageError(
+                    f"--{name.replace('_', '-')} is about whole pipelines: it goes with --pipeline"
+                )
+        result = _BENCHMARK.call(paths, **{name: options[name] for name in options.keys() & own})
     print_result(as_json, result.to_json, result.table)
 
 

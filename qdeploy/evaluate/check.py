@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qdeploy.evaluate.baselines import is_baseline
+from qdeploy.evaluate.benchmark import benchmark
 from qdeploy.evaluate.check_result import CheckResult, judge
 from qdeploy.evaluate.metric_context import MetricContext
 from qdeploy.evaluate.metrics.frechet import FOLDER
@@ -20,7 +23,7 @@ from qdeploy.model.origin import source_model
 from qdeploy.model.sampling import AS_COLLECTED, Sampling, SamplingOptions, sampled, with_old_names
 from qdeploy.plots.pictures import picture_folder
 from qdeploy.sampling.correct import check_correction, correct
-from qdeploy.store.artifact import Artifact, DenoiserArtifact
+from qdeploy.store.artifact import Artifact, DenoiserArtifact, EngineFolder
 from qdeploy.system.decibels import decibels, powers
 from qdeploy.system.errors import InvalidInputError, UsageError
 
@@ -41,6 +44,7 @@ def check(
     min_parity: float | None = None,
     min_sqnr: float | None = None,
     min_psnr: float | None = None,
+    min_speedup: float | None = None,
     max_fd_increase: float | None = None,
     correction: str = "none",
     trajectories: Trajectories | None = None,
@@ -71,6 +75,8 @@ def check(
             torch and 40 for other engines, lowered to what the rounding of activations leaves of it.
         min_sqnr: least median SQNR of the prediction in dB; 20 by default.
         min_psnr: least PSNR of images in dB; no bound by default.
+        min_speedup: least number of times as fast as the model's 16-bit engine (float32 where there are no 16 bits),
+            measured as `benchmark` does; by default speed is not measured, and the summary says so.
         max_fd_increase: largest increase of FD-local over the reference; no bound by default.
         correction: ``table`` or ``online`` to take mean errors out of predictions when quality is measured, or
             ``none``. Parity is that of the subject itself.
@@ -99,6 +105,7 @@ def check(
         "min_parity": min_parity,
         "min_sqnr": min_sqnr,
         "min_psnr": min_psnr,
+        "min_speedup": min_speedup,
         "max_fd_increase": max_fd_increase,
     }
     changes, keep = with_old_names(dict(options), keep)
@@ -111,6 +118,8 @@ def check(
         )
     folder = None if pictures is None else picture_folder(pictures)
     opened = open_subject(subject)
+    if min_speedup is not None:
+        _check_speed_measurable(opened.artifact, min_speedup)
     check_correction(correction, opened.artifact)
     plan = replace(plan, sampling=plan.sampling.like(opened.artifact.facts.sampled))
     earlier = None if before is None else open_before(before, opened)
@@ -122,7 +131,8 @@ def check(
     others = [open_subject(other) for other in (onnx, checkpoint) if other is not None]
     parity = measure_parity(opened, others)
     quality = _quality(opened, trajectories, opened.artifact, correction, context)
-    result = judge(opened.artifact, parity, quality, given)
+    speed = None if min_speedup is None or model is None else measure_speed(opened.artifact, model)
+    result = judge(opened.artifact, parity, quality, given, speed)
     if earlier is not None:
         compared = _quality(earlier, trajectories, opened.artifact, context=context)
         result = replace(result, before=describe_before(earlier, compared))
@@ -135,12 +145,39 @@ def _check_measurable(given: Mapping[str, float | None], model: Model | None) ->
     """Refuse bounds on what will not be measured, before any work."""
     lacking = {
         "min_psnr": model is None,
+        "min_speedup": model is None,
         "max_fd_increase": model is None or not (model.path / FOLDER).is_dir(),
     }
     for threshold in THRESHOLDS:
         if given[threshold.name] is not None and lacking.get(threshold.name):
             option = f"--{threshold.name.replace('_', '-')}"
             raise UsageError(f"{option} bounds the {threshold.what}, which takes {threshold.needs}")
+
+
+def _check_speed_measurable(artifact: Artifact, bound: float) -> None:
+    """Refuse a bound on speed that cannot be, before any work."""
+    if not (bound > 0 and isfinite(bound)):
+        raise UsageError(f"the least speed is a positive number of times, not {bound}")
+    if not isinstance(artifact, EngineFolder) or is_baseline(artifact):
+        raise UsageError(
+            "--min-speedup compares an engine that is quantized with the 16-bit one of its model"
+        )
+
+
+def measure_speed(artifact: Artifact, model: Model) -> dict[str, Any]:
+    """How many times as fast as its 16-bit engine (float32 where there is none) an engine is on this machine.
+
+    Returns:
+        The ratio, its quartiles over interleaved rounds, and what it is to.
+    """
+    assert isinstance(artifact, EngineFolder)
+    measured = benchmark([artifact], reference=model)
+    pair = next(reversed(measured.ratios))  # of f32 and 16 bits the latter, where there are both
+    return {
+        "ratio": measured.ratios[pair],
+        "quartiles": measured.spread[pair],
+        "baseline": pair.rpartition(" vs ")[2],
+    }
 
 
 def _model(reference: str | Path | Model | None) -> Model | None:

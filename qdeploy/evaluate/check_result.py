@@ -9,7 +9,7 @@ from typing import Any
 
 from qdeploy.evaluate.over_time import timestep_table
 from qdeploy.evaluate.thresholds import THRESHOLDS, look_up, parity_floor, rows_out_of_parity
-from qdeploy.store.artifact import Artifact
+from qdeploy.store.artifact import Artifact, EngineFolder
 from qdeploy.system.tables import Table, number
 
 
@@ -25,6 +25,7 @@ class CheckResult:
         failures: a sentence for each bound that is missed.
         before: what the subject was compared with, and its SQNR by timestep; None if nothing was named.
         pictures: the files that were drawn.
+        speed: the ratio to the 16-bit engine, its quartiles and the baseline; None if it was not measured.
     """
 
     subject: Artifact
@@ -34,6 +35,7 @@ class CheckResult:
     failures: list[str]
     before: dict[str, Any] | None = None
     pictures: list[Path] = field(default_factory=list)
+    speed: dict[str, Any] | None = None
 
     @property
     def passed(self) -> bool:
@@ -52,6 +54,7 @@ class CheckResult:
             "quality": self.quality,
             "thresholds": self.thresholds,
             "before": self.before,
+            **({} if self.speed is None else {"speed": self.speed}),
             "pictures": [str(picture) for picture in self.pictures],
         }
 
@@ -74,11 +77,17 @@ class CheckResult:
             fd = quality["fd_local"]
             rows.append((f"FD-local, {fd['count']} images", number(fd["subject"], 3)))
             rows.append(("  of the reference", number(fd["reference"], 3)))
+        if self.speed is not None:
+            low, high = self.speed["quartiles"]
+            told = f"{self.speed['ratio']:.2f}x, half of all rounds from {low:.2f}x to {high:.2f}x"
+            rows.append((f"speed beside {self.speed['baseline']}", told))
         bounds = {name: value for name, value in self.thresholds.items() if value is not None}
         rows += [(f"threshold {name.replace('_', '-')}", number(value)) for name, value in bounds.items()]
         verdict = "passed" if self.passed else "\n".join(f"failed: {failure}" for failure in self.failures)
         if quality["source"] == "probe":
             verdict += "\nimages were not compared: name the full-precision model with --reference"
+        elif self.speed is None and isinstance(self.subject, EngineFolder):
+            verdict += "\nspeed was not compared with 16 bits: --min-speedup 1 does"
         parts = [Table([str(self.subject.path), ""], rows).text()]
         if self.before is not None:
             parts.append(timestep_table(self.before["sqnr_db"], quality["sqnr_db"]))
@@ -88,10 +97,14 @@ class CheckResult:
 
 
 def judge(
-    artifact: Artifact, parity: dict[str, Any], quality: dict[str, Any], given: Mapping[str, float | None]
+    artifact: Artifact,
+    parity: dict[str, Any],
+    quality: dict[str, Any],
+    given: Mapping[str, float | None],
+    speed: dict[str, Any] | None = None,
 ) -> CheckResult:
     """Hold what was measured against the thresholds."""
-    result = {"parity": parity, "quality": quality}
+    result = {"parity": parity, "quality": quality, "speed": speed}
     bounds: dict[str, float | None] = {}
     failures: list[str] = []
     for threshold in THRESHOLDS:
@@ -110,4 +123,4 @@ def judge(
         if not (value >= bound if threshold.least else value <= bound):
             side = "below" if threshold.least else "above"
             failures.append(f"the {threshold.what} is {value:.2f}, {side} {bound:.2f}")
-    return CheckResult(artifact, parity, quality, bounds, failures)
+    return CheckResult(artifact, parity, quality, bounds, failures, speed=speed)

@@ -21,6 +21,17 @@ def of_mean(values: Sequence[float]) -> Interval | None:
     return _around(float(numbers.mean()), float(numbers.std()) / math.sqrt(len(values)), len(values) - 1)
 
 
+def of_median(values: Sequence[float]) -> Interval | None:
+    """The sign test's interval of a median: two of the values (Conover 1999, 3.2); None below six of them."""
+    from scipy.stats import binom
+
+    ordered = sorted(values)
+    outside = int(
+        binom.ppf((1 - CONFIDENCE) / 2, len(ordered), 0.5)
+    )  # values on each side that may lie beyond
+    return None if outside < 1 else [ordered[outside - 1], ordered[-outside]]
+
+
 def of_share(hits: int, count: int) -> Interval:
     """Wilson's score interval of a share of independent cases (Wilson 1927, equation 5)."""
     from scipy.stats import norm

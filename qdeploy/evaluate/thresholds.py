@@ -57,6 +57,14 @@ THRESHOLDS = (
         None,
         "--reference with a features/ folder, and two samples or more",
     ),
+    Threshold(
+        "min_speedup",
+        ("speed", "ratio"),
+        "speed beside the 16-bit engine's",
+        True,
+        None,
+        "an engine with quantizers, and --reference",
+    ),
 )
 
 

@@ -47,6 +47,16 @@ def test_every_stage_can_be_checked(way: Way, kind: str) -> None:
     assert result.to_json()["kind"] == kind
 
 
+def test_speed_is_a_bound_where_it_is_asked_for(way: Way, full_bundle: Artifact) -> None:
+    assert "speed was not compared" in check(way.engine).table()
+    with pytest.raises(UsageError, match="--min-speedup bounds"):
+        check(way.engine, min_speedup=1.0)
+    with pytest.raises(UsageError, match="an engine that is quantized"):
+        check(full_bundle, reference=way.model, min_speedup=1.0)
+    with pytest.raises(UsageError, match="positive number"):
+        check(way.engine, reference=way.model, min_speedup=float("nan"))
+
+
 def test_full_precision_is_held_against_itself(way: Way, full_bundle: Artifact) -> None:
     result = check(full_bundle, reference=way.model, **FEW)
     assert result.passed
@@ -62,6 +72,7 @@ def test_full_precision_is_held_against_itself(way: Way, full_bundle: Artifact) 
         ({"min_parity": 500.0}, "parity in dB"),
         ({"min_sqnr": 500.0}, "median SQNR"),
         ({"min_psnr": 500.0}, "PSNR"),
+        ({"min_speedup": 500.0}, "speed beside the 16-bit engine's"),
     ],
 )
 def test_a_missed_threshold_is_named(way: Way, bound: dict[str, float], words: str) -> None:

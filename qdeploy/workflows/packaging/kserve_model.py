@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from qdeploy.sampling.requests import INPUTS, RESULT, ServedPipeline, read_requests
 from qdeploy.system.errors import QDeployError
@@ -56,7 +57,9 @@ def serve(folder: str | Path, name: str) -> None:
             pixels = torch.stack([image for image in images if isinstance(image, torch.Tensor)]).numpy()
             output = kserve.InferOutput(name=RESULT, shape=list(pixels.shape), datatype="UINT8")
             output.set_data_from_numpy(pixels, binary_data=True)
-            return kserve.InferResponse(response_id=request.id, model_name=name, infer_outputs=[output])
+            return kserve.InferResponse(
+                response_id=request.id or uuid4().hex, model_name=name, infer_outputs=[output]
+            )
 
         def get_input_types(self) -> list[dict[str, Any]]:
             """As the protocol describes models."""

@@ -52,13 +52,13 @@ class TritonPythonModel:
         return answers
 
     def _read(self, request: Any) -> list[ImageRequest] | QDeployError:
-        import torch
+        from torch.utils.dlpack import from_dlpack
 
         columns: dict[str, list[Any]] = {}
         for name, kind in INPUTS.items():
             tensor = self._server.get_input_tensor_by_name(request, name)
             if tensor is not None:
-                values = tensor.as_numpy() if kind == "BYTES" else torch.from_dlpack(tensor)
+                values = tensor.as_numpy() if kind == "BYTES" else from_dlpack(tensor)
                 columns[name] = values.flatten().tolist()
         try:
             return read_requests(columns)
