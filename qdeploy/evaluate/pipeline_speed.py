@@ -198,11 +198,9 @@ def _pipelines(
             yield name, _without_checker(load_pipeline(artifact, threads=threads))
         else:
             say(f"{artifact.path} is a denoiser alone: the rest of its pipeline runs in torch")
+            denoiser: Any = load_engine(artifact, threads=threads).as_denoiser()
             with quiet_loading():
-                yield (
-                    name,
-                    _without_checker(model.pipeline(load_engine(artifact, threads=threads).as_denoiser())),
-                )
+                yield name, _without_checker(model.pipeline(denoiser))
 
 
 def _without_checker(pipeline: Any) -> Any:
@@ -245,10 +243,10 @@ def _timed(pipeline: Any, sampling: Sampling, numbers: Sequence[int]) -> Callabl
 
         return watched
 
-    module: Any
-    for name, module in pipeline.components.items():
-        if not isinstance(module, nn.Module):
-            continue
+    networks: dict[str, Any] = {
+        name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)
+    }
+    for name, module in networks.items():
         if name in COMPONENTS:
             module.forward = watch(DENOISER, module.forward)
         elif name.startswith("text_encoder"):
