@@ -21,13 +21,14 @@ from qdeploy.engines.registry import find_backend
 from qdeploy.engines.spec import EngineSpec
 from qdeploy.engines.timing import quantile, take_turns
 from qdeploy.evaluate.baselines import FULL, HALF, HALVES, Entrant, enter, is_baseline
+from qdeploy.evaluate.ratios import in_words
 from qdeploy.model.folder import Model
 from qdeploy.store.artifact import Artifact, EngineFolder, open_artifact
 from qdeploy.system.errors import UsageError
 from qdeploy.system.machine import machine
 from qdeploy.system.memory import physical_memory
 from qdeploy.system.progress import say
-from qdeploy.system.tables import Table, amount, number, percentage
+from qdeploy.system.tables import Cell, Table, amount, number, percentage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,7 +91,9 @@ class BenchmarkResult:
         ]
         rows = []
         for result in self.results:
-            ratios = (self.ratio(result["name"], kind, result["batch"]) for kind in (FULL, half))
+            names = [
+                _ratio_name(result["name"], kind, result["batch"], self.batches) for kind in (FULL, half)
+            ]
             rows.append(
                 [
                     result["name"],
@@ -99,12 +102,20 @@ class BenchmarkResult:
                     str(result["batch"]),
                     number(result["ms"]["median"], 3),
                     number(result["ms"]["p95"], 3),
-                    *(amount(ratio, 2, "x") for ratio in ratios),
+                    *(self._ratio_cell(name) for name in names),
                     number(result["size_mb"]),
                     percentage(result["int8_mac_share"]),
                 ]
             )
         return Table(columns, rows)
+
+    def _ratio_cell(self, name: str) -> Cell:
+        ratio = self.ratios.get(name)
+        return amount(None) if ratio is None else Cell(in_words(ratio, self.spread.get(name)), ratio)
+
+    def _repr_html_(self) -> str:
+        """The table in a notebook."""
+        return self.rows()._repr_html_()
 
     def table(self) -> str:
         """The result for people."""

@@ -21,6 +21,7 @@ from qdeploy.evaluate.thresholds import THRESHOLDS
 from qdeploy.model.folder import Model, open_model
 from qdeploy.model.origin import source_model
 from qdeploy.model.sampling import AS_COLLECTED, Sampling, SamplingOptions, sampled, with_old_names
+from qdeploy.model.zoo import with_shipped_prompts
 from qdeploy.plots.pictures import picture_folder
 from qdeploy.sampling.correct import check_correction, correct
 from qdeploy.store.artifact import Artifact, DenoiserArtifact, EngineFolder
@@ -122,6 +123,8 @@ def check(
         _check_speed_measurable(opened.artifact, min_speedup)
     check_correction(correction, opened.artifact)
     plan = replace(plan, sampling=plan.sampling.like(opened.artifact.facts.sampled))
+    if model is not None:
+        plan = replace(plan, sampling=with_shipped_prompts(plan.sampling, model.path))
     earlier = None if before is None else open_before(before, opened)
     resources = {"features": features, "real": real, "lpips": lpips, "clip": clip}
     context = _metric_context(model, resources, plan.sampling.prompts)

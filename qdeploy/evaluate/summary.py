@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qdeploy.evaluate.baselines import FULL, HALF
+from qdeploy.evaluate.ratios import in_words
 from qdeploy.store.artifact import EngineFolder
 from qdeploy.system.tables import Cell, Table, amount, number, percentage
 
@@ -103,13 +104,13 @@ def engine_table(
         fd = quality.get("fd_local", {}).get("subject")
         if check is None and reference:
             fd = reference["reference"]
-        ratios = [speed["ratios"].get(f"{result['name']} vs {kind}, batch {batch}") for kind in (FULL, HALF)]
+        pairs = [f"{result['name']} vs {kind}, batch {batch}" for kind in (FULL, HALF)]
         rows.append(
             [
                 titles[name],
                 number(result["size_mb"], 1),
                 number(result["ms"]["median"]),
-                *(amount(ratio, 2, "x") for ratio in ratios),
+                *(_ratio_cell(speed, pair) for pair in pairs),
                 number(sqnr.get("median"), 1),
                 number(sqnr.get("worst"), 1),
                 number(quality.get("psnr_db"), 1),
@@ -119,6 +120,12 @@ def engine_table(
             ]
         )
     return Table(columns, rows)
+
+
+def _ratio_cell(speed: Mapping[str, Any], pair: str) -> Cell:
+    ratio = speed["ratios"].get(pair)
+    spread = speed.get("ratios_quartiles", {}).get(pair)
+    return amount(None) if ratio is None else Cell(in_words(ratio, spread), ratio)
 
 
 def summary_notes(checks: Mapping[str, Mapping[str, Any]], speed: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qdeploy.evaluate.ratios import in_words, judge_quality, judge_size, judge_speed
 from qdeploy.evaluate.report_page import charts, tables
 from qdeploy.evaluate.report_page.content import Content, describe
 from qdeploy.evaluate.report_page.images import gallery
@@ -63,11 +64,15 @@ def _headlines(content: Content) -> list[dict[str, Any]]:
             continue
         check, timed = content.checks.get(subject.name), content.time_of(subject)
         figures: list[tuple[str, str]] = []
+        verdicts = [judge_quality(check["failures"])] if check else []
         if timed is not None:
-            for kind, (ratio, _) in content.ratios(timed).items():
-                figures.append((f"{ratio:.2f}×", f"as fast as {kind}, batch {timed['batch']}"))  # noqa: RUF001
+            ratios = content.ratios(timed)
+            for kind, (ratio, spread) in ratios.items():
+                figures.append((in_words(ratio, spread, "×"), f"as fast as {kind}, batch {timed['batch']}"))  # noqa: RUF001
             full = next((r["size_mb"] for name, r in baselines.items() if name.startswith("f32")), None)
             original = f", {full:.1f} in full precision" if full else ""
+            verdicts += [judge_speed(kind, *found) for kind, found in list(ratios.items())[-1:]]
+            verdicts += [judge_size(timed["size_mb"], full)] if full else []
             figures.append((f"{timed['size_mb']:.1f} MB", f"engine{original}"))
         if check is not None:
             median, psnr = look_up(check, ("quality", "sqnr_db", "median")), check["quality"].get("psnr_db")
@@ -79,7 +84,7 @@ def _headlines(content: Content) -> list[dict[str, Any]]:
             {
                 "name": subject.name,
                 "what": describe(subject),
-                "passed": check["passed"] if check else None,
+                "verdicts": verdicts,
                 "figures": figures,
             }
         )

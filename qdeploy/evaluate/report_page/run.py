@@ -15,6 +15,7 @@ from qdeploy.evaluate.report_page.sensitivity import read_sensitivity
 from qdeploy.evaluate.report_page.subjects import find_reference, open_given
 from qdeploy.model.folder import Model
 from qdeploy.model.sampling import AS_COLLECTED, Sampling, SamplingOptions, renamed, sampled, with_old_names
+from qdeploy.model.zoo import with_shipped_prompts
 from qdeploy.store.artifact import Artifact
 from qdeploy.store.files import explained_os_errors, write_text
 from qdeploy.system.errors import UsageError
@@ -121,6 +122,8 @@ def report(
     given = open_given(paths)
     model = find_reference(given, reference)
     plan = replace(plan, sampling=plan.sampling.like(given.sampled))
+    if model is not None:
+        plan = replace(plan, sampling=with_shipped_prompts(plan.sampling, model.path))
     work = Path(folder) if folder is not None else output.with_name(f"{output.stem}-measured")
     with explained_os_errors(work):
         speed = measured.benchmark_of(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from qdeploy.evaluate.ratios import in_words
 from qdeploy.evaluate.report_page.content import Content, describe
 from qdeploy.evaluate.thresholds import THRESHOLDS, look_up
 from qdeploy.mixed.options import ACTIVATIONS, WEIGHTS
@@ -56,7 +57,7 @@ def _speed_cells(content: Content, result: Mapping[str, Any] | None, kinds: list
     ratios = content.ratios(result)
     return [
         amount(result["ms"]["median"], 2),
-        *(amount(ratios[kind][0] if kind in ratios else None, 2, "×") for kind in kinds),  # noqa: RUF001
+        *(_ratio_cell(ratios.get(kind)) for kind in kinds),
         amount(result["size_mb"]),
         percentage(result["int8_mac_share"]),
     ]
@@ -171,9 +172,7 @@ def speed_table(content: Content) -> Table:
 def _ratio_cell(found: tuple[float, list[float] | None] | None) -> Cell:
     if found is None:
         return Cell(MISSING)
-    ratio, spread = found
-    quartiles = f" ({spread[0]:.2f} to {spread[1]:.2f})" if spread else ""
-    return Cell(f"{ratio:.2f}×{quartiles}", ratio)  # noqa: RUF001
+    return Cell(in_words(*found, "×"), found[0])  # noqa: RUF001
 
 
 def kernel_table(content: Content) -> Table:
