@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-slow lint golden format bench compatibility clean
+.PHONY: setup docs demo test test-slow lint golden format bench compatibility clean
 
 setup: $(VENV)/.installed
 
@@ -32,6 +32,11 @@ lint: setup  ## style, types, and the direction of imports
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
+docs: setup  ## the site, in site/: every warning is an error, links and anchors included
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python tools/pages.py
+	$(BIN)/mkdocs build --quiet
+
 golden: setup  ## are all presets' artifacts byte-identical to those of the revision BASE?
 	$(BIN)/python tools/golden.py --base $(BASE)
 
@@ -39,7 +44,7 @@ format: setup
 	$(BIN)/ruff format qdeploy tests benchmarks tools
 	$(BIN)/ruff check --fix qdeploy tests benchmarks tools
 
-bench: setup  ## the tables of docs/benchmarks.md
+bench: setup  ## the tables of docs/benchmarks/index.md
 	$(BIN)/python benchmarks/digits_quality.py --output runs/digits-quality
 
 compatibility: setup  ## docs/compatibility.md: a tiny pipeline of each class of diffusers, from preflight to check

@@ -21,7 +21,7 @@ from tests.plugins import install
 from tools import tree
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -112,3 +112,20 @@ def test_a_new_file_is_missed_in_the_design(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "qdeploy" / "store" / "attic.py").write_text('"""What nobody needs."""')
     assert "attic" in tree.tree()
     assert "attic" not in before
+
+
+def test_the_readme_repeats_the_numbers_of_the_demo_page() -> None:
+    def rows(page: Path) -> list[str]:
+        return re.findall(
+            r"^\| (?:full precision|16-bit|8-bit \(W8A8\)|4-bit \(W4A8\)) .*$", page.read_text(), re.M
+        )
+
+    shown = rows(ROOT / "README.md")
+    assert len(shown) == 4
+    assert set(shown) <= set(rows(ROOT / "docs" / "benchmarks" / "the-demo.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_to_files_that_exist(page: Path) -> None:
+    targets = re.findall(r"\]\((?!https?:|#|mailto:)([^)\s#]+)", page.read_text())
+    assert [target for target in targets if not (page.parent / target).exists()] == []

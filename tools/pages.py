@@ -1,0 +1,198 @@
+"""Pages of ``docs/`` made from tables and results: ``python tools/pages.py`` writes them, a test holds them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parent.parent
+DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT))
+_MADE = "<!-- python tools/pages.py writes this page -->\n\n"
+
+
+class Question(NamedTuple):
+    """One results file, and what it answers.
+
+    Attributes:
+        file: its name in ``benchmarks/results``.
+        title: the question.
+        command: that measured it.
+        date: when.
+        table: from the file's content to Markdown.
+    """
+
+    file: str
+    title: str
+    command: str
+    date: str
+    table: Callable[[Mapping[str, Any]], str]
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    from qdeploy.system.tables import Table
+
+    return Table(head, rows).markdown()
+
+
+def _methods(content: Mapping[str, Any]) -> str:
+    from benchmarks.methods_report import joined, table_of
+
+    return _markdown(*table_of(joined(content["results"])))
+
+
+def _blocks(content: Mapping[str, Any]) -> str:
+    rows = [
+        [
+            f"{row['weights']}, {row['backend']} {row['precision']}",
+            f"{row['cpu_ms']:.2f}",
+            f"{row['disk_mb']:.1f}",
+            f"{row['memory_mb']:.0f}",
+            f"{row['load_seconds']:.2f}",
+            f"{row['sqnr_db']:.1f}",
+            f"{row['parity_db']:.1f}",
+        ]
+        for row in content["results"]
+    ]
+    head = ["engine", "CPU ms a call", "MB on disk", "MB of memory", "s to load", "SQNR dB", "parity dB"]
+    return _markdown(head, rows)
+
+
+def _builds(content: Mapping[str, Any]) -> str:
+    rows = [
+        [
+            name.removeprefix("onnx-"),
+            f"{build['as_planned']} of {build['planned']}",
+            ", ".join(f"{kind} {count}" for kind, count in build["products"].items()),
+            f"{build['plan_mb']:.1f}",
+            f"{build['moved_mb']:.1f}",
+            f"{build['seconds']:.0f}",
+            build["targets"],
+        ]
+        for name, build in content["bundles"].items()
+    ]
+    head = ["graph", "layers as planned", "products by type", "MB of the plan", "MB moved a call", "s", "for"]
+    return _markdown(head, rows)
+
+
+QUESTIONS = {
+    "how-good-are-the-methods-on-digits": Question(
+        "digits.json",
+        "How good are the methods on digits?",
+        "python -m benchmarks.methods --threads 1 --groups 1",
+        "2026-11-26",
+        _methods,
+    ),
+    "how-good-are-the-methods-on-scenes": Question(
+        "scenes.json",
+        "How good are the methods on scenes?",
+        "python -m benchmarks.methods --model scenes --samples 64 --threads 1 --groups 1",
+        "2026-11-26",
+        _methods,
+    ),
+    "what-do-weights-in-blocks-give": Question(
+        "blocks-digits-dit.json",
+        "What do weights in blocks give on a CPU?",
+        "python -m benchmarks.blocks --shape digits-dit",
+        "2026-11-28",
+        _blocks,
+    ),
+    "what-does-tensorrt-rtx-make-of-the-graphs": Question(
+        "rtx-builds.json",
+        "What does TensorRT for RTX make of the graphs?",
+        "python benchmarks/rtx_builds.py onnx-digits-* --gpu sm86,sm89,sm120",
+        "2026-11-28",
+        _builds,
+    ),
+}
+
+
+def question_page(question: Question) -> str:
+    """The page of one results file, with its command, machine and date."""
+    content = json.loads((RESULTS / question.file).read_text(encoding="utf-8"))
+    machine = content.get("machine")
+    where = f"{machine['cpu']}, {machine['cores']} cores, {', '.join(machine['features'])}" if machine else ""
+    library = content.get("library")
+    facts = [
+        f"- command: `{question.command}`",
+        f"- machine: {where}" if where else f"- {library}, batch {content['batch']}; built without a GPU",
+        f"- measured: {question.date}; file: `benchmarks/results/{question.file}`",
+        *([f"- {content['note']}"] if "note" in content else []),
+    ]
+    return "\n".join([_MADE + f"# {question.title}\n", *facts, "", question.table(content)])
+
+
+def which_page() -> str:
+    """The table of presets."""
+    from qdeploy.recipe.which import choices
+
+    rows = [
+        [
+            f"`{choice.preset}`{''.join(f' `{flag}`' for flag in [' '.join(choice.options)] if flag)}",
+            ", ".join(choice.models),
+            ", ".join(choice.processors),
+            ", ".join(choice.wishes),
+            choice.why,
+            choice.evidence,
+        ]
+        for choice in choices()
+    ]
+    head = ["preset", "model", "processor", "wish", "what it gives", "evidence"]
+    table = _markdown(head, rows).replace("---:", "---")
+    return (
+        f"{_MADE}# Which preset\n\n"
+        "`cpu` is a processor with VNNI or AMX, `avx2` one without; `tensorrt` a GPU of a server or\n"
+        "workstation, `rtx` a GeForce or RTX card. The first row that fits is recommended. The same in a terminal,\n"
+        "and a recipe to edit:\n\n"
+        '```console\nqdeploy methods --which "dit cpu 4-bit"\nqdeploy init digits-dit --for cpu --wish 4-bit\n```\n\n'
+        f"{table}\n"
+        "Means over calibrations, from [digits](benchmarks/how-good-are-the-methods-on-digits.md),\n"
+        "[scenes](benchmarks/how-good-are-the-methods-on-scenes.md) and\n"
+        "[blocks](benchmarks/what-do-weights-in-blocks-give.md).\n"
+        "Processors and models differ: `qdeploy auto` measures on yours.\n"
+    )
+
+
+def api_page() -> str:
+    """An entry for every public name."""
+    import qdeploy
+    from qdeploy import _HOMES
+
+    names = [name for name in qdeploy.__all__ if name in _HOMES]
+    functions = [name for name in names if name[0].islower()]
+    classes = [name for name in names if name[0].isupper()]
+    entries = {
+        title: "\n\n".join(f"::: {_HOMES[name]}.{name}" for name in listed)
+        for title, listed in (("Functions", functions), ("Classes", classes))
+    }
+    return (
+        f"{_MADE}# Python\n\nAll names are those of `qdeploy`: `qdeploy.collect`, `qdeploy.Recipe`, ...\n"
+        f"They are imported when they are first used.\n\n{entries['Functions']}\n\n{entries['Classes']}\n"
+    )
+
+
+def benchmark_index(text: str) -> str:
+    """The index of benchmarks, with what results files hold at its end."""
+    start = text.split("\n## From results files")[0].rstrip()
+    listed = "\n".join(f"- [{each.title}]({name}.md)" for name, each in QUESTIONS.items())
+    return f"{start}\n\n## From results files\n\n{listed}\n"
+
+
+def pages() -> dict[Path, str]:
+    """Every page that is made, by its file."""
+    index = DOCS / "benchmarks" / "index.md"
+    made = {DOCS / "benchmarks" / f"{name}.md": question_page(each) for name, each in QUESTIONS.items()}
+    return {
+        **made,
+        DOCS / "which-preset.md": which_page(),
+        DOCS / "api.md": api_page(),
+        index: benchmark_index(index.read_text(encoding="utf-8")),
+    }
+
+
+if __name__ == "__main__":
+    for file, text in pages().items():
+        file.write_text(text, encoding="utf-8")
