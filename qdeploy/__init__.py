@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from qdeploy.workflows.calibrate import calibrate
     from qdeploy.workflows.demo import demo
     from qdeploy.workflows.import_checkpoint import import_checkpoint
+    from qdeploy.workflows.init import init
     from qdeploy.workflows.inspect import inspect, methods
     from qdeploy.workflows.packaging.run import package
     from qdeploy.workflows.preflight import preflight
@@ -104,6 +105,7 @@ __all__ = [
     "export",
     "import_checkpoint",
     "import_model",
+    "init",
     "inspect",
     "lint",
     "load_checkpoint",
@@ -183,6 +185,7 @@ _NAMES = {
     "qdeploy.workflows.calibrate": ("calibrate",),
     "qdeploy.workflows.demo": ("demo",),
     "qdeploy.workflows.import_checkpoint": ("import_checkpoint",),
+    "qdeploy.workflows.init": ("init",),
     "qdeploy.workflows.inspect": (
         "inspect",
         "methods",

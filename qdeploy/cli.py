@@ -14,7 +14,7 @@ from qdeploy.commands.base import Commands
 from qdeploy.commands.calibration import calibrate, collect, import_checkpoint, preflight, sensitivity
 from qdeploy.commands.deployment import build_engine, doctor, export, lint, package, push, selftest
 from qdeploy.commands.evaluation import auto, benchmark, check, demo, report, sample
-from qdeploy.commands.information import inspect, methods
+from qdeploy.commands.information import init, inspect, methods
 from qdeploy.commands.models import import_
 from qdeploy.version import __version__
 
@@ -31,6 +31,7 @@ def main() -> None:
 
 for _command in (
     demo,
+    init,
     auto,
     import_,
     preflight,

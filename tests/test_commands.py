@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from importlib import import_module
@@ -17,19 +18,20 @@ from click.testing import Result
 import qdeploy as qd
 from qdeploy.calibration_set.collect import collect
 from qdeploy.cli import main
-from qdeploy.commands import calibration, deployment, evaluation, models
+from qdeploy.commands import calibration, deployment, evaluation, information, models
 from qdeploy.commands.calibration import _stage_options
 from qdeploy.commands.options import Verb
 from qdeploy.commands.signature import REQUIRED
 from qdeploy.model.sampling import Sampling
 from qdeploy.recipe.stages import make_stage
 from qdeploy.sampling.sample import sample
+from qdeploy.store.artifact import Artifact
 from qdeploy.system.errors import UsageError
 
 Run = Callable[..., Result]
 VERBS = [
     value
-    for module in (calibration, deployment, evaluation, models)
+    for module in (calibration, deployment, evaluation, information, models)
     for value in vars(module).values()
     if isinstance(value, Verb)
 ]
@@ -209,3 +211,94 @@ def test_errors_name_the_nearest_word_and_are_json_when_json_is_asked_for(
     plain = qdeploy(*command)
     assert plain.stdout == ""
     assert words in plain.stderr
+
+
+# -- conveniences ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("qdeploy calib", "calibrate"),
+        ("qdeploy calibrate dig", "digits-dit"),
+        ("qdeploy calibrate digits -r w8a8-minmax-", "w8a8-minmax-cpu"),
+        ("qdeploy calibrate digits --eff", "--effort"),
+    ],
+)
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_verbs_options_presets_and_models(
+    shell: str, words: str, found: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = words.split()
+    monkeypatch.setenv("_QDEPLOY_COMPLETE", f"{shell}_complete")
+    monkeypatch.setenv("COMP_WORDS", words if shell != "fish" else " ".join(given[:-1]))
+    monkeypatch.setenv("COMP_CWORD", str(len(given) - 1) if shell != "fish" else given[-1])
+    with pytest.raises(SystemExit):
+        main.main(args=[], prog_name="qdeploy")
+    assert found in capsys.readouterr().out
+
+
+def test_a_shipped_model_has_prompts_and_there_is_an_image_for_each(qdeploy: Run, tmp_path: Path) -> None:
+    few = ("--steps", 1, "--batch", 16)
+    result = qdeploy("sample", "scenes", "-o", tmp_path / "own", *few, "--prompt", "a red circle")
+    assert result.exit_code == 0, result.stderr
+    assert len(list((tmp_path / "own").glob("0*.png"))) == 1
+    result = qdeploy("sample", "scenes", "-o", tmp_path / "shipped", *few)
+    assert "the 16 that it comes with" in result.stderr
+    facts = json.loads(qdeploy("inspect", tmp_path / "shipped", "--json").stdout)["facts"]
+    assert facts["count"] == len(facts["prompts"]) == 16
+
+
+def test_an_engine_says_what_was_measured(qdeploy: Run, ddpm: Path, tmp_path: Path) -> None:
+    qdeploy("export", ddpm, "-o", tmp_path / "onnx")
+    plain = qdeploy("build-engine", tmp_path / "onnx", "-o", tmp_path / "engine", "--threads", 1)
+    assert re.search(
+        r"ms a call with 1 sample .*MB, 0% of the multiplications in int8, [\d.]+ dB", plain.stdout
+    )
+    assert (
+        "median"
+        in json.loads(
+            qdeploy(
+                "build-engine", tmp_path / "onnx", "-o", tmp_path / "engine", "--threads", 1, "--json"
+            ).stdout
+        )["measured"]["ms"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("tfmq", "2024"),
+        ("round-weights", "steps"),
+        ("w8a8-qdiffusion", "SQNR 47.6 dB"),
+        ("int4b64", "block"),
+        ("openvino", "asymmetric"),
+        ("fast", "rows"),
+    ],
+)
+def test_a_word_of_recipes_is_explained(qdeploy: Run, name: str, words: str) -> None:
+    result = qdeploy("methods", name)
+    assert result.exit_code == 0
+    assert words in result.stdout
+    assert json.loads(qdeploy("methods", name, "--json").stdout)["name"] == name
+
+
+def test_words_that_are_unknown_or_two_questions_at_once_are_refused(qdeploy: Run) -> None:
+    result = qdeploy("methods", "tfmk")
+    assert result.exit_code == 2
+    assert "did you mean 'tfmq'?" in result.stderr
+    assert qdeploy("methods", "tfmq", "--which", "cpu").exit_code == 2
+    assert "w8a8-minmax-cpu" in qdeploy("methods", "--which", "unet cpu fast").stdout
+
+
+def test_artifacts_are_shown_in_notebooks_and_in_a_terminal_of_100_columns(
+    qdeploy: Run, ddpm_engine: Artifact, ddpm: Path, tmp_path: Path
+) -> None:
+    assert "<td>backend</td><td>openvino</td>" in ddpm_engine._repr_html_()
+    images = sample(ddpm, tmp_path / "<images>", steps=1, samples=1)
+    assert "data:image/png;base64" in images._repr_html_()
+    assert "<images>" not in images._repr_html_()
+    shown = qdeploy("inspect", ddpm_engine.path).stdout.splitlines()
+    assert "intact" in shown[0]
+    assert not any("{" in line for line in shown)
+    assert max(map(len, shown[1:])) <= 100

@@ -30,6 +30,7 @@ from qdeploy.model.pipeline import sample_images
 from qdeploy.model.pipeline_index import pipeline_sha256
 from qdeploy.model.sampling import COLLECTING, Sampling, SamplingOptions, sampled, with_old_names
 from qdeploy.model.schedulers import scheduler_for
+from qdeploy.model.zoo import with_shipped_prompts
 from qdeploy.quant.time_ranges import merge_ranges
 from qdeploy.store.artifact import RANGES, CalibrationFolder
 from qdeploy.store.builder import Draft
@@ -108,7 +109,7 @@ def collect(
     """
     model = model_of(model)
     given, keep = with_old_names(dict(options), keep)
-    chosen = (sampling or COLLECTING).changed(given)
+    chosen = with_shipped_prompts((sampling or COLLECTING).changed(given), model.path)
     request = Request(replace(chosen, batch=min(chosen.batch, max(1, samples))), keep, samples, device)
     check_pipeline(model, request)
     made_from = {"model": model.sha256, "pipeline": pipeline_sha256(model)}

@@ -74,7 +74,7 @@ def check_pipeline(model: Model, request: Request) -> None:
     if pipeline is not None:
         known = inspect.signature(pipeline.__call__).parameters
         if "prompt" in known and sampling.prompts is None:
-            raise UsageError(f"{pipeline.__name__} needs prompts: pass --prompts FILE")
+            raise UsageError(f"{pipeline.__name__} needs prompts: pass --prompt TEXT or --prompts FILE")
         if sampling.prompts is not None and not {"prompt", "class_labels"} & known.keys():
             raise UsageError(f"{pipeline.__name__} takes no prompts")
     listed = index.components.get("scheduler")

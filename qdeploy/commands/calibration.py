@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from qdeploy.commands import complete
 from qdeploy.commands.base import report_made, verb
 from qdeploy.commands.options import Verb, sampling_of, sampling_options
 from qdeploy.model.sampling import COLLECTING
@@ -27,7 +28,7 @@ _IMPORT = Verb("qdeploy.calibration_set.importers", "import_qdiffusion")
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=complete.models)
 @_COLLECT.option("output", "Folder to write.", required=True)
 @_COLLECT.option("samples", "Images to sample.")
 @_COLLECT.option("keep", "Denoiser calls of each image to keep.")
@@ -88,7 +89,7 @@ def _record(
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=complete.models)
 @sampling_options(COLLECTING)
 @verb
 def preflight(model: str, as_json: bool, **options: Any) -> None:
@@ -100,9 +101,11 @@ def preflight(model: str, as_json: bool, **options: Any) -> None:
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=complete.models)
 @_CALIBRATE.option("output", "Folder to write.  [default: MODEL-PRECISION in the working directory]")
-@_CALIBRATE.option("recipe", "A preset's name or a YAML file.", "-r", "--recipe")
+@_CALIBRATE.option(
+    "recipe", "A preset's name or a YAML file.", "-r", "--recipe", shell_complete=complete.presets
+)
 @click.option(
     "--set",
     "settings",

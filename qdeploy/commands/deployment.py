@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -14,6 +14,9 @@ from qdeploy.commands.base import print_result, report_made, verb
 from qdeploy.commands.options import Verb
 from qdeploy.system.errors import CheckFailed, UsageError
 from qdeploy.system.progress import say
+
+if TYPE_CHECKING:
+    from qdeploy.store.artifact import EngineFolder
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -101,7 +104,21 @@ def build_engine(onnx: str, components: str | None, as_json: bool, **options: An
     from qdeploy.engines.components import read_precisions
 
     began = time.perf_counter()
-    report_made(_BUILD.call(onnx, components=read_precisions(components), **options), began, as_json)
+    built = _BUILD.call(onnx, components=read_precisions(components), **options)
+    report_made(built, began, as_json, lambda engine: {"measured": engine.measured}, _measured)
+
+
+def _measured(engine: EngineFolder) -> str:
+    """What the build measured, in a line."""
+    found = engine.measured
+    if "not_run" in found:
+        return f"{found['size_mb']:.1f} MB, not measured: {found['not_run']}"
+    samples = f"{engine.facts.batch} sample{'s' * (engine.facts.batch > 1)}"
+    return (
+        f"{found['ms']['median']:.3g} ms a call with {samples} (95 % within {found['ms']['p95']:.3g}), "
+        f"{found['size_mb']:.1f} MB, {found['int8_mac_share']:.0%} of the multiplications in int8, "
+        f"{found['parity']['sqnr_db']:.1f} dB from the simulation"
+    )
 
 
 @click.command()

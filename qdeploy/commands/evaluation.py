@@ -9,6 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from qdeploy.commands import complete
 from qdeploy.commands.base import print_result, report_made, verb
 from qdeploy.commands.options import Verb, sampling_of, sampling_options
 from qdeploy.model.sampling import AS_COLLECTED, COLLECTING, SAMPLING
@@ -38,7 +39,7 @@ def demo(as_json: bool, **options: Any) -> None:
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=complete.models)
 @_AUTO.option("output", "Folder of everything that is made.", required=True)
 @_AUTO.option("backend", "openvino, onnxruntime or tensorrt.", "--for", "--backend")
 @_AUTO.option("min_psnr", "Least PSNR of images to those of full precision, in dB.")
@@ -60,7 +61,7 @@ def auto(model: str, as_json: bool, **options: Any) -> None:
 @click.command()
 @click.argument("source")
 @_SAMPLE.option("output", "Folder to write.", required=True)
-@_SAMPLE.option("samples", "Images to sample.")
+@_SAMPLE.option("samples", "Images to sample.  [default: one for each prompt, or 16]")
 @click.option("--count", type=int, hidden=True)  # until 0.4
 @_SAMPLE.option("model", "The model whose pipeline is used.  [default: the one the engine was made from]")
 @_SAMPLE.option("correction", _CORRECTION)

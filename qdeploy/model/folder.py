@@ -20,7 +20,7 @@ from qdeploy.model.networks import find_network_class
 from qdeploy.model.pipeline_index import INDEX, NEVER_LOADED, read_index
 from qdeploy.model.requirements import require_libraries
 from qdeploy.model.weights import WeightFiles, find_weights, variants_needed
-from qdeploy.model.zoo import find_zoo_model, zoo_models
+from qdeploy.model.zoo import NAMES, find_zoo_model, zoo_models
 from qdeploy.store.bounded_json import read_json_object
 from qdeploy.system.errors import InvalidInputError
 from qdeploy.system.hashing import sha256_files
@@ -264,7 +264,7 @@ def open_if_there(source: str | None) -> Model | None:
 
 def _download(source: str, variant: str | None) -> Path:
     if source.count("/") != 1 or source.startswith((".", "/")):
-        bundled = zoo_models()
+        bundled = zoo_models() or NAMES
         raise InvalidInputError(
             f"{source} does not exist{did_you_mean(source, bundled)}: it is neither a local folder, a bundled model "
             f"({', '.join(bundled)}), nor a Hub id (owner/name)"

@@ -57,7 +57,7 @@ def generate(
     arguments = {name: value for name, value in arguments.items() if name in known}
     if "prompt" in known:
         if prompts is None:
-            raise UsageError(f"{type(pipeline).__name__} needs prompts: pass --prompts FILE")
+            raise UsageError(f"{type(pipeline).__name__} needs prompts: pass --prompt TEXT or --prompts FILE")
         arguments["prompt"] = list(prompts)
     elif "class_labels" in known:
         labels = prompts if prompts is not None else [str(seed % 10) for seed in seeds]

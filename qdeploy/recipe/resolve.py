@@ -79,6 +79,17 @@ def presets() -> dict[str, str]:
     return {file.stem: str(_load(file).get("description", "")) for file in sorted(_PRESETS.glob("*.yaml"))}
 
 
+def preset_values(name: str) -> dict[str, Any]:
+    """What a preset's file says, to be written into another.
+
+    Raises:
+        UsageError: there is no such preset.
+    """
+    if name not in presets():
+        raise UsageError(unknown("recipe", name, presets()))
+    return dict(_load(_PRESETS / f"{name}.yaml"))
+
+
 def _read(preset: str | Path) -> Mapping[str, Any]:
     path = Path(preset)
     if path.suffix not in (".yaml", ".yml"):

@@ -19,6 +19,7 @@ from qdeploy.model.pipeline_index import pipeline_sha256, read_index
 from qdeploy.model.sampling import SAMPLING, Sampling, SamplingOptions, renamed, sampled
 from qdeploy.model.schedulers import scheduler_for
 from qdeploy.model.timesteps import Timesteps
+from qdeploy.model.zoo import with_shipped_prompts
 from qdeploy.sampling.correct import check_correction, correct
 from qdeploy.sampling.media_files import as_stored, file_of, write_media, write_npz
 from qdeploy.sampling.pipeline_folder import is_pipeline_folder, load_pipeline, quiet_loading
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 
 _Source = EngineFolder | Checkpoint | None  # what makes the images; None for a full-precision model
 
+_IMAGES = 16  # where there are no prompts to count
+
 
 @sampled(SAMPLING)
 def sample(
@@ -53,7 +56,7 @@ def sample(
     output: str | Path | None = None,
     sampling: Sampling | None = None,
     *,
-    samples: int = 16,
+    samples: int | None = None,
     model: str | Path | None = None,
     correction: str = "none",
     npz: bool = False,
@@ -66,7 +69,7 @@ def sample(
         source: an engine, a checkpoint or a model.
         output: folder of the images; in the working directory by default.
         sampling: how images are sampled; 50 steps of the model's own scheduler by default.
-        samples: number of images.
+        samples: number of images; one for each prompt, or 16, by default.
         model: the pipeline in which an engine or checkpoint runs; by default the engine's own where its folder is a
             whole pipeline, else the one that it was made from.
         correction: ``table`` or ``online`` to subtract mean errors from predictions, or ``none``; ``online:4,3``
@@ -89,7 +92,7 @@ def sample(
     renamed(given, "count", "samples")
     samples = given.pop("samples", samples)
     chosen = (sampling or SAMPLING).changed(given)
-    if samples < 1:
+    if samples is not None and samples < 1:
         raise UsageError(f"samples must be at least 1, not {samples}")
     made: _Source = None
     if isinstance(source, Artifact) or is_artifact(Path(source)) or is_on_hub(source):
@@ -98,6 +101,9 @@ def sample(
     whole = open_model(str(source)) if made is None else _pipeline_of(made, model)
     origin, identity = ("model", whole.sha256) if made is None else (made.kind, made.sha256)
     chosen = chosen if made is None else chosen.sized_like(made.facts.sampled)
+    chosen = with_shipped_prompts(chosen, whole.path)
+    if samples is None:
+        samples = len(chosen.prompts) if chosen.prompts else _IMAGES
     prompts = None if chosen.prompts is None else list(chosen.prompts)
     asked: dict[str, Any] = {
         "count": samples,

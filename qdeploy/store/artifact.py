@@ -7,7 +7,9 @@ and afterwards only files that the manifest lists can be had. `qdeploy.store.bui
 
 from __future__ import annotations
 
+from base64 import b64encode
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import TypeVar, overload
 
@@ -139,6 +141,16 @@ class Samples(Artifact):
     def images(self) -> Path:
         """All images as one tensor."""
         return self.file("images.safetensors")
+
+    def _repr_html_(self) -> str:
+        """As of every artifact, with the grid of images below."""
+        grid = self.find("grid.png")
+        if grid is None:
+            return super()._repr_html_()
+        data = b64encode(grid.read_bytes()).decode()
+        return (
+            f'{super()._repr_html_()}<img alt="{escape(self.path.name)}" src="data:image/png;base64,{data}">'
+        )
 
 
 class Sensitivity(Artifact):

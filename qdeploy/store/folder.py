@@ -12,6 +12,7 @@ from qdeploy.store.facts import DenoiserFacts, Facts
 from qdeploy.store.manifest import Manifest, typed
 from qdeploy.store.probe import PROBE, Probe, read_probe
 from qdeploy.system.errors import InvalidInputError
+from qdeploy.system.tables import Table
 
 CORRECTION = "correction.safetensors"
 RANGES = "ranges.safetensors"
@@ -97,6 +98,17 @@ class Artifact:
         """Bytes of all files, or of those below one of its folders."""
         below = f"{folder}/" if folder else ""
         return sum(self.file(name).stat().st_size for name in self.files if name.startswith(below))
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: kind, folder, size, and the facts that are one word or number."""
+        plain = {
+            name: value
+            for name, value in self.manifest.facts.items()
+            if isinstance(value, str | int | float) and not name.endswith("sha256")
+        }
+        shown = {"folder": self.path, "MB": f"{self.size() / 2**20:.1f}", "sha256": self.sha256[:12]} | plain
+        rows = [[name, str(value)] for name, value in shown.items()]
+        return Table([self.kind, self.DESCRIPTION], rows)._repr_html_()
 
     def summary(self, seconds: float) -> dict[str, Any]:
         """The JSON object that every verb prints for what it wrote."""

@@ -27,8 +27,8 @@ def say(message: str, level: int = 1) -> None:
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Iterate over ``items`` with a progress bar if stderr is a terminal."""
-    if verbosity.level < 1 or not sys.stderr.isatty():
+    """Iterate over ``items`` with a progress bar if stderr is a terminal or a notebook."""
+    if verbosity.level < 1 or not (sys.stderr.isatty() or "ipykernel" in sys.modules):
         yield from items
         return
     from rich.console import Console

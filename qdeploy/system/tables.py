@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from html import escape
 from io import StringIO
 
 MISSING = "–"  # noqa: RUF001 - a dash, not a minus
@@ -73,6 +74,14 @@ class Table:
             table
         )
         return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()).strip("\n")
+
+    def _repr_html_(self) -> str:
+        """The table in a notebook."""
+        head = "".join(f"<th>{escape(column)}</th>" for column in self.columns)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{escape(cell.text)}</td>" for cell in row) + "</tr>" for row in self.cells
+        )
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
     def markdown(self) -> str:
         """The table in Markdown."""

@@ -11,8 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from qdeploy.evaluate.ratios import in_words
 from qdeploy.model.folder import open_model
 from qdeploy.model.sampling import COLLECTING, Sampling, SamplingOptions, sampled, with_old_names
+from qdeploy.model.zoo import with_shipped_prompts
 from qdeploy.sampling.pipeline_folder import is_pipeline_folder
 from qdeploy.store.artifact import EngineFolder
 from qdeploy.store.files import explained_os_errors, write_json
@@ -95,7 +97,10 @@ class AutoResult:
             for attempt in self.attempts
         ]
         quartiles = self.speed["ratios_quartiles"]
-        lines += [_speed(pair, ratio, *quartiles[pair]) for pair, ratio in self.speed["ratios"].items()]
+        lines += [
+            f"speed, {pair}: {in_words(ratio, quartiles[pair])}"
+            for pair, ratio in self.speed["ratios"].items()
+        ]
         name = "pipeline" if self.pipeline else "engine"
         name = name if self.passed else f"best {name}, which misses the bounds"
         opener = "load_pipeline" if self.pipeline else "load_engine"
@@ -205,8 +210,10 @@ def auto(
         raise UsageError(f"the least PSNR of images is a number of dB from 0 to 100, not {min_psnr}")
     name, precision, ladder = engine_for(backend)
     changes, _ = with_old_names(dict(options), KEEP)
+    source = open_model(model)
+    asked = with_shipped_prompts((sampling or DEFAULT).changed(changes), source.path)
     run = Steps(
-        open_model(model), Path(output), name, precision, (sampling or DEFAULT).changed(changes),
+        source, Path(output), name, precision, asked,
         calibration_samples, samples, min_psnr, effort, rounds,
     )  # fmt: skip
     if explain:
@@ -244,8 +251,3 @@ def _attempt(rung: Rung, engine: EngineFolder, check: dict[str, Any]) -> Attempt
         float(quality["sqnr_db"]["median"]),
         tuple(check["failures"]),
     )
-
-
-def _speed(pair: str, ratio: float, low: float, high: float) -> str:
-    seen = "" if low > 1 or high < 1 else ": no difference seen"
-    return f"speed, {pair}: {ratio:.2f}x, half of all rounds from {low:.2f}x to {high:.2f}x{seen}"

@@ -11,8 +11,8 @@ import msgspec
 from qdeploy.store.artifact import Checkpoint, described
 from qdeploy.store.manifest import damage, is_artifact, read_manifest
 from qdeploy.store.names import is_contained
-
-_BEST = 10  # tensors that are named to people
+from qdeploy.system.errors import UsageError
+from qdeploy.system.suggest import did_you_mean
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -65,17 +65,6 @@ def _of_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         **({} if bits is None else {"effective_bits": bits}),
         **({} if gain is None else {"timestep_gain": gain}),
     }
-
-
-def description(result: Mapping[str, Any]) -> str:
-    """What `inspect` gave, for people: of long lists the best alone."""
-    if "timestep_gain" not in result:
-        return as_text(result)
-    gain = result["timestep_gain"]
-    best = dict(list(gain["by_tensor_db"].items())[:_BEST])
-    shown = {key: value for key, value in gain.items() if key != "by_tensor_db"}
-    what = f"best {len(best)} of {len(gain['by_tensor_db'])} tensors, dB"
-    return as_text({**result, "timestep_gain": {**shown, what: best}})
 
 
 def _inspect_model(source: str) -> dict[str, Any]:
@@ -143,14 +132,51 @@ def methods() -> dict[str, Any]:
     }
 
 
-def as_text(value: Mapping[str, Any], indent: int = 0) -> str:
-    """A mapping as indented lines for people."""
-    lines = []
-    pad = "  " * indent
-    for key, item in value.items():
-        if isinstance(item, Mapping) and item:
-            lines += [f"{pad}{key}:", as_text(item, indent + 1)]
-        elif item not in (None, {}, []):
-            shown = ", ".join(map(str, item)) if isinstance(item, list | tuple) else item
-            lines.append(f"{pad}{key}: {shown}")
-    return "\n".join(lines)
+def explain(name: str) -> dict[str, Any]:
+    """What one word of recipes and options means.
+
+    Returns:
+        ``name``, its ``kind`` and what is known of it: for a preset its recipe, for a stage its options.
+
+    Raises:
+        UsageError: there is no such word.
+    """
+    known = methods()
+    for group, words in known.items():
+        if name not in words:
+            continue
+        entry = words[name] if isinstance(words, Mapping) else _format(name)
+        entry = dict(entry) if isinstance(entry, Mapping) else {"description": entry}
+        if group == "presets":
+            entry |= _preset(name)
+        if group == "stages":
+            entry["options"] = _options(name)
+        return {"name": name, "kind": group.removesuffix("s"), **entry}
+    near = did_you_mean(name, [word for words in known.values() for word in words])
+    raise UsageError(f"unknown word {name!r}{near}: `qdeploy methods` lists all of them")
+
+
+def _options(name: str) -> dict[str, Any]:
+    """Defaults of a stage's options; those that are left to the effort say so."""
+    from dataclasses import fields
+
+    from qdeploy.recipe.stages import stages
+
+    defaults = {option.name: option.default for option in fields(stages()[name])}
+    return {option: "by the effort" if value is None else value for option, value in defaults.items()}
+
+
+def _preset(name: str) -> dict[str, Any]:
+    from qdeploy.recipe.resolve import resolve_recipe
+    from qdeploy.recipe.which import choices
+
+    evidence = [choice.evidence for choice in choices() if choice.preset == name]
+    return {"recipe": resolve_recipe(name).to_json(), **({"measured": evidence} if evidence else {})}
+
+
+def _format(name: str) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from qdeploy.recipe.formats import FORMATS
+
+    return asdict(FORMATS[name]) if name in FORMATS else {"description": "stays in float"}

@@ -23,6 +23,7 @@ from qdeploy.model.pipeline import sample_images
 from qdeploy.model.sampling import COLLECTING, Sampling, SamplingOptions, sampled
 from qdeploy.model.schedulers import scheduler_for
 from qdeploy.model.weights import stored_types
+from qdeploy.model.zoo import with_shipped_prompts
 from qdeploy.network.roles import Structure, find_structure
 from qdeploy.system.errors import QDeployError
 from qdeploy.system.estimate import readable_size, readable_time
@@ -107,7 +108,8 @@ def preflight(
         InvalidInputError: there is no model.
     """
     model = model if isinstance(model, Model) else open_model(model)
-    return _Preflight(model, (sampling or COLLECTING).changed(dict(options))).run()
+    asked = (sampling or COLLECTING).changed(dict(options))
+    return _Preflight(model, with_shipped_prompts(asked, model.path)).run()
 
 
 class _Preflight:
