@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup docs demo test test-slow lint golden format bench compatibility clean
+.PHONY: setup docs demo test test-slow lint golden fuzz format bench compatibility clean
 
 setup: $(VENV)/.installed
 
@@ -39,6 +39,9 @@ docs: setup  ## the site, in site/: every warning is an error, links and anchors
 
 golden: setup  ## are all presets' artifacts byte-identical to those of the revision BASE?
 	$(BIN)/python tools/golden.py --base $(BASE)
+
+fuzz: setup  ## thousands of damaged artifacts, recipes, models and options: none may end in an internal error
+	$(BIN)/python -m tools.fuzz --count 5000 --seconds 3600
 
 format: setup
 	$(BIN)/ruff format qdeploy tests benchmarks tools

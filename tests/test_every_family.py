@@ -42,7 +42,7 @@ FAMILIES: dict[str, tuple[Callable[[Path], Path], list[str], dict[str, int]]] = 
 def test_from_the_pipeline_to_an_engine_and_back(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qdeploy.engines.build.latency", partial(latency, seconds=0.0))
+    monkeypatch.setattr("qdeploy.engines.measure_build.latency", partial(latency, seconds=0.0))
     make, prompts, size = FAMILIES[family]
     model = make(tmp_path / "model")
     assert open_model(model).class_name == family

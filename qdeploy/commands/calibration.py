@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import fields
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,8 @@ def calibrate(
     from qdeploy.mixed.result import budget_summary
 
     began = time.perf_counter()
+    if max_memory is not None and not 0 < max_memory < inf:
+        raise UsageError(f"--max-memory must be a number of GiB above 0, not {max_memory}")
     memory = None if max_memory is None else int(max_memory * 2**30)
     result = _CALIBRATE.call(model, max_memory=memory, options=_stage_options(settings), **options)
     report_made(result, began, as_json, budget_summary)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
@@ -11,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
-from qdeploy.engines.base import DYNAMIC, UNKNOWN, Engine
+from qdeploy.engines.base import DYNAMIC, Engine
 from qdeploy.engines.components import build_components, plan_components
-from qdeploy.engines.floor import check_floor
-from qdeploy.engines.int8_share import int8_layers, int8_mac_share
 from qdeploy.engines.int8_sums import sums_of
-from qdeploy.engines.measure import latency, measure_sizes, read_macs, repeat_rows, row_by_row
+from qdeploy.engines.measure_build import measure_engine, measure_plan
 from qdeploy.engines.registry import PRECISIONS, Backend, backends, find_backend
 from qdeploy.engines.spec import EngineSpec
 from qdeploy.model.card import write_card
@@ -25,8 +21,6 @@ from qdeploy.store.builder import Draft
 from qdeploy.store.facts import EngineFacts
 from qdeploy.store.hub import local_artifact
 from qdeploy.store.paths import default_output
-from qdeploy.store.probe import read_probe
-from qdeploy.system.decibels import distance
 from qdeploy.system.errors import CapabilityError, InvalidInputError, UsageError
 from qdeploy.system.machine import (
     BF16_INSTRUCTIONS,
@@ -36,7 +30,6 @@ from qdeploy.system.machine import (
     has_bf16,
     has_int8,
     int8_sums_saturate,
-    machine,
 )
 from qdeploy.system.progress import say
 
@@ -167,9 +160,9 @@ def build_engine(
         write_card(draft, facts)
         if reason := chosen.why_not_here():
             say(f"the engine is built and not measured: {reason}")
-            measured = _unmeasured(draft, facts, reason)
+            measured = measure_plan(draft, facts, reason)
         else:
-            measured = _measure(chosen, source, draft, facts, allow_inaccurate) | searched
+            measured = measure_engine(chosen, source, draft, facts, allow_inaccurate) | searched
         if took:
             measured["build"] = dict(took)
         return draft.finish(facts, measured, source.manifest.notes)
@@ -268,74 +261,6 @@ def _convert(
     return took
 
 
-def _measure(
-    backend: Backend, source: Bundle, draft: Draft[EngineFolder], facts: EngineFacts, allow_inaccurate: bool
-) -> dict[str, Any]:
-    """Measure the new engine: its latency, its kernels, and its distance from the probe's outputs."""
-    spec = EngineSpec.described_by(
-        draft.content, facts, facts.engine_precision, int8_sums=facts.int8_sums, device=facts.device
-    )
-    inputs, reference, simulated = read_probe(draft.content)
-    single = repeat_rows(inputs, 1)
-    began = time.perf_counter()
-    with backend.load(spec, facts.threads) as engine:
-        engine(single)
-        loaded = time.perf_counter() - began
-        macs, meant = read_macs(draft.content)
-        kernels = engine.kernels(single)
-        shares = int8_mac_share(kernels, macs, meant)
-        result = row_by_row(engine, inputs)
-        ms = latency(engine, repeat_rows(inputs, facts.batch))
-        sizes = measure_sizes(engine, draft.content)
-    reported = all(kernel.precision != UNKNOWN for kernel in kernels)
-    if reported and shares["int8_mac_share_of_meant"] < 0.9:
-        left = meant - int8_layers(kernels)
-        _warn_of_float(backend, shares["int8_mac_share_of_meant"], sorted(left, key=lambda name: -macs[name]))
-    if not bool(result.isfinite().all()):
-        raise InvalidInputError("the engine computes NaN or Inf for its own probe")
-    parity = distance(result, reference if simulated is None else simulated)
-    check_floor(result, reference, simulated, source, facts, draft.work / "blame", allow_inaccurate)
-    return {
-        "ms": ms,
-        "load_seconds": round(loaded, 3),
-        **shares,
-        "parity": parity,
-        **sizes,
-        "size_mb": _size_mb(spec.component_folder),
-        "machine": machine(backend.device),
-    }
-
-
-def _unmeasured(draft: Draft[EngineFolder], facts: EngineFacts, reason: str) -> dict[str, Any]:
-    """What is known of an engine that this machine cannot run: its size, and what the build says of its layers."""
-    component = draft.content / facts.component
-    built = json.loads((component / "layers.json").read_text())
-    told = built["report"]
-    if told["planned"] > told["as_planned"]:
-        named = [*told["in_float"], *told["in_other"], *told["not_found"]]
-        say(
-            f"warning: {len(named)} of {told['planned']} quantized layers do not run as planned, first "
-            f"{', '.join(named[:5])}: layers.json names them all"
-        )
-    return {
-        "not_run": reason,
-        "planned": {name: told[name] for name in ("planned", "as_planned", "kinds", "products")},
-        "float32_results": len(told["float32_results"]),
-        "moved": built["moved"],
-        "size_mb": _size_mb(component),
-        "machine": machine("cpu"),
-    }
-
-
-def _size_mb(folder: Path) -> float:
-    return round(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6, 3)
-
-
 def _shapes_the_engine(backend: Backend, name: str, value: Any) -> bool:
     """Whether an option is part of an engine's identity: no place of a cache, no limit of the build."""
     return not isinstance(value, Path) and name not in backend.limits
-
-
-def _warn_of_float(backend: Backend, share: float, layers: list[str]) -> None:
-    named = ", ".join(layers[:5]) + (f" and {len(layers) - 5} more" if len(layers) > 5 else "")
-    say(f"warning: {backend.name} runs {1 - share:.0%} of what was meant for int8 in float, first {named}")

@@ -14,7 +14,7 @@ from qdeploy.quant.checkpoint import formats_as_described
 from qdeploy.recipe.formats import Format, parse_format
 from qdeploy.recipe.recipe import Recipe
 from qdeploy.store.artifact import Checkpoint
-from qdeploy.store.bounded_json import read_json_object
+from qdeploy.store.layers import read_layers
 
 FLOAT_BITS = 32
 
@@ -43,20 +43,21 @@ def operations(checkpoint: Checkpoint) -> list[Operation] | None:
     """
     from safetensors import safe_open
 
-    described = read_json_object(checkpoint.layers)
-    if "macs" not in described:
+    described = read_layers(checkpoint.layers)
+    if described.macs is None:
         return None
     with safe_open(checkpoint.quantized, "pt") as stored:
         state = set(stored.keys())
     recipe = Recipe.from_json(checkpoint.recipe or {})
-    covered = {layer["path"]: layer for layer in described["layers"]}
+    covered = {layer.path: layer for layer in described.layers}
     found = []
-    for path, macs in described["macs"].items():
+    for path, macs in described.macs.items():
         layer = covered.get(path)
-        weights, activations = map(_bits, formats_as_described(layer or {"path": path}, recipe))
+        formats = recipe.formats(path) if layer is None else formats_as_described(layer, recipe)
+        weights, activations = map(_bits, formats)
         looked_up = f"{path}.feature.rows" in state
         rounded = f"{path}.weight.0.codes" in state
-        quantized_input = layer is not None and not layer.get("float_input")
+        quantized_input = layer is not None and not layer.float_input
         found.append(
             Operation(
                 path,
@@ -66,8 +67,8 @@ def operations(checkpoint: Checkpoint) -> list[Operation] | None:
             )
         )
     activations = _bits(parse_format(recipe.activations))
-    attended = set(described["attentions"])
-    for path, macs in described.get("products", {}).items():
+    attended = set(described.attentions)
+    for path, macs in described.products.items():
         found.append(Operation(path, macs, None, activations if path in attended else FLOAT_BITS))
     return found
 

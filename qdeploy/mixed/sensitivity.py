@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,6 +31,7 @@ from qdeploy.recipe.recipe import Recipe
 from qdeploy.store.artifact import Artifact, Sensitivity
 from qdeploy.store.builder import Draft
 from qdeploy.store.facts import AgreementFacts, SensitivityFacts
+from qdeploy.store.layers import read_layers
 from qdeploy.store.manifest import Notes
 from qdeploy.store.paths import default_output
 from qdeploy.system.errors import InvalidInputError, UsageError
@@ -247,9 +247,9 @@ def _noise(exact: Exact, subject: LayerOptions) -> dict[str, Tensor]:
 def _set_quantizers(session: Session, work: Work) -> None:
     """Find ranges by the recipe's own finders, or take a checkpoint's scales and roundings."""
     if work.checkpoint is not None:
-        stored = load_file(work.checkpoint.path / work.model.name / "quantized.safetensors")
-        described = json.loads((work.checkpoint.path / work.model.name / "layers.json").read_text())
-        if [layer["path"] for layer in described["layers"]] != [layer.path for layer in session.layers]:
+        stored = load_file(work.checkpoint.quantized)
+        described = read_layers(work.checkpoint.layers)
+        if [layer.path for layer in described.layers] != [layer.path for layer in session.layers]:
             raise InvalidInputError(f"{work.checkpoint.path} quantizes other layers than this version would")
         write_state(session.denoiser, stored, code_shapes(session.denoiser))
         return

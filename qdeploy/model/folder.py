@@ -130,9 +130,20 @@ class Model:
         return list(self.weight_files.files)
 
     def build(self) -> nn.Module:
-        """The denoiser with its configuration, its parameters without values or memory (device ``meta``)."""
-        with without_parameters():
-            denoiser: nn.Module = self.denoiser_class().from_config(self.config)
+        """The denoiser with its configuration, its parameters without values or memory (device ``meta``).
+
+        Raises:
+            InvalidInputError: its class does not take the configuration.
+        """
+        kind = self.denoiser_class()
+        try:
+            with without_parameters():
+                denoiser: nn.Module = kind.from_config(self.config)
+        except Exception as error:  # whatever a class of diffusers makes of values that it does not expect
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InvalidInputError(
+                f"{self.folder} describes no {self.class_name} that diffusers can make: {reason}"
+            ) from error
         return denoiser.eval()
 
     def load(self, device: str = "cpu") -> nn.Module:

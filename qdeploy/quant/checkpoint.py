@@ -28,7 +28,7 @@ from qdeploy.model.pipeline_index import INDEX, files_of, read_index
 from qdeploy.network.current_timestep import attach_current_timestep
 from qdeploy.network.roles import Layer, Structure
 from qdeploy.quant.attention import AttentionQuantizers, quantize_attention
-from qdeploy.quant.insert import set_clock, share_dynamic_group
+from qdeploy.quant.insert import share_current_timestep, share_dynamic_group
 from qdeploy.quant.layer import OF_LAYERS, QuantizedLayer, quantized_layers, replace_module
 from qdeploy.quant.modes import full_precision
 from qdeploy.quant.shared_inputs import share_quantizers
@@ -36,9 +36,9 @@ from qdeploy.quant.state import check_state, read_state, write_state
 from qdeploy.recipe.formats import NONE, Format, parse_format
 from qdeploy.recipe.recipe import Recipe
 from qdeploy.store.artifact import Artifact, Checkpoint, DenoiserArtifact, open_artifact
-from qdeploy.store.bounded_json import read_json_object
 from qdeploy.store.builder import Draft
 from qdeploy.store.hub import local_artifact
+from qdeploy.store.layers import LayerEntry, LayersFile, read_layers
 from qdeploy.store.names import contained
 from qdeploy.store.probe import PROBE
 from qdeploy.store.timesteps import check_timestep
@@ -125,7 +125,7 @@ def load_checkpoint(checkpoint: str | Path | Artifact, device: str = "cpu") -> n
     artifact = checkpoint
     recipe = Recipe.from_json(artifact.recipe or {})
     denoiser = checkpoint_model(artifact).build().float()
-    described = read_json_object(artifact.layers)
+    described = read_layers(artifact.layers)
     _quantize_as_described(denoiser, described, recipe)
     from safetensors.torch import load_file
 
@@ -137,9 +137,9 @@ def load_checkpoint(checkpoint: str | Path | Artifact, device: str = "cpu") -> n
             f"{artifact.path} does not fit its config.json, first at {[*left, *unexpected][0]}"
         )
     shapes = {
-        f"{layer['path']}.weight.{part}": tuple(shape)
-        for layer in described["layers"]
-        for part, shape in enumerate(layer["codes"])
+        f"{layer.path}.weight.{part}": shape
+        for layer in described.layers
+        for part, shape in enumerate(layer.codes)
     }
     state = load_file(artifact.quantized)
     check_state(state, str(artifact.path))
@@ -180,28 +180,28 @@ def checkpoint_model(artifact: DenoiserArtifact) -> Model:
     return Model(artifact.path, artifact.component)
 
 
-def _quantize_as_described(denoiser: nn.Module, described: Mapping[str, Any], recipe: Recipe) -> None:
-    for layer in described["layers"]:
-        inner = denoiser.get_submodule(layer["path"])
+def _quantize_as_described(denoiser: nn.Module, described: LayersFile, recipe: Recipe) -> None:
+    for layer in described.layers:
+        inner = denoiser.get_submodule(layer.path)
         weights, own = formats_as_described(layer, recipe)
-        seen = None if layer.get("float_input") else own
-        replace_module(denoiser, layer["path"], QuantizedLayer(inner, weights, seen, tuple(layer["split"])))
+        seen = None if layer.float_input else own
+        replace_module(denoiser, layer.path, QuantizedLayer(inner, weights, seen, layer.split))
         inner.weight = None  # type: ignore[assignment]
-    share_quantizers(denoiser, {layer["path"]: layer["reads"] for layer in described["layers"]})
+    share_quantizers(denoiser, {layer.path: layer.reads for layer in described.layers})
     share_dynamic_group(denoiser, recipe)
-    for path in described["attentions"]:
+    for path in described.attentions:
         assert recipe.attention is not None
         quantize_attention(
             denoiser.get_submodule(path), AttentionQuantizers(recipe.attention, recipe.probabilities)
         )
-    set_clock(denoiser)
+    share_current_timestep(denoiser)
 
 
-def formats_as_described(layer: Mapping[str, Any], recipe: Recipe) -> tuple[Format | None, Format | None]:
+def formats_as_described(layer: LayerEntry, recipe: Recipe) -> tuple[Format | None, Format | None]:
     """The formats of a layer's weight and input, from its entry in ``layers.json``."""
-    if "formats" not in layer:
-        return recipe.formats(layer["path"])
-    weights, activations = map(parse_format, layer["formats"])
+    if layer.formats is None:
+        return recipe.formats(layer.path)
+    weights, activations = map(parse_format, layer.formats)
     return weights, activations
 
 

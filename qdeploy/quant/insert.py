@@ -63,7 +63,7 @@ def quantize_structure(denoiser: nn.Module, structure: Structure, recipe: Recipe
             quantize_attention(
                 denoiser.get_submodule(path), AttentionQuantizers(recipe.attention, recipe.probabilities)
             )
-    set_clock(denoiser)
+    share_current_timestep(denoiser)
     return layers
 
 
@@ -130,7 +130,7 @@ def _counted(left: Mapping[str, str]) -> str:
     return "; ".join(f"{number} layers: {reason}" for reason, number in Counter(left.values()).items())
 
 
-def set_clock(denoiser: nn.Module) -> None:
+def share_current_timestep(denoiser: nn.Module) -> None:
     """Let every quantizer of a network know the timestep of the running call."""
     current = attach_current_timestep(denoiser)
     for module in denoiser.modules():

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 import msgspec
 from msgspec import Meta, Struct
@@ -130,9 +130,22 @@ def damage(path: Path, manifest: Manifest) -> Iterator[str]:
             continue
         if sha256_file(file) != recorded:
             yield f"the file {name} does not match its recorded hash"
+        elif name.endswith(".safetensors") and (reason := header_problem(file)):
+            yield f"the file {name} holds no tensors that can be read ({reason})"
     for name in entries(path):
         if name not in manifest.files and not _is_spare(name):
             yield f"the file {name} is not listed in its {MANIFEST}: remove it"
+
+
+def header_problem(file: Path) -> str | None:
+    """Why the header of a safetensors file does not describe what is behind it; None if it does."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with cast(Any, safe_open)(str(file), framework="numpy"):
+            return None
+    except (SafetensorError, OSError) as error:
+        return str(error)
 
 
 def _is_spare(name: str) -> bool:

@@ -47,7 +47,7 @@ def way(ddpm: Path, tmp_path_factory: pytest.TempPathFactory) -> Way:
 @pytest.fixture(autouse=True)
 def short_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines are built here to be checked, not to be timed."""
-    monkeypatch.setattr("qdeploy.engines.build.latency", partial(latency, seconds=0.0))
+    monkeypatch.setattr("qdeploy.engines.measure_build.latency", partial(latency, seconds=0.0))
 
 
 @pytest.fixture

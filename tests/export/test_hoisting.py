@@ -25,7 +25,7 @@ from qdeploy.export.run import export
 from qdeploy.export.trace import trace
 from qdeploy.model.inputs import denoise
 from qdeploy.quant.checkpoint import load_checkpoint
-from qdeploy.quant.insert import set_clock
+from qdeploy.quant.insert import share_current_timestep
 from qdeploy.quant.layer import QuantizedLayer, quantized_layers
 from qdeploy.quant.modes import freeze
 from qdeploy.recipe.formats import int8
@@ -210,7 +210,7 @@ def file_of(groups: int | None, path: Path) -> bytes:
             edges = torch.arange(1.0, groups)
             quantizer.set(quantizer.scale.expand(groups), quantizer.zero_point.expand(groups), edges)
         setattr(network, name, layer)
-    set_clock(network)
+    share_current_timestep(network)
     freeze(network)
     save(lower(trace(network, inputs), "portable"), path)
     return path.read_bytes()

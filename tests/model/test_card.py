@@ -32,7 +32,7 @@ def way(ddpm: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Artifact]:
     assert isinstance(checkpoint, Artifact)
     bundle = export(checkpoint, folder / "onnx")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qdeploy.engines.build.latency", partial(latency, seconds=0.0))
+        patch.setattr("qdeploy.engines.measure_build.latency", partial(latency, seconds=0.0))
         return [checkpoint, bundle, build_engine(bundle, folder / "engine", backend="onnxruntime")]
 
 

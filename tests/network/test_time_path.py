@@ -11,7 +11,7 @@ from qdeploy.model.inputs import denoise
 from qdeploy.model.schedulers import make_scheduler
 from qdeploy.network.current_timestep import attach_current_timestep
 from qdeploy.network.roles import Structure, find_structure
-from qdeploy.quant.insert import set_clock
+from qdeploy.quant.insert import share_current_timestep
 from qdeploy.quant.layer import QuantizedLayer, replace_module
 from qdeploy.quant.modes import full_precision
 from qdeploy.quant.ranges import minmax_weights
@@ -201,7 +201,7 @@ def quantized(network: nn.Module, structure: Structure) -> dict[str, QuantizedLa
             quantizer.set(torch.tensor(0.05), torch.tensor(0))
         replace_module(network, path, layer)
         layers[path] = layer
-    set_clock(network)
+    share_current_timestep(network)
     return layers
 
 

@@ -48,7 +48,7 @@ def built(name: str, folder: Path, calibrated: bool) -> tuple[Path, EngineFolder
 
 @pytest.fixture(autouse=True)
 def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qdeploy.engines.build.latency", partial(latency, seconds=0.0))
+    monkeypatch.setattr("qdeploy.engines.measure_build.latency", partial(latency, seconds=0.0))
 
 
 def media(made: Artifact) -> torch.Tensor:

@@ -26,7 +26,7 @@ FEW = (
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qdeploy.engines.build.latency", partial(latency, seconds=0.0))
+    monkeypatch.setattr("qdeploy.engines.measure_build.latency", partial(latency, seconds=0.0))
     ladder = auto_steps.LADDERS["openvino"]
     monkeypatch.setitem(auto_steps.LADDERS, "openvino", (ladder[0], auto_steps.Rung("w8a8-minmax")))
 

@@ -29,7 +29,7 @@ SHAPES = {"digits-dit": [3, 1, 16, 16], "scenes": [3, 3, 64, 64]}
 
 @pytest.fixture(autouse=True)
 def short_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qdeploy.engines.build.latency", partial(latency, seconds=0.0))
+    monkeypatch.setattr("qdeploy.engines.measure_build.latency", partial(latency, seconds=0.0))
 
 
 def test_all_models_are_listed() -> None:
