@@ -123,20 +123,26 @@ class Recipe:
         """A recipe from `to_json`'s values, as an artifact keeps it.
 
         What is known is not checked again; a stage that no installed package knows becomes a `ForeignStage`.
+
+        Raises:
+            InvalidInputError: something is missing or of another type.
         """
         recipe = object.__new__(cls)
-        groups = value.get("timestep_groups", 1)
         defaults = {each.name: each.default for each in fields(cls)}
-        recipe._set(
-            **{
-                **defaults,
-                **{name: entry for name, entry in value.items() if name in defaults},
-                "stages": tuple(_written_stage(*next(iter(stage.items()))) for stage in value["stages"]),
-                "exclude": tuple(value["exclude"]),
-                "timestep_groups": groups if isinstance(groups, int) else tuple(groups),
-                "layers": parse_overrides(value.get("layers", ())),
-            }
-        )
+        try:
+            groups = value.get("timestep_groups", 1)
+            recipe._set(
+                **{
+                    **defaults,
+                    **{name: entry for name, entry in value.items() if name in defaults},
+                    "stages": tuple(_written_stage(*next(iter(stage.items()))) for stage in value["stages"]),
+                    "exclude": tuple(value["exclude"]),
+                    "timestep_groups": groups if isinstance(groups, int) else tuple(groups),
+                    "layers": parse_overrides(value.get("layers", ())),
+                }
+            )
+        except (AttributeError, KeyError, StopIteration, TypeError, ValueError) as error:
+            raise InvalidInputError(f"an artifact's recipe is not as it should be: {error!r}") from error
         return recipe
 
     def formats(self, path: str) -> tuple[Format | None, Format | None]:

@@ -8,6 +8,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from qdeploy.export.graph.external import check_external
+from qdeploy.export.graph.nodes import label
 from qdeploy.system.errors import InvalidInputError
 
 LARGE = 2**30  # bytes of initializers above which they go to a file of their own
@@ -17,7 +18,8 @@ def read(path: Path) -> ir.Model:
     """Read a graph with its functions inlined and its nodes in topological order; weights stay in their files.
 
     Raises:
-        InvalidInputError: the file is no ONNX graph, its nodes form a cycle, or it reads weights from elsewhere.
+        InvalidInputError: the file is no ONNX graph, its nodes form a cycle or read values that nothing makes, or it
+            reads weights from elsewhere.
     """
     check_external(path)
     try:
@@ -29,6 +31,13 @@ def read(path: Path) -> ir.Model:
         raise InvalidInputError(f"{path} is damaged or no ONNX graph") from error
     if not model.ir_version or not len(model.graph):
         raise InvalidInputError(f"{path} is damaged or no ONNX graph: it holds no node")
+    known = {id(value) for value in (*model.graph.inputs, *model.graph.initializers.values())}
+    for node in model.graph:
+        for value in node.inputs:
+            if value is not None and value.producer() is None and id(value) not in known:
+                raise InvalidInputError(
+                    f"{path} is damaged: {label(node)} reads {value.name!r}, which nothing in the graph makes"
+                )
     return model
 
 
