@@ -353,7 +353,7 @@ def test_learned_scales_stay_positive_and_are_kept_only_if_better(tmp_path: Path
         for unit in session.units:
             with session.problem(unit, session.teacher) as problem:
                 before, scales = problem.judged(2.4), activation_scales(session)
-                kept = qdiffusion._learn_unit(session, problem, unit, lr, 2.4)
+                kept = qdiffusion._learn_unit(session, problem, unit, lr, 2.4, None)
                 after, learned = problem.judged(2.4), activation_scales(session)
             assert after < before if kept else after == before
             assert kept == any(not torch.equal(scales[name], learned[name]) for name in scales)
@@ -386,7 +386,7 @@ def test_scales_see_quantized_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """QD-11: the released code learns them from the float network's inputs."""
     seen = 0
 
-    def spy(session: Session, problem: UnitProblem, unit: str, lr: float, p: float) -> bool:
+    def spy(session: Session, problem: UnitProblem, *settings: object) -> bool:
         nonlocal seen
         assert_inputs_are_live(session, problem)
         seen += 1
