@@ -301,7 +301,7 @@ def test_alignments_lower_the_error_on_images_that_nothing_was_learned_from_or_a
         after < before if k else after == before
         for k, (before, after) in zip(kept, pairwise(errors), strict=True)
     )
-    assert 0 < told["0-align"]["share"] < 0.1
+    assert 0 < session.report["aligned"]["0-align"]["share"] < 0.1
 
 
 def test_the_end_is_tuned_against_the_prediction_alone(
