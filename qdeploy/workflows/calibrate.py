@@ -39,6 +39,8 @@ from qdeploy.system.progress import say
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from qdeploy.mixed.plan import BudgetPlan
+
 PROBE_ROWS = 16
 
 
@@ -211,9 +213,7 @@ def calibrate(
         return estimate
     with draft:
         run_stages(session)
-        if planned is not None:
-            planned.write(draft, source.name)
-        return finish(session, source, data, Notes(source=source.source))
+        return finish(session, source, data, Notes(source=source.source), planned=planned)
 
 
 def finish(
@@ -223,6 +223,7 @@ def finish(
     notes: Notes,
     simulated: Sequence[str] = (),
     calibrated: Sequence[float] = (),
+    planned: BudgetPlan | None = None,
 ) -> Checkpoint:
     """Write what a session's network has become, and make the checkpoint appear.
 
@@ -233,12 +234,15 @@ def finish(
         notes: where things were.
         simulated: why no engine can run it, beside what the recipe says.
         calibrated: the timesteps that its scales were found at, ascending, if they are not those of ``data``.
+        planned: how a budget was met, if there was one; its report lies beside the checkpoint's files.
     """
     recipe, draft = session.recipe, session.draft
     timesteps = timestep_facts(session)
     if calibrated:
         timesteps = replace(timesteps, calibrated=list(calibrated))
     _write(session, source, data)
+    if planned is not None:
+        planned.write(draft, source.name)
     facts = CheckpointFacts(
         component=source.name,
         class_name=source.class_name,
