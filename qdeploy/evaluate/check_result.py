@@ -86,7 +86,7 @@ class CheckResult:
         verdict = "passed" if self.passed else "\n".join(f"failed: {failure}" for failure in self.failures)
         if quality["source"] == "probe":
             verdict += "\nimages were not compared: name the full-precision model with --reference"
-        elif self.speed is None and isinstance(self.subject, EngineFolder):
+        if self.speed is None and isinstance(self.subject, EngineFolder):
             verdict += "\nspeed was not compared with 16 bits: --min-speedup 1 does"
         parts = [Table([str(self.subject.path), ""], rows).text()]
         if self.before is not None:
