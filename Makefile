@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup docs demo test test-slow lint golden fuzz format bench compatibility clean
+.PHONY: setup docs demo test test-slow test-field lint golden fuzz format bench compatibility clean
 
 setup: $(VENV)/.installed
 
@@ -24,7 +24,10 @@ test: setup  ## the test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: setup  ## what takes minutes: every family of models, engines of every form
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 -m "slow and not field"
+
+test-field: setup  ## servers that are installed for it, and every command of the guides: half an hour
+	$(BIN)/python -m pytest -n 2 -m field
 
 lint: setup  ## style, types, and the direction of imports
 	$(BIN)/ruff check qdeploy tests benchmarks tools

@@ -28,6 +28,8 @@ def lines(page: str) -> list[tuple[list[str], int]]:
 
 
 @pytest.mark.slow
+@pytest.mark.field
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", sorted(page.stem for page in GUIDES.glob("*.md")))
 def test_a_guide_does_what_it_says(
     page: str, qdeploy: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

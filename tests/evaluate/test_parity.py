@@ -103,7 +103,7 @@ def test_a_row_that_keeps_all_its_codes_is_moved_further(way: Way) -> None:
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_a_broken_engine_is_found(way: Way, tmp_path: Path, edit: Edit, backend: str) -> None:
     bundle = edited(way.onnx, tmp_path / "broken-onnx", edit)
-    engine = build_engine(bundle, tmp_path / "broken", backend=backend, threads=1)
+    engine = build_engine(bundle, tmp_path / "broken", backend=backend, threads=1, allow_inaccurate=True)
     result = check(engine)
     assert not result.passed
     assert any("parity" in failure for failure in result.failures)
