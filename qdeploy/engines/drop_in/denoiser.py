@@ -158,6 +158,6 @@ class EngineDenoiser(ModelStandIn):
     # -- what pipelines ask of a denoiser beside calling it ------------------------------------------------
 
     @contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
+    def cache_context(self, name: str, **options: Any) -> Iterator[None]:
         """Pipelines of transformers enter this context around each call; an engine has no cache between calls."""
         yield
