@@ -34,12 +34,12 @@ def description(result: Mapping[str, Any]) -> str:
         tensors = gain.pop("by_tensor_db")
         best = dict(list(tensors.items())[:_BEST])
         lines += _section("timestep gain", gain)
-        lines += _section(f"best {len(best)} of {len(tensors)} tensors, dB", best)
+        lines += _section(f"best {len(best)} of {len(tensors)} tensors, dB", best, verbatim=True)
     if files := result.get("files"):
         largest = sorted(files, key=lambda name: -files[name])[:_FEW]
         left = len(files) - len(largest)
         sizes = {name: f"{files[name] / 2**20:.2f} MB" for name in largest}
-        lines += _section("files", sizes | ({"others": str(left)} if left else {}))
+        lines += _section("files", sizes | ({"others": str(left)} if left else {}), verbatim=True)
     return "\n".join(lines)
 
 
@@ -59,7 +59,7 @@ def _recipe(recipe: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
-def _section(title: str, values: Mapping[str, Any]) -> list[str]:
+def _section(title: str, values: Mapping[str, Any], verbatim: bool = False) -> list[str]:
     shown = {name: value for name, value in values.items() if value not in (None, {}, [])}
     if not shown:
         return []
@@ -67,9 +67,8 @@ def _section(title: str, values: Mapping[str, Any]) -> list[str]:
     indent = "  " if title else ""
     lines = ["", *([title] if title else [])]
     for name, value in shown.items():
-        start = (
-            f"{indent}{name.replace('_', ' '):{width}}  " if title != "files" else f"{indent}{name:{width}}  "
-        )
+        written = name if verbatim else name.replace("_", " ")
+        start = f"{indent}{written:{width}}  "
         lines += _wrapped(short(value), start, " " * len(start))
     return lines
 
