@@ -23,6 +23,7 @@ def test_a_preflight_says_that_a_pipeline_works(name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.field
 @pytest.mark.parametrize("name", WHOLE)
 def test_pipelines_go_through_whole(name: str, tmp_path: Path) -> None:
     found = run_one(name, tmp_path)

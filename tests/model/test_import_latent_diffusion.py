@@ -156,6 +156,7 @@ def test_files_that_do_not_belong_together_are_refused(bedrooms: Path, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.field
 @pytest.mark.parametrize("way", ["kl", "classes"])
 def test_an_imported_model_goes_the_whole_way(way: str, qdeploy: Run, tmp_path: Path) -> None:
     LatentDiffusion(WAYS[way]).save(tmp_path / "original")

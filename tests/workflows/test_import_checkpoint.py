@@ -211,6 +211,7 @@ def test_a_file_of_another_method_is_told(ddpm: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.field
 @pytest.mark.parametrize(
     ("method", "names", "options"),
     [
