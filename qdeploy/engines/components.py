@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from msgspec.structs import replace
 
 from qdeploy.engines.registry import Backend
-from qdeploy.export.graph.external import plain_graph
 from qdeploy.store.artifact import Bundle, EngineFolder
 from qdeploy.store.builder import Draft
 from qdeploy.store.facts import PipelineFacts
@@ -93,6 +92,8 @@ def build_components(
     backend: Backend, source: Bundle, draft: Draft[EngineFolder], plan: PipelineFacts
 ) -> None:
     """Write the engines of a plan into the draft, and OpenVINO's tokenizers where their converter is installed."""
+    from qdeploy.export.graph.external import plain_graph  # the list of backends needs no ONNX
+
     assert backend.build_component is not None
     for name, folders in plan.graphs.items():
         for folder in folders:
