@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qdeploy.engines.base import UNKNOWN
+from qdeploy.engines.floor import check_floor
 from qdeploy.engines.int8_share import int8_layers, int8_mac_share
 from qdeploy.engines.measure import latency, measure_sizes, read_macs, repeat_rows, row_by_row
 from qdeploy.engines.registry import Backend
@@ -26,8 +27,6 @@ def measure_engine(
     backend: Backend, source: Bundle, draft: Draft[EngineFolder], facts: EngineFacts, allow_inaccurate: bool
 ) -> dict[str, Any]:
     """Measure the new engine: its latency, its kernels, and its distance from the probe's outputs."""
-    from qdeploy.engines.floor import check_floor  # the list of backends needs no ONNX
-
     spec = EngineSpec.described_by(
         draft.content, facts, facts.engine_precision, int8_sums=facts.int8_sums, device=facts.device
     )
