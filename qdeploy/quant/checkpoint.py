@@ -126,7 +126,12 @@ def load_checkpoint(checkpoint: str | Path | Artifact, device: str = "cpu") -> n
     recipe = Recipe.from_json(artifact.recipe or {})
     denoiser = checkpoint_model(artifact).build().float()
     described = read_layers(artifact.layers)
-    _quantize_as_described(denoiser, described, recipe)
+    try:
+        _quantize_as_described(denoiser, described, recipe)
+    except (AttributeError, AssertionError, TypeError) as error:  # a path that the network does not have
+        raise InvalidInputError(
+            f"{artifact.path} does not fit its config.json: its layers.json describes other layers ({error})"
+        ) from error
     from safetensors.torch import load_file
 
     parameters = load_file(artifact.parameters)

@@ -13,7 +13,7 @@ _QUEUE_MICROSECONDS = 50_000  # how long a request waits for others to be sample
 
 
 @dataclass(frozen=True)
-class Subject:
+class PackagedEngine:
     """What is packaged.
 
     Attributes:
@@ -32,7 +32,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Layout:
+class PackageLayout:
     """What a server expects.
 
     Attributes:
@@ -44,13 +44,13 @@ class Layout:
     """
 
     description: str
-    engine: Callable[[Subject], str]
-    files: Callable[[Subject], Mapping[str, str]]
+    engine: Callable[[PackagedEngine], str]
+    files: Callable[[PackagedEngine], Mapping[str, str]]
     backend: str | None = None
     denoisers: bool = False
 
 
-def _triton(subject: Subject) -> dict[str, str]:
+def _triton(subject: PackagedEngine) -> dict[str, str]:
     place = f"pipeline/{subject.name}"
     if not subject.whole:
         return {"README.md": _denoiser_readme(subject)}
@@ -78,7 +78,7 @@ def _triton(subject: Subject) -> dict[str, str]:
     }
 
 
-def _pipeline_config(subject: Subject) -> str:
+def _pipeline_config(subject: PackagedEngine) -> str:
     inputs = ",\n".join(
         f'  {{ name: "{name}" data_type: {_TRITON_TYPES.get(kind, f"TYPE_{kind}")} dims: [ 1 ]'
         f"{'' if name == SEED or (name == PROMPT and subject.prompts) else ' optional: true'} }}"
@@ -92,13 +92,13 @@ def _pipeline_config(subject: Subject) -> str:
     )
 
 
-def denoiser_config(subject: Subject, backend: str) -> str:
+def denoiser_config(subject: PackagedEngine, backend: str) -> str:
     """Triton's configuration of a network alone; what is not said, Triton reads off the file."""
     kind = 'platform: "tensorrt_plan"' if backend == "tensorrt" else f'backend: "{backend}"'
     return f'name: "{subject.name}"\n{kind}\nmax_batch_size: 0\n{_instances(subject)}'
 
 
-def _denoiser_readme(subject: Subject) -> str:
+def _denoiser_readme(subject: PackagedEngine) -> str:
     commands = [
         "docker run --rm --gpus all --net host -v $PWD:/models nvcr.io/nvidia/tritonserver:YY.MM-py3 tritonserver "
         "--model-repository=/models/denoiser --http-address=127.0.0.1 --grpc-address=127.0.0.1 "
@@ -112,11 +112,11 @@ def _denoiser_readme(subject: Subject) -> str:
     )
 
 
-def _instances(subject: Subject) -> str:
+def _instances(subject: PackagedEngine) -> str:
     return f"instance_group [ {{ kind: {'KIND_GPU' if subject.gpu else 'KIND_CPU'} count: 1 }} ]\n"
 
 
-def _kserve(subject: Subject) -> dict[str, str]:
+def _kserve(subject: PackagedEngine) -> dict[str, str]:
     return {
         "serve.py": f'"""KServe\'s Python server with the pipeline beside this file."""\n\n'
         "from pathlib import Path\n\n"
@@ -137,7 +137,7 @@ def _kserve(subject: Subject) -> dict[str, str]:
     }
 
 
-def _genai(subject: Subject) -> dict[str, str]:
+def _genai(subject: PackagedEngine) -> dict[str, str]:
     script = '''"""One image: python generate.py PROMPT FILE.png [STEPS] [SEED]"""
 
 import sys
@@ -165,7 +165,7 @@ Image.fromarray(images.data[0]).save(file)
     }
 
 
-def _ovms(subject: Subject) -> dict[str, str]:
+def _ovms(subject: PackagedEngine) -> dict[str, str]:
     graph = """input_stream: "HTTP_REQUEST_PAYLOAD:input"
 output_stream: "HTTP_RESPONSE_PAYLOAD:output"
 
@@ -201,7 +201,7 @@ node: {
     }
 
 
-def _client(subject: Subject) -> str:
+def _client(subject: PackagedEngine) -> str:
     prompt = (
         'prompt = array("PROMPT", [[sys.argv[1].encode()]], object, "BYTES")\n' if subject.prompts else ""
     )
@@ -232,7 +232,7 @@ numpy.save(file, image)  # uint8 [height, width, channels]
 '''
 
 
-def _readme(subject: Subject, server: str, commands: list[str], more: str, needs: str = "") -> str:
+def _readme(subject: PackagedEngine, server: str, commands: list[str], more: str, needs: str = "") -> str:
     shown = "\n".join(commands)
     asked = (
         f"A request holds `{'`, `'.join(INPUTS)}`, one value for each image; all but the seed"
@@ -246,13 +246,17 @@ def _readme(subject: Subject, server: str, commands: list[str], more: str, needs
 
 
 LAYOUTS = {
-    "triton": Layout(
+    "triton": PackageLayout(
         "NVIDIA's Triton Inference Server: the pipeline on its Python backend, the denoiser on its native ones",
         lambda subject: f"pipeline/{subject.name}/1/engine",
         _triton,
         denoisers=True,
     ),
-    "kserve": Layout("KServe's Python server", lambda subject: "engine", _kserve),
-    "openvino-genai": Layout("programs with OpenVINO GenAI", lambda subject: "engine", _genai, "openvino"),
-    "ovms": Layout("OpenVINO Model Server", lambda subject: f"{subject.name}/engine", _ovms, "openvino"),
+    "kserve": PackageLayout("KServe's Python server", lambda subject: "engine", _kserve),
+    "openvino-genai": PackageLayout(
+        "programs with OpenVINO GenAI", lambda subject: "engine", _genai, "openvino"
+    ),
+    "ovms": PackageLayout(
+        "OpenVINO Model Server", lambda subject: f"{subject.name}/engine", _ovms, "openvino"
+    ),
 }

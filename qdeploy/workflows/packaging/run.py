@@ -18,7 +18,7 @@ from qdeploy.system.errors import InvalidInputError, UsageError
 from qdeploy.system.progress import say
 from qdeploy.system.suggest import unknown
 from qdeploy.version import __version__
-from qdeploy.workflows.packaging.layouts import LAYOUTS, Subject, denoiser_config
+from qdeploy.workflows.packaging.layouts import LAYOUTS, PackagedEngine, denoiser_config
 
 MARK = "package.json"
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
@@ -110,15 +110,15 @@ def package(
     return made
 
 
-def _subject(artifact: EngineFolder, name: str, batch: int, whole: bool) -> Subject:
+def _subject(artifact: EngineFolder, name: str, batch: int, whole: bool) -> PackagedEngine:
     if not _NAME.fullmatch(name):
         raise UsageError(f"a model's name has letters, digits, '.', '-' and '_', not {name!r}")
     index = read_index(artifact.path)
     prompts = index is not None and any(part.startswith("text_encoder") for part in index.components)
-    return Subject(name, prompts, find_backend(artifact.facts.backend).device != "cpu", batch, whole)
+    return PackagedEngine(name, prompts, find_backend(artifact.facts.backend).device != "cpu", batch, whole)
 
 
-def _write(made: Package, artifact: EngineFolder, subject: Subject) -> None:
+def _write(made: Package, artifact: EngineFolder, subject: PackagedEngine) -> None:
     """Fill a hidden neighbour of the folder, and rename it into place."""
     layout, place = LAYOUTS[made.server], made.path
     work = place.with_name(f".{place.name}.work")
@@ -140,7 +140,7 @@ def _write(made: Package, artifact: EngineFolder, subject: Subject) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _write_denoiser(folder: Path, artifact: EngineFolder, subject: Subject) -> None:
+def _write_denoiser(folder: Path, artifact: EngineFolder, subject: PackagedEngine) -> None:
     """The network alone, for the backend of Triton that runs such files; nothing where there is none."""
     backend, facts = artifact.facts.backend, artifact.facts
     component = artifact.path / facts.component
