@@ -101,7 +101,9 @@ def test_impossible_requests_are_refused_before_any_work(
     assert not (tmp_path / "auto").exists()
 
 
-def test_a_pipeline_that_needs_prompts_says_so(qdeploy: Callable[..., Result], tmp_path: Path) -> None:
-    done = qdeploy("auto", "scenes", "-o", tmp_path / "auto")
+def test_a_pipeline_that_needs_prompts_says_so(
+    qdeploy: Callable[..., Result], stable_diffusion: Path, tmp_path: Path
+) -> None:
+    done = qdeploy("auto", stable_diffusion, "-o", tmp_path / "auto")
     assert done.exit_code == 2
     assert "needs prompts" in done.stderr
