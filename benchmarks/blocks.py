@@ -84,7 +84,7 @@ def run(shape: str, folder: Path) -> list[dict[str, Any]]:
             found: dict[str, Any] = json.loads(told.splitlines()[-1])
             measured = engine.measured
             found |= {"shape": shape, "weights": name, "backend": backend, "precision": precision}
-            found |= {"disk_mb": measured["size_mb"], "parity_db": measured["parity"]["sqnr_db"]}
+            found |= {"disk_mb": measured.size_mb, "parity_db": measured.parity.sqnr_db}
             found["sqnr_db"] = _sqnr(place)
             rows.append(found)
             say(

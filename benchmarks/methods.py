@@ -160,7 +160,7 @@ def calibrated(run: Run, arguments: argparse.Namespace, conditioning: Conditioni
         _, status, used = os.wait4(process.pid, 0)
         if status:
             raise SystemExit(f"{' '.join(command)} failed")
-        seconds = open_artifact(place).measured["seconds"]
+        seconds = open_artifact(place).measured.seconds
         worked = round(used.ru_utime + used.ru_stime, 1)
         write_json(
             cost,

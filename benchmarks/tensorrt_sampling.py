@@ -145,7 +145,7 @@ def run(model: Path, onnx: Path, output: Path, options: dict[str, Any]) -> dict[
         "precision": PRECISION,
         "steps": rows,
         "pipelines": images,
-        "plans_mb": {name: engine.measured["size_mb"] for name, engine in built.items()},
+        "plans_mb": {name: engine.measured.size_mb for name, engine in built.items()},
     }
     write_json(output / "results.json", result)
     return result

@@ -117,7 +117,7 @@ def checkpoint_of(output: Path, variant: Variant, precision: str, seed: int, eff
 
 def minutes_of(output: Path, checkpoint: Artifact, variant: Variant, precision: str, seed: int) -> float:
     """Time that a calibration takes, with the rounding that it took over."""
-    seconds = float(checkpoint.measured["seconds"])
+    seconds = checkpoint.measured.seconds
     if variant.base:
         base = output / f"{precision}-{slug(variant.base)}-{seed}" / "qdeploy.json"
         stages = json.loads(base.read_text())["measured"]["stage_seconds"]

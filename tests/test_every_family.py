@@ -60,9 +60,9 @@ def test_from_the_pipeline_to_an_engine_and_back(
     assert told.parity["pairs"]["fake-quant vs onnx"]["sqnr_db"] >= 45
     assert told.quality["sqnr_db"]["median"] >= 20
     measured = engine.measured
-    assert measured["int8_mac_share_of_meant"] == 1
+    assert measured.int8_mac_share_of_meant == 1
     # Of Flux attention is most, in float: 512 tokens of text beside a tiny image.
-    assert measured["int8_mac_share"] > (0.14 if family == "FluxTransformer2DModel" else 0.15)
+    assert measured.int8_mac_share > (0.14 if family == "FluxTransformer2DModel" else 0.15)
     # In the stock pipeline, with guidance, the engine's images are near the full-precision model's.
     asked = {"samples": 2, "steps": 3, "prompts": prompts, "guidance": 3.0, **size}
     own = sample(engine, tmp_path / "own", model=model, **asked)

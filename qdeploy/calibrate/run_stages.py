@@ -55,7 +55,6 @@ def run_stages(session: Session) -> None:
             clock.label(session.stage)
         stage.run(session)
     if clock is not None:
-        session.report["stage_seconds"] = clock.by_label()
         clock.label("")
 
     def finish_rounding() -> None:

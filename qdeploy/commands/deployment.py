@@ -105,19 +105,19 @@ def build_engine(onnx: str, components: str | None, as_json: bool, **options: An
 
     began = time.perf_counter()
     built = _BUILD.call(onnx, components=read_precisions(components), **options)
-    report_made(built, began, as_json, lambda engine: {"measured": engine.measured}, _measured)
+    report_made(built, began, as_json, lambda engine: {"measured": engine.measured.to_json()}, _measured)
 
 
 def _measured(engine: EngineFolder) -> str:
     """What the build measured, in a line."""
     found = engine.measured
-    if "not_run" in found:
-        return f"{found['size_mb']:.1f} MB, not measured: {found['not_run']}"
+    if found.ms is None or found.parity is None:
+        return f"{found.size_mb:.1f} MB, not measured: {found.not_run}"
     samples = f"{engine.facts.batch} sample{'s' * (engine.facts.batch > 1)}"
     return (
-        f"{found['ms']['median']:.3g} ms a call with {samples} (95 % within {found['ms']['p95']:.3g}), "
-        f"{found['size_mb']:.1f} MB, {found['int8_mac_share']:.0%} of the multiplications in int8, "
-        f"{found['parity']['sqnr_db']:.1f} dB from the simulation"
+        f"{found.ms.median:.3g} ms a call with {samples} (95 % within {found.ms.p95:.3g}), "
+        f"{found.size_mb:.1f} MB, {found.int8_mac_share:.0%} of the multiplications in int8, "
+        f"{found.parity.sqnr_db:.1f} dB from the simulation"
     )
 
 

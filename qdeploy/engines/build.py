@@ -145,12 +145,12 @@ def build_engine(
         folder = f"{source.component}/"
         check_external(graph, [name.removeprefix(folder) for name in source.files if name.startswith(folder)])
         graph = plain_graph(graph, draft.work / "graphs" / source.component)
-        searched: dict[str, Any] = {}
+        searched = None
         if optimize_for:
             from qdeploy.engines.placement.place import Placer
 
             placement = Placer(chosen, source, graph, draft, facts).search(min_sqnr)
-            graph, searched = placement.graph, {"placement": placement.to_json()}
+            graph, searched = placement.graph, placement.measured
             facts = replace(facts, quantizers_left_out=list(placement.floats))
         if quantized and chosen.narrow_sums:
             facts = replace(facts, int8_sums=sums_of(graph))
@@ -162,9 +162,8 @@ def build_engine(
             say(f"the engine is built and not measured: {reason}")
             measured = measure_plan(draft, facts, reason)
         else:
-            measured = measure_engine(chosen, source, draft, facts, allow_inaccurate) | searched
-        if took:
-            measured["build"] = dict(took)
+            measured = measure_engine(chosen, source, draft, facts, allow_inaccurate)
+        measured = replace(measured, placement=searched, build=dict(took) if took else None)
         return draft.finish(facts, measured, source.manifest.notes)
 
 

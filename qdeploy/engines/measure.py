@@ -11,6 +11,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from qdeploy.engines.int8_share import int8_mac_share
+from qdeploy.store.measured import DistanceMeasured, LatencyMeasured, SizeMeasured
 from qdeploy.store.probe import read_probe
 from qdeploy.store.sizes import size_probe, sizes_to_prove
 from qdeploy.system.decibels import distance
@@ -46,7 +47,7 @@ def single_rows(inputs: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
 
 def latency(
     engine: Engine, inputs: Mapping[str, Tensor], seconds: float = 2.0, least: int = 5
-) -> dict[str, float]:
+) -> LatencyMeasured:
     """Median and 95th percentile of a call, in milliseconds.
 
     Args:
@@ -63,7 +64,7 @@ def latency(
         took.append(engine.timed(inputs))
     took.sort()
     rank = math.ceil(0.95 * len(took)) - 1
-    return {"median": round(median(took), 3), "p95": round(took[rank], 3)}
+    return LatencyMeasured(median=round(median(took), 3), p95=round(took[rank], 3))
 
 
 def int8_shares(engine: Engine, inputs: Mapping[str, Tensor]) -> dict[str, float]:
@@ -78,7 +79,7 @@ def read_macs(folder: Path) -> tuple[dict[str, int], set[str]]:
     return described["macs"], set(described["meant_int8"])
 
 
-def measure_sizes(engine: Engine, folder: Path) -> dict[str, Any]:
+def measure_sizes(engine: Engine, folder: Path) -> dict[str, SizeMeasured]:
     """Parity and latency of one row at every size that a bundle has a probe of.
 
     Args:
@@ -86,16 +87,15 @@ def measure_sizes(engine: Engine, folder: Path) -> dict[str, Any]:
         folder: of the engine, or what becomes it.
 
     Returns:
-        ``sizes``: for each height and width in latent pixels, ``parity`` to the network that was exported and
-        ``ms``; nothing where the engine has one size.
+        For each height and width in latent pixels, such as ``64x96``, its parity to the network that was exported
+        and its latency; nothing where the engine has one size.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, SizeMeasured] = {}
     sizes = engine.spec.sizes
     for height, width in sizes_to_prove(sizes) if sizes else ():
         inputs, reference, simulated = read_probe(folder, size_probe(height, width))
         parity = distance(row_by_row(engine, inputs), reference if simulated is None else simulated)
-        found[f"{height}x{width}"] = {
-            "parity": parity,
-            "ms": latency(engine, repeat_rows(inputs, 1), seconds=0.5),
-        }
-    return {"sizes": found} if found else {}
+        found[f"{height}x{width}"] = SizeMeasured(
+            parity=DistanceMeasured(**parity), ms=latency(engine, repeat_rows(inputs, 1), seconds=0.5)
+        )
+    return found

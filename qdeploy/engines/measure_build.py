@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 from qdeploy.engines.base import UNKNOWN
 from qdeploy.engines.floor import check_floor
@@ -16,6 +15,7 @@ from qdeploy.engines.spec import EngineSpec
 from qdeploy.store.artifact import Bundle, EngineFolder
 from qdeploy.store.builder import Draft
 from qdeploy.store.facts import EngineFacts
+from qdeploy.store.measured import DistanceMeasured, EngineMeasured, MachineMeasured, PlanMeasured
 from qdeploy.store.probe import read_probe
 from qdeploy.system.decibels import distance
 from qdeploy.system.errors import InvalidInputError
@@ -25,7 +25,7 @@ from qdeploy.system.progress import say
 
 def measure_engine(
     backend: Backend, source: Bundle, draft: Draft[EngineFolder], facts: EngineFacts, allow_inaccurate: bool
-) -> dict[str, Any]:
+) -> EngineMeasured:
     """Measure the new engine: its latency, its kernels, and its distance from the probe's outputs."""
     spec = EngineSpec.described_by(
         draft.content, facts, facts.engine_precision, int8_sums=facts.int8_sums, device=facts.device
@@ -48,38 +48,39 @@ def measure_engine(
         _warn_of_float(backend, shares["int8_mac_share_of_meant"], sorted(left, key=lambda name: -macs[name]))
     if not bool(result.isfinite().all()):
         raise InvalidInputError("the engine computes NaN or Inf for its own probe")
-    parity = distance(result, reference if simulated is None else simulated)
+    parity = DistanceMeasured(**distance(result, reference if simulated is None else simulated))
     check_floor(result, reference, simulated, source, facts, draft.work / "blame", allow_inaccurate)
-    return {
-        "ms": ms,
-        "load_seconds": round(loaded, 3),
-        **shares,
-        "parity": parity,
-        **sizes,
-        "size_mb": _size_mb(spec.component_folder),
-        "machine": machine(backend.device),
-    }
+    return EngineMeasured(
+        ms=ms,
+        load_seconds=round(loaded, 3),
+        int8_mac_share=shares["int8_mac_share"],
+        int8_mac_share_of_meant=shares["int8_mac_share_of_meant"],
+        parity=parity,
+        sizes=sizes or None,
+        size_mb=_size_mb(spec.component_folder),
+        machine=MachineMeasured(**machine(backend.device)),
+    )
 
 
-def measure_plan(draft: Draft[EngineFolder], facts: EngineFacts, reason: str) -> dict[str, Any]:
+def measure_plan(draft: Draft[EngineFolder], facts: EngineFacts, reason: str) -> EngineMeasured:
     """What is known of an engine that this machine cannot run: its size, and what the build says of its layers."""
     component = draft.content / facts.component
     built = json.loads((component / "layers.json").read_text())
-    told = built["report"]
-    if told["planned"] > told["as_planned"]:
-        named = [*told["in_float"], *told["in_other"], *told["not_found"]]
+    report = built["report"]
+    if report["planned"] > report["as_planned"]:
+        named = [*report["in_float"], *report["in_other"], *report["not_found"]]
         say(
-            f"warning: {len(named)} of {told['planned']} quantized layers do not run as planned, first "
+            f"warning: {len(named)} of {report['planned']} quantized layers do not run as planned, first "
             f"{', '.join(named[:5])}: layers.json names them all"
         )
-    return {
-        "not_run": reason,
-        "planned": {name: told[name] for name in ("planned", "as_planned", "kinds", "products")},
-        "float32_results": len(told["float32_results"]),
-        "moved": built["moved"],
-        "size_mb": _size_mb(component),
-        "machine": machine("cpu"),
-    }
+    return EngineMeasured(
+        not_run=reason,
+        planned=PlanMeasured(**{name: report[name] for name in PlanMeasured.__struct_fields__}),
+        float32_results=len(report["float32_results"]),
+        moved=built["moved"],
+        size_mb=_size_mb(component),
+        machine=MachineMeasured(**machine("cpu")),
+    )
 
 
 def _size_mb(folder: Path) -> float:

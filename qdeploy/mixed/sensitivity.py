@@ -33,6 +33,7 @@ from qdeploy.store.builder import Draft
 from qdeploy.store.facts import AgreementFacts, SensitivityFacts
 from qdeploy.store.layers import read_layers
 from qdeploy.store.manifest import Notes
+from qdeploy.store.measured import SensitivityMeasured
 from qdeploy.store.paths import default_output
 from qdeploy.system.errors import InvalidInputError, UsageError
 from qdeploy.system.estimate import Estimate
@@ -229,7 +230,7 @@ def _measure(session: Session, work: Work, rows: TimestepRows, probes: int, chea
         agreement=AgreementFacts(**report["agreement"]) if "agreement" in report else None,
     )
     notes = Notes(source=work.model.source)
-    made: Sensitivity = session.draft.finish(facts, {"pass_seconds": took}, notes)
+    made: Sensitivity = session.draft.finish(facts, SensitivityMeasured(pass_seconds=took), notes)
     return made
 
 

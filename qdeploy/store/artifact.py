@@ -11,7 +11,7 @@ from base64 import b64encode
 from functools import cached_property
 from html import escape
 from pathlib import Path
-from typing import TypeVar, overload
+from typing import Any, TypeVar, overload
 
 from qdeploy.store.facts import (
     BundleFacts,
@@ -26,9 +26,10 @@ from qdeploy.store.folder import INDEX as INDEX
 from qdeploy.store.folder import RANGES as RANGES
 from qdeploy.store.folder import Artifact as Artifact
 from qdeploy.store.folder import DenoiserArtifact as DenoiserArtifact
-from qdeploy.store.folder import read_facts
+from qdeploy.store.folder import read_facts, read_measured
 from qdeploy.store.manifest import Manifest, damage, read_manifest
 from qdeploy.store.manifest import is_artifact as is_artifact
+from qdeploy.store.measured import CheckpointMeasured, EngineMeasured, SensitivityMeasured
 from qdeploy.system.errors import InvalidInputError
 
 
@@ -61,12 +62,24 @@ class Checkpoint(DenoiserArtifact):
 
     KIND = "checkpoint"
     FACTS = CheckpointFacts
+    MEASURED = CheckpointMeasured
     DESCRIPTION = "integer weights and activation scales"
 
     @cached_property
     def facts(self) -> CheckpointFacts:
         """Formats, target, timesteps, and what stays in float."""
         return read_facts(self, CheckpointFacts)
+
+    @cached_property
+    def measured(self) -> CheckpointMeasured:
+        """How long it took, by stage."""
+        return read_measured(self, CheckpointMeasured)
+
+    @property
+    def stage_reports(self) -> dict[str, Any]:
+        """What the stages of its recipe reported, each under a name of its own."""
+        typed = CheckpointMeasured.__struct_fields__
+        return {name: value for name, value in self.manifest.measured.items() if name not in typed}
 
     @property
     def layers(self) -> Path:
@@ -112,12 +125,18 @@ class EngineFolder(DenoiserArtifact):
 
     KIND = "engine"
     FACTS = EngineFacts
+    MEASURED = EngineMeasured
     DESCRIPTION = "a graph that one backend runs"
 
     @cached_property
     def facts(self) -> EngineFacts:
         """Formats, backend, and the options of its build."""
         return read_facts(self, EngineFacts)
+
+    @cached_property
+    def measured(self) -> EngineMeasured:
+        """Speed, size and parity on the machine that built it."""
+        return read_measured(self, EngineMeasured)
 
     @property
     def macs(self) -> Path:
@@ -158,12 +177,18 @@ class Sensitivity(Artifact):
 
     KIND = "sensitivity"
     FACTS = SensitivityFacts
+    MEASURED = SensitivityMeasured
     DESCRIPTION = "how sensitive each layer is to each number format"
 
     @cached_property
     def facts(self) -> SensitivityFacts:
         """What was judged."""
         return read_facts(self, SensitivityFacts)
+
+    @cached_property
+    def measured(self) -> SensitivityMeasured:
+        """How long it took, by pass."""
+        return read_measured(self, SensitivityMeasured)
 
     @property
     def report(self) -> Path:
@@ -216,14 +241,14 @@ def open_artifact(path: str | Path | Artifact, *kinds: type[Artifact]) -> Artifa
 
 
 def described(path: Path, manifest: Manifest) -> Artifact:
-    """A folder as its manifest describes it, facts checked, files not.
+    """A folder as its manifest describes it, facts and measurements checked, files not.
 
     Raises:
-        InvalidInputError: of an unknown kind, or with facts that do not belong to it.
+        InvalidInputError: of an unknown kind, or with facts or measurements that do not belong to it.
     """
     kind = KINDS.get(manifest.kind)
     if kind is None:
         raise InvalidInputError(f"{path} is of the unknown kind {manifest.kind!r}")
     artifact = kind(path, manifest)
-    _ = artifact.facts
+    _ = artifact.facts, artifact.measured
     return artifact

@@ -37,6 +37,7 @@ from qdeploy.store.manifest import (
     read_manifest,
     typed,
 )
+from qdeploy.store.measured import Measured
 from qdeploy.store.work import check_space, is_full, lock_work
 from qdeploy.system.errors import InvalidInputError, UsageError
 from qdeploy.system.hashing import canonical, sha256_file, sha256_of
@@ -234,18 +235,21 @@ class Draft(Generic[_A]):
     def finish(
         self,
         facts: Facts,
-        measured: Mapping[str, Any] | None = None,
+        measured: Measured | None = None,
         notes: Notes | None = None,
+        reports: Mapping[str, Any] | None = None,
     ) -> _A:
         """Write the manifest and rename the folder into place.
 
         Args:
             facts: what the stage says of the content, typed by the kind of artifact.
-            measured: what depends on this machine and run.
+            measured: what depends on this machine and run, typed by the kind; its ``seconds`` are those of the work
+                where they are 0.
             notes: where things are.
+            reports: what stages of a recipe reported, each under a name of its own.
 
         Raises:
-            InvalidInputError: the facts are not those of the kind.
+            InvalidInputError: the facts or the measurements are not those of the kind.
         """
         with explained_os_errors(self.output):
             files = {
@@ -263,7 +267,11 @@ class Draft(Generic[_A]):
                 "recipe": self.recipe,
                 "seed": self.seed,
                 "facts": facts.to_json(),
-                "measured": {"seconds": round(self._seconds(), 3), **(measured or {})},
+                "measured": {
+                    **(reports or {}),
+                    "seconds": round(self._seconds(), 3),
+                    **(measured.to_json() if measured else {}),
+                },
                 "notes": msgspec.to_builtins(notes or Notes()),
             }
             content["sha256"] = sha256_of({key: content[key] for key in IDENTITY})

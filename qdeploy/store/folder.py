@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 
 from qdeploy.store.facts import DenoiserFacts, Facts
 from qdeploy.store.manifest import Manifest, typed
+from qdeploy.store.measured import Measured
 from qdeploy.store.probe import PROBE, Probe, read_probe
 from qdeploy.system.errors import InvalidInputError
 from qdeploy.system.tables import Table
@@ -18,6 +19,7 @@ CORRECTION = "correction.safetensors"
 RANGES = "ranges.safetensors"
 INDEX = "model_index.json"
 _F = TypeVar("_F", bound=Facts)
+_M = TypeVar("_M", bound=Measured)
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Artifact:
     manifest: Manifest
     KIND: ClassVar[str]
     FACTS: ClassVar[type[Facts]]
+    MEASURED: ClassVar[type[Measured]] = Measured
     DESCRIPTION: ClassVar[str]
 
     @cached_property
@@ -65,10 +68,10 @@ class Artifact:
         """The seed that all randomness of the stage derives from."""
         return self.manifest.seed
 
-    @property
-    def measured(self) -> dict[str, Any]:
-        """What depends on the machine that made it: times, sizes, parity."""
-        return self.manifest.measured
+    @cached_property
+    def measured(self) -> Measured:
+        """What depends on the machine and the run that made it; no part of the identity."""
+        return read_measured(self, Measured)
 
     @property
     def source(self) -> str | None:
@@ -178,3 +181,12 @@ def read_facts(artifact: Artifact, kind: type[_F]) -> _F:
         InvalidInputError: they are not those of the kind.
     """
     return typed(artifact.manifest.facts, kind, artifact.path)
+
+
+def read_measured(artifact: Artifact, kind: type[_M]) -> _M:
+    """An artifact's measurements as an object of their class.
+
+    Raises:
+        InvalidInputError: one of them is of another type or range.
+    """
+    return typed(artifact.manifest.measured, kind, artifact.path)

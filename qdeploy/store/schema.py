@@ -8,19 +8,20 @@ from typing import Any
 import msgspec
 
 from qdeploy.store.artifact import KINDS
-from qdeploy.store.facts import Facts
 from qdeploy.store.manifest import Manifest
 
 
 def manifest_schema() -> dict[str, Any]:
-    """The schema of ``qdeploy.json`` (draft 2020-12): one alternative per kind, each with its own facts."""
-    kinds: dict[str, type[Facts]] = {name: kind.FACTS for name, kind in sorted(KINDS.items())}
-    (manifest, *facts), definitions = msgspec.json.schema_components(
-        [Manifest, *kinds.values()], ref_template="#/$defs/{name}"
+    """The schema of ``qdeploy.json`` (draft 2020-12): for each kind its facts and measurements."""
+    kinds = dict(sorted(KINDS.items()))
+    types = [kind.FACTS for kind in kinds.values()], [kind.MEASURED for kind in kinds.values()]
+    (manifest, *references), definitions = msgspec.json.schema_components(
+        [Manifest, *types[0], *types[1]], ref_template="#/$defs/{name}"
     )
+    facts, measured = references[: len(kinds)], references[len(kinds) :]
     alternatives = [
-        {"properties": {"kind": {"const": name}, "facts": reference}}
-        for name, reference in zip(kinds, facts, strict=True)
+        {"properties": {"kind": {"const": name}, "facts": stated, "measured": found}}
+        for name, stated, found in zip(kinds, facts, measured, strict=True)
     ]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

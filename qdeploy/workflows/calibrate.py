@@ -30,6 +30,7 @@ from qdeploy.store.builder import Draft
 from qdeploy.store.correction_table import correction_facts
 from qdeploy.store.facts import CheckpointFacts, TimestepFacts
 from qdeploy.store.manifest import Notes
+from qdeploy.store.measured import CheckpointMeasured
 from qdeploy.store.paths import default_output
 from qdeploy.system.errors import UsageError
 from qdeploy.system.estimate import Estimate
@@ -262,7 +263,8 @@ def finish(
         **data.carried,
     )
     write_card(draft, facts)
-    made = draft.finish(facts, session.report, notes)
+    took = draft.time.by_label() if draft.time else {}
+    made = draft.finish(facts, CheckpointMeasured(stage_seconds=took or None), notes, session.report)
     assert isinstance(made, Checkpoint)
     return made
 

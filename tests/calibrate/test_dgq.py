@@ -603,5 +603,5 @@ def test_engines_compute_it_in_int8(artifacts: dict[str, Artifact], tmp_path: Pa
     engine = qdeploy.build_engine(bundle, tmp_path / "engine", backend="openvino", threads=1)
     measured = engine.measured
     if name == "split" or not int8_sums_saturate():  # without VNNI, 8-bit weights are computed in floats
-        assert measured["int8_mac_share_of_meant"] == 1.0
-    assert measured["parity"]["sqnr_db"] >= 45
+        assert measured.int8_mac_share_of_meant == 1.0
+    assert measured.parity.sqnr_db >= 45

@@ -453,7 +453,7 @@ def test_the_checkpoint_says_that_it_is_simulated_and_how_much_of_it(checkpoint:
     (reason,) = checkpoint.facts.simulated
     assert reason.startswith("stage group-patches: a convolution kernel forms no im2col matrix")
     report = json.loads(checkpoint.file("unet/groups.json").read_text())
-    assert report["patches"]["counts"] == checkpoint.measured["patch_groups"]
+    assert report["patches"]["counts"] == checkpoint.stage_reports["patch_groups"]
     assert len(report["patches"]["layers"]) > 0
 
 

@@ -74,7 +74,7 @@ def test_an_engine_computes_what_was_simulated(
     blocks: tuple[Artifact, Artifact], backend: str, tmp_path: Path
 ) -> None:
     engine = build_engine(blocks[1], tmp_path / "engine", backend=backend, threads=1)
-    assert engine.measured["parity"]["sqnr_db"] >= 40
+    assert engine.measured.parity.sqnr_db >= 40
     network = load_checkpoint(blocks[0])
     inputs, reference, simulated = read_probe(engine.path)
     assert simulated is not None

@@ -14,6 +14,7 @@ from qdeploy.engines.build import build_engine, load_engine
 from qdeploy.engines.measure import int8_shares, row_by_row
 from qdeploy.export.lower import PASSES
 from qdeploy.store.artifact import Artifact, EngineFolder, open_artifact
+from qdeploy.store.measured import MachineMeasured
 from qdeploy.store.probe import read_probe
 from qdeploy.system import machine
 from qdeploy.system.decibels import distance
@@ -25,8 +26,8 @@ from tests.helpers import pretend_processor
 def test_quantized_layers_run_on_int8_kernels_of_openvino(quantized_bundle: Artifact, tmp_path: Path) -> None:
     artifact = build_engine(quantized_bundle, tmp_path / "engine", threads=1)
     assert artifact.facts.backend == "openvino"  # what auto takes here
-    assert artifact.measured["int8_mac_share_of_meant"] == 1.0
-    assert 0.5 < artifact.measured["int8_mac_share"] < 1.0  # conv_in and conv_out stay float
+    assert artifact.measured.int8_mac_share_of_meant == 1.0
+    assert 0.5 < artifact.measured.int8_mac_share < 1.0  # conv_in and conv_out stay float
     with load_engine(artifact) as engine:
         kernels = {layer: kernel for kernel in engine.kernels(example_inputs(1)) for layer in kernel.layers}
         assert int8_shares(engine, example_inputs(2))["int8_mac_share_of_meant"] == 1.0
@@ -37,9 +38,9 @@ def test_quantized_layers_run_on_int8_kernels_of_openvino(quantized_bundle: Arti
 
 def test_a_float_graph_has_no_int8_share(float_bundle: Artifact, tmp_path: Path) -> None:
     measured = build_engine(float_bundle, tmp_path / "engine", threads=1).measured
-    assert measured["int8_mac_share"] == 0.0
-    assert measured["int8_mac_share_of_meant"] == 1.0
-    assert measured["parity"]["sqnr_db"] > 100
+    assert measured.int8_mac_share == 0.0
+    assert measured.int8_mac_share_of_meant == 1.0
+    assert measured.parity.sqnr_db > 100
 
 
 def test_onnxruntime_tells_which_layers_it_ran_in_float(
@@ -51,7 +52,7 @@ def test_onnxruntime_tells_which_layers_it_ran_in_float(
             layer: kernel.kind for kernel in engine.kernels(example_inputs(1)) for layer in kernel.layers
         }
     assert kinds["body.linear"] == "MatMulIntegerToFloat"
-    assert 0 < artifact.measured["int8_mac_share_of_meant"] < 0.9
+    assert 0 < artifact.measured.int8_mac_share_of_meant < 0.9
     assert "in float, first body.conv" in capsys.readouterr().err
 
 
@@ -61,8 +62,8 @@ def test_an_engine_is_the_model_that_was_calibrated(tmp_path: Path, backend: str
     # With a Concat that only the quantizer reads, OpenVINO 2026.4 left to itself is 10 dB from the truth.
     bundle = write_bundle(tmp_path / "onnx", concat=concat)
     measured = build_engine(bundle, tmp_path / "engine", backend=backend, threads=1).measured
-    assert measured["parity"]["sqnr_db"] > 100
-    assert measured["parity"]["max_abs"] < 1e-4
+    assert measured.parity.sqnr_db > 100
+    assert measured.parity.max_abs < 1e-4
 
 
 def test_the_manifest_says_what_was_built_and_measured(
@@ -75,10 +76,10 @@ def test_the_manifest_says_what_was_built_and_measured(
         assert getattr(artifact.facts, name) == getattr(quantized_bundle.facts, name)
     assert artifact.facts.engine_precision == "f32"
     measured = artifact.measured
-    assert 0 < measured["ms"]["median"] <= measured["ms"]["p95"]
-    assert measured["size_mb"] > 0
-    assert measured["load_seconds"] > 0
-    assert measured["machine"] == machine.machine()
+    assert 0 < measured.ms.median <= measured.ms.p95
+    assert measured.size_mb > 0
+    assert measured.load_seconds > 0
+    assert measured.machine == MachineMeasured(**machine.machine())
     assert {"unet/config.json", "probe.safetensors", "macs.json"} <= artifact.files.keys()
     json.dumps(msgspec.to_builtins(artifact.manifest), allow_nan=False)
 
@@ -116,8 +117,8 @@ def test_bf16_is_near_and_leaves_int8_layers_as_they_are(quantized_bundle: Artif
     artifact = build_engine(quantized_bundle, tmp_path / "engine", precision="bf16", threads=1)
     assert artifact.facts.engine_precision == "bf16"
     assert artifact.facts.precision == "W8A8"
-    assert artifact.measured["int8_mac_share_of_meant"] == 1.0
-    assert 25 < artifact.measured["parity"]["sqnr_db"] < 80
+    assert artifact.measured.int8_mac_share_of_meant == 1.0
+    assert 25 < artifact.measured.parity.sqnr_db < 80
     with load_engine(artifact) as engine:
         kernels = {layer: kernel for kernel in engine.kernels(example_inputs(1)) for layer in kernel.layers}
         assert engine(example_inputs(1)).dtype == torch.float32
@@ -228,18 +229,18 @@ def test_weights_of_eight_bits_are_right_without_vnni(
     wide, narrow = (write_bundle(tmp_path / f"onnx{limit}", limit=limit) for limit in (127, 63))
     here = build_engine(wide, tmp_path / "here", threads=1)
     assert here.facts.int8_sums == (machine.NARROW if machine.int8_sums_saturate() else machine.WIDE)
-    assert here.measured["parity"]["sqnr_db"] > 100
+    assert here.measured.parity.sqnr_db > 100
     pretend_processor(monkeypatch, tmp_path, "avx2 avx512f")
     capsys.readouterr()
     floats = build_engine(wide, tmp_path / "floats", threads=1)
     assert "2 layers with 8-bit weights are computed in floats" in capsys.readouterr().err
     assert floats.facts.int8_sums == machine.NARROW
-    assert floats.measured["int8_mac_share"] == 0
-    assert floats.measured["parity"]["sqnr_db"] > 100
+    assert floats.measured.int8_mac_share == 0
+    assert floats.measured.parity.sqnr_db > 100
     seven = build_engine(narrow, tmp_path / "seven", threads=1)
     assert "in floats" not in capsys.readouterr().err
-    assert seven.measured["int8_mac_share_of_meant"] == 1
-    assert seven.measured["parity"]["sqnr_db"] > 100
+    assert seven.measured.int8_mac_share_of_meant == 1
+    assert seven.measured.parity.sqnr_db > 100
 
 
 def test_an_engine_with_wide_sums_is_refused_where_they_saturate(
@@ -280,8 +281,8 @@ def test_products_stay_exact_on_processors_whose_byte_products_saturate(
     """Without VNNI ONNX Runtime makes the weights unsigned too; the dialect's products still load, and agree."""
     bundle = write_bundle(tmp_path / "onnx", facts={"target": "onnxruntime"}, passes=PASSES["onnxruntime"])
     plain = build_engine(bundle, tmp_path / "engine", backend="onnxruntime", threads=1)
-    assert plain.measured["int8_mac_share_of_meant"] == 1.0
-    assert plain.measured["parity"]["sqnr_db"] > 100
+    assert plain.measured.int8_mac_share_of_meant == 1.0
+    assert plain.measured.parity.sqnr_db > 100
     pretend_processor(monkeypatch, tmp_path, "avx2")
     with load_engine(plain) as engine:
         kinds = {kernel.kind for kernel in engine.kernels(example_inputs(1))}

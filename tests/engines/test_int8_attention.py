@@ -74,8 +74,8 @@ def products(bundle: Artifact) -> set[str]:
 def test_openvino_multiplies_them_in_int8(bundle: Artifact, tmp_path: Path) -> None:
     engine = qdeploy.build_engine(bundle, tmp_path / "engine", backend="openvino", threads=1)
     measured = engine.measured
-    assert measured["int8_mac_share_of_meant"] == 1.0
-    assert measured["parity"]["sqnr_db"] >= 45
+    assert measured.int8_mac_share_of_meant == 1.0
+    assert measured.parity.sqnr_db >= 45
     inputs, _, _ = read_probe(engine.path)
     with load_engine(engine) as loaded:
         kernels = [
@@ -92,7 +92,7 @@ def test_openvino_multiplies_them_in_int8(bundle: Artifact, tmp_path: Path) -> N
 )
 def test_onnxruntime_computes_the_same(bundle: Artifact, tmp_path: Path) -> None:
     engine = qdeploy.build_engine(bundle, tmp_path / "engine", backend="onnxruntime", threads=1)
-    assert engine.measured["parity"]["sqnr_db"] >= 45
+    assert engine.measured.parity.sqnr_db >= 45
 
 
 @pytest.mark.slow
@@ -104,6 +104,6 @@ def test_placement_weighs_attention_like_every_other_product(
     engine = qdeploy.build_engine(
         bundle, tmp_path / "engine", threads=1, precision="f32", optimize_for="latency"
     )
-    decisions = engine.measured["placement"]["decisions"]
-    weighed = {product for decision in decisions for product in decision["products"]}
+    decisions = engine.measured.placement.decisions
+    weighed = {product for decision in decisions for product in decision.products}
     assert products(bundle) <= weighed

@@ -163,14 +163,14 @@ def test_the_engine_is_one_of_those_measured_and_not_slower_than_16_bits(
     quantized_bundle: Artifact, tmp_path: Path
 ) -> None:
     engine = optimized(quantized_bundle, tmp_path / "engine")
-    found = engine.measured["placement"]
-    ms = {name: told["ms"] for name, told in found["engines"].items()}
+    found = engine.measured.placement
+    ms = {name: candidate.ms for name, candidate in found.engines.items()}
     assert {place.ALL, place.NONE} <= ms.keys()
-    assert ms[found["taken"]] <= (1 + place._SAME) * min(ms.values())
-    decided = {decision["quantizer"]: decision["int8"] for decision in found["decisions"]}
+    assert ms[found.taken] <= (1 + place._SAME) * min(ms.values())
+    decided = {decision.quantizer: decision.int8 for decision in found.decisions}
     assert set(decided) == {"act_conv/q", "act_linear/q"}
     assert engine.facts.quantizers_left_out == [name for name, int8 in decided.items() if not int8]
-    assert all(decision["why"] and decision["macs"] > 0 for decision in found["decisions"])
+    assert all(decision.why and decision.macs > 0 for decision in found.decisions)
     assert not (engine.path.parent / ".engine.work").exists()
 
 
@@ -198,8 +198,8 @@ def test_a_least_sqnr_is_kept(
             if kernel.precision == "int8"
             for name in kernel.layers
         }
-    for decision in engine.measured["placement"]["decisions"]:
-        assert decision["int8"] == int8.issuperset(decision["products"])
+    for decision in engine.measured.placement.decisions:
+        assert decision.int8 == int8.issuperset(decision.products)
 
 
 @pytest.mark.usefixtures("quick")

@@ -58,11 +58,11 @@ def inputs(height: int, width: int, tokens: int = 8) -> dict[str, torch.Tensor]:
 
 def test_parity_is_proven_at_each_size(engine: EngineFolder) -> None:
     """At least 45 dB, in the middle of the rows: what rounds to the other side is apart by the rounding's noise."""
-    measured = engine.measured["sizes"]
+    measured = engine.measured.sizes
     assert set(measured) == {f"{height}x{width}" for height, width in SIZES}
     for size in measured.values():
-        assert size["parity"]["sqnr_db"] > 45
-        assert size["ms"]["median"] > 0
+        assert size.parity.sqnr_db > 45
+        assert size.ms.median > 0
 
 
 @pytest.mark.parametrize("tokens", [8, 5, 13])

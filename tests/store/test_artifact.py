@@ -10,6 +10,7 @@ import pytest
 
 from qdeploy.store.artifact import Bundle, EngineFolder, open_artifact
 from qdeploy.store.manifest import MANIFEST, SCHEMA, Notes, read_manifest
+from qdeploy.store.measured import CheckpointMeasured
 from qdeploy.system.errors import InvalidInputError
 from qdeploy.system.hashing import sha256_file, sha256_files, sha256_of
 from tests.helpers import REQUEST, files_in, reseal, small_artifact, some_facts
@@ -25,11 +26,10 @@ def test_equal_content_made_in_the_same_way_has_an_equal_hash(tmp_path: Path) ->
 
 def test_measurements_and_notes_are_not_part_of_the_identity(tmp_path: Path) -> None:
     plain = small_artifact(tmp_path / "a")
-    told = small_artifact(
-        tmp_path / "b", measured={"seconds": 1e6, "peak": 7}, notes=Notes(source="/somewhere")
-    )
-    assert plain.sha256 == told.sha256
-    assert plain.manifest != told.manifest
+    took = CheckpointMeasured(seconds=1e6, stage_seconds={"0-round": 1.5})
+    noted = small_artifact(tmp_path / "b", measured=took, notes=Notes(source="/somewhere"))
+    assert plain.sha256 == noted.sha256
+    assert plain.manifest != noted.manifest
 
 
 @pytest.mark.parametrize(

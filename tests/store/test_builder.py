@@ -360,4 +360,4 @@ def test_errors_of_the_work_itself_pass_unchanged(tmp_path: Path) -> None:
 def test_the_time_it_took_is_noted(tmp_path: Path) -> None:
     before = time.perf_counter()
     made = small_artifact(tmp_path / "a")
-    assert 0 <= made.measured["seconds"] <= time.perf_counter() - before + 0.001
+    assert 0 <= made.measured.seconds <= time.perf_counter() - before + 0.001

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 
 from qdeploy.store.artifact import KINDS, Checkpoint, EngineFolder, open_artifact
 from qdeploy.store.manifest import MANIFEST
+from qdeploy.store.measured import CheckpointMeasured, LatencyMeasured
 from qdeploy.store.schema import manifest_schema, schema_text
-from tests.helpers import reseal, small_artifact, some_facts
+from qdeploy.system.errors import InvalidInputError
+from tests.helpers import reseal, small_artifact, small_draft, some_facts
 
 PUBLISHED = Path(__file__).parents[2] / "docs" / "manifest.schema.json"
 
@@ -55,3 +58,49 @@ def test_artifacts_of_the_first_version_of_schema_1_still_open(tmp_path: Path, k
     found = open_artifact(made.path, kind)
     assert found.facts.to_json() == FIRST[kind]
     assert found.facts.timesteps is None
+
+
+def engine_with(folder: Path, measured: dict[str, Any]) -> Path:
+    made = small_artifact(folder, kind=EngineFolder)
+    reseal(made.path, lambda manifest: manifest.update(measured=measured))
+    return made.path
+
+
+def test_measurements_are_typed_and_unknown_names_are_kept(tmp_path: Path) -> None:
+    written = {
+        "seconds": 2,
+        "ms": {"median": 1.5, "p95": 2.5},
+        "int8_mac_share": 1,
+        "of_another_version": [1],
+    }
+    engine = open_artifact(engine_with(tmp_path / "a", written), EngineFolder)
+    assert engine.measured.ms == LatencyMeasured(median=1.5, p95=2.5)
+    assert engine.measured.to_json() == {name: written[name] for name in ("seconds", "ms", "int8_mac_share")}
+    assert engine.manifest.measured == written
+
+
+@pytest.mark.parametrize(
+    ("wrong", "place"),
+    [
+        ({"ms": "fast"}, "$.ms"),
+        ({"ms": {"median": -1.0, "p95": 1.0}}, "$.ms.median"),
+        ({"ms": {"median": 1.0}}, "$.ms"),
+        ({"int8_mac_share": 1.5}, "$.int8_mac_share"),
+        ({"machine": {"cpu": 5, "features": [], "cores": 1}}, "$.machine.cpu"),
+        ({"seconds": None}, "$.seconds"),
+    ],
+)
+def test_measurements_of_a_wrong_type_or_range_are_refused(
+    tmp_path: Path, wrong: dict[str, Any], place: str
+) -> None:
+    with pytest.raises(InvalidInputError, match=re.escape(f"`{place}`")):
+        open_artifact(engine_with(tmp_path / "a", wrong))
+
+
+def test_what_stages_report_is_apart_from_what_is_measured(tmp_path: Path) -> None:
+    with small_draft(tmp_path / "a") as draft:
+        took = CheckpointMeasured(stage_seconds={"0-round": 1.5})
+        draft.finish(some_facts(), took, reports={"of_a_stage": {"layers": 3}})
+    checkpoint = open_artifact(tmp_path / "a", Checkpoint)
+    assert checkpoint.stage_reports == {"of_a_stage": {"layers": 3}}
+    assert checkpoint.measured.stage_seconds == {"0-round": 1.5}

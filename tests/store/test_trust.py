@@ -326,7 +326,7 @@ def test_seconds_add_up_over_stops(tmp_path: Path) -> None:
     with small_draft(tmp_path / "out") as draft:
         assert draft.time is not None
         assert draft.time.by_label()["first"] >= 100
-        assert draft.finish(some_facts()).measured["seconds"] >= 100
+        assert draft.finish(some_facts()).measured.seconds >= 100
 
 
 def test_a_replacement_that_is_killed_between_its_renames_is_undone(

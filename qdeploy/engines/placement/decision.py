@@ -3,40 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from qdeploy.store.measured import CandidateMeasured, DecisionMeasured, PlacementMeasured
 from qdeploy.system.progress import say
 
 ALL, CHOSEN, NONE = "every quantizer", "chosen", "16 bits"
-
-
-@dataclass(frozen=True)
-class Decision:
-    """The decision about one quantizer, and the reason.
-
-    Attributes:
-        quantizer: name of its QuantizeLinear.
-        products: names of the layers that read it.
-        macs: their multiplications for one sample.
-        int8_ms: their time behind the quantizer, the quantizing included where it has a kernel of its own.
-        float_ms: their time without it.
-        saved_ms: what int8 saves in the whole engine: the saving of its group of like layers, divided by MACs.
-        alone_db: SQNR of the prediction if this were the only quantizer, median over rows.
-        int8: whether it was kept.
-        why: the reason.
-    """
-
-    quantizer: str
-    products: tuple[str, ...]
-    macs: int
-    int8_ms: float
-    float_ms: float
-    saved_ms: float
-    alone_db: float
-    int8: bool
-    why: str
 
 
 @dataclass(frozen=True)
@@ -47,29 +20,26 @@ class Placement:
         graph: path of the graph to build.
         floats: names of the quantizers that were taken out.
         decisions: one for each quantizer.
-        engines: what was built and measured on the way: ``ms`` and ``sqnr_db``.
+        engines: what was built and measured on the way, by name.
         taken: which of them won.
     """
 
     graph: Path
     floats: tuple[str, ...]
-    decisions: tuple[Decision, ...]
-    engines: Mapping[str, Mapping[str, float]]
+    decisions: tuple[DecisionMeasured, ...]
+    engines: Mapping[str, CandidateMeasured]
     taken: str
 
-    def to_json(self) -> dict[str, Any]:
+    @property
+    def measured(self) -> PlacementMeasured:
         """The entry in the ``measured`` part of a manifest."""
-        return {
-            "taken": self.taken,
-            "engines": {name: dict(measured) for name, measured in self.engines.items()},
-            "decisions": [asdict(decision) for decision in self.decisions],
-        }
+        return PlacementMeasured(taken=self.taken, engines=dict(self.engines), decisions=list(self.decisions))
 
     def log(self) -> None:
         """Print what was measured, how much stays in int8, and with ``-v`` the reason of each decision."""
         for name, measured in self.engines.items():
             mark = " (taken)" if name == self.taken else ""
-            say(f"  {name}: {measured['ms']:.2f} ms, {measured['sqnr_db']:.1f} dB{mark}")
+            say(f"  {name}: {measured.ms:.2f} ms, {measured.sqnr_db:.1f} dB{mark}")
         total = sum(decision.macs for decision in self.decisions)
         int8 = [decision for decision in self.decisions if decision.int8]
         share = sum(decision.macs for decision in int8) / total

@@ -13,7 +13,7 @@ from statistics import median
 from qdeploy.engines.base import Engine, Kernel
 from qdeploy.engines.measure import repeat_rows, row_by_row, single_rows
 from qdeploy.engines.placement.assign import Noise, least, quantizing_times, times_by_product
-from qdeploy.engines.placement.decision import ALL, CHOSEN, NONE, Decision, Placement, reason
+from qdeploy.engines.placement.decision import ALL, CHOSEN, NONE, Placement, reason
 from qdeploy.engines.placement.noise import GATES, noise_of_each, with_gates
 from qdeploy.engines.placement.switches import Switch, find_switches, take_out
 from qdeploy.engines.registry import Backend, find_backend
@@ -24,6 +24,7 @@ from qdeploy.export.graph.network import Network
 from qdeploy.store.artifact import Bundle, EngineFolder
 from qdeploy.store.builder import Draft
 from qdeploy.store.facts import EngineFacts
+from qdeploy.store.measured import CandidateMeasured, DecisionMeasured
 from qdeploy.system.decibels import powers, sqnr_by_row
 from qdeploy.system.errors import CheckFailed, UsageError
 from qdeploy.system.progress import say, track
@@ -97,25 +98,21 @@ class Placer:
         here = {ALL: [True] * len(switches), NONE: [False] * len(switches), CHOSEN: kept}[taken]
         floats = tuple(switch.name for switch, stays in zip(switches, here, strict=True) if not stays)
         decisions = tuple(
-            Decision(
-                switch.name,
-                switch.products,
-                self._macs_of(switch),
-                round(times[index][0], 6),
-                round(times[index][1], 6),
-                round(gains[index], 6),
-                round(noise.alone_db(index), 2),
-                stays,
-                reason(stays, chosen, gains[index], taken),
+            DecisionMeasured(
+                quantizer=switch.name,
+                products=list(switch.products),
+                macs=self._macs_of(switch),
+                int8_ms=round(times[index][0], 6),
+                float_ms=round(times[index][1], 6),
+                saved_ms=round(gains[index], 6),
+                alone_db=round(noise.alone_db(index), 2),
+                int8=stays,
+                why=reason(stays, chosen, gains[index], taken),
             )
             for index, (switch, stays, chosen) in enumerate(zip(switches, here, kept, strict=True))
         )
         built = {
-            name: {
-                "ms": round(ms[name], 4),
-                "sqnr_db": round(sqnr[name], 2),
-            }
-            for name in engines
+            name: CandidateMeasured(ms=round(ms[name], 4), sqnr_db=round(sqnr[name], 2)) for name in engines
         }
         graph = self._graph if not floats else self._placed(floats)
         placement = Placement(graph, floats, decisions, built, taken)
