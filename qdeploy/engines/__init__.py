@@ -1,1 +1,1 @@
-"""Engines: a graph as one runtime executes it. Every module with a ``BACKEND`` adds a backend."""
+"""Engines: a graph as one runtime executes it. The registry lists the backends."""

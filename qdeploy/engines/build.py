@@ -13,8 +13,11 @@ from qdeploy.engines.base import DYNAMIC, Engine
 from qdeploy.engines.components import build_components, plan_components
 from qdeploy.engines.int8_sums import sums_of
 from qdeploy.engines.measure_build import measure_engine, measure_plan
+from qdeploy.engines.placement.place import Placer
 from qdeploy.engines.registry import PRECISIONS, Backend, backends, find_backend
 from qdeploy.engines.spec import EngineSpec
+from qdeploy.export.graph.external import check_external, plain_graph
+from qdeploy.export.macs import graph_macs, meant_int8
 from qdeploy.model.card import write_card
 from qdeploy.store.artifact import Artifact, Bundle, Checkpoint, EngineFolder, open_artifact
 from qdeploy.store.builder import Draft
@@ -137,8 +140,6 @@ def build_engine(
         say(f"this processor: {cpu_model()}, with {', '.join(cpu_features()) or 'features unknown'}")
     if chosen.device == "cpu" and quantized and not has_int8():
         say("this processor has neither VNNI nor AMX: int8 gains less here than on one that has")
-    from qdeploy.export.graph.external import check_external, plain_graph
-
     with draft:
         say(f"building a {chosen.name} engine of {source.path.name}")
         graph = source.graph
@@ -147,8 +148,6 @@ def build_engine(
         graph = plain_graph(graph, draft.work / "graphs" / source.component)
         searched = None
         if optimize_for:
-            from qdeploy.engines.placement.place import Placer
-
             placement = Placer(chosen, source, graph, draft, facts).search(min_sqnr)
             graph, searched = placement.graph, placement.measured
             facts = replace(facts, quantizers_left_out=list(placement.floats))
@@ -244,8 +243,6 @@ def _convert(
     Returns:
         What the runtime's build took, where the backend measures it.
     """
-    from qdeploy.export.macs import graph_macs, meant_int8
-
     if backend.build_options:
         build_options = build_options | {"precision": facts.engine_precision, "batch": facts.batch}
     took = backend.build(graph, draft.content / facts.component, **build_options)

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 
 from msgspec.structs import replace
 
+from qdeploy.engines.openvino_tokenizers import convert_tokenizers
 from qdeploy.engines.registry import Backend
+from qdeploy.export.graph.external import plain_graph
 from qdeploy.store.artifact import Bundle, EngineFolder
 from qdeploy.store.builder import Draft
 from qdeploy.store.facts import PipelineFacts
@@ -92,8 +94,6 @@ def build_components(
     backend: Backend, source: Bundle, draft: Draft[EngineFolder], plan: PipelineFacts
 ) -> None:
     """Write the engines of a plan into the draft, and OpenVINO's tokenizers where their converter is installed."""
-    from qdeploy.export.graph.external import plain_graph  # the list of backends needs no ONNX
-
     assert backend.build_component is not None
     for name, folders in plan.graphs.items():
         for folder in folders:
@@ -102,6 +102,4 @@ def build_components(
             graph = plain_graph(source.file(f"{folder}/{GRAPH}"), draft.work / "graphs" / folder)
             backend.build_component(graph, draft.content / folder, precision)
     if backend.name == "openvino":
-        from qdeploy.engines.openvino_tokenizers import convert_tokenizers
-
         convert_tokenizers(draft.content)

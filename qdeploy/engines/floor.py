@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qdeploy.engines.measure import single_rows
+from qdeploy.engines.placement.noise import noise_of_each, with_gates
+from qdeploy.engines.placement.switches import Switch, find_switches
 from qdeploy.engines.registry import find_backend
 from qdeploy.engines.spec import EngineSpec
+from qdeploy.export.graph import read, save
 from qdeploy.store.artifact import Bundle
 from qdeploy.store.facts import DenoiserFacts
 from qdeploy.system.decibels import decibels, distance, powers
@@ -21,8 +24,6 @@ from qdeploy.system.progress import say
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from qdeploy.engines.placement.switches import Switch
 
 LEAST_SQNR = 6.0  # dB, median over rows: below, a quarter of the power of the prediction is error
 LEAST_PARITY = 20.0  # dB over all elements: engines in 16 bits reach 35 and more
@@ -103,10 +104,6 @@ def check_floor(
 
 def _blame(source: Bundle, facts: DenoiserFacts, scratch: Path) -> str:
     """The layer whose quantizer of activations alone costs most, as the end of a sentence."""
-    # Here, so that the list of backends needs no ONNX.
-    from qdeploy.engines.placement.switches import find_switches
-    from qdeploy.export.graph import read
-
     model = read(source.graph)
     switches = find_switches(model)
     if not switches:
@@ -126,9 +123,6 @@ def worst_quantizer(
         switches: quantizers of its graph.
         scratch: folder for the graph with gates.
     """
-    from qdeploy.engines.placement.noise import noise_of_each, with_gates
-    from qdeploy.export.graph import read, save
-
     folder = scratch / facts.component
     shutil.rmtree(scratch, ignore_errors=True)
     save(with_gates(read(source.graph), switches), folder / "model.onnx")

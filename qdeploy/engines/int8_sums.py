@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from qdeploy.export.graph import read
+from qdeploy.export.passes.narrow_sums import overflowing
 from qdeploy.system.errors import InvalidInputError
 from qdeploy.system.machine import NARROW, WIDE, int8_sums_saturate
 from qdeploy.system.progress import say
@@ -11,9 +13,6 @@ from qdeploy.system.progress import say
 
 def sums_of(graph: Path) -> int:
     """Bits that the sums of int8 products need in the engine of a graph; reports the layers that stay in float."""
-    from qdeploy.export.graph import read
-    from qdeploy.export.passes.narrow_sums import overflowing
-
     try:
         layers = [layer.name for _, layer in overflowing(read(graph))]
     except InvalidInputError:  # the backend's own message will state what is wrong

@@ -1,7 +1,7 @@
-"""The backends that engines are built for: one module of this package each, with a ``BACKEND``.
+"""The backends that engines are built for: an object ``BACKEND`` in a module each.
 
-No other module lists them. Its module keeps the import of the runtime inside functions, so that
-the list of backends can be read without any of them.
+`qdeploy.system.plugins` lists them; other packages register theirs as entry points. The module of a backend
+imports its runtime inside functions, so that the list of backends can be read where none of them is installed.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ A package registers a module, a package of modules, or a single object as an ent
     [project.entry-points."qdeploy.methods"]
     my-method = "my_package.my_method"
 
-What qdeploy brings itself is the first entry of each group, and is loaded in the same way.
+What qdeploy brings itself comes first in each group, and is loaded in the same way.
 """
 
 from __future__ import annotations
@@ -24,12 +24,16 @@ from qdeploy.system.errors import CapabilityError
 METHODS, METRICS, PASSES = "qdeploy.methods", "qdeploy.metrics", "qdeploy.passes"
 ENGINES, LINT_RULES = "qdeploy.engines", "qdeploy.lint_rules"
 
-# The first entry of each group. They are here and not in pyproject.toml, so that a checkout that was updated
-# without being installed again still finds them.
+# What qdeploy registers itself. It is listed here and not in pyproject.toml, so that a checkout that was updated
+# without being installed again still finds it.
 _OWN = (
     EntryPoint("qdeploy", "qdeploy.calibrate.methods", METHODS),
     EntryPoint("qdeploy", "qdeploy.evaluate.metrics", METRICS),
-    EntryPoint("qdeploy", "qdeploy.engines", ENGINES),
+    EntryPoint("tensorrt", "qdeploy.engines.tensorrt:BACKEND", ENGINES),
+    EntryPoint("tensorrt-rtx", "qdeploy.engines.tensorrt_rtx:BACKEND", ENGINES),
+    EntryPoint("onnxruntime-tensorrt", "qdeploy.engines.onnxruntime_tensorrt:BACKEND", ENGINES),
+    EntryPoint("openvino", "qdeploy.engines.openvino:BACKEND", ENGINES),
+    EntryPoint("onnxruntime", "qdeploy.engines.onnxruntime:BACKEND", ENGINES),
     EntryPoint("qdeploy", "qdeploy.export.lint.rules", LINT_RULES),
     EntryPoint("qdeploy-fixes", "qdeploy.export.lint.fixes", LINT_RULES),
 )

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import qdeploy.engines
 from qdeploy.engines.registry import backends, find_backend
 from qdeploy.system.errors import CapabilityError, UsageError
 from tests.plugins import install
@@ -21,7 +23,22 @@ def test_backends_are_found_and_described() -> None:
     assert find_backend("auto").name == "openvino"
 
 
-def test_one_new_file_makes_a_new_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_backend_of_the_package_is_listed() -> None:
+    package = Path(qdeploy.engines.__file__).parent
+    defining = [path for path in package.rglob("*.py") if "\nBACKEND = Backend(" in path.read_text()]
+    assert len(backends()) == len(defining) == 5
+
+
+def test_the_list_of_backends_imports_them_alone() -> None:
+    program = (
+        "import sys; from qdeploy.engines.registry import backends; backends(); "
+        "print([m for m in ('build', 'floor', 'components', 'doctor') if f'qdeploy.engines.{m}' in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_package_registers_a_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, monkeypatch, {"qdeploy.engines": {"abacus": "my_package.abacus"}}, abacus=NEW)
     assert next(iter(backends())) == "abacus"
     with pytest.raises(CapabilityError, match="pip install abacus-runtime"):
@@ -45,8 +62,6 @@ def test_unknown_backends_are_refused() -> None:
 
 
 def test_the_list_of_backends_needs_no_runtime() -> None:
-    import subprocess
-
     program = (
         "import sys; from qdeploy.engines.registry import backends; backends(); "
         "print([m for m in ('torch', 'openvino', 'onnxruntime', 'onnx', 'diffusers') if m in sys.modules])"
