@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.timestep_groups import check_groups
@@ -13,7 +14,7 @@ from qdeploy.calibration_set.dataset import CalibrationSet
 from qdeploy.calibration_set.example_rows import ExampleRows
 from qdeploy.model.folder import Model
 from qdeploy.model.pipeline_index import read_index
-from qdeploy.network.roles import find_structure
+from qdeploy.network.roles import Structure, find_structure
 from qdeploy.quant.insert import left_in_float, quantize_structure
 from qdeploy.recipe.recipe import Recipe
 from qdeploy.store.artifact import Artifact, CalibrationFolder
@@ -77,9 +78,41 @@ def open_session(
     data.check_fits(source, denoiser)
     structure = find_structure(denoiser, data.inputs([0], device=device))
     left = left_in_float(denoiser, structure, recipe)
+    session = session_on(source, denoiser, structure, data, recipe, draft, device)
+    session.max_memory, session.left = max_memory, left
+    check_groups(recipe.timestep_groups, data.timesteps[session.rows()])
+    return session
+
+
+def session_on(
+    source: Model,
+    denoiser: nn.Module,
+    structure: Structure,
+    data: CalibrationSet | ExampleRows,
+    recipe: Recipe,
+    draft: Draft[Any],
+    device: str,
+) -> Session:
+    """Quantize a loaded denoiser in place as a recipe says.
+
+    Args:
+        source: what it was loaded from.
+        denoiser: in full precision, on the device.
+        structure: what it is made of.
+        data: rows that stages find scales on.
+        recipe: resolved.
+        draft: the checkpoint in the making.
+        device: where the denoiser is.
+
+    Returns:
+        The session that stages work on, with nothing found yet.
+
+    Raises:
+        UsageError: nothing would be quantized.
+    """
     layers = quantize_structure(denoiser, structure, recipe)
     denoiser.eval().requires_grad_(False).to(device)
-    session = Session(
+    return Session(
         denoiser,
         structure,
         layers,
@@ -87,12 +120,8 @@ def open_session(
         recipe,
         draft,
         device,
-        max_memory,
         training_timesteps=source.training_timesteps,
         timestep_range=data.timestep_range(source.training_timesteps),
         component=source.name,
         prediction_type=prediction_type(source.scheduler_config),
-        left=left,
     )
-    check_groups(recipe.timestep_groups, data.timesteps[session.rows()])
-    return session

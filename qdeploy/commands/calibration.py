@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -18,14 +18,33 @@ from qdeploy.commands.options import Verb, sampling_of, sampling_options
 from qdeploy.model.sampling import COLLECTING
 from qdeploy.system.errors import InvalidInputError, UsageError
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 _COLLECT = Verb("qdeploy.calibration_set.collect", "collect")
 _RECORD = Verb("qdeploy.calibration_set.record", "record")
+_RUNNING = {
+    "seed": "Where all randomness comes from.  [default: 0]",
+    "device": "Torch device.",
+    "dry_run": "Say what it would cost, and stop.",
+    "overwrite": "Replace another artifact at the output.",
+}
 _OF_SCRIPTS = ("keep", "samples", "seed", "device", "overwrite")
 _PREFLIGHT = Verb("qdeploy.workflows.preflight", "preflight")
 _CALIBRATE = Verb("qdeploy.workflows.calibrate", "calibrate")
 _IMPORT_CHECKPOINT = Verb("qdeploy.workflows.import_checkpoint", "import_checkpoint")
 _SENSITIVITY = Verb("qdeploy.mixed.sensitivity", "sensitivity")
 _IMPORT = Verb("qdeploy.calibration_set.importers", "import_qdiffusion")
+
+
+def _running(verb: Verb, *names: str) -> Callable[[F], F]:
+    """Options of a verb on how it runs, by their names in `_RUNNING`."""
+
+    def decorate(function: F) -> F:
+        for name in reversed(names):
+            function = verb.option(name, _RUNNING[name])(function)
+        return function
+
+    return decorate
 
 
 @click.command()
@@ -44,9 +63,7 @@ _IMPORT = Verb("qdeploy.calibration_set.importers", "import_qdiffusion")
     type=click.Path(path_type=Path),
     help="Record a Python file's own calls of the pipeline: it defines calls(pipeline).",
 )
-@_COLLECT.option("device", "Torch device.")
-@_COLLECT.option("dry_run", "Say what it would cost, and stop.")
-@_COLLECT.option("overwrite", "Replace another artifact at the output.")
+@_running(_COLLECT, "device", "dry_run", "overwrite")
 @verb
 def collect(
     model: str,
@@ -131,10 +148,7 @@ def preflight(model: str, as_json: bool, **options: Any) -> None:
 @_CALIBRATE.option("budget", "Choose formats layer by layer: size=3.2MB, size=50%, macs=5%.")
 @_CALIBRATE.option("sensitivity", "For --budget: what `qdeploy sensitivity` wrote.")
 @_CALIBRATE.option("max_memory", "GiB for recorded activations.  [default: 4]", type=float)
-@_CALIBRATE.option("seed", "Where all randomness comes from.  [default: 0]")
-@_CALIBRATE.option("device", "Torch device.")
-@_CALIBRATE.option("dry_run", "Say what it would cost, and stop.")
-@_CALIBRATE.option("overwrite", "Replace another artifact at the output.")
+@_running(_CALIBRATE, *_RUNNING)
 @verb
 def calibrate(
     model: str, settings: Sequence[str], max_memory: float | None, as_json: bool, **options: Any
@@ -194,10 +208,7 @@ def _stage_options(settings: Sequence[str]) -> dict[str, dict[str, Any]] | None:
 @_SENSITIVITY.option("rows", "Calibration rows to measure on.")
 @_SENSITIVITY.option("probes", "Backward passes of the cheap pass.")
 @_SENSITIVITY.option("cheap", "The cheap pass alone: estimates for all layers from gradients.")
-@_SENSITIVITY.option("seed", "Where all randomness comes from.  [default: 0]")
-@_SENSITIVITY.option("device", "Torch device.")
-@_SENSITIVITY.option("dry_run", "Say what it would cost, and stop.")
-@_SENSITIVITY.option("overwrite", "Replace another artifact at the output.")
+@_running(_SENSITIVITY, *_RUNNING)
 @verb
 def sensitivity(source: str, formats: str | None, as_json: bool, **options: Any) -> None:
     """Rank layers by the harm of quantizing each, in each bit width."""
@@ -226,8 +237,7 @@ def sensitivity(source: str, formats: str | None, as_json: bool, **options: Any)
 @_IMPORT_CHECKPOINT.option("merge_timesteps", "One range per activation that holds those of all timesteps.")
 @_IMPORT_CHECKPOINT.option("float_attention", "Leave q, k, v and the softmax output in float.")
 @_IMPORT_CHECKPOINT.option("target", "What the result must run on.  [default: an engine, where one can]")
-@_IMPORT_CHECKPOINT.option("device", "Torch device.")
-@_IMPORT_CHECKPOINT.option("overwrite", "Replace another artifact at the output.")
+@_running(_IMPORT_CHECKPOINT, "device", "overwrite")
 @verb
 def import_checkpoint(file: Path, model: str, as_json: bool, **options: Any) -> None:
     """Take over a quantized network as the authors of a method published it."""

@@ -19,8 +19,9 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
+from qdeploy.store.tensors import open_tensors
 from qdeploy.system.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -101,17 +102,10 @@ def read_tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
     Raises:
         InvalidInputError: a file is truncated or no safetensors file.
     """
-    from safetensors import SafetensorError, safe_open
-
     for file in files:
-        try:
-            with cast(Any, safe_open)(str(file), framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118
-                    yield name, opened.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise InvalidInputError(
-                f"the weights {file} are truncated or no safetensors ({error})"
-            ) from error
+        with open_tensors(file) as opened:
+            for name in opened.keys():  # noqa: SIM118
+                yield name, opened.get_tensor(name)
 
 
 def stored_types(files: Sequence[Path]) -> list[str]:
@@ -120,17 +114,10 @@ def stored_types(files: Sequence[Path]) -> list[str]:
     Raises:
         InvalidInputError: a file is truncated or no safetensors file.
     """
-    from safetensors import SafetensorError, safe_open
-
-    types = set()
+    types: set[str] = set()
     for file in files:
-        try:
-            with cast(Any, safe_open)(str(file), framework="pt") as opened:
-                types |= {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise InvalidInputError(
-                f"the weights {file} are truncated or no safetensors ({error})"
-            ) from error
+        with open_tensors(file) as opened:
+            types |= {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
     return sorted(types)
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -24,6 +24,7 @@ from msgspec import Meta, Struct
 from qdeploy.store.bounded_json import read_json_object
 from qdeploy.store.facts import Identifier, Seed, Sha256, Word
 from qdeploy.store.names import contained, entries, name_problem
+from qdeploy.store.tensors import header_problem
 from qdeploy.system.errors import InvalidInputError
 from qdeploy.system.hashing import sha256_file, sha256_of
 
@@ -135,17 +136,6 @@ def damage(path: Path, manifest: Manifest) -> Iterator[str]:
     for name in entries(path):
         if name not in manifest.files and not _is_spare(name):
             yield f"the file {name} is not listed in its {MANIFEST}: remove it"
-
-
-def header_problem(file: Path) -> str | None:
-    """Why the header of a safetensors file does not describe what is behind it; None if it does."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with cast(Any, safe_open)(str(file), framework="numpy"):
-            return None
-    except (SafetensorError, OSError) as error:
-        return str(error)
 
 
 def _is_spare(name: str) -> bool:

@@ -9,17 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qdeploy.calibrate.open_session import check_device
+from qdeploy.calibrate.open_session import check_device, session_on
 from qdeploy.calibrate.published.fit import Fitted, fit
 from qdeploy.calibrate.published.layouts import find_layout, read_published
 from qdeploy.calibrate.published.place import PublishedSteps, not_for_engines, place
 from qdeploy.calibrate.published.recipe import as_published, recipe_of
-from qdeploy.calibrate.session import Session
 from qdeploy.calibration_set.example_rows import ExampleRows
 from qdeploy.model.folder import Model
 from qdeploy.model.in_memory import ModelSource, model_of
 from qdeploy.network.roles import find_structure
-from qdeploy.quant.insert import quantize_structure
 from qdeploy.recipe.formats import NONE
 from qdeploy.store.artifact import Checkpoint
 from qdeploy.store.builder import Draft
@@ -98,25 +96,13 @@ def import_checkpoint(
     if done := draft.finished():
         return done
     structure = as_published(structure, fitted)
-    layers = quantize_structure(denoiser, structure, recipe)
-    denoiser.eval().requires_grad_(False).to(device)
-    session = Session(
-        denoiser,
-        structure,
-        layers,
-        data,
-        recipe,
-        draft,
-        device,
-        training_timesteps=source.training_timesteps,
-        component=source.name,
-    )
+    session = session_on(source, denoiser, structure, data, recipe, draft, device)
     temporal = set(structure.time.layers)
     place(denoiser, fitted, steps, temporal, method)
     reasons = not_for_engines(denoiser, temporal)
     say(
-        f"{path.name}: {recipe.precision} of {method}, {len(layers)} of {len(structure.layers)} layers quantized"
-        + (f", scales for {fitted.steps} steps" if fitted.steps > 1 else "")
+        f"{path.name}: {recipe.precision} of {method}, {len(session.layers)} of {len(structure.layers)} layers "
+        "quantized" + (f", scales for {fitted.steps} steps" if fitted.steps > 1 else "")
     )
     for reason in [*recipe.simulated(), *reasons]:
         say(f"simulated: {reason}; no engine will run this checkpoint")

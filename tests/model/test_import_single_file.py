@@ -151,7 +151,7 @@ def test_what_is_no_whole_model_is_refused(state: dict[str, Tensor], like: Path,
     (tmp_path / "text.ckpt").write_text("no model")
     refused("was not read|cannot be read", name="text.ckpt")
     (tmp_path / "text.safetensors").write_text("no model")
-    refused("truncated or no safetensors", name="text.safetensors")
+    refused("truncated or no safetensors file", name="text.safetensors")
     torch.save([1, 2], tmp_path / "list.ckpt")
     refused("holds no model: a list", name="list.ckpt")
     part = {

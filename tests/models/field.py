@@ -9,7 +9,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests.models.pipelines import PROMPT_LENGTH, TEXT_WIDTH, make_text_encoder, make_vae, saved, seeded
+from tests.models.networks import condition_unet
+from tests.models.pipelines import (
+    PROMPT_LENGTH,
+    TEXT_WIDTH,
+    make_image_encoder,
+    make_image_processor,
+    make_text_encoder,
+    make_vae,
+    saved,
+    seeded,
+)
 from tests.models.transformers import t5
 
 
@@ -141,17 +151,7 @@ def lcm_folder(path: Path, *, seed: int = 0) -> Path:
     import diffusers as d
 
     with seeded(seed):
-        unet = d.UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            norm_num_groups=4,
-            attention_head_dim=2,
-            cross_attention_dim=TEXT_WIDTH,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            time_cond_proj_dim=32,
-        )
+        unet = condition_unet(time_cond_proj_dim=32)
         (encoder, tokenizer), vae = make_text_encoder(), make_vae(8)
     pipeline = d.LatentConsistencyModelPipeline(
         vae=vae,
@@ -188,7 +188,6 @@ def consistency_folder(path: Path, *, classes: int | None = 5, seed: int = 0) ->
 def prior_folder(path: Path, *, seed: int = 0) -> Path:
     """A `KandinskyV22PriorPipeline`: a bool mask of the prompt; makes embeddings."""
     import diffusers as d
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
     with seeded(seed):
         encoder, tokenizer = make_text_encoder(True)
@@ -200,17 +199,7 @@ def prior_folder(path: Path, *, seed: int = 0) -> Path:
             num_embeddings=PROMPT_LENGTH,
             additional_embeddings=4,
         )
-        config = CLIPVisionConfig(
-            hidden_size=16,
-            image_size=32,
-            projection_dim=TEXT_WIDTH,
-            intermediate_size=16,
-            num_attention_heads=2,
-            num_channels=3,
-            num_hidden_layers=1,
-            patch_size=16,
-        )
-        images = CLIPVisionModelWithProjection(config).eval()
+        images = make_image_encoder()
     pipeline = d.KandinskyV22PriorPipeline(
         prior=prior,
         image_encoder=images,
@@ -222,9 +211,7 @@ def prior_folder(path: Path, *, seed: int = 0) -> Path:
             num_train_timesteps=1000,
             clip_sample_range=5.0,
         ),
-        image_processor=CLIPImageProcessor(
-            crop_size=32, do_center_crop=True, do_normalize=True, do_resize=True, size=32
-        ),
+        image_processor=make_image_processor(),
     )
     return saved(pipeline, path)
 

@@ -62,13 +62,13 @@ def class_unet() -> Made:
 
 def text_unet() -> Made:
     """Stable Diffusion's U-Net: prompts enter by cross-attention."""
-    return _condition_unet(), {**_latents(), "encoder_hidden_states": _noise(1, 5, WIDTH, seed=1)}
+    return condition_unet(), {**_latents(), "encoder_hidden_states": _noise(1, 5, WIDTH, seed=1)}
 
 
 def sdxl_unet() -> Made:
     """SDXL's U-Net: the pooled prompt and the sizes are added to the time embedding."""
     pooled = 8
-    network = _condition_unet(
+    network = condition_unet(
         addition_embed_type="text_time",
         addition_time_embed_dim=4,
         projection_class_embeddings_input_dim=pooled + 6 * 4,
@@ -125,20 +125,22 @@ def _latents() -> dict[str, Tensor]:
     return {"sample": _noise(1, 4, 8, 8), "timestep": torch.tensor([500])}
 
 
-def _condition_unet(**options: object) -> nn.Module:
+def condition_unet(channels: Sequence[int] = (8, 16), **changes: object) -> nn.Module:
+    """Stable Diffusion's U-Net for prompts of `WIDTH` features; attention at the lowest resolution."""
     from diffusers import UNet2DConditionModel
 
-    network: nn.Module = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=2,
-        cross_attention_dim=WIDTH,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        **options,
-    )
+    plain = len(channels) - 1
+    small: dict[str, object] = {
+        "sample_size": 8,
+        "block_out_channels": tuple(channels),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 2,
+        "cross_attention_dim": WIDTH,
+        "down_block_types": ("DownBlock2D",) * plain + ("CrossAttnDownBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",) + ("UpBlock2D",) * plain,
+    }
+    network: nn.Module = UNet2DConditionModel(**{**small, **changes})
     return network
 
 

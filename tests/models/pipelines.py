@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
+from tests.models.networks import WIDTH, condition_unet
+
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,"
 PROMPT_LENGTH = 8
-TEXT_WIDTH = 16
+TEXT_WIDTH = WIDTH
 
 
 def ddpm_folder(
@@ -49,20 +51,10 @@ def stable_diffusion_folder(
     seed: int = 0,
 ) -> Path:
     """A `StableDiffusionPipeline`: cross-attention on prompts, latents of ``size`` pixels, PNDM."""
-    from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import PNDMScheduler, StableDiffusionPipeline
 
-    plain = len(channels) - 1
     with seeded(seed):
-        unet = UNet2DConditionModel(
-            sample_size=size,
-            block_out_channels=tuple(channels),
-            layers_per_block=1,
-            norm_num_groups=4,
-            attention_head_dim=2,
-            cross_attention_dim=TEXT_WIDTH,
-            down_block_types=("DownBlock2D",) * plain + ("CrossAttnDownBlock2D",),
-            up_block_types=("CrossAttnUpBlock2D",) + ("UpBlock2D",) * plain,
-        )
+        unet = condition_unet(channels, sample_size=size)
         vae, (text_encoder, tokenizer) = make_vae(size, vae_channels), make_text_encoder()
     scheduler = PNDMScheduler(
         beta_start=0.00085,
@@ -146,6 +138,21 @@ def make_text_encoder(projected: bool = False) -> tuple[Any, Any]:
     )
     kind = CLIPTextModelWithProjection if projected else CLIPTextModel
     return kind(config).eval(), tokenizer
+
+
+def make_image_encoder(**changes: Any) -> Any:
+    """CLIP's image encoder, whose embeddings are as wide as those of prompts."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    small = {"hidden_size": 16, "image_size": 32, "projection_dim": TEXT_WIDTH, "intermediate_size": 16}
+    small |= {"num_attention_heads": 2, "num_channels": 3, "num_hidden_layers": 1, "patch_size": 16}
+    return CLIPVisionModelWithProjection(CLIPVisionConfig(**{**small, **changes})).eval()
+
+
+def make_image_processor() -> Any:
+    from transformers import CLIPImageProcessor
+
+    return CLIPImageProcessor(crop_size=32, size=32)
 
 
 def saved(pipeline: Any, path: Path) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tests.models.networks import condition_unet
 from tests.models.pipelines import (
     LETTERS,
     PROMPT_LENGTH,
@@ -117,14 +118,11 @@ def flux_folder(path: Path, *, size: int = 8, guidance: bool = True, seed: int =
 
 def sdxl_folder(path: Path, *, size: int = 8, seed: int = 0) -> Path:
     """A `StableDiffusionXLPipeline`: pooled prompt and sizes are added to the time embedding."""
-    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
     with seeded(seed):
-        unet = UNet2DConditionModel(
+        unet = condition_unet(
             sample_size=size,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            norm_num_groups=4,
             attention_head_dim=(2, 4),
             use_linear_projection=True,
             transformer_layers_per_block=(1, 2),
@@ -132,8 +130,6 @@ def sdxl_folder(path: Path, *, size: int = 8, seed: int = 0) -> Path:
             addition_embed_type="text_time",
             addition_time_embed_dim=4,
             projection_class_embeddings_input_dim=TEXT_WIDTH + 6 * 4,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         )
         vae = make_vae(size)
         (first, tokenizer), (second, _) = make_text_encoder(), make_text_encoder(True)

@@ -100,6 +100,14 @@ def variant(name: str, write: Callable[[Path], Path], **components: Any) -> Any:
     return kind(**{**known, **components})
 
 
+def without_zeros(network: Any) -> Any:
+    """A network of hints with random weights throughout: its last layers are zero at first, as if there were none."""
+    for parameter in network.parameters():
+        if not parameter.any():
+            parameter.data.normal_(std=0.1)
+    return network
+
+
 def write_inputs(folder: Path, inputs: Mapping[str, Given], count: int = 2) -> Path:
     """Write ``count`` of each input."""
     from safetensors.torch import save_file

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.models import field, pipelines, transformers
-from tests.models.catalogue.entry import loaded, tiny, variant
+from tests.models.catalogue.entry import loaded, tiny, variant, without_zeros
 from tests.models.catalogue.stable_diffusion import FRAMES, controlnet
 
 SMALL = {"height": 8, "width": 8, "guidance": 3.0}
@@ -96,10 +96,9 @@ def sd3_with_controlnet() -> Any:
 
     network = loaded(transformers.sd3_folder).transformer
     hints = SD3ControlNetModel.from_transformer(network, num_layers=1)
-    for parameter in hints.parameters():
-        if not parameter.any():
-            parameter.data.normal_(std=0.1)
-    return variant("StableDiffusion3ControlNetPipeline", transformers.sd3_folder, controlnet=hints)
+    return variant(
+        "StableDiffusion3ControlNetPipeline", transformers.sd3_folder, controlnet=without_zeros(hints)
+    )
 
 
 @tiny("FluxControlNetPipeline", inputs={"control_image": 16}, **MIDDLE)
@@ -110,10 +109,7 @@ def flux_with_controlnet() -> Any:
     hints = FluxControlNetModel.from_transformer(
         network, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2
     )
-    for parameter in hints.parameters():
-        if not parameter.any():
-            parameter.data.normal_(std=0.1)
-    return variant("FluxControlNetPipeline", transformers.flux_folder, controlnet=hints)
+    return variant("FluxControlNetPipeline", transformers.flux_folder, controlnet=without_zeros(hints))
 
 
 def _flux_channels(name: str, channels: int, inputs: dict[str, Any]) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 from tests.models.catalogue.entry import tiny
 from tests.models.catalogue.images import MIDDLE, SMALL
-from tests.models.catalogue.stable_diffusion import scheduler, unet
-from tests.models.networks import tiny_unet
+from tests.models.catalogue.stable_diffusion import scheduler
+from tests.models.networks import condition_unet, tiny_unet
 from tests.models.pipelines import TEXT_WIDTH, make_text_encoder, make_vae
 from tests.models.transformers import t5
 
@@ -106,7 +106,7 @@ def latent_diffusion() -> Any:
         vqvae=make_vae(8),
         bert=LDMBertModel(config).eval(),
         tokenizer=tokenizer,
-        unet=unet(),
+        unet=condition_unet(),
         scheduler=scheduler(),
     )
 

@@ -5,26 +5,17 @@ from __future__ import annotations
 from inspect import signature
 from typing import Any
 
-from tests.models.catalogue.entry import tiny
-from tests.models.pipelines import TEXT_WIDTH, make_text_encoder, make_vae
+from tests.models.catalogue.entry import tiny, without_zeros
+from tests.models.networks import condition_unet
+from tests.models.pipelines import (
+    TEXT_WIDTH,
+    make_image_encoder,
+    make_image_processor,
+    make_text_encoder,
+    make_vae,
+)
 
 GUIDED = {"guidance": 3.0}
-
-
-def unet(**changes: Any) -> Any:
-    from diffusers import UNet2DConditionModel
-
-    small: dict[str, Any] = {
-        "sample_size": 8,
-        "block_out_channels": (8, 16),
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "attention_head_dim": 2,
-        "cross_attention_dim": TEXT_WIDTH,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    }
-    return UNet2DConditionModel(**{**small, **changes})
 
 
 def scheduler(name: str = "DDIMScheduler") -> Any:
@@ -37,12 +28,9 @@ def scheduler(name: str = "DDIMScheduler") -> Any:
 def controlnet(network: Any, **changes: Any) -> Any:
     from diffusers import ControlNetModel
 
-    # Its last layers are zero at first, as if there were no hint.
-    made = ControlNetModel.from_unet(network, conditioning_embedding_out_channels=(4,), **changes)
-    for parameter in made.parameters():
-        if not parameter.any():
-            parameter.data.normal_(std=0.1)
-    return made
+    return without_zeros(
+        ControlNetModel.from_unet(network, conditioning_embedding_out_channels=(4,), **changes)
+    )
 
 
 def parts(**changes: Any) -> dict[str, Any]:
@@ -52,28 +40,13 @@ def parts(**changes: Any) -> dict[str, Any]:
         "vae": make_vae(8),
         "text_encoder": encoder,
         "tokenizer": tokenizer,
-        "unet": unet(),
+        "unet": condition_unet(),
         "scheduler": scheduler(),
         "safety_checker": None,
         "feature_extractor": None,
         "requires_safety_checker": False,
         **changes,
     }
-
-
-def vision(**changes: Any) -> Any:
-    """CLIP's image encoder."""
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    small = {"hidden_size": 16, "image_size": 32, "projection_dim": TEXT_WIDTH, "intermediate_size": 16}
-    small |= {"num_attention_heads": 2, "num_channels": 3, "num_hidden_layers": 1, "patch_size": 16}
-    return CLIPVisionModelWithProjection(CLIPVisionConfig(**{**small, **changes})).eval()
-
-
-def vision_processor() -> Any:
-    from transformers import CLIPImageProcessor
-
-    return CLIPImageProcessor(crop_size=32, size=32)
 
 
 @tiny("StableDiffusionPipeline", **GUIDED)
@@ -94,14 +67,14 @@ def image_to_image() -> Any:
 def inpainting() -> Any:
     import diffusers
 
-    return diffusers.StableDiffusionInpaintPipeline(**parts(unet=unet(in_channels=9)))
+    return diffusers.StableDiffusionInpaintPipeline(**parts(unet=condition_unet(in_channels=9)))
 
 
 @tiny("StableDiffusionControlNetPipeline", inputs={"image": 8}, **GUIDED)
 def with_controlnet() -> Any:
     import diffusers
 
-    network = unet()
+    network = condition_unet()
     return diffusers.StableDiffusionControlNetPipeline(**parts(unet=network, controlnet=controlnet(network)))
 
 
@@ -123,7 +96,7 @@ def _hinted(name: str, inputs: dict[str, Any], **options: Any) -> None:
     def make() -> Any:
         import diffusers
 
-        network = unet()
+        network = condition_unet()
         return getattr(diffusers, name)(**parts(unet=network, controlnet=controlnet(network)))
 
 
@@ -153,14 +126,14 @@ def with_adapter() -> Any:
 def by_instruction() -> Any:
     import diffusers
 
-    return diffusers.StableDiffusionInstructPix2PixPipeline(**parts(unet=unet(in_channels=8)))
+    return diffusers.StableDiffusionInstructPix2PixPipeline(**parts(unet=condition_unet(in_channels=8)))
 
 
 @tiny("StableDiffusionUpscalePipeline", inputs={"image": 8}, **GUIDED)
 def upscaling() -> Any:
     import diffusers
 
-    network = unet(in_channels=7, num_class_embeds=1000)
+    network = condition_unet(in_channels=7, num_class_embeds=1000)
     given = parts(unet=network, low_res_scheduler=diffusers.DDPMScheduler(), max_noise_level=350)
     del given["requires_safety_checker"]
     return diffusers.StableDiffusionUpscalePipeline(**given)
@@ -170,7 +143,7 @@ def upscaling() -> Any:
 def variation() -> Any:
     import diffusers
 
-    given = parts(image_encoder=vision(), feature_extractor=vision_processor())
+    given = parts(image_encoder=make_image_encoder(), feature_extractor=make_image_processor())
     del given["text_encoder"], given["tokenizer"]
     return diffusers.StableDiffusionImageVariationPipeline(**given)
 
@@ -179,7 +152,7 @@ def variation() -> Any:
 def gligen() -> Any:
     import diffusers
 
-    return diffusers.StableDiffusionGLIGENPipeline(**parts(unet=unet(attention_type="gated")))
+    return diffusers.StableDiffusionGLIGENPipeline(**parts(unet=condition_unet(attention_type="gated")))
 
 
 @tiny("LatentConsistencyModelImg2ImgPipeline", inputs={"image": 8}, guidance=8.0)
@@ -187,7 +160,7 @@ def consistency_image_to_image() -> Any:
     import diffusers
 
     return diffusers.LatentConsistencyModelImg2ImgPipeline(
-        **parts(unet=unet(time_cond_proj_dim=32), scheduler=scheduler("LCMScheduler"))
+        **parts(unet=condition_unet(time_cond_proj_dim=32), scheduler=scheduler("LCMScheduler"))
     )
 
 
@@ -195,7 +168,7 @@ def motion() -> dict[str, Any]:
     """The components of an `AnimateDiffPipeline`."""
     from diffusers import MotionAdapter
 
-    given = parts(unet=unet(attention_head_dim=4))
+    given = parts(unet=condition_unet(attention_head_dim=4))
     del given["safety_checker"], given["requires_safety_checker"]
     given["motion_adapter"] = MotionAdapter(
         block_out_channels=(8, 16),
@@ -279,8 +252,8 @@ def from_image_to_video() -> Any:
     return diffusers.StableVideoDiffusionPipeline(
         unet=network,
         vae=vae,
-        image_encoder=vision(),
-        feature_extractor=vision_processor(),
+        image_encoder=make_image_encoder(),
+        feature_extractor=make_image_processor(),
         scheduler=diffusers.EulerDiscreteScheduler(
             prediction_type="v_prediction",
             sigma_max=700.0,
