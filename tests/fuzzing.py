@@ -1,7 +1,8 @@
 """Mutated inputs: manifests, files, recipes, models' configurations and options of the command line.
 
 A seed makes one input. `outcome` says what the program makes of it: ``accepted``, ``refused`` in one sentence, or
-what may not be: an ``internal`` error or a ``hang``.
+what may not be: an ``internal`` error, a ``hang``, too much ``memory``, or ``unnoticed``, changed content that
+was accepted under the hashes of the old one.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import random
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,71 +23,23 @@ from click.testing import CliRunner
 from qdeploy.calibration_set.collect import collect
 from qdeploy.calibration_set.dataset import CalibrationSet
 from qdeploy.cli import main
-from qdeploy.export.run import export
+from qdeploy.engines.build import load_engine
+from qdeploy.evaluate.report_page.images import images_of
+from qdeploy.evaluate.report_page.sensitivity import read_sensitivity
 from qdeploy.quant.checkpoint import load_checkpoint
 from qdeploy.recipe.resolve import resolve_recipe
-from qdeploy.store.manifest import MANIFEST
+from qdeploy.store.artifact import Samples, open_artifact
+from qdeploy.store.manifest import MANIFEST, RANGES_PICTURE
 from qdeploy.system.errors import QDeployError
+from qdeploy.system.memory import peak_memory
 from qdeploy.workflows.calibrate import calibrate
-from tests.helpers import reseal
+from tests.engines.bundles import write_bundle
+from tests.helpers import files_in
 from tests.models import ddpm_folder
+from tests.mutations import WORDS, change_manifest, changed, sealed, spoil
 
 LONGEST = 30  # seconds
-_DEEP: Any = json.loads("[" * 100 + "]" * 100)
-HOSTILE: tuple[Any, ...] = (
-    *(
-        None,
-        True,
-        False,
-        0,
-        1,
-        -1,
-        2**31,
-        2**63,
-        10**20,
-        -(10**20),
-        0.5,
-        -0.0,
-        1e308,
-        float("nan"),
-        float("inf"),
-    ),
-    *(
-        "",
-        " ",
-        "x",
-        "../x",
-        "/etc/passwd",
-        "a\nb",
-        "\x00",
-        "x" * 5000,
-        "\ud83d\ude00",
-        "None",
-        "int8",
-        "unet",
-    ),
-    *([], {}, [[]], {"": {}}, [None], {"a": 1}, _DEEP),
-)
-WORDS = (
-    "nan",
-    "inf",
-    "-inf",
-    "1e999",
-    "-1",
-    "0",
-    "1",
-    "9" * 20,
-    "",
-    " ",
-    "x",
-    "../x",
-    "/",
-    "\u0663",
-    "1,2",
-    "a=b",
-    "{",
-    "*x",
-)
+MOST_MEMORY = 2 * 2**30  # bytes
 DRY = {
     "collect": ("--steps", "--keep", "--samples", "--guidance", "--eta", "--seed", "--batch", "--scheduler",
                 "--height", "--prompt", "--prompts", "--pipeline-arg", "--timesteps", "--device", "-o"),
@@ -101,156 +56,181 @@ OTHERS = (
     *(("inspect", name) for name in ("--json", "--debug=")),
     *(("doctor", name) for name in ("--require",)),
 )
+KINDS = ("manifest", "manifest", "file", "file", "damage", "recipe", "model", "options", "options")
+
+
+class UnnoticedError(Exception):
+    """Changed content was accepted under the hashes of the old one."""
 
 
 class Subjects:
-    """One artifact of each kind that is mutated, and the model that they were made from."""
+    """One artifact of each kind that is mutated, and the models that they were made from.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.model = ddpm_folder(folder / "model")
-        self.set = collect(self.model, folder / "set", keep=2, samples=2, steps=3).path
-        recipe = {"calibration": self.set, "weights": "int8", "activations": "int8", "effort": "fast"}
-        self.checkpoint = calibrate(self.model, folder / "checkpoint", **recipe).path  # type: ignore[call-overload]
-        self.bundle = export(self.checkpoint, folder / "bundle").path
+    Args:
+        folder: where they are made.
+        whole: all kinds, as the verbs make them, and a pipeline with prompts: a minute. Otherwise those that cost
+            no tracing.
+    """
 
-    def artifacts(self) -> dict[str, Path]:
-        return {"checkpoint": self.checkpoint, "set": self.set, "bundle": self.bundle}
+    def __init__(self, folder: Path, whole: bool = False) -> None:
+        model = ddpm_folder(folder / "model")
+        self.models = [model]
+        data = collect(model, folder / "set", keep=2, samples=2, steps=3).path
+        recipe = {"calibration": data, "weights": "int8", "activations": "int8", "effort": "fast"}
+        checkpoint = calibrate(model, folder / "checkpoint", **recipe)  # type: ignore[call-overload]
+        self.artifacts = {"checkpoint": checkpoint.path, "set": data}
+        if whole:
+            self._make_the_rest(folder, checkpoint.path)
+        else:
+            self.artifacts["bundle"] = write_bundle(folder / "bundle").path
 
+    def _make_the_rest(self, folder: Path, checkpoint: Path) -> None:
+        from qdeploy.engines.build import build_engine
+        from qdeploy.export.run import export
+        from qdeploy.mixed.sensitivity import sensitivity
+        from qdeploy.sampling.sample import sample
+        from tests.models import stable_diffusion_folder
 
-def changed(value: Any, dice: random.Random) -> Any:
-    """A JSON value with one place changed: replaced, removed, doubled or added to."""
-    places: list[tuple[Any, Any]] = []
-
-    def walk(item: Any) -> None:
-        for key in item if isinstance(item, dict) else range(len(item)):
-            places.append((item, key))
-            if isinstance(item[key], dict | list):
-                walk(item[key])
-
-    walk(value)
-    if not places:
-        return dice.choice(HOSTILE)
-    holder, key = dice.choice(places)
-    how = dice.randrange(5)
-    if how == 0:
-        del holder[key]
-    elif how == 1 and isinstance(holder, dict):
-        holder[dice.choice(("extra", "", "../x", str(key) * 2))] = holder[key]
-    else:
-        holder[key] = dice.choice(HOSTILE)
-    return value
-
-
-def spoil(file: Path, dice: random.Random) -> None:
-    """Change bytes of a file: flipped, cut, doubled, or emptied; of a JSON file mostly its structure."""
-    content = bytearray(file.read_bytes())
-    if file.suffix == ".json" and dice.random() < 0.7:
-        file.write_text(json.dumps(changed(json.loads(content), dice)))
-        return
-    how = dice.randrange(4)
-    # Heads hold what readers believe: lengths, types, offsets.
-    end = min(len(content), 600) if dice.random() < 0.7 else len(content)
-    if how == 0:
-        del content[dice.randrange(max(1, len(content))) :]
-    elif how == 1:
-        content += content[: dice.randrange(1, 200)]
-    else:
-        for _ in range(dice.choice((1, 1, 3, 20))):
-            if content:
-                content[dice.randrange(max(1, end))] = dice.randrange(256)
-    file.write_bytes(bytes(content))
+        model, data = self.models[0], self.artifacts["set"]
+        self.models.append(stable_diffusion_folder(folder / "prompted"))
+        bundle = export(checkpoint, folder / "bundle")
+        self.artifacts["bundle"] = bundle.path
+        self.artifacts["engine"] = build_engine(
+            bundle, folder / "engine", threads=1, allow_inaccurate=True
+        ).path
+        self.artifacts["samples"] = sample(model, folder / "samples", samples=1, steps=2).path
+        measured = sensitivity(model, folder / "sensitivity", calibration=data, formats=["int8", "int4"])
+        self.artifacts["sensitivity"] = measured.path
 
 
-def sealed(folder: Path, change: Callable[[dict[str, Any]], object] = lambda manifest: None) -> None:
-    """As `reseal`, of what can have a hash; what cannot is written as it is."""
-    try:
-        reseal(folder, change)
-    except (ValueError, TypeError, AttributeError, RecursionError, KeyError, OSError):
-        manifest = json.loads((folder / MANIFEST).read_text())
-        change(manifest)
-        (folder / MANIFEST).write_text(json.dumps(manifest))
-
-
-def command(*words: object) -> Callable[[], str]:
+def command(*words: object) -> str:
     """The outcome of a command line, run in this process."""
-
-    def run() -> str:
-        result = CliRunner().invoke(main, [str(word) for word in words])
-        if result.exit_code == 1 or (result.exception and not isinstance(result.exception, SystemExit)):
-            raise AssertionError(
-                f"{[str(word)[:60] for word in words]}: {result.output[-300:]} {result.exception!r}"
-            )
-        return "accepted" if result.exit_code == 0 else "refused"
-
-    return run
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    if result.exit_code == 1 or (result.exception and not isinstance(result.exception, SystemExit)):
+        raise AssertionError(
+            f"{[str(word)[:60] for word in words]}: {result.output[-300:]} {result.exception!r}"
+        )
+    return "accepted" if result.exit_code == 0 else "refused"
 
 
-def called(function: Callable[[], object]) -> Callable[[], str]:
+def called(function: Callable[[], object]) -> str:
     """The outcome of a call."""
+    try:
+        function()
+    except QDeployError as error:
+        if not str(error):
+            raise AssertionError("a refusal without a word") from error
+        return "refused"
+    return "accepted"
 
-    def run() -> str:
-        try:
-            function()
-        except QDeployError as error:
-            if not str(error):
-                raise AssertionError("a refusal without a word") from error
-            return "refused"
-        return "accepted"
 
-    return run
+def _artifact(
+    kind: str, subjects: Subjects, work: Path, dice: random.Random
+) -> tuple[str, Callable[[], str]]:
+    """An artifact with a changed manifest or a changed file; sealed again unless it is mere ``damage``."""
+    name, source = dice.choice(sorted(subjects.artifacts.items()))
+    place = work / "artifact"
+    shutil.copytree(source, place)
+    seal = kind != "damage"
+    if kind == "manifest" or (not seal and dice.random() < 0.4):
+        part = dice.choice(("facts", "facts", "whole", "recipe"))
+        state = dice.getrandbits(64)  # a change may be tried twice
+
+        def change(manifest: dict[str, Any]) -> None:
+            changed(manifest if part == "whole" else manifest.get(part) or manifest, random.Random(state))
+
+        (sealed if seal else change_manifest)(place, change)
+    else:
+        spoil(
+            dice.choice(
+                [file for file in sorted(place.rglob("*")) if file.is_file() and file.name != MANIFEST]
+            ),
+            dice,
+        )
+        if seal:
+            sealed(place)
+    readers: dict[str, Callable[[], str]] = {
+        "checkpoint": partial(called, lambda: load_checkpoint(place)),
+        "set": partial(called, lambda: CalibrationSet.open(place).inputs([0])),
+        "bundle": partial(command, "lint", place),
+        "engine": partial(called, lambda: load_engine(place, threads=1)),
+        "samples": partial(called, lambda: images_of(open_artifact(place, Samples))),
+        "sensitivity": partial(called, lambda: read_sensitivity(place)),
+    }
+    if not seal:
+        return f"damage of a {name}", partial(_unsealed, source, place)
+    read = dice.choice((partial(command, "inspect", place, "--json"), readers[name]))
+    return f"{kind} of a {name}", partial(_sealed, read, source, place)
+
+
+def _unsealed(source: Path, place: Path) -> str:
+    found = called(lambda: open_artifact(place))
+    same = _content(source) == _content(place)
+    if found == "accepted" and not same:
+        raise UnnoticedError("damage was not noticed")
+    return found
+
+
+def _sealed(read: Callable[[], str], source: Path, place: Path) -> str:
+    """Whoever seals it again may change content; but then it is another artifact."""
+    found = read()
+    with suppress(QDeployError):
+        old, new = open_artifact(source), open_artifact(place)
+        if old.sha256 == new.sha256 and (dict(old.files), old.facts) != (dict(new.files), new.facts):
+            raise UnnoticedError("other content under the same identity")
+    return found
+
+
+def _content(folder: Path) -> object:
+    """What a folder says, without regard to how its manifest is laid out."""
+    files = files_in(folder)
+    files.pop(RANGES_PICTURE, None)  # no part of it
+    manifest = files.pop(MANIFEST)
+    try:
+        return files, json.dumps(json.loads(manifest), sort_keys=True)
+    except ValueError:
+        return files, manifest
 
 
 def case(seed: int, subjects: Subjects, work: Path) -> tuple[str, Callable[[], str]]:
     """The kind of an input, and what runs it; files are below ``work``."""
     dice = random.Random(seed)
-    kind = dice.choice(("manifest", "manifest", "file", "file", "recipe", "model", "options", "options"))
-    if kind in ("manifest", "file"):
-        name, source = dice.choice(sorted(subjects.artifacts().items()))
-        place = work / "artifact"
-        shutil.copytree(source, place)
-        if kind == "manifest":
-            part = dice.choice(("facts", "facts", "whole", "recipe"))
-
-            def change(manifest: dict[str, Any]) -> None:
-                changed(manifest if part == "whole" else manifest.get(part) or manifest, dice)
-
-            sealed(place, change)
-        else:
-            files = [file for file in sorted(place.rglob("*")) if file.is_file() and file.name != MANIFEST]
-            spoil(dice.choice(files), dice)
-            sealed(place)
-        readers: dict[str, Callable[[], str]] = {
-            "checkpoint": called(lambda: load_checkpoint(place)),
-            "set": called(lambda: CalibrationSet.open(place).inputs([0])),
-            "bundle": command("lint", place),
-        }
-        return f"{kind} of a {name}", dice.choice((command("inspect", place, "--json"), readers[name]))
+    kind = dice.choice(KINDS)
+    if kind in ("manifest", "file", "damage"):
+        return _artifact(kind, subjects, work, dice)
     if kind == "recipe":
-        recipe = json.loads((subjects.checkpoint / MANIFEST).read_text())["recipe"]
+        recipe = json.loads((subjects.artifacts["checkpoint"] / MANIFEST).read_text())["recipe"]
         file = work / "recipe.yaml"
         text = yaml.safe_dump(changed(recipe, dice), allow_unicode=True)
         file.write_text(text, encoding="utf-8", errors="surrogatepass")
-        return kind, called(lambda: resolve_recipe(file))
+        return kind, partial(called, lambda: resolve_recipe(file))
     if kind == "model":
         place = work / "model"
-        shutil.copytree(subjects.model, place)
+        shutil.copytree(dice.choice(subjects.models), place)
         spoil(dice.choice([file for file in sorted(place.rglob("*")) if file.is_file()]), dice)
         how = dice.choice(("inspect", "preflight"))
-        return kind, command(how, place, "--json")
+        return kind, partial(command, how, place, "--json")
     if dice.random() < 0.6:
         verb = dice.choice(sorted(DRY))
         given = [word for name in dice.sample(DRY[verb], 2) for word in (name, dice.choice(WORDS))]
         small = (
             ("--steps", 2, "--keep", 1, "--samples", 1)
             if verb == "collect"
-            else ("--calibration", subjects.set)
+            else ("--calibration", subjects.artifacts["set"])
         )
-        words: list[object] = [verb, subjects.model, "-o", work / "out", "--dry-run", "-q", *small, *given]
-        return f"options of {verb}", command(*words)
-    known = {"bundle": subjects.bundle, "set": subjects.set}
-    words = [word.format(**known) for word in dice.choice(OTHERS)]
-    return f"options of {words[0]}", command(*words, dice.choice(WORDS))
+        words: list[object] = [
+            verb,
+            subjects.models[0],
+            "-o",
+            work / "out",
+            "--dry-run",
+            "-q",
+            *small,
+            *given,
+        ]
+        return f"options of {verb}", partial(command, *words)
+    words = [word.format(**subjects.artifacts) for word in dice.choice(OTHERS)]
+    return f"options of {words[0]}", partial(command, *words, dice.choice(WORDS))
 
 
 def outcome(seed: int, subjects: Subjects, work: Path) -> tuple[str, str, str]:
@@ -260,14 +240,21 @@ def outcome(seed: int, subjects: Subjects, work: Path) -> tuple[str, str, str]:
         raise TimeoutError
 
     kind, run = case(seed, subjects, work)
+    with suppress(OSError):  # Linux: count the peak of memory anew
+        Path("/proc/self/clear_refs").write_text("5")
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(LONGEST)
     try:
-        return kind, run(), ""
+        found = run()
     except TimeoutError:
         return kind, "hang", f"seed {seed}: more than {LONGEST} s"
+    except UnnoticedError as error:
+        return kind, "unnoticed", f"seed {seed}: {error}"
     except (Exception, SystemExit) as error:
         return kind, "internal", f"seed {seed}: {type(error).__name__}: {str(error)[-400:]}"
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+    if (peak := peak_memory() or 0) > MOST_MEMORY:
+        return kind, "memory", f"seed {seed}: {peak / 2**30:.1f} GiB"
+    return kind, found, ""

@@ -14,14 +14,13 @@ from qdeploy.calibration_set.dataset import CalibrationSet
 from qdeploy.mixed.assignment import Assignment, AssignmentProblem
 from qdeploy.mixed.budget import MACS, SIZE, Limit, in_words
 from qdeploy.mixed.costs import Costs, costs_of, stored_bytes
-from qdeploy.mixed.ranking import LayerHarm
+from qdeploy.mixed.ranking import LayerHarm, read_sensitivity_file
 from qdeploy.model.folder import Model
 from qdeploy.network.roles import find_structure
 from qdeploy.quant.insert import quantize_structure
 from qdeploy.recipe.formats import NONE
 from qdeploy.recipe.recipe import Recipe
 from qdeploy.store.artifact import Artifact, Checkpoint, Sensitivity, open_artifact
-from qdeploy.store.bounded_json import read_json_object
 from qdeploy.store.builder import Draft
 from qdeploy.store.files import write_text
 from qdeploy.store.paths import cache_entry
@@ -154,8 +153,8 @@ def _read(
     where = sensitivity.path
     if sensitivity.facts.model_sha256 != model.sha256:
         raise InvalidInputError(f"{where} holds sensitivities of another model than {model.path}")
-    report = read_json_object(sensitivity.report)
-    found = {value["path"]: LayerHarm.from_json(value) for value in report["layers"]}
+    report = read_sensitivity_file(sensitivity.report)
+    found = {layer.path: layer for layer in report.harms()}
     if lacking := [path for path in paths if path not in found]:
         raise InvalidInputError(
             f"{where} has no entry for {lacking[0]}: measure sensitivities with coverage {recipe.coverage}"
@@ -168,7 +167,7 @@ def _read(
         raise InvalidInputError(
             f"{where} was measured on a checkpoint in its own formats: measure the model's"
         )
-    return layers, list(report["formats"])
+    return layers, report.formats
 
 
 def _closest(problem: AssignmentProblem, bounds: Mapping[str, int]) -> str:

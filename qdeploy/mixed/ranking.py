@@ -5,10 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import msgspec
+from msgspec import Struct
 
 from qdeploy.mixed.options import ACTIVATIONS, WEIGHTS
 from qdeploy.recipe.formats import NONE
+from qdeploy.store.bounded_json import read_json_object
+from qdeploy.system.errors import InvalidInputError
 
 TOP = 10
 Harm = Mapping[str, Mapping[str, float]]
@@ -53,12 +59,58 @@ class LayerHarm:
             "harm": {"cheap": _rounded(self.cheap), **measured},
         }
 
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> LayerHarm:
-        """A layer from `to_json`'s values."""
-        names = {"path": "path", "unit": "unit", "reads": "reads", "macs": "macs", "count": "weights"}
-        plain = {ours: value[theirs] for ours, theirs in names.items()}
-        return cls(**plain, cheap=value["harm"]["cheap"], exact=value["harm"].get("exact"))
+
+class _Harms(Struct, frozen=True):
+    cheap: dict[str, dict[str, float]]
+    exact: dict[str, dict[str, float]] | None = None
+
+
+class _Layer(Struct, frozen=True):
+    path: str
+    unit: str
+    reads: str
+    macs: int
+    weights: int
+    harm: _Harms
+
+
+class SensitivityFile(Struct, frozen=True):
+    """``sensitivity.json``.
+
+    Attributes:
+        layers: most sensitive first, as `LayerHarm.to_json` writes them.
+        formats: of weights that were measured.
+    """
+
+    layers: list[_Layer]
+    formats: list[str]
+
+    def harms(self) -> list[LayerHarm]:
+        """The layers, most sensitive first."""
+        return [
+            LayerHarm(
+                layer.path,
+                layer.unit,
+                layer.reads,
+                layer.macs,
+                layer.weights,
+                layer.harm.cheap,
+                layer.harm.exact,
+            )
+            for layer in self.layers
+        ]
+
+
+def read_sensitivity_file(file: Path) -> SensitivityFile:
+    """What `qdeploy sensitivity` wrote.
+
+    Raises:
+        InvalidInputError: it did not write that file, or something in it is missing or of another type.
+    """
+    try:
+        return msgspec.convert(read_json_object(file), SensitivityFile, strict=True)
+    except msgspec.ValidationError as error:
+        raise InvalidInputError(f"{file} is no ranking that `qdeploy sensitivity` wrote: {error}") from error
 
 
 def _rounded(harm: Harm) -> dict[str, dict[str, float]]:

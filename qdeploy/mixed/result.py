@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qdeploy.mixed.ranking import TOP, LayerHarm, harm_db, score
+from qdeploy.mixed.ranking import TOP, harm_db, read_sensitivity_file, score
 from qdeploy.store.artifact import Checkpoint, Sensitivity
 from qdeploy.store.bounded_json import read_json_object
 from qdeploy.system.tables import Table, number
@@ -29,8 +29,7 @@ def table(artifact: Sensitivity) -> str:
     columns = ["layer", "weights", *(f"{name}, dB" for name in formats)]
     columns += [f"input {ranked_by['activations']}, dB", "both, first order"]
     rows = []
-    for value in report["layers"][:TOP]:
-        layer = LayerHarm.from_json(value)
+    for layer in read_sensitivity_file(artifact.report).harms()[:TOP]:
         inputs = layer.best["activations"].get(ranked_by["activations"])
         shown = [layer.best["weights"].get(name) for name in formats]
         cheap = score(layer.cheap, **ranked_by)

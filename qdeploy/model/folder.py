@@ -190,7 +190,7 @@ class Model:
                 variant=self._pipeline_variant(),
                 **parts,
             )
-        except (OSError, ValueError, AttributeError, TypeError, KeyError, ImportError) as error:
+        except Exception as error:  # of diffusers, transformers, tokenizers and safetensors: no common base
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise InvalidInputError(f"diffusers cannot load the pipeline in {self.path}: {first}") from error
         # Some pipelines, such as Wan's, load a denoiser of their own although they are given one.

@@ -136,7 +136,12 @@ def write_state(
                 raise InvalidInputError(f"{name}.scale has shape {list(scale.shape)}: it fits another model")
             quantizer.set(scale, zero_point)
             if f"{name}.codes" in state:
-                codes = unpack(state[f"{name}.codes"], quantizer.format, shapes[name])
+                try:
+                    codes = unpack(state[f"{name}.codes"], quantizer.format, shapes[name])
+                except (RuntimeError, KeyError, IndexError) as error:
+                    raise InvalidInputError(
+                        f"{name}.codes are not as many as its layer has weights"
+                    ) from error
                 quantizer.codes = codes.to(quantizer.scale.device)
         else:
             edges = state.get(f"{name}.edges")

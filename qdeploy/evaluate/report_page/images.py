@@ -36,8 +36,8 @@ def gallery(reference: Samples, samples: Mapping[str, Samples], count: int) -> d
     """
     for artifact in samples.values():
         _check_alike(reference, artifact)
-    expected = _images(reference)[:count]
-    images = {name: _images(artifact)[: len(expected)] for name, artifact in samples.items()}
+    expected = images_of(reference)[:count]
+    images = {name: images_of(artifact)[: len(expected)] for name, artifact in samples.items()}
     shown = min([len(expected), *map(len, images.values())])
     differences = {name: (own[:shown].int() - expected[:shown].int()).abs() for name, own in images.items()}
     factor = _amplification(list(differences.values()))
@@ -66,10 +66,18 @@ def _check_alike(reference: Samples, other: Samples) -> None:
             )
 
 
-def _images(artifact: Samples) -> Tensor:
+def images_of(artifact: Samples) -> Tensor:
+    """Its images as one tensor ``[N, C, H, W]`` of bytes.
+
+    Raises:
+        InvalidInputError: it holds none.
+    """
     from safetensors.torch import load_file
 
-    return load_file(artifact.images)["images"]
+    images = load_file(artifact.images).get("images")
+    if images is None or images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in _MODES:
+        raise InvalidInputError(f"{artifact.path} holds no images: make it again")
+    return images
 
 
 def _amplification(differences: list[Tensor]) -> int:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qdeploy.mixed.ranking import LayerHarm
-from qdeploy.model.folder import read_json
-from qdeploy.system.errors import InvalidInputError
+from qdeploy.mixed.ranking import LayerHarm, read_sensitivity_file
 
 FILE = "sensitivity.json"
 
@@ -21,7 +19,4 @@ def read_sensitivity(path: str | Path) -> list[LayerHarm]:
         InvalidInputError: there is no such ranking.
     """
     file = Path(path) / FILE if Path(path).is_dir() else Path(path)
-    try:
-        return [LayerHarm.from_json(layer) for layer in read_json(file)["layers"]]
-    except (KeyError, TypeError, AttributeError):
-        raise InvalidInputError(f"{file} is no ranking that `qdeploy sensitivity` wrote") from None
+    return read_sensitivity_file(file).harms()
