@@ -25,7 +25,7 @@ from filelock import FileLock
 
 from qdeploy.store.artifact import Artifact, described, open_artifact
 from qdeploy.store.facts import Facts
-from qdeploy.store.files import copy_file, explained_os_errors, sync_folder, write_json, write_text
+from qdeploy.store.files import copy_file, explained_os_errors, sync, sync_below, write_json, write_text
 from qdeploy.store.journal import Journal, WorkTime
 from qdeploy.store.manifest import (
     IDENTITY,
@@ -279,13 +279,13 @@ class Draft(Generic[_A]):
             manifest = typed(json.loads(canonical(content)), Manifest, self.output)
             described(self.output, manifest)
             write_json(self.content / MANIFEST, content)
+            sync_below(self.content)
             if self.overwrite and is_artifact(self.output):
                 os.rename(self.output, self.work / "replaced")
             elif self.output.is_dir():
                 self.output.rmdir()  # it is empty; renaming onto a folder is not possible everywhere
             os.rename(self.content, self.output)
-            sync_folder(self.output)
-            sync_folder(self.output.parent)
+            sync(self.output.parent)
         if self._lock is not None:
             self._lock.release()
             self._lock = None

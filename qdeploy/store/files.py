@@ -35,10 +35,16 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames within a folder survive a loss of power, where the system can."""
+def sync_below(folder: Path) -> None:
+    """Make all files below a folder, and their names, survive a loss of power: libraries write without a sync."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Make a file, or the renames within a folder, survive a loss of power, where the system can."""
     try:
-        number = os.open(folder, os.O_RDONLY)
+        number = os.open(path, os.O_RDONLY)
     except OSError:  # Windows opens no folders
         return
     try:
