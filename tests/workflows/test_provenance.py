@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from qdeploy.sampling.sample import sample
 from qdeploy.store.manifest import damage
 from qdeploy.system.errors import UsageError
 from qdeploy.system.hashing import sha256_file
+from qdeploy.workflows.calibrate import calibrate
 
 PROMPTS = ("a", "b")
 
@@ -58,6 +62,50 @@ def test_a_pipeline_has_one_identity_in_sets_samples_and_bundles(pipeline: Path,
     assert made.made_from["pipeline"] == images.made_from["pipeline"] == identity
     change(next((pipeline / "vae").glob("*.safetensors")))
     assert pipeline_sha256(open_model(pipeline)) != identity
+
+
+# A process that is killed as soon as the smoothing of its first stage is in the journal.
+KILLED = """
+import os, signal, sys
+from qdeploy.store.builder import Draft
+from tests.workflows.test_provenance import by_qncd
+
+step = Draft.step_with_value
+
+def killing(self, name, compute):
+    made = step(self, name, compute)
+    if name.endswith("-smoothing"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return made
+
+Draft.step_with_value = killing
+by_qncd(*sys.argv[1:])
+"""
+
+
+def by_qncd(model: str | Path, data: str | Path, output: str | Path) -> store.Checkpoint:
+    return calibrate(
+        model, output, recipe="w8a8-qncd", calibration=data, effort="fast,rows=8,batch=4,rounding=2,scales=2"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_killed_calibration_ends_with_the_reports_of_one_that_was_not(ddpm: Path, tmp_path: Path) -> None:
+    data = collect(ddpm, tmp_path / "set", samples=4, steps=4, keep=2).path
+    whole = by_qncd(ddpm, data, tmp_path / "whole")
+    command = [sys.executable, "-c", KILLED, str(ddpm), str(data), str(tmp_path / "stopped")]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "stopped").exists()
+    resumed = by_qncd(ddpm, data, tmp_path / "stopped")
+    assert whole.stage_reports["smoothed_by_embedding"]["read_an_embedding"] > 0
+    assert resumed.stage_reports == whole.stage_reports
+    assert resumed.sha256 == whole.sha256
+    took, kept = whole.measured.stage_seconds, resumed.measured.stage_seconds
+    assert took is not None
+    assert kept is not None
+    assert took.keys() == kept.keys()
 
 
 def test_sampling_from_an_engine_hashes_its_files_once(
