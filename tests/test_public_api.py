@@ -216,6 +216,26 @@ def test_a_network_that_was_changed_in_memory_is_what_is_calibrated(
     assert model_of(diffusers.UNet2DModel.from_pretrained(ddpm / "unet")).folder == ddpm / "unet"
 
 
+def test_other_verbs_take_pipelines_in_memory(
+    ddpm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`export`, `sample`, `sensitivity` and `check` do with a loaded pipeline what they do with its folder."""
+    monkeypatch.setenv("QDEPLOY_CACHE", str(tmp_path / "cache"))
+    pipeline = diffusers.DDPMPipeline.from_pretrained(ddpm)
+    bundle = qd.export(pipeline, tmp_path / "onnx")
+    assert bundle.sha256 == qd.export(ddpm, tmp_path / "same-onnx").sha256
+    images = qd.sample(pipeline, tmp_path / "images", samples=1, steps=2)
+    assert images.sha256 == qd.sample(ddpm, tmp_path / "same-images", samples=1, steps=2).sha256
+    data = qd.collect(pipeline, tmp_path / "set", samples=4, keep=2, steps=4)
+    cost = qd.sensitivity(pipeline, calibration=data, rows=2, cheap=True, dry_run=True)
+    assert cost.seconds > 0
+    checked = qd.check(bundle, reference=pipeline, samples=1, keep=1, steps=2)
+    assert checked.quality["sqnr_db"]["median"] > 80
+    pipeline.unet.conv_out.bias.data.add_(0.5)
+    with pytest.raises(InvalidInputError, match="was not made from"):
+        qd.check(bundle, reference=pipeline, samples=1, keep=1, steps=2)
+
+
 def test_what_is_no_model_is_refused() -> None:
     from torch import nn
 

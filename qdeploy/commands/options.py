@@ -67,7 +67,7 @@ def _settings(parameter: Parameter, help: str) -> dict[str, Any]:
         return {"is_flag": True, "help": help}
     settings: dict[str, Any] = {"help": help if "[default" in help else help + _shown(default)}
     settings["type"] = next((_TYPES[kind] for kind in ("str", "float", "int") if kind in kinds), str)
-    if "Path" in kinds:
+    if kinds & {"Path", "ModelSource"}:
         settings["metavar"] = "PATH"
     if kinds & {"Sequence", "tuple"}:
         settings |= {"multiple": True, "default": ()}

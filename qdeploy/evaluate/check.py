@@ -18,7 +18,8 @@ from qdeploy.evaluate.over_time import describe_before, draw, open_before
 from qdeploy.evaluate.parity import RunnableArtifact, measure_parity, open_subject
 from qdeploy.evaluate.quality import QualityPlan, Trajectories, measure_quality
 from qdeploy.evaluate.thresholds import THRESHOLDS
-from qdeploy.model.folder import Model, open_model
+from qdeploy.model.folder import Model
+from qdeploy.model.in_memory import ModelSource, model_of
 from qdeploy.model.origin import source_model
 from qdeploy.model.sampling import AS_COLLECTED, Sampling, SamplingOptions, sampled, with_old_names
 from qdeploy.model.zoo import with_shipped_prompts
@@ -37,7 +38,7 @@ def check(
     subject: str | Path | Artifact,
     sampling: Sampling | None = None,
     *,
-    reference: str | Path | Model | None = None,
+    reference: ModelSource | None = None,
     onnx: str | Path | Artifact | None = None,
     checkpoint: str | Path | Artifact | None = None,
     samples: int = 64,
@@ -64,10 +65,11 @@ def check(
     alone, if no reference is named.
 
     Args:
-        subject: an engine, an ONNX bundle (run by ONNX Runtime) or a checkpoint (run by torch).
+        subject: an engine, an ONNX bundle (run by ONNX Runtime) or a checkpoint (run by torch); always an artifact,
+            since the probe that parity is measured on is stored with it.
         sampling: how images are sampled; 50 steps of DDIM by default. Its seed chooses the images: they are
             none that a calibration set of an ordinary seed holds.
-        reference: the full-precision model.
+        reference: the full-precision model, in a folder or in memory.
         onnx: the bundle that an engine was made from, to report parity for each pair of stages.
         checkpoint: the checkpoint that it was made from, for the same purpose.
         samples: images to compare.
@@ -183,8 +185,8 @@ def measure_speed(artifact: Artifact, model: Model) -> dict[str, Any]:
     }
 
 
-def _model(reference: str | Path | Model | None) -> Model | None:
-    return reference if reference is None or isinstance(reference, Model) else open_model(reference)
+def _model(reference: ModelSource | None) -> Model | None:
+    return None if reference is None else model_of(reference)
 
 
 def _metric_context(

@@ -16,7 +16,8 @@ from qdeploy.export.probe_inputs import probe_of
 from qdeploy.export.provenance import describe, findings
 from qdeploy.export.time_table import TimeTable, needs_table, plan_table, tabulate
 from qdeploy.model.card import write_card
-from qdeploy.model.folder import Model, open_model
+from qdeploy.model.folder import Model
+from qdeploy.model.in_memory import ModelSource, artifact_or_model
 from qdeploy.model.origin import find_source_model
 from qdeploy.model.pipeline_index import pipeline_sha256
 from qdeploy.quant.checkpoint import checkpoint_model, copy_pipeline_files, load_checkpoint, write_probe
@@ -28,7 +29,6 @@ from qdeploy.store.artifact import (
     Artifact,
     Bundle,
     Checkpoint,
-    is_artifact,
     open_artifact,
 )
 from qdeploy.store.builder import Draft
@@ -43,7 +43,7 @@ from qdeploy.system.progress import say
 
 
 def export(
-    source: str | Path | Artifact,
+    source: ModelSource | Artifact,
     output: str | Path | None = None,
     *,
     target: str | None = None,
@@ -57,7 +57,7 @@ def export(
     """Write a denoiser as ONNX, in the folder layout that diffusers' ONNX pipelines open.
 
     Args:
-        source: a checkpoint; or a model, which is exported in full precision.
+        source: a checkpoint; or a model, in a folder or in memory, which is exported in full precision.
         output: folder of the bundle; ``SOURCE-onnx`` in the working directory by default.
         target: the dialect; by default the one that the checkpoint was calibrated for.
         calibration: for a model, the set that its probe comes from; or another artifact, whose probe is taken. By
@@ -78,14 +78,13 @@ def export(
         CapabilityError: the checkpoint is a simulation that no engine can run.
         InvalidInputError: the source cannot be used, or the graph fails the checker.
     """
-    path = source.path if isinstance(source, Artifact) else Path(source)
-    if is_artifact(path):
-        checkpoint = open_artifact(path, Checkpoint)
+    model = artifact_or_model(source)
+    if isinstance(model, Path):
+        checkpoint = open_artifact(model, Checkpoint)
         default = "fp32" if checkpoint.facts.temporal else "none"
         limits = checkpoint.facts.timesteps
         table = _plan_table(checkpoint_model(checkpoint), time_table or default, table_rows, limits)
         return _export_checkpoint(checkpoint, output, target, components, table, sizes, overwrite)
-    model = open_model(path if path.exists() else str(source))
     table = _plan_table(model, time_table or "none", table_rows)
     return _export_model(model, output, target, calibration, components, table, sizes, overwrite)
 

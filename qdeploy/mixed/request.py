@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qdeploy.model.folder import Model, open_model
+from qdeploy.model.folder import Model
+from qdeploy.model.in_memory import ModelSource, artifact_or_model
+from qdeploy.model.origin import source_model
 from qdeploy.recipe.formats import NONE, parse_format
 from qdeploy.recipe.recipe import Recipe
 from qdeploy.recipe.resolve import resolve_recipe
 from qdeploy.recipe.targets import find_target
-from qdeploy.store.artifact import Artifact, Checkpoint, is_artifact, open_artifact
+from qdeploy.store.artifact import Artifact, Checkpoint, open_artifact
 from qdeploy.system.errors import UsageError
 
 WIDTHS = ("int8", "int6", "int5", "int4", "int3")
@@ -41,10 +43,10 @@ class Work:
 
 
 def work_of(
-    source: str | Path | Artifact,
+    source: ModelSource | Artifact,
     recipe: str | Path | Recipe | None,
     formats: Sequence[str] | None,
-    reference: str | Path | None,
+    reference: ModelSource | None,
     given: dict[str, Any],
 ) -> Work:
     """The request that a source and options make together.
@@ -53,20 +55,17 @@ def work_of(
         UsageError: an option does not belong to a checkpoint, or a format cannot be tried.
         InvalidInputError: there is no model, or not the one that a checkpoint was made from.
     """
-    path = source.path if isinstance(source, Artifact) else Path(source)
-    if is_artifact(path):
-        from qdeploy.model.origin import source_model
-
+    model = artifact_or_model(source)
+    if isinstance(model, Path):
         named = [name for name, value in {**given, "recipe": recipe, "formats": formats}.items() if value]
         if named:
             raise UsageError(f"a checkpoint has a recipe of its own: leave out --{named[0]}")
-        checkpoint = open_artifact(path, Checkpoint)
+        checkpoint = open_artifact(model, Checkpoint)
         own = Recipe.from_json(checkpoint.recipe or {})
         names = dict.fromkeys(weights for weights, _ in own.combinations if weights != NONE)
         return Work(source_model(checkpoint, reference), own, tuple(names), checkpoint)
     if reference is not None:
         raise UsageError("--reference belongs to a checkpoint; the model itself is named here")
-    model = open_model(str(source))
     if isinstance(recipe, Recipe):
         base = recipe
     else:

@@ -23,6 +23,7 @@ from qdeploy.mixed.options import ACTIVATIONS, WEIGHTS, LayerOptions, quantized_
 from qdeploy.mixed.ranking import LayerHarm, agreement, harm_db, ranked, score
 from qdeploy.mixed.request import Work, work_of
 from qdeploy.mixed.rows import TimestepRows, choose_rows
+from qdeploy.model.in_memory import ModelSource
 from qdeploy.model.inputs import denoise
 from qdeploy.quant.layer import quantized_layers
 from qdeploy.quant.state import code_shapes, write_state
@@ -51,7 +52,7 @@ class _Options(TypedDict, total=False):
 
     recipe: str | Path | Recipe | None
     calibration: str | Path | Artifact | None
-    reference: str | Path | None
+    reference: ModelSource | None
     method: str | None
     formats: Sequence[str] | None
     activations: str | None
@@ -69,7 +70,7 @@ class _Options(TypedDict, total=False):
 
 @overload
 def sensitivity(
-    source: str | Path | Artifact,
+    source: ModelSource | Artifact,
     output: str | Path | None = None,
     *,
     dry_run: Literal[True],
@@ -79,7 +80,7 @@ def sensitivity(
 
 @overload
 def sensitivity(
-    source: str | Path | Artifact,
+    source: ModelSource | Artifact,
     output: str | Path | None = None,
     *,
     dry_run: Literal[False] = False,
@@ -88,12 +89,12 @@ def sensitivity(
 
 
 def sensitivity(
-    source: str | Path | Artifact,
+    source: ModelSource | Artifact,
     output: str | Path | None = None,
     *,
     recipe: str | Path | Recipe | None = None,
     calibration: str | Path | Artifact | None = None,
-    reference: str | Path | None = None,
+    reference: ModelSource | None = None,
     method: str | None = None,
     formats: Sequence[str] | None = None,
     activations: str | None = None,
@@ -116,7 +117,7 @@ def sensitivity(
     interrupted run continues at the next call with the same arguments.
 
     Args:
-        source: a model, or a checkpoint: of the latter its own scales and roundings are measured.
+        source: a model, in a folder or in memory; or a checkpoint, whose own scales and roundings are measured.
         output: folder of the result; ``SOURCE-sensitivity`` in the working directory by default.
         recipe: a preset's name, a YAML file or a recipe: which layers, which range finders, formats of the ranking.
         calibration: a calibration set of the model; without one, a default set is collected.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, Union, runtime_check
 
 from qdeploy.model.folder import Model, open_model, read_json
 from qdeploy.model.pipeline_index import INDEX
+from qdeploy.store.artifact import Artifact, is_artifact
 from qdeploy.store.paths import cache_folder
 from qdeploy.system.errors import InvalidInputError
 from qdeploy.system.progress import say
@@ -56,6 +57,19 @@ def model_of(source: ModelSource) -> Model:
             f"a {type(source).__name__} is no diffusers pipeline or network: give one, or the folder of a model"
         )
     return _unchanged(source) or _written(source)
+
+
+def artifact_or_model(source: ModelSource | Artifact) -> Path | Model:
+    """What a source means: the folder of an artifact, or else a model on disk.
+
+    Raises:
+        InvalidInputError: it is no artifact, and there is no diffusers model.
+    """
+    if isinstance(source, Artifact):
+        return source.path
+    if isinstance(source, str | Path) and is_artifact(Path(source)):
+        return Path(source)
+    return model_of(source)
 
 
 def _unchanged(source: Loaded) -> Model | None:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from qdeploy.model.folder import Model, open_if_there, open_model
+from qdeploy.model.folder import Model, open_if_there
+from qdeploy.model.in_memory import ModelSource, model_of
 from qdeploy.store.artifact import DenoiserArtifact
 from qdeploy.system.errors import InvalidInputError
 
 
-def source_model(artifact: DenoiserArtifact, reference: str | Path | Model | None = None) -> Model:
+def source_model(artifact: DenoiserArtifact, reference: ModelSource | None = None) -> Model:
     """The full-precision model that a checkpoint, a bundle or an engine was made from.
 
     Args:
         artifact: what was made.
-        reference: where the model is; by default where it was when the artifact was made.
+        reference: the model, or where it is; by default where it was when the artifact was made.
 
     Raises:
         InvalidInputError: it is not there, or is another one.
     """
     if reference is not None:
-        model = reference if isinstance(reference, Model) else open_model(reference)
+        model = model_of(reference)
         if model.sha256 != artifact.facts.model_sha256:
             raise InvalidInputError(
                 f"{artifact.path} was not made from {model.path}: name the full-precision model that it was "

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from qdeploy.model.folder import Model, open_if_there, open_model
+from qdeploy.model.folder import Model, open_if_there
+from qdeploy.model.in_memory import ModelSource, artifact_or_model, model_of
 from qdeploy.model.media import IMAGES, Media
 from qdeploy.model.origin import find_source_model
 from qdeploy.model.pipeline import sample_images
@@ -52,12 +53,12 @@ _IMAGES = 16  # where there are no prompts to count
 
 @sampled(SAMPLING)
 def sample(
-    source: str | Path | Artifact,
+    source: ModelSource | Artifact,
     output: str | Path | None = None,
     sampling: Sampling | None = None,
     *,
     samples: int | None = None,
-    model: str | Path | None = None,
+    model: ModelSource | None = None,
     correction: str = "none",
     npz: bool = False,
     overwrite: bool = False,
@@ -66,12 +67,12 @@ def sample(
     """Make images. Image i has the seed ``seed + i``, in whatever batches they are made.
 
     Args:
-        source: an engine, a checkpoint or a model.
+        source: an engine, a checkpoint or a model, the last in a folder or in memory.
         output: folder of the images; in the working directory by default.
         sampling: how images are sampled; 50 steps of the model's own scheduler by default.
         samples: number of images; one for each prompt, or 16, by default.
-        model: the pipeline in which an engine or checkpoint runs; by default the engine's own where its folder is a
-            whole pipeline, else the one that it was made from.
+        model: the pipeline in which an engine or checkpoint runs, in a folder or in memory; by default the engine's
+            own where its folder is a whole pipeline, else the one that it was made from.
         correction: ``table`` or ``online`` to subtract mean errors from predictions, or ``none``; ``online:4,3``
             estimates at every fourth call, with a guard of three standard deviations.
         npz: also write ``images.npz`` with one array [N, H, W, C], as the evaluation suite of ADM reads it.
@@ -94,11 +95,12 @@ def sample(
     chosen = (sampling or SAMPLING).changed(given)
     if samples is not None and samples < 1:
         raise UsageError(f"samples must be at least 1, not {samples}")
-    made: _Source = None
-    if isinstance(source, Artifact) or is_artifact(Path(source)) or is_on_hub(source):
-        made = open_artifact(local_artifact(source), EngineFolder, Checkpoint)
+    if isinstance(source, str | Path) and not is_artifact(Path(source)) and is_on_hub(source):
+        source = local_artifact(source)
+    found = artifact_or_model(source)
+    made: _Source = open_artifact(found, EngineFolder, Checkpoint) if isinstance(found, Path) else None
     check_correction(correction, made)
-    whole = open_model(str(source)) if made is None else _pipeline_of(made, model)
+    whole = _pipeline_of(made, model) if made is not None else cast(Model, found)
     origin, identity = ("model", whole.sha256) if made is None else (made.kind, made.sha256)
     chosen = chosen if made is None else chosen.sized_like(made.facts.sampled)
     chosen = with_shipped_prompts(chosen, whole.path)
@@ -166,14 +168,14 @@ def _make(pipeline: Callable[[], Any], draft: Draft[Samples], sampling: Sampling
 # -- the pipeline ------------------------------------------------------------------------------------------
 
 
-def _pipeline_of(source: EngineFolder | Checkpoint, model: str | Path | None) -> Model:
+def _pipeline_of(source: EngineFolder | Checkpoint, model: ModelSource | None) -> Model:
     """The folder whose pipeline a source runs in.
 
     Raises:
         InvalidInputError: there is no such folder.
     """
     if model is not None:
-        return open_model(model)
+        return model_of(model)
     if is_pipeline_folder(source):
         return Model(source.path, source.component)
     found = find_source_model(source)
