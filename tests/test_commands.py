@@ -19,7 +19,7 @@ import qdeploy as qd
 from qdeploy.calibration_set.collect import collect
 from qdeploy.cli import main
 from qdeploy.commands import calibration, deployment, evaluation, information, models
-from qdeploy.commands.calibration import _stage_options
+from qdeploy.commands.calibration import stage_options
 from qdeploy.commands.options import Verb
 from qdeploy.commands.signature import REQUIRED
 from qdeploy.model.sampling import Sampling
@@ -94,7 +94,7 @@ def test_a_word_takes_values_of_one_type_everywhere() -> None:
 
 def test_options_of_stages_are_set_with_values_as_yaml_writes_them() -> None:
     given = ["round-weights.steps=5000", "round-weights.lr=1e-3", "weight-ranges.finder=lp", "x.check=false"]
-    assert _stage_options(given) == {
+    assert stage_options(given) == {
         "round-weights": {"steps": 5000, "lr": "1e-3"},
         "weight-ranges": {"finder": "lp"},
         "x": {"check": False},
@@ -111,7 +111,7 @@ def test_numbers_are_read_in_every_way_that_people_write_them() -> None:
 @pytest.mark.parametrize("text", ["", "steps=3", "round-weights.steps", ".=", "a.b=[", "=3"])
 def test_what_sets_no_option_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--set"):
-        _stage_options([text])
+        stage_options([text])
 
 
 @pytest.mark.parametrize(

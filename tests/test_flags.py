@@ -18,7 +18,7 @@ from qdeploy.model.schedulers import scheduler_for
 from qdeploy.recipe.resolve import resolve_recipe
 from qdeploy.sampling.correct import read_choice
 from qdeploy.system.errors import QDeployError
-from qdeploy.workflows.import_checkpoint import _listed
+from qdeploy.workflows.import_checkpoint import parse_timesteps
 
 PAGE = Path(__file__).parent.parent / "docs" / "flags.md"
 SAMPLED = ("steps", "scheduler", "guidance", "prompts", "eta", "seed", "batch", "timesteps")
@@ -45,7 +45,7 @@ def calibrated(options: dict[str, Any]) -> None:
 
 def imported(options: dict[str, Any]) -> None:
     find_layout(options["method"])
-    _listed(options.get("timesteps"))
+    parse_timesteps(options.get("timesteps"))
 
 
 RESOLVED = {

@@ -160,11 +160,11 @@ def calibrate(
     if max_memory is not None and not 0 < max_memory < inf:
         raise UsageError(f"--max-memory must be a number of GiB above 0, not {max_memory}")
     memory = None if max_memory is None else int(max_memory * 2**30)
-    result = _CALIBRATE.call(model, max_memory=memory, options=_stage_options(settings), **options)
+    result = _CALIBRATE.call(model, max_memory=memory, options=stage_options(settings), **options)
     report_made(result, began, as_json, budget_summary)
 
 
-def _stage_options(settings: Sequence[str]) -> dict[str, dict[str, Any]] | None:
+def stage_options(settings: Sequence[str]) -> dict[str, dict[str, Any]] | None:
     """Options by stage, from ``stage.option=value`` with values as YAML writes them.
 
     Raises:

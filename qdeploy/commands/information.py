@@ -29,7 +29,7 @@ def init(model: str | None, as_json: bool, **options: Any) -> None:
     if model is None and not asking:
         raise UsageError("name the model: qdeploy init MODEL --for cpu --wish speed")
     if asking:
-        model, options = _answers(model, options)
+        model, options = ask(model, options)
     made = _INIT.call(model, **options)
 
     def text() -> str:
@@ -40,8 +40,8 @@ def init(model: str | None, as_json: bool, **options: Any) -> None:
     print_result(as_json, lambda: made, text)
 
 
-def _answers(model: str | None, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """What is not given as an option is asked for."""
+def ask(model: str | None, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Ask on the terminal for what was not given as an option."""
     from qdeploy.recipe.which import PROCESSORS, WISHES
     from qdeploy.workflows.init import this_processor
 

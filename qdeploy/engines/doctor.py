@@ -98,7 +98,7 @@ def doctor(require: str | None = None) -> Diagnosis:
         gpu=gpu,
         versions={name: installed_version(name) for name in PACKAGES},
         backends={name: _backend(backend) for name, backend in backends().items()},
-        advice=_advice(gpu),
+        advice=advice_for(gpu),
     )
 
 
@@ -132,7 +132,12 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def _advice(gpu: dict[str, Any]) -> list[str]:
+def advice_for(gpu: dict[str, Any]) -> list[str]:
+    """What would make engines faster or possible on this machine, a sentence each.
+
+    Args:
+        gpu: as of `Gpu.to_json`; its ``name`` is None where there is none.
+    """
     advice = []
     if cpu_features() and not has_int8():
         advice.append(

@@ -90,7 +90,7 @@ class MetricContext:
         if not kept.is_file():
             say(f"features of {len(files)} real images in {self.real}")
             parts = [files[start : start + 64] for start in range(0, len(files), 64)]
-            made = [self.extractor.features(_read(part)) for part in track(parts, "real images")]
+            made = [self.extractor.features(read_pictures(part)) for part in track(parts, "real images")]
             write_tensors(kept, Features.joined(made).tensors())
         from safetensors.torch import load_file
 
@@ -120,7 +120,10 @@ class MetricContext:
         """
         if self.real is None:
             return
-        real, made = list(_read(_pictures(Path(self.real))[:1]).shape[1:]), list(pair.images.shape[1:])
+        real, made = (
+            list(read_pictures(_pictures(Path(self.real))[:1]).shape[1:]),
+            list(pair.images.shape[1:]),
+        )
         if real != made:
             raise InvalidInputError(
                 f"the real images in {self.real} are {real}, and {made} are sampled (channels, height, width): "
@@ -136,7 +139,7 @@ def _pictures(folder: Path) -> list[Path]:
     return files
 
 
-def _read(files: list[Path]) -> Tensor:
+def read_pictures(files: list[Path]) -> Tensor:
     """Images [N, C, H, W], uint8."""
     import numpy as np
     from PIL import Image, UnidentifiedImageError

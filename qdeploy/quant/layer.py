@@ -216,7 +216,7 @@ class QuantizedLayer(WrappedLayer):
             # The factor of the timestep is applied between the product and the bias.
             bias, outputs = shifted_bias, []
             for quantizer, (part, weight) in zip(quantizers, parts, strict=True):
-                product = quantizer.restore(self._operate(quantizer(part), weight, None))
+                product = quantizer.restore(self.operate(quantizer(part), weight, None))
                 if bias is not None:
                     product, bias = product + per_feature(bias, product, self.feature_axis), None
                 outputs.append(product)
@@ -256,9 +256,10 @@ class QuantizedLayer(WrappedLayer):
             if self.shift is not None:
                 raise CapabilityError("scales within the im2col matrix and shifted inputs do not go together")
             return convolve(cast(nn.Conv2d, self.inner), x, weight, bias, quantizer)
-        return self._operate(x if quantizer is None else quantizer(x), weight, bias)
+        return self.operate(x if quantizer is None else quantizer(x), weight, bias)
 
-    def _operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's own operation, on an input and a weight that are quantized already."""
         if isinstance(self.inner, nn.Linear):
             return nn.functional.linear(x if self.dynamic is None else self.dynamic(x), weight, bias)
         if self.formats[0] is not None and self.formats[0].block:  # of one pixel: a product of matrices

@@ -83,7 +83,7 @@ def demo(
         UsageError: the output folder holds something else.
         CapabilityError: the backend is not installed.
     """
-    work = _Work(Path(output), open_model(model), find_backend(backend).name, samples, rounds)
+    work = DemoRun(Path(output), open_model(model), find_backend(backend).name, samples, rounds)
     say(f"{work.model.path.name}: about five minutes on two cores; everything is written to {work.output}/")
     with explained_os_errors(work.output):
         work.output.mkdir(parents=True, exist_ok=True)
@@ -108,8 +108,8 @@ def demo(
 
 
 @dataclass
-class _Work:
-    """The stages. Each takes up what an earlier run has finished."""
+class DemoRun:
+    """The stages of the demo in one output folder. Each takes up what an earlier run has finished."""
 
     output: Path
     model: Model
@@ -203,7 +203,7 @@ class _Work:
 
             key = [engine.sha256, self.model.sha256, repr(plan)]
             file = self.output / "measured" / f"check-{name}.json"
-            results[name] = self._stage(f"check {name}", partial(cached_result, file, key, measure))
+            results[name] = self.stage(f"check {name}", partial(cached_result, file, key, measure))
         return results
 
     def benchmark(self, engines: dict[str, EngineFolder]) -> dict[str, Any]:
@@ -217,7 +217,7 @@ class _Work:
 
         key = [[engine.sha256 for engine in engines.values()], self.rounds, machine()]
         file = self.output / "measured" / "benchmark.json"
-        return self._stage("benchmark", partial(cached_result, file, key, measure))
+        return self.stage("benchmark", partial(cached_result, file, key, measure))
 
     def report(self, checks: dict[str, dict[str, Any]], speed: dict[str, Any]) -> Path:
         """``report.html``: all of this on one page."""
@@ -237,14 +237,15 @@ class _Work:
             benchmark=speed,
             folder=self.output / "measured",
         )
-        return self._stage("report", run).path
+        return self.stage("report", run).path
 
     def _make(self, name: str, kind: type[A], run: Callable[[], object]) -> A:
-        made = self._stage(name, run)
+        made = self.stage(name, run)
         assert isinstance(made, kind)
         return made
 
-    def _stage(self, name: str, run: Callable[[], T]) -> T:
+    def stage(self, name: str, run: Callable[[], T]) -> T:
+        """Run one stage, and print a line with its time."""
         began = time.perf_counter()
         with _status(name):
             result = run()

@@ -75,7 +75,7 @@ def import_checkpoint(
     find_layout(method)
     check_device(device)
     source = model_of(model)
-    given = _listed(timesteps)
+    given = parse_timesteps(timesteps)
     network = read_published(path, method)
     denoiser = source.load(device)
     data = ExampleRows(source)
@@ -112,11 +112,11 @@ def import_checkpoint(
         return finish(session, source, data, notes, reasons, calibrated)
 
 
-def _listed(given: str | Sequence[float] | None) -> Tensor | None:
-    """Timesteps [K] as they were given.
+def parse_timesteps(given: str | Sequence[float] | None) -> Tensor | None:
+    """Timesteps [K] from numbers, or from text such as ``981,961,941``.
 
     Raises:
-        UsageError: they are no descending numbers.
+        UsageError: they are not numbers, or do not descend.
     """
     if given is None:
         return None

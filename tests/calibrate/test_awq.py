@@ -87,7 +87,7 @@ def test_every_group_of_a_network_gets_closer_and_nothing_changes_unquantized(tm
             with session.teacher():
                 assert torch.equal(denoise(network, inputs), reference)
             groups = smoothing_groups(session, linear=True)
-            for group, x in zip(groups, awq._inputs(session, groups), strict=True):
+            for group, x in zip(groups, awq.recorded_inputs(session, groups), strict=True):
                 found.append(sum(float((layer(x) - layer.inner(x)).square().sum()) for layer in group))
     pairs = list(zip(errors["awq"], errors["nearest"], strict=True))
     assert all(ours <= nearest * (1 + 1e-5) for ours, nearest in pairs)  # alpha = 0 is among the trials

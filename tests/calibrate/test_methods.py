@@ -55,7 +55,7 @@ def predictions(session: Session) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Session:
     """Q-Diffusion at W4A8, with a little more effort; the report holds each unit's error before and after."""
-    stock: Any = qdiffusion._round_unit
+    stock: Any = qdiffusion.round_unit
     errors: list[tuple[float, float]] = []
 
     def spy(session: Session, problem: UnitProblem, *rest: Any) -> float:
@@ -65,7 +65,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Session:
         return gain
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(qdiffusion, "_round_unit", spy)
+        patch.setattr(qdiffusion, "round_unit", spy)
         folder = tmp_path_factory.mktemp("finished")
         session = run(folder / "out", SHORT, method="qdiffusion", weights="int4")
     session.report["errors"] = errors
@@ -235,13 +235,13 @@ def rounded(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., None]], 
     """Have a function called with session, problem and unit before each unit is rounded."""
 
     def install(look: Callable[..., None]) -> None:
-        stock: Any = qdiffusion._round_unit
+        stock: Any = qdiffusion.round_unit
 
         def spy(session: Session, problem: UnitProblem, layers: Any, name: str, *rest: Any) -> float:
             look(session, problem, name.removeprefix("round/"))
             return float(stock(session, problem, layers, name, *rest))
 
-        monkeypatch.setattr(qdiffusion, "_round_unit", spy)
+        monkeypatch.setattr(qdiffusion, "round_unit", spy)
 
     return install
 
@@ -353,7 +353,7 @@ def test_learned_scales_stay_positive_and_are_kept_only_if_better(tmp_path: Path
         for unit in session.units:
             with session.problem(unit, session.teacher) as problem:
                 before, scales = problem.judged(2.4), activation_scales(session)
-                kept = qdiffusion._learn_unit(session, problem, unit, lr, 2.4, None)
+                kept = qdiffusion.learn_unit(session, problem, unit, lr, 2.4, None)
                 after, learned = problem.judged(2.4), activation_scales(session)
             assert after < before if kept else after == before
             assert kept == any(not torch.equal(scales[name], learned[name]) for name in scales)
@@ -392,7 +392,7 @@ def test_scales_see_quantized_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyP
         seen += 1
         return False
 
-    monkeypatch.setattr(qdiffusion, "_learn_unit", spy)
+    monkeypatch.setattr(qdiffusion, "learn_unit", spy)
     with calibrating(tiny_unet(), DATA, tmp_path / "out") as session:
         prepared(session)
         qdiffusion.LearnScales().run(session)

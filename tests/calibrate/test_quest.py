@@ -333,9 +333,9 @@ def prediction_error(session: Session, rows: Sequence[int]) -> float:
 
 
 def gradients(session: Session, recompute: bool, micro_batch: int = 8) -> dict[str, Tensor]:
-    layers = quest._modules(session, [layer.path for layer in session.layers if layer.attention])
+    layers = quest.layers_at(session, [layer.path for layer in session.layers if layer.attention])
     losses = Losses(session, list(layers), 1.0, 2.0, recompute)
-    tuned = Tuning(layers, quest._scales(session))
+    tuned = Tuning(layers, quest.input_scales(session))
     rows = list(range(8))
     with tuned.installed():
         for start in range(0, len(rows), micro_batch):
@@ -377,7 +377,7 @@ def test_every_group_of_timesteps_learns_its_scale(tmp_path: Path) -> None:
     """QUEST-2 and QUEST-7: a step that is not found leaves the scales of another, and one entry gets all the data."""
     with prepared(tmp_path / "out", timestep_groups=2) as session:
         found = gradients(session, recompute=True)
-        banked = [name for name, q in quest._scales(session).items() if q.banked]
+        banked = [name for name, q in quest.input_scales(session).items() if q.banked]
     assert banked
     assert all(found[f"{name}.log"].shape == (2,) for name in banked)
     learned = torch.stack([found[f"{name}.log"] for name in banked])
@@ -388,7 +388,7 @@ def test_one_scale_serves_all_timesteps_unless_the_recipe_says_else(tmp_path: Pa
     """The paper's claim, where the code keeps one for each timestep."""
     with prepared(tmp_path / "out") as session:
         quest.AlignAttention(steps=1).run(session)
-    assert not any(quantizer.banked for quantizer in quest._scales(session).values())
+    assert not any(quantizer.banked for quantizer in quest.input_scales(session).values())
 
 
 def test_dropout_is_off_while_weights_are_tuned(tmp_path: Path) -> None:

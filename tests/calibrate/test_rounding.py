@@ -147,7 +147,7 @@ def correlated_problem(
 
 def learn(problem: UnitProblem, layer: QuantizedLayer, steps: int = STEPS) -> float:
     rate = PAPER_LR * min(20.0, PAPER_STEPS / steps)
-    return qdiffusion._round_unit(bare_session(), problem, [layer], "unit", steps, rate, 0.01, 0.2)
+    return qdiffusion.round_unit(bare_session(), problem, [layer], "unit", steps, rate, 0.01, 0.2)
 
 
 @pytest.mark.parametrize(

@@ -71,10 +71,10 @@ def test_advice_follows_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "cpu_features", lambda: ["avx2"])
     monkeypatch.setattr(module, "has_int8", lambda: False)
     monkeypatch.setattr(module, "has_bf16", lambda: False)
-    told = "\n".join(module._advice({"name": "Test GPU"}))
+    told = "\n".join(module.advice_for({"name": "Test GPU"}))
     for words in ("int8 gains less", "compute in f32", "torch is built without CUDA", "uninstall both"):
         assert words in told
     monkeypatch.setattr(module, "has_int8", lambda: True)
     monkeypatch.setattr(module, "has_bf16", lambda: True)
     monkeypatch.setattr(module, "installed_version", {}.get)
-    assert module._advice({"name": None}) == []
+    assert module.advice_for({"name": None}) == []

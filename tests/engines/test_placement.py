@@ -166,7 +166,7 @@ def test_the_engine_is_one_of_those_measured_and_not_slower_than_16_bits(
     found = engine.measured.placement
     ms = {name: candidate.ms for name, candidate in found.engines.items()}
     assert {place.ALL, place.NONE} <= ms.keys()
-    assert ms[found.taken] <= (1 + place._SAME) * min(ms.values())
+    assert ms[found.taken] <= (1 + place.SAME) * min(ms.values())
     decided = {decision.quantizer: decision.int8 for decision in found.decisions}
     assert set(decided) == {"act_conv/q", "act_linear/q"}
     assert engine.facts.quantizers_left_out == [name for name, int8 in decided.items() if not int8]

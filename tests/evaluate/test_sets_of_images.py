@@ -326,7 +326,7 @@ def test_an_image_is_refused_by_its_header_before_it_is_unpacked(tmp_path: Path)
     """A PNG of a few kilobytes may claim gigabytes of pixels."""
     Image.new("1", (metric_context.LARGEST_SIDE + 1, 16)).save(tmp_path / "a.png")
     with pytest.raises(InvalidInputError, match=r"has 8193 x 16 pixels, too many for 1 images"):
-        metric_context._read([tmp_path / "a.png"])
+        metric_context.read_pictures([tmp_path / "a.png"])
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
     with pytest.raises(InvalidInputError, match="no readable image"):
-        metric_context._read([tmp_path / "b.png"])
+        metric_context.read_pictures([tmp_path / "b.png"])

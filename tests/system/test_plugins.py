@@ -84,7 +84,7 @@ def test_a_pass_registers_for_its_targets_and_runs(tmp_path: Path, monkeypatch: 
 def test_a_lint_rule_registers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from qdeploy.export.lint import rule
 
-    monkeypatch.setattr(rule, "_RULES", dict(rule._RULES))
+    monkeypatch.setattr(rule, "REGISTERED", dict(rule.REGISTERED))
     install(tmp_path, monkeypatch, {"qdeploy.lint_rules": {"names": "my_package.names"}}, names=RULE)
     assert "OV900" in rules()
 

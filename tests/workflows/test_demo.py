@@ -14,13 +14,13 @@ from qdeploy.model.folder import open_model
 from qdeploy.recipe.resolve import presets
 from qdeploy.system.progress import verbosity
 from qdeploy.system.tables import MISSING
-from qdeploy.workflows.demo import _Work, variants
+from qdeploy.workflows.demo import DemoRun, variants
 from tests.helpers import pretend_processor
 
 
 @pytest.fixture
-def work(tmp_path: Path) -> _Work:
-    return _Work(tmp_path, open_model("digits"), "openvino", 4, 3)
+def work(tmp_path: Path) -> DemoRun:
+    return DemoRun(tmp_path, open_model("digits"), "openvino", 4, 3)
 
 
 def test_every_variant_is_a_preset() -> None:
@@ -55,10 +55,10 @@ def test_a_damaged_memory_is_measured_again(tmp_path: Path, damage: str) -> None
     assert cached_result(tmp_path / "x.json", 1, lambda: {"value": 2}) == {"value": 2}
 
 
-def test_a_stage_is_one_line_with_its_time(work: _Work, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_is_one_line_with_its_time(work: DemoRun, capsys: pytest.CaptureFixture[str]) -> None:
     from qdeploy.system.progress import say
 
-    assert work._stage("collect", lambda: say("details") or 7) == 7
+    assert work.stage("collect", lambda: say("details") or 7) == 7
     told = capsys.readouterr().err.strip().splitlines()
     assert len(told) == 1
     assert told[0].split()[0] == "collect"
@@ -66,9 +66,9 @@ def test_a_stage_is_one_line_with_its_time(work: _Work, capsys: pytest.CaptureFi
     assert verbosity.level == 1
 
 
-def test_a_stage_that_fails_leaves_the_verbosity_as_it_was(work: _Work) -> None:
+def test_a_stage_that_fails_leaves_the_verbosity_as_it_was(work: DemoRun) -> None:
     with pytest.raises(ZeroDivisionError):
-        work._stage("collect", lambda: 1 // 0)
+        work.stage("collect", lambda: 1 // 0)
     assert verbosity.level == 1
 
 

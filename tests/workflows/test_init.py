@@ -46,7 +46,7 @@ def test_questions_are_asked_where_somebody_can_answer(
     answers = iter(["digits", "cpu", "quality"])
     monkeypatch.setattr(information.sys, "stdin", Terminal())  # type: ignore[attr-defined]
     monkeypatch.setattr(information.click, "prompt", lambda *a, **k: next(answers))  # type: ignore[attr-defined]
-    made = information._answers(None, {"processor": None, "wish": None})
+    made = information.ask(None, {"processor": None, "wish": None})
     assert made == ("digits", {"processor": "cpu", "wish": "quality"})
 
 

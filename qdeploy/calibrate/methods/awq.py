@@ -66,7 +66,7 @@ class ScaleSalient(Stage):
         def compute() -> None:
             alphas = []
             for groups in _batches(smoothing_groups(session, linear=True), session.max_memory):
-                for group, x in zip(groups, _inputs(session, groups), strict=True):
+                for group, x in zip(groups, recorded_inputs(session, groups), strict=True):
                     alpha, factors = best_factors(group, x, self.grid, self.finder)
                     alphas += [alpha] * len(group)
                     for layer in group:
@@ -134,7 +134,7 @@ def _batches(groups: list[list[QuantizedLayer]], memory: int) -> Iterator[list[l
         yield batch
 
 
-def _inputs(session: Session, groups: list[list[QuantizedLayer]]) -> list[Tensor]:
+def recorded_inputs(session: Session, groups: list[list[QuantizedLayer]]) -> list[Tensor]:
     """[N, C] of what each group reads in full precision: about `TOKENS` rows, evenly from all calls."""
     share = -(-TOKENS // -(-len(session.rows()) // session.effort.batch))
     seen: dict[str, list[Tensor]] = {str(number): [] for number in range(len(groups))}

@@ -81,7 +81,7 @@ class AdaRound(Stage):
                 if not undecided(modules):
                     return
                 with session.weights_only(), session.problem(unit, nullcontext) as problem:
-                    gain = _round_unit(
+                    gain = round_unit(
                         session, problem, modules, f"round/{unit}", steps, rate, self.weight, self.warmup
                     )
                 say(f"  {unit}: {gain:.2f} times the error of rounding to nearest", level=2)
@@ -93,7 +93,7 @@ class AdaRound(Stage):
         return units, self.steps or effort.rounding
 
 
-def _round_unit(
+def round_unit(
     session: Session,
     problem: UnitProblem,
     layers: list[QuantizedLayer],
@@ -147,7 +147,7 @@ class LearnScales(Stage):
             def compute(unit: str = unit) -> None:
                 nonlocal kept
                 with session.problem(unit, nullcontext) as problem:
-                    kept += _learn_unit(session, problem, unit, self.lr, self.p, self.steps)
+                    kept += learn_unit(session, problem, unit, self.lr, self.p, self.steps)
 
             session.once(f"{number:04d}", compute, prefix=unit)
         say(f"learned activation scales were kept in {kept} of {len(session.units)} units", level=2)
@@ -157,9 +157,22 @@ class LearnScales(Stage):
         return units, self.steps or effort.scales
 
 
-def _learn_unit(
+def learn_unit(
     session: Session, problem: UnitProblem, unit: str, lr: float, p: float, steps: int | None
 ) -> bool:
+    """Learn the activation scales of one unit; the old ones are put back if held-out rows do not gain.
+
+    Args:
+        session: the calibration.
+        problem: the unit's inputs and outputs.
+        unit: its path.
+        lr: Adam's learning rate for the logarithm of a scale.
+        p: exponent of the output error.
+        steps: of the optimiser; None for those of the effort.
+
+    Returns:
+        Whether the learned scales were kept.
+    """
     own = quantizers(session.denoiser, unit)
     found = {name: quantizer for name, quantizer in own if isinstance(quantizer, ActivationQuantizer)}
     if not found:

@@ -96,7 +96,7 @@ class AlignTime(_Alignment):
 
     def run(self, session: Session) -> None:
         """Tune what temporal features are computed from."""
-        features = _modules(session, session.structure.time.features)
+        features = layers_at(session, session.structure.time.features)
         layers = {path: layer for path, layer in features.items() if layer.table is None}
         if not layers:
             say(
@@ -132,12 +132,12 @@ class AlignAttention(_Alignment):
 
     def run(self, session: Session) -> None:
         """Tune the layers of attention and feed-forward."""
-        layers = _modules(session, [layer.path for layer in session.layers if layer.attention])
+        layers = layers_at(session, [layer.path for layer in session.layers if layer.attention])
         if not layers:
             say("align-attention has nothing to align: no quantized layer belongs to an attention")
             return
         of_time = {id(quantizer) for quantizer in _time_scales(session).values()}
-        scales = {name: q for name, q in _scales(session).items() if id(q) not in of_time}
+        scales = {name: q for name, q in input_scales(session).items() if id(q) not in of_time}
         _align(session, layers, scales, **self.options)
 
 
@@ -168,7 +168,7 @@ class AlignEnd(_Alignment):
     def run(self, session: Session) -> None:
         """Tune the last unit."""
         last = list(session.units.values())[-1]
-        layers = _modules(session, [layer.path for layer in last])
+        layers = layers_at(session, [layer.path for layer in last])
         _align(session, layers, _scales_of(session, layers), **self.options, local=0.0, overall=1.0)
 
     def cost(self, units: int, effort: Effort) -> tuple[float, float]:
@@ -245,26 +245,27 @@ def _align(
     )
 
 
-def _modules(session: Session, paths: Sequence[str]) -> dict[str, QuantizedLayer]:
+def layers_at(session: Session, paths: Sequence[str]) -> dict[str, QuantizedLayer]:
     """Those of some layers that have quantized weights, by path."""
     covered = [layer for layer in session.layers if layer.path in paths]
     return dict(zip((layer.path for layer in covered), session.quantized(covered), strict=True))
 
 
-def _scales(session: Session) -> dict[str, ActivationQuantizer]:
+def input_scales(session: Session) -> dict[str, ActivationQuantizer]:
+    """All quantizers of activations, by name."""
     found = quantizers(session.denoiser)
     return {name: quantizer for name, quantizer in found if isinstance(quantizer, ActivationQuantizer)}
 
 
 def _time_scales(session: Session) -> dict[str, ActivationQuantizer]:
     """The quantizers of what temporal features are computed from."""
-    return _scales_of(session, _modules(session, session.structure.time.features))
+    return _scales_of(session, layers_at(session, session.structure.time.features))
 
 
 def _scales_of(session: Session, layers: Mapping[str, QuantizedLayer]) -> dict[str, ActivationQuantizer]:
     """The quantizers of what some layers read, by name."""
     theirs = {id(q) for layer in layers.values() for q in layer.activation_quantizers}
-    return {name: quantizer for name, quantizer in _scales(session).items() if id(quantizer) in theirs}
+    return {name: quantizer for name, quantizer in input_scales(session).items() if id(quantizer) in theirs}
 
 
 METHOD = Method(

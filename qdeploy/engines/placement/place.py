@@ -35,7 +35,7 @@ _LEAST_ROWS = 2
 # Kernels are timed over so many calls, in so many interleaved rounds: the least of the medians is the time without
 # interference from other processes.
 _CALLS, _LOOKS = 5, 3
-_SAME = 0.02  # engines whose times differ by less are equally fast: the most exact of them is taken
+SAME = 0.02  # engines whose times differ by less are equally fast: the most exact of them is taken
 _TRIES = 6  # engines that are built to meet a least SQNR
 _ROUNDS, _RACE_SECONDS, _FAMILY_SECONDS = 15, 20.0, 4.0
 
@@ -93,7 +93,7 @@ class Placer:
             kept = self._choose(stack, engines, sqnr, switches, gains, noise, min_sqnr)
             ms = self.compare_latency(engines)
         able = [name for name in engines if min_sqnr is None or sqnr[name] >= min_sqnr]
-        close = [name for name in able if ms[name] <= (1 + _SAME) * min(ms[other] for other in able)]
+        close = [name for name in able if ms[name] <= (1 + SAME) * min(ms[other] for other in able)]
         taken = max(close, key=lambda name: sqnr[name])
         here = {ALL: [True] * len(switches), NONE: [False] * len(switches), CHOSEN: kept}[taken]
         floats = tuple(switch.name for switch, stays in zip(switches, here, strict=True) if not stays)

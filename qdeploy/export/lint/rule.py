@@ -69,7 +69,7 @@ class Rule:
         return "INF" in self.source and not self.verified
 
 
-_RULES: dict[str, Rule] = {}
+REGISTERED: dict[str, Rule] = {}  # by id, in the order of their import
 
 
 def rule(
@@ -78,9 +78,9 @@ def rule(
     """Make a check a rule."""
 
     def register(check: Check) -> Check:
-        if id in _RULES and _RULES[id].check.__module__ != check.__module__:
+        if id in REGISTERED and REGISTERED[id].check.__module__ != check.__module__:
             raise ValueError(f"two rules are called {id}")
-        _RULES[id] = Rule(id, severity, what, why, source, since, check, verified)
+        REGISTERED[id] = Rule(id, severity, what, why, source, since, check, verified)
         return check
 
     return register
@@ -93,4 +93,4 @@ def rules() -> dict[str, Rule]:
         CapabilityError: a package registers a module that cannot be imported.
     """
     plugins.registered(plugins.LINT_RULES)  # importing a module is what makes its checks rules
-    return dict(sorted(_RULES.items()))
+    return dict(sorted(REGISTERED.items()))
