@@ -18,6 +18,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from qdeploy.export.complex_numbers import complex_as_real
 from qdeploy.model.call import time_parameter
 from qdeploy.model.inputs import denoise
 from qdeploy.quant.operators import onnx_translations
@@ -106,6 +107,7 @@ def export_program(
                 tuple(inputs.values()),
                 dynamic_shapes=(tuple(dynamic),) if by_position else tuple(dynamic),
             )
+            traced = complex_as_real(traced)
             _drop_idle_squeezes(traced.graph_module)
             program = torch.onnx.export(
                 traced,
