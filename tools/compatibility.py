@@ -153,7 +153,7 @@ def _prepared() -> Iterator[None]:
     import openvino  # noqa: F401
     import transformers
 
-    import qdeploy.engines.build as building
+    import qdeploy.engines.measure_build as building
     from qdeploy.engines.measure import latency
     from qdeploy.system.progress import verbosity
 

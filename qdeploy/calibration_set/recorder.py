@@ -56,7 +56,7 @@ def conditional_half(prediction: Tensor, guided: Tensor) -> int | None:
     half, channels = len(prediction) // 2, guided.shape[1]
     halves = [part[:, :channels].double().flatten() for part in (prediction[:half], prediction[half:])]
     target = guided[:half].double().flatten()
-    if halves[0].shape != target.shape:
+    if halves[0].shape != target.shape or not all(bool(each.isfinite().all()) for each in (*halves, target)):
         return None
     basis = torch.stack(halves, 1)
     if (basis[:, 0] - basis[:, 1]).norm() < 1e-5 * basis.norm():

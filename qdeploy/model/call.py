@@ -101,6 +101,8 @@ class CallForm:
             rows: of the sample.
         """
 
+        from torch.fx.experimental.symbolic_shapes import guarding_hint_or_throw
+
         def make(node: Node) -> Any:
             ((kind, content),) = node.items()
             if kind in ("tensor", "complex"):
@@ -110,7 +112,8 @@ class CallForm:
             if kind == "dict":
                 return {key: make(value) for key, value in content.items()}
             if kind == "each":
-                return [make(content) for _ in range(rows)]
+                # While a graph is traced the number of rows is a symbol: counting by it would make it a constant.
+                return [make(content) for _ in range(guarding_hint_or_throw(rows))]
             made = [make(value) for value in content]
             return tuple(made) if kind == "tuple" else made
 

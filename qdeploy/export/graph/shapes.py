@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
-from qdeploy.export.graph.nodes import INTEGER_PRODUCT
+from qdeploy.export.graph.nodes import INTEGER_PRODUCT, WEIGHTED
 from qdeploy.system.errors import InvalidInputError
 
 Shape = tuple[int, ...]
@@ -44,6 +44,19 @@ def infer(model: ir.Model, shapes: Mapping[str, Sequence[int | None]], strict: b
     Raises:
         InvalidInputError: shapes contradict each other.
     """
+    known = _infer(model, shapes, strict, compute_sizes=_sizes_are_free(model))
+    products = [node.outputs[0].name for node in model.graph if node.op_type in (*WEIGHTED, INTEGER_PRODUCT)]
+    if any(known.get(name or "", (None, None))[1] is None for name in products):
+        known = _infer(model, shapes, strict, compute_sizes=True) | {
+            name: found for name, found in known.items() if found[1] is not None
+        }
+    return known
+
+
+def _infer(
+    model: ir.Model, shapes: Mapping[str, Sequence[int | None]], strict: bool, compute_sizes: bool
+) -> Known:
+    """`infer`, with or without computing sizes first, which takes longer and finds more."""
     import onnx.shape_inference
 
     light = model.clone()
@@ -58,7 +71,7 @@ def infer(model: ir.Model, shapes: Mapping[str, Sequence[int | None]], strict: b
             value.shape = None
             if not value.is_graph_output():
                 value.type = None
-    if _sizes_are_free(model):
+    if compute_sizes:
         _compute_sizes(light)
     try:
         proto = onnx.shape_inference.infer_shapes(ir.to_proto(light), strict_mode=strict, data_prop=True)
