@@ -77,7 +77,9 @@ class _Rewriter:
     def _replace(self, node: Node) -> None:
         rewrite = REWRITES.get(node.target)
         if rewrite is None:
-            raise InvalidInputError(f"{node.target} has no form in real numbers, and ONNX has no complex ones")
+            raise InvalidInputError(
+                f"{node.target} has no form in real numbers, and ONNX has no complex ones"
+            )
         was_complex, ranks = _is_complex(node), [getattr(value, "ndim", 0) for value in _values(node)]
         with self.graph.inserting_before(node):
             new = rewrite(self, node)
@@ -137,6 +139,7 @@ def _along(position: int, default: int = 0) -> Rewrite:
     def rewrite(rewriter: _Rewriter, node: Node) -> Node:
         arguments = list(node.args) + [default] * (position + 1 - len(node.args))
         first = arguments[0][0] if isinstance(arguments[0], list | tuple) else arguments[0]
+        assert isinstance(first, Node)
         arguments[position] = _axis(arguments[position], rewriter.rank[first], node.target)
         return rewriter.call(node.target, *arguments)
 
@@ -161,7 +164,8 @@ def _with_parts(size: int) -> Rewrite:
 
 def _permute(rewriter: _Rewriter, node: Node) -> Node:
     source, axes = node.args
-    assert isinstance(source, Node) and isinstance(axes, list | tuple)
+    assert isinstance(source, Node)
+    assert isinstance(axes, list | tuple)
     rank = rewriter.rank[source]
     return rewriter.call(node.target, source, [*(_axis(axis, rank, node.target) for axis in axes), rank])
 
@@ -179,7 +183,8 @@ def _multiply(rewriter: _Rewriter, node: Node) -> Node:
     left, right = node.args
     if not (left in rewriter.rank and right in rewriter.rank):
         return rewriter.call(node.target, rewriter.real_factor(left), rewriter.real_factor(right))
-    assert isinstance(left, Node) and isinstance(right, Node)
+    assert isinstance(left, Node)
+    assert isinstance(right, Node)
     a, b = rewriter.part(left, 0), rewriter.part(left, 1)
     c, d = rewriter.part(right, 0), rewriter.part(right, 1)
     times = aten.mul.Tensor

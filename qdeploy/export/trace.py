@@ -17,6 +17,7 @@ from io import StringIO
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from qdeploy.export.complex_numbers import complex_as_real
 from qdeploy.model.call import time_parameter
@@ -107,6 +108,8 @@ def export_program(
                 tuple(inputs.values()),
                 dynamic_shapes=(tuple(dynamic),) if by_position else tuple(dynamic),
             )
+            if by_position:
+                _check_rows(traced, named)
             traced = complex_as_real(traced)
             _drop_idle_squeezes(traced.graph_module)
             program = torch.onnx.export(
@@ -128,6 +131,18 @@ def export_program(
         raise InvalidInputError(f"{name} cannot be traced into ONNX: {first}") from error
     assert program is not None
     return _name_axes(program.model, named)
+
+
+def _check_rows(program: torch.export.ExportedProgram, inputs: Mapping[str, Mapping[int, str]]) -> None:
+    """Refuse a network whose code makes the number of rows a constant: its engine would know that number alone."""
+    users = program.graph_signature.user_inputs
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    for name, user in zip(inputs, users, strict=True):
+        rows = values[str(user)].shape[0] if inputs[name] else None
+        if rows is not None and is_concrete_int(rows):
+            raise ValueError(
+                f"its code makes the number of rows a constant ({rows} rows of {name}), as `[0] * batch_size` does"
+            )
 
 
 def _drop_idle_squeezes(module: torch.fx.GraphModule) -> None:

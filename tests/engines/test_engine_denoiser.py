@@ -159,7 +159,7 @@ def test_it_describes_itself_as_diffusers_models_do(denoiser: EngineDenoiser) ->
     assert denoiser.dtype == torch.float32
     assert denoiser.device == torch.device("cpu")
     assert denoiser.to("cpu").eval() is denoiser
-    assert not list(denoiser.parameters())
+    assert not sum(parameter.numel() for parameter in denoiser.parameters())
     with denoiser.cache_context("cond"):
         pass
 
@@ -240,6 +240,14 @@ def test_predictions_come_in_the_dtype_of_the_sample(denoiser: EngineDenoiser) -
     found = denoiser(rounded, inputs["timestep"]).sample
     assert found.dtype == torch.bfloat16
     assert torch.equal(found, exact.bfloat16())
+
+
+def test_plain_attributes_of_the_model_are_answered(denoiser: EngineDenoiser) -> None:
+    """HunyuanDiT's pipeline reads a number that its model computed; Stable Cascade's the dtype of a parameter."""
+    assert denoiser.sample_size == CONFIG["sample_size"]
+    assert next(denoiser.parameters()).dtype == denoiser.dtype == torch.float32
+    with pytest.raises(AttributeError):
+        denoiser.inner_dimension  # noqa: B018
 
 
 def test_it_cannot_be_saved_as_weights(denoiser: EngineDenoiser, tmp_path: Path) -> None:

@@ -39,7 +39,9 @@ def from_a_table(x: Tensor, angles: Tensor) -> Tensor:
     """A constant of complex numbers, rows chosen by index."""
     table = torch.polar(torch.ones(5, 2), torch.arange(10.0).reshape(5, 2))
     rows = table[torch.tensor([3, 1, 4])]
-    return torch.view_as_real(torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2)) * rows[:, None]).flatten(3)
+    return torch.view_as_real(torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2)) * rows[:, None]).flatten(
+        3
+    )
 
 
 class _Function(nn.Module):

@@ -26,6 +26,7 @@ from qdeploy.quant.layer import QuantizedLayer, quantized_layers
 from qdeploy.quant.modes import freeze
 from qdeploy.quant.state import read_state
 from qdeploy.recipe.formats import int4, int8
+from qdeploy.system.errors import InvalidInputError
 from tests.helpers import MemoryRows, calibrating, codes_of, minmax_layer, plain_options, sqnr_db, tiny_unet
 
 DATA = MemoryRows.noisy()
@@ -333,3 +334,15 @@ def quantize(layer: nn.Module, split: tuple[int, ...] = ()) -> QuantizedLayer:
     quantized = minmax_layer(layer, 3 * torch.randn(50, layer.in_features), int4, int8, split)  # type: ignore[call-overload]
     minmax.round_to_nearest(quantized)
     return quantized
+
+
+def test_a_network_that_fixes_the_number_of_rows_is_refused() -> None:
+    """Chroma makes a tensor from ``[0] * batch_size``: its graph would take two rows and no other number."""
+
+    class Fixes(torch.nn.Module):
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor]:
+            return (sample + torch.tensor([0.0] * sample.shape[0])[:, None],)
+
+    inputs = {"sample": torch.ones(2, 3), "timestep": torch.ones(2)}
+    with pytest.raises(InvalidInputError, match="the number of rows a constant"):
+        trace(Fixes(), inputs)

@@ -59,11 +59,8 @@ def test_it_opens_as_the_stock_pipeline_and_makes_its_pictures(
     assert type(mine) is diffusers.StableDiffusionPipeline
     assert isinstance(mine.vae, EngineAutoencoder)
     assert isinstance(mine.text_encoder, EngineTextEncoder)
-    assert not [
-        part
-        for part in mine.components.values()
-        if isinstance(part, torch.nn.Module) and [*part.parameters()]
-    ]
+    parts = [part for part in mine.components.values() if isinstance(part, torch.nn.Module)]
+    assert not sum(parameter.numel() for part in parts for parameter in part.parameters())
     torch.testing.assert_close(images(mine, **ARGUMENTS), images(stock, **ARGUMENTS), rtol=0, atol=1e-4)
 
 

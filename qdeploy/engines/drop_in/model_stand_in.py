@@ -10,7 +10,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
-from torch import Tensor, nn
+from torch import nn
 
 from qdeploy.engines.drop_in.refusals import refusal
 from qdeploy.model.networks import find_network_class
@@ -42,8 +42,8 @@ class ModelStandIn(diffusers.ModelMixin, ConfigMixin):
         # ``register_to_config`` would look for __init__ parameters; the configuration is another class's.
         self._internal_dict: Any = FrozenDict(config)
         # Something for ``pipe.to("cuda", torch.bfloat16)`` to move and cast.
-        self._place: Tensor
-        self.register_buffer("_place", torch.empty(0, dtype=torch.float32), persistent=False)
+        # Some pipelines read the dtype of a component's first parameter (Stable Cascade's prior).
+        self._place = nn.Parameter(torch.empty(0, dtype=torch.float32), requires_grad=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -72,9 +72,13 @@ class ModelStandIn(diffusers.ModelMixin, ConfigMixin):
             if (refused := refusal(self._original, name, self._path)) is not None:
                 return refused
             found = self._hollow._modules.get(name)
-            if found is None:
+            if found is not None:
+                return found
+            # And at plain numbers: HunyuanDiT's at inner_dim.
+            plain = vars(self._hollow).get(name)
+            if not isinstance(plain, bool | int | float | str | tuple):
                 raise
-            return found
+            return plain
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Engines have no weights to save.

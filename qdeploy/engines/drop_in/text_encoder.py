@@ -36,8 +36,8 @@ class EngineTextEncoder(nn.Module):
             raise InvalidInputError(f"{folder} was made from a {class_name}, which this transformers lacks")
         self.config = original.config_class.from_dict(json.loads((folder / "config.json").read_text()))
         self._engine, self._folder = engine, folder
-        self._place: Tensor
-        self.register_buffer("_place", torch.empty(0, dtype=torch.float32), persistent=False)
+        # Some pipelines read the dtype of a component's first parameter (Stable Cascade's prior).
+        self._place = nn.Parameter(torch.empty(0, dtype=torch.float32), requires_grad=False)
 
     @property
     def dtype(self) -> torch.dtype:
