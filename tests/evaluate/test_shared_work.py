@@ -72,6 +72,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(way: Any, tmp_path: Path) -> None:
     """Real processes, joined as launchers join them; one of them prints."""
     script = tmp_path / "check.py"
