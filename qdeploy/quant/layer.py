@@ -135,8 +135,12 @@ class QuantizedLayer(WrappedLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The original weight."""
-        return cast(Tensor, self.inner.weight)
+        """The original weight; empty in a network read from a checkpoint, whose codes are all that is left of it.
+
+        Networks look at its dtype and device (the image projections of Kandinsky, T5's output layers).
+        """
+        weight = cast("Tensor | None", self.inner.weight)
+        return torch.empty(0, device=self.device) if weight is None else weight
 
     @property
     def student(self) -> Tensor:

@@ -92,6 +92,13 @@ def test_what_is_loaded_computes_the_same_bits(made: tuple[Session, Artifact]) -
         assert torch.equal(denoise(load_checkpoint(artifact), inputs), denoise(session.denoiser, inputs))
 
 
+def test_networks_may_look_at_the_type_of_a_weight(made: tuple[Session, Artifact]) -> None:
+    """Kandinsky's image projection moves its input to ``weight.dtype``."""
+    for layer in quantized_layers(load_checkpoint(made[1])).values():
+        assert layer.weight.dtype == torch.float32
+        assert layer.weight.device == layer.device
+
+
 def test_loading_runs_no_network_and_needs_no_flags(
     made: tuple[Session, Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
