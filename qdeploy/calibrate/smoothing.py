@@ -1,4 +1,4 @@
-"""Channels made alike: a layer's input is divided by factors that its weight is multiplied with.
+"""Smoothing: the channels of a layer's input are divided by factors that its weight is multiplied with.
 
 Nothing changes but what quantization makes of it (SmoothQuant, arXiv 2211.10438, equation 3): one scale for
 the whole input serves channels of like ranges better. The factors of the weight's input channels widen the

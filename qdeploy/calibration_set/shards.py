@@ -16,7 +16,7 @@ call, then by branch, then by image, then conditional before unconditional. ``NA
     conditional       [rows] bool      under classifier-free guidance, which of the two branches a row is from
 
 Under guidance in one call two neighbouring rows share image, sample and t. ``conditional`` is missing if there is no
-guidance, or if it could not be told which half is which.
+guidance, or if it is unknown which half is which.
 """
 
 from __future__ import annotations

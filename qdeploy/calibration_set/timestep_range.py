@@ -2,7 +2,7 @@
 
 Schedulers of noise schedules number their timesteps from 0 to those of training, and the network is given these very
 numbers. Flows are given ``t / 1000``, EDM ``log(sigma) / 4``, consistency models ``250 log(sigma)``. One trajectory
-shows which: the network's t beside the scheduler's.
+shows which: the network's t against the scheduler's.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def check(subject: str, as_json: bool, **options: Any) -> None:
 @_BENCHMARK.option("reference", "The full-precision model.  [default: the one the engines were made from]")
 @_BENCHMARK.option("rounds", "Interleaved measurements of each.")
 @_BENCHMARK.option("threads", "CPU threads.  [default: all]")
-@click.option("--pipeline", is_flag=True, help="Whole pipelines, from prompt to image, beside torch.")
+@click.option("--pipeline", is_flag=True, help="Whole pipelines, from prompt to image, compared with torch.")
 @sampling_options(
     replace(SAMPLING, batch=1), batch="Samples in each call of an engine; of a pipeline, images at a time."
 )

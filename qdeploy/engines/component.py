@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class EngineComponent(ABC):
-    """A graph that a runtime executes, beside the denoiser. Any number of threads may call it.
+    """A graph other than the denoiser that a runtime executes. Any number of threads may call it.
 
     Args:
         folder: holds the runtime's files.

@@ -1,4 +1,4 @@
-"""The least that a new engine has to be worth: its outputs on the probe are held against what was calibrated.
+"""Accuracy floors of a new engine: its outputs on the probe are compared with those of the calibrated model.
 
 A bundle that was calibrated with garbage, or that a runtime computes wrongly, makes an engine that runs, fast, and
 draws nothing. Such an engine is refused, with the layer whose quantizer does most harm.
@@ -97,8 +97,8 @@ def check_floor(
         say(f"warning: {reason}")
         return
     raise CheckFailed(
-        f"the engine of {source.path} is not worth keeping: {reason}; calibrate again, choose another backend, or "
-        "pass --allow-inaccurate"
+        f"the engine of {source.path} is not accurate enough to keep: {reason}; calibrate again, choose another "
+        "backend, or pass --allow-inaccurate"
     )
 
 

@@ -1,4 +1,4 @@
-"""One OpenVINO model, compiled for each set of input shapes that it meets, for any number of threads."""
+"""One OpenVINO model, compiled for each set of input shapes, for any number of threads."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ GRAPH = "openvino_tokenizer.xml"
 
 
 def convert_tokenizers(folder: Path) -> list[str]:
-    """Write ``openvino_tokenizer.xml`` beside every tokenizer of a pipeline.
+    """Write ``openvino_tokenizer.xml`` into the folder of every tokenizer of a pipeline.
 
     Needs the package ``openvino-tokenizers``; without it the pipeline is complete for diffusers and optimum, and what
     OpenVINO GenAI lacks is said.

@@ -79,8 +79,8 @@ class CheckResult:
             rows.append(("  of the reference", number(fd["reference"], 3)))
         if self.speed is not None:
             low, high = self.speed["quartiles"]
-            told = f"{self.speed['ratio']:.2f}x, half of all rounds from {low:.2f}x to {high:.2f}x"
-            rows.append((f"speed beside {self.speed['baseline']}", told))
+            ratio = f"{self.speed['ratio']:.2f}x, half of all rounds from {low:.2f}x to {high:.2f}x"
+            rows.append((f"speed compared with {self.speed['baseline']}", ratio))
         bounds = {name: value for name, value in self.thresholds.items() if value is not None}
         rows += [(f"threshold {name.replace('_', '-')}", number(value)) for name, value in bounds.items()]
         verdict = "passed" if self.passed else "\n".join(f"failed: {failure}" for failure in self.failures)

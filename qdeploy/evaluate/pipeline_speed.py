@@ -1,4 +1,4 @@
-"""The verb ``benchmark --pipeline``: whole pipelines from prompt to image, beside the stock pipeline in torch.
+"""The verb ``benchmark --pipeline``: whole pipelines from prompt to image, compared with the stock pipeline in torch.
 
 Pipelines take turns, with the same prompts and seeds, so that other load on the machine affects all of them equally.
 A ratio is the median over rounds of the quotient within one round; its interval is that of the sign test.
@@ -121,7 +121,7 @@ def benchmark_pipelines(
     threads: int | None = None,
     **options: Unpack[SamplingOptions],
 ) -> PipelineSpeed:
-    """Time whole pipelines, from prompts to images, beside the stock pipeline in torch in float32 and in bf16.
+    """Time whole pipelines, from prompts to images, and the stock pipeline in torch in float32 and in bf16.
 
     Args:
         paths: engines. One that is a denoiser alone runs in the pipeline of its model, whose rest is torch.

@@ -60,7 +60,7 @@ THRESHOLDS = (
     Threshold(
         "min_speedup",
         ("speed", "ratio"),
-        "speed beside the 16-bit engine's",
+        "speed compared with the 16-bit engine",
         True,
         None,
         "an engine with quantizers, and --reference",

@@ -26,7 +26,7 @@ AUTOENCODERS = ("AutoencoderKL", "VQModel", "AutoencoderTiny", "AutoencoderDC")
 
 @dataclass(frozen=True)
 class Part:
-    """One graph beside the denoiser.
+    """One graph of a component other than the denoiser.
 
     Attributes:
         folder: its folder in the bundle.

@@ -1,4 +1,4 @@
-"""The rest of a pipeline, so that a bundle is a whole one: graphs where there is a way, copies where there is none.
+"""The other components of a pipeline in a bundle: graphs where they can be exported, copies where not.
 
 Text encoders and autoencoders become graphs in float32, with any number of rows and any size. Tokenizers and what
 else holds no weights is copied. A component with weights and without a way to a graph, such as a safety checker or

@@ -24,7 +24,7 @@ ROWS = 4
 def probe_of(
     model: Model, denoiser: nn.Module, source: Artifact | None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Inputs of a network, each with rows, and the facts that belong to them. The network is told its calls.
+    """Inputs of a network, each with rows, and their facts; the layout of its calls is set on the network.
 
     Args:
         model: the model.

@@ -1,4 +1,4 @@
-"""What a graph says of itself, for where it goes without its folder; and what lint says of it."""
+"""Metadata inside a graph, for use without its folder, and the findings of lint on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files that programs with an older transformers read a tokenizer from, beside the one that newer ones write."""
+"""Tokenizer files for programs with an older transformers, in addition to the one that newer versions write."""
 
 from __future__ import annotations
 

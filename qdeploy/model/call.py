@@ -89,7 +89,7 @@ class CallForm:
             return None
         for name, node in facts.arguments.items():
             if not _is_node(node):
-                raise InvalidInputError(f"an artifact says of the argument {name!r} what no call can have")
+                raise InvalidInputError(f"the artifact's description of the argument {name!r} is invalid")
         return cls(dict(facts.arguments), dict(facts.shared))
 
     def build(self, inputs: Mapping[str, Tensor], rows: int) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def card(kind: str, folder: Path, facts: DenoiserFacts, recipe: Mapping[str, Any
 
 
 def probe_sqnr(folder: Path) -> float:
-    """Median SQNR in dB of the simulation beside full precision, to a tenth, over the probe's rows."""
+    """Median SQNR in dB of the simulation against full precision, to a tenth, over the probe's rows."""
     _, reference, simulated = read_probe(folder)
     return round(median(sqnr_by_row(reference if simulated is None else simulated, reference)), 1)
 

@@ -80,18 +80,18 @@ class Model:
 
     @property
     def training_timesteps(self) -> int | None:
-        """How many timesteps the model was trained with; None if no scheduler lies beside it."""
+        """How many timesteps the model was trained with; None if its pipeline has no scheduler."""
         steps = self.scheduler_config.get("num_train_timesteps")
         return steps if isinstance(steps, int) else None
 
     @property
     def scheduler_config(self) -> dict[str, Any]:
-        """The configuration of the scheduler that lies beside the denoiser; empty if none does."""
+        """The configuration of the pipeline's scheduler; empty if there is none."""
         file = self.path / "scheduler" / "scheduler_config.json"
         return read_json(file) if file.is_file() else {}
 
     def scheduler(self) -> Any:
-        """The scheduler that lies beside the denoiser.
+        """The pipeline's scheduler.
 
         Raises:
             InvalidInputError: there is none, or diffusers cannot read it.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qdeploy.model.folder import Model
 
 LIBRARIES = ("diffusers", "transformers")
-# Diffusers is told to leave it out, so that it has no influence on anything.
+# It is passed to diffusers as None, so that it has no influence on anything.
 NEVER_LOADED = "safety_checker"
 _READ = (".json", ".txt", ".model", ".safetensors")
 

@@ -1,6 +1,6 @@
 """Timesteps that are chosen one by one, and DDIM's share of noise, in any pipeline.
 
-Pipelines ask their scheduler for as many steps as they are told and offer no choice of them, and some never pass
+Pipelines ask their scheduler for a number of steps and offer no choice of timesteps, and some never pass
 ``eta`` on. So the scheduler is given both: it is of its own class, with another ``set_timesteps`` or ``step``.
 """
 

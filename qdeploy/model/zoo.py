@@ -18,7 +18,7 @@ _PROMPTS = "prompts.txt"
 
 @cache
 def zoo_folder() -> Path | None:
-    """Where the models are: in a clone beside the code, else in the package ``qdeploy-models``; None if nowhere."""
+    """Where the models are: in a clone next to the code, else in the package ``qdeploy-models``; None if nowhere."""
     here = Path(__file__).parents[1] / "zoo"
     if any(here.glob("*/model_index.json")):
         return here

@@ -1,6 +1,6 @@
 """The timestep of the running call, and lookups by its value.
 
-What depends on the timestep beside the network itself (a scale per group of timesteps, a table of temporal
+What depends on the timestep in addition to the network itself (a scale per group of timesteps, a table of temporal
 features) asks `CurrentTimestep`. Lookups go by the timestep's value, never by counting calls: any scheduler with any
 number of steps finds the nearest entry.
 """

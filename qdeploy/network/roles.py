@@ -39,7 +39,7 @@ class Layer:
         temporal: whether its output depends on the timestep alone.
         first: whether it is the first layer that sees the sample.
         last: whether it is the last layer of the network.
-        shortcut: whether it reads its block's own input while other layers of the block stand beside it.
+        shortcut: whether it reads its block's own input in parallel to other layers of the block.
         resamples: whether its output has another spatial size than its input.
         attention: whether it is a layer of a module that attends, or a linear layer (a feed-forward one) of
             the unit that holds such a module; layers that depend on the timestep alone are not.
@@ -110,10 +110,10 @@ def find_structure(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> Structu
         unit = next(path for path in units if layer.path == path or layer.path.startswith(f"{path}."))
         reads = firsts.setdefault((unit, source), layer.path)
         temporal = layer.path in time_only
-        beside = not temporal and unit != layer.path and trace.given.get(unit) == source
+        parallel = not temporal and unit != layer.path and trace.given.get(unit) == source
         attends = not temporal and _attends(denoiser, layer.path, unit, trace.attentions)
         layers.append(
-            replace(layer, unit=unit, reads=reads, temporal=temporal, shortcut=beside, attention=attends)
+            replace(layer, unit=unit, reads=reads, temporal=temporal, shortcut=parallel, attention=attends)
         )
     spatial = [layer.order for layer in layers if not layer.temporal]
     ends = (min(spatial), max(spatial)) if spatial else (-1, -1)
@@ -135,8 +135,8 @@ def find_structure(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> Structu
 
 def _attends(denoiser: nn.Module, path: str, unit: str, attentions: Iterable[str]) -> bool:
     inside = any(path.startswith(f"{attention}.") for attention in attentions)
-    beside = any(f"{attention}.".startswith(f"{unit}.") for attention in attentions)
-    return inside or (beside and isinstance(denoiser.get_submodule(path), nn.Linear))
+    same_unit = any(f"{attention}.".startswith(f"{unit}.") for attention in attentions)
+    return inside or (same_unit and isinstance(denoiser.get_submodule(path), nn.Linear))
 
 
 def _first_row(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What stands in front of a layer's quantizer: another basis or origin of its channels, and a branch beside it.
+"""Transforms of a layer's input before its quantizer (rotation, shift), and a low-rank branch parallel to the layer.
 
 None of them changes a layer's function. With an orthogonal R, ``(x R) (W R)^T = x W^T`` (QuaRot, arXiv 2404.00456);
 and with any two factors, ``x W^T = x (W - (D U)^T)^T + (x D) U`` (SVDQuant, arXiv 2411.05007, equation 5); and

@@ -1,4 +1,4 @@
-"""Checkpoints: what calibration leaves behind, complete in itself.
+"""Checkpoints: the self-contained result of a calibration.
 
     COMPONENT/config.json            the denoiser's configuration
     COMPONENT/layers.json            every quantized layer: path, input it shares, split, code shapes; and the

@@ -23,7 +23,7 @@ from qdeploy.quant.quantizers import ActivationQuantizer, WeightQuantizer
 from qdeploy.recipe.formats import Format
 from qdeploy.system.errors import CapabilityError
 
-# Tensors that stages may give a layer beside its quantizers, by the names of `qdeploy.quant.state`.
+# Tensors that stages may give a layer in addition to its quantizers, by the names of `qdeploy.quant.state`.
 OF_LAYERS = ("smoothing", "tuned", "tuned_bias", "order", "rotation", "branch_down", "branch_up", "shift")
 
 

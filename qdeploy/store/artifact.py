@@ -116,7 +116,7 @@ class Bundle(DenoiserArtifact):
 
     @property
     def graph(self) -> Path:
-        """The denoiser's graph; its weights may lie beside it."""
+        """The denoiser's graph; its weights may be in an external data file."""
         return self.component_file("model.onnx")
 
 

@@ -1,4 +1,4 @@
-"""What a quantized network is wrong by on average, by timestep: measured once, subtracted while sampling.
+"""Mean errors of a quantized network's prediction by timestep: measured once, subtracted while sampling.
 
     COMPONENT/correction.safetensors   ``timesteps`` [T] ascending, and [T, C] mean errors of each channel of
                                        the prediction, under the name of the prediction's type

@@ -1,4 +1,4 @@
-"""What each kind of artifact says of its content: one class of typed facts per kind.
+"""Facts about the content of artifacts: one typed class per kind.
 
 Facts are part of an artifact's identity. They are read strictly: a fact that is missing, unknown or of another
 type or range than stated here is refused with its place. A fact that is None by default is left out of the
@@ -31,7 +31,7 @@ Formats = Annotated[list[Word], Meta(max_length=64)]
 
 
 class Facts(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
-    """What an artifact says of its content."""
+    """Facts about the content of an artifact."""
 
     def to_json(self) -> dict[str, Any]:
         """The facts as they stand in the manifest."""
@@ -84,7 +84,7 @@ class RangeFacts(Facts, frozen=True, kw_only=True):
 
 
 class CalibrationSetFacts(Facts, frozen=True, kw_only=True):
-    """What a calibration set says of itself.
+    """Facts about a calibration set.
 
     Attributes:
         sample: name of the input that holds the noisy sample.
@@ -93,7 +93,7 @@ class CalibrationSetFacts(Facts, frozen=True, kw_only=True):
         images: from how many images.
         steps: denoiser calls that were kept of each trajectory.
         timesteps: at which the network was called, ascending.
-        pairs: whether rows are told apart under guidance: ``known``, ``undecided``; None without guidance.
+        pairs: whether it is known which rows are conditional under guidance: ``known``, ``undecided``; None without.
         scheduler: class of the scheduler; None if an import does not say.
         inference_steps: of the trajectory.
         guidance: scale of classifier-free guidance.
@@ -185,7 +185,7 @@ class PipelineFacts(Facts, frozen=True, kw_only=True):
 
 
 class DenoiserFacts(Facts, frozen=True, kw_only=True):
-    """What a checkpoint says of its denoiser, and hands on to its bundle and its engines.
+    """Facts about a denoiser that a checkpoint passes on to its bundle and its engines.
 
     Attributes:
         component: its name in a pipeline, ``unet`` or ``transformer``, and that of its folder.
@@ -235,7 +235,7 @@ class DenoiserFacts(Facts, frozen=True, kw_only=True):
 
 
 class CheckpointFacts(DenoiserFacts, frozen=True, kw_only=True):
-    """What a checkpoint says of itself.
+    """Facts about a checkpoint.
 
     Attributes:
         simulated: why no engine can run it; empty if one can.
@@ -259,7 +259,7 @@ class PortFacts(Facts, frozen=True, kw_only=True):
 
 
 class LintFacts(Facts, frozen=True, kw_only=True):
-    """What `lint` said of a graph: findings by severity and by rule, and shares of multiplications by type."""
+    """Results of `lint` on a graph: findings by severity and by rule, and shares of multiplications by type."""
 
     counts: dict[str, Count]
     rules: dict[str, Count]
@@ -268,12 +268,12 @@ class LintFacts(Facts, frozen=True, kw_only=True):
 
 
 class BundleFacts(DenoiserFacts, frozen=True, kw_only=True):
-    """What an ONNX bundle says of itself.
+    """Facts about an ONNX bundle.
 
     Attributes:
         simulated: why no engine can run it; empty, since such checkpoints are not exported.
         inputs: of the graph.
-        lint: what the rules of TensorRT said of it.
+        lint: findings of the rules of TensorRT.
         pipeline: what else of the pipeline it holds.
     """
 
@@ -284,7 +284,7 @@ class BundleFacts(DenoiserFacts, frozen=True, kw_only=True):
 
 
 class EngineFacts(DenoiserFacts, frozen=True, kw_only=True):
-    """What an engine says of itself; the last eight are options of TensorRT alone.
+    """Facts about an engine; `shapes` to `optimization_level` are options of TensorRT.
 
     Attributes:
         backend: its name.

@@ -1,4 +1,4 @@
-"""Safetensors files: one way to open them, and the bytes of what they hold."""
+"""Open safetensors files, with errors in one sentence."""
 
 from __future__ import annotations
 

@@ -52,5 +52,5 @@ def check_space(output: Path, needed: int) -> None:
 
 
 def is_full(output: Path) -> bool:
-    """Whether nothing more can be written beside ``output``."""
+    """Whether the disk of ``output`` is full."""
     return shutil.disk_usage(output.parent).free < LEAST_SPACE

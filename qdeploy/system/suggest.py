@@ -1,4 +1,4 @@
-"""Names that were nearly right."""
+"""Suggestions for misspelled names."""
 
 from __future__ import annotations
 

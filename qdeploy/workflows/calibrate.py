@@ -233,9 +233,9 @@ def finish(
         source: the model.
         data: what the probe's rows are taken from.
         notes: where things were.
-        simulated: why no engine can run it, beside what the recipe says.
+        simulated: why no engine can run it, in addition to the recipe's reasons.
         calibrated: the timesteps that its scales were found at, ascending, if they are not those of ``data``.
-        planned: how a budget was met, if there was one; its report lies beside the checkpoint's files.
+        planned: how a budget was met, if there was one; its report is stored with the checkpoint's files.
     """
     recipe, draft = session.recipe, session.draft
     timesteps = timestep_facts(session)

@@ -1,4 +1,4 @@
-"""The verb ``import-checkpoint``: a quantized network as its authors published it in, a checkpoint out."""
+"""The verb ``import-checkpoint``: convert a quantized network of a method's authors into a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an artifact or a model says of itself, and what words recipes know."""
+"""Describe an artifact or a model, and the words that recipes know."""
 
 from __future__ import annotations
 

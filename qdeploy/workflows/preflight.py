@@ -1,4 +1,4 @@
-"""The verb ``preflight``: what will work with a model, what it will cost, and what not and why, before any of it.
+"""The verb ``preflight``: what will work with a model, what it costs and what will not work, before any long run.
 
 Seconds for a small model: it is loaded, its pipeline is run with one computed denoiser call, the call is repeated,
 the network's structure is searched, and it is traced into ONNX.

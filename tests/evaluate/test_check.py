@@ -72,7 +72,7 @@ def test_full_precision_is_held_against_itself(way: Way, full_bundle: Artifact) 
         ({"min_parity": 500.0}, "parity in dB"),
         ({"min_sqnr": 500.0}, "median SQNR"),
         ({"min_psnr": 500.0}, "PSNR"),
-        ({"min_speedup": 500.0}, "speed beside the 16-bit engine's"),
+        ({"min_speedup": 500.0}, "speed compared with the 16-bit engine"),
     ],
 )
 def test_a_missed_threshold_is_named(way: Way, bound: dict[str, float], words: str) -> None:

@@ -2,7 +2,7 @@
 
 The code unfolds every convolution's input and groups, per layer, the dimension in which ranges differ more: rows
 (input channel and kernel position) or columns (output pixels). No kernel forms that matrix; here it is computed
-in torch, so that the paper's own numbers can be had beside those of what engines run. Departures, as in `dgq`:
+in torch, so that the paper's own numbers can be compared with those of what engines run. Departures, as in `dgq`:
 dimension and groups are the same at every timestep, ranges include zero, no group is empty.
 """
 
@@ -135,7 +135,7 @@ def _report(
     plans: Mapping[str, tuple[str, Tensor]],
     left: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Add ``patches`` to the report of groups, behind what groups of channels have told there."""
+    """Add ``patches`` to the report of groups, after the entries of groups of channels."""
     sizes = {path: len(modules) for path, modules in families.items()}
     along: Counter[str] = Counter()
     reasons: Counter[str] = Counter()

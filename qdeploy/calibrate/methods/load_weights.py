@@ -1,4 +1,4 @@
-"""Weights from another checkpoint: its hours of rounding serve many recipes of activations."""
+"""Load weights from another checkpoint, so that one rounding serves several recipes for activations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""QNCD (Chu et al., ACM MM 2024, arXiv 2403.19140): less noise within the network, and less from it.
+"""QNCD (Chu et al., ACM MM 2024, arXiv 2403.19140): smoothing by the timestep embedding, mean errors taken out.
 
 Within: adding or scaling by the timestep's embedding spreads the channels of what the next layer of a residual
 block reads. The stage smooth-embeddings divides them by factors S that follow from the embedding alone. From

@@ -1,8 +1,8 @@
-"""SVDQuant (Li et al., ICLR 2025, arXiv 2411.05007): a low-rank branch takes what four bits hold worst.
+"""SVDQuant (Li et al., ICLR 2025, arXiv 2411.05007): the largest singular values in a branch of low rank.
 
 Outliers migrate from activations to weights by smoothing (section 4.1). Of the smoothed weight, the product of the
-largest singular triplets stays in float, as two skinny matrices beside the layer (equation 5), and the residual,
-whose range is smaller, is quantized (equation 6). The branch reads the input before quantization.
+largest singular triplets stays in float, as two low-rank matrices in parallel to the layer (equation 5), and the
+residual, whose range is smaller, is quantized (equation 6). The branch reads the input before quantization.
 
 Departures: the residual's rounding is learned where a recipe lists `round-weights` behind this stage; the paper
 uses GPTQ. Under a budget ranks differ between layers: singular values are weighted by the mean square of the layer's
@@ -42,7 +42,7 @@ class LowRank(Stage):
     """
 
     name = "low-rank"
-    description = "a part of low rank of each weight stays in float, in a branch beside the layer"
+    description = "a part of low rank of each weight stays in float, in a branch parallel to the layer"
     paper = "SVDQuant, Li et al., ICLR 2025, arXiv 2411.05007"
     gives = (BRANCHES,)
     spoils = (*SCALES, BRANCHES)

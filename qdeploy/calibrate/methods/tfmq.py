@@ -233,13 +233,13 @@ class TemporalSelection(Stage):
             timesteps = session.all_timesteps().to(session.device)
             with torch.no_grad(), session.teacher():
                 exact = time(session.denoiser, timesteps)
-            for name, told in report.items():
-                if told["chosen"] == "cache":
+            for name, entry in report.items():
+                if entry["chosen"] == "cache":
                     layers[name].table = _table(session, layers[name], exact[name])
 
         session.once("selection", compute)
         session.draft.json(f"{session.component}/temporal.json", {"mode": self.mode, "features": report})
-        cached = sum(told["chosen"] == "cache" for told in report.values())
+        cached = sum(entry["chosen"] == "cache" for entry in report.values())
         say(f"temporal features: {cached} of {len(report)} are read from tables, the others computed")
 
 

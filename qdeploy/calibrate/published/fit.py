@@ -1,4 +1,4 @@
-"""A published checkpoint held against the model that it is said to be of.
+"""Match the layers of a published checkpoint to those of the model that it belongs to.
 
 Codes are what the authors' code computes: ``clamp(floor(W / delta) + [alpha >= 0] + zero_point)``, and rounding to
 nearest where nothing was learned.

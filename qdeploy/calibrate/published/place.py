@@ -198,7 +198,7 @@ def _place_operands(
 
 
 def not_for_engines(denoiser: nn.Module, temporal: set[str]) -> list[str]:
-    """Why no engine can run what was placed, beside what its formats say; empty if one can.
+    """Why no engine can run it, apart from reasons that follow from its formats; empty if one can.
 
     Args:
         denoiser: the network.

@@ -1,4 +1,4 @@
-"""What a published network is in a recipe's words, and which of its layers read together."""
+"""The recipe that describes a published network, and which of its layers share an input."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _weight_format(fitted: Fitted) -> Format:
     bits = 8 if float(zero_points.median()) > WIDE else 4
     if not bool(zero_points.any()):
         raise UsageError(
-            "the file's weights have no zero points, so their bits cannot be told: pass --weights int4 or int8"
+            "the file's weights have no zero points, so the number of bits is unknown: pass --weights int4 or int8"
         )
     return unsigned(bits)
 

@@ -155,7 +155,7 @@ class EngineDenoiser(ModelStandIn):
                 flat[name] = value.expand(rows, *value.shape)
         return flat
 
-    # -- what pipelines ask of a denoiser beside calling it ------------------------------------------------
+    # -- what pipelines ask of a denoiser other than a call ------------------------------------------------
 
     @contextmanager
     def cache_context(self, name: str, **options: Any) -> Iterator[None]:

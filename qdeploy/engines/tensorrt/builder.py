@@ -1,4 +1,4 @@
-"""An ONNX graph in, a plan out, with what a runtime has to know of it in ``plan.json`` beside it."""
+"""Build a plan from an ONNX graph, and describe it in ``plan.json`` in the same folder."""
 
 from __future__ import annotations
 
@@ -260,7 +260,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _keep_weights(path: Path, folder: Path) -> None:
-    """Lay the graph beside a plan without weights: it is where they are taken from."""
+    """Copy the graph next to a plan without weights, which are read from it."""
     (folder / REFIT).mkdir(exist_ok=True)
     for name in (path.name, f"{path.name}_data"):
         if (path.parent / name).is_file():

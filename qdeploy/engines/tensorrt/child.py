@@ -1,4 +1,4 @@
-"""The builder in a process of its own: its crash, its hang and its appetite end in a sentence."""
+"""The builder in a process of its own, with limits on time and memory; a crash becomes an error in one sentence."""
 
 from __future__ import annotations
 

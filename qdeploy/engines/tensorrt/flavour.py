@@ -52,7 +52,7 @@ TENSORRT = Flavour(
     install="pip install 'qdeploy[tensorrt]'",
     cuda=TENSORRT_PACKAGES,
 )
-# SM75 is not in the default set: beside it, int8 convolutions of every other target run in 16 bits.
+# SM75 is not in the default set: with it, int8 convolutions of every other target run in 16 bits.
 RTX = Flavour(
     backend="tensorrt-rtx",
     title="TensorRT for RTX",

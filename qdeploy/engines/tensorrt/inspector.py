@@ -1,4 +1,4 @@
-"""What a plan says of itself: layers, types and tactics, in the schemas of TensorRT 10, 11 and RTX 1."""
+"""The engine inspector's description of a plan: layers, types and tactics, as TensorRT 10, 11 and RTX 1 give it."""
 
 from __future__ import annotations
 
@@ -33,18 +33,17 @@ def read_layers(trt: Any, engine: Any) -> list[dict[str, Any]]:
         InvalidInputError: the inspector gives nothing that can be read.
     """
     inspector = engine.create_engine_inspector()
-    told = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
-    return parse_layers(told)
+    return parse_layers(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 
-def parse_layers(told: str) -> list[dict[str, Any]]:
+def parse_layers(text: str) -> list[dict[str, Any]]:
     """The layers in the inspector's JSON. A plan without details gives names alone.
 
     Raises:
         InvalidInputError: it is no such JSON.
     """
     try:
-        layers = json.loads(told)["Layers"]
+        layers = json.loads(text)["Layers"]
     except (ValueError, KeyError, TypeError) as error:
         raise InvalidInputError("TensorRT's engine inspector gave nothing readable: build again") from error
     return [layer if isinstance(layer, dict) else {"Name": str(layer)} for layer in layers]
@@ -56,8 +55,8 @@ def dtype(tensor: Mapping[str, Any]) -> str:
     Until 10.x one field holds format and type, as in ``Two wide channel vectorized FP16 format`` or
     ``Int8 NC/32HW32``; 11.x splits them.
     """
-    told = next((tensor[key] for key in ("Datatype", "DataType", "Format/Datatype") if key in tensor), "")
-    words = re.findall(r"[a-z0-9]+", str(told).lower())
+    stated = next((tensor[key] for key in ("Datatype", "DataType", "Format/Datatype") if key in tensor), "")
+    words = re.findall(r"[a-z0-9]+", str(stated).lower())
     return next((_PRECISIONS[word] for word in words if word in _PRECISIONS), "")
 
 

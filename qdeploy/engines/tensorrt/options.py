@@ -29,7 +29,7 @@ class Options:
         weight_streaming: weights may stay in the machine's memory, at the price of speed.
         hardware_compatible: the plan runs on every GPU from Ampere on, somewhat slower.
         version_compatible: the plan runs on later versions of TensorRT, somewhat slower.
-        strip_plan: the plan holds no weights; they are read from the ONNX beside it when it is loaded.
+        strip_plan: the plan holds no weights; they are read from the ONNX file in its folder when it is loaded.
         optimization_level: 0 to 5, how long to search; TensorRT's own default if None.
         gpu: GPUs to compile for, as ``sm89,rtx5090``; see `qdeploy.engines.tensorrt.gpu_targets`.
         time_limit: minutes after which the builder is stopped; no limit if None.

@@ -1,4 +1,4 @@
-"""The timing cache: what a build has measured of kernels, kept for the next one.
+"""The timing cache: kernel timings of a build, kept for the next one.
 
 Its content holds for one GPU model and one version of TensorRT, so both are part of the file's name. Several
 builds may share it: it is locked, and what others added meanwhile is merged, not overwritten.

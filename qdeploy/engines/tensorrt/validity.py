@@ -36,17 +36,17 @@ def check_validity(trt: Any, runtime: Any, content: bytes, file: Path) -> None:
         CapabilityError: it cannot run on this machine.
     """
     validity, diagnostics = runtime.get_engine_validity(content)
-    told = reasons(trt, int(diagnostics))
+    named = reasons(trt, int(diagnostics))
     if validity == trt.EngineValidity.VALID:
         return
     if validity == trt.EngineValidity.SUBOPTIMAL:
         say(
-            f"warning: {file} runs, but slower than it could: {'; '.join(told) or 'the library gives no reason'}"
+            f"warning: {file} runs, but slower than it could: {'; '.join(named) or 'the library gives no reason'}"
         )
         return
     damaged = int(diagnostics) & int(trt.EngineInvalidityDiagnostics.MALFORMED_ENGINE)
     sentence = (
-        f"{file} {told[0] if told else 'cannot be loaded, and the library gives no reason: build it again'}"
+        f"{file} {named[0] if named else 'cannot be loaded, and the library gives no reason: build it again'}"
     )
     raise InvalidInputError(sentence) if damaged else CapabilityError(sentence)
 

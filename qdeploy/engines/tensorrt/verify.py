@@ -1,4 +1,4 @@
-"""A graph as it stands, handed to the real builder: what `qdeploy lint --verify` reports beside the rules."""
+"""A graph as it stands, built by the real builder: what `qdeploy lint --verify` reports in addition to the rules."""
 
 from __future__ import annotations
 
@@ -47,20 +47,20 @@ class BuildVerdict:
         where = f"{self.engine} for {', '.join(f'sm{sm}' for sm in self.targets)}"
         if not self.built:
             return [f"RUN {where}: refused: {self.reason}"]
-        told = self.report
+        found = self.report
         said = [
-            f"RUN {where}: built, {self.kernels} kernels; {told['as_planned']} of {told['planned']} quantized "
+            f"RUN {where}: built, {self.kernels} kernels; {found['as_planned']} of {found['planned']} quantized "
             "products run in their type"
         ]
         wrong = {
-            **told["in_float"],
-            **told["in_other"],
-            **dict.fromkeys(told["not_found"], "not found in the plan"),
+            **found["in_float"],
+            **found["in_other"],
+            **dict.fromkeys(found["not_found"], "not found in the plan"),
         }
         said += [f"RUN {name}: {what}" for name, what in list(wrong.items())[:5]]
         if len(wrong) > 5:
             said.append(f"RUN and {len(wrong) - 5} more")
-        if wide := told["float32_results"]:
+        if wide := found["float32_results"]:
             said.append(f"RUN {len(wide)} low-bit products write float32, first {next(iter(wide))}")
         return said
 
@@ -109,8 +109,8 @@ def verify(
     found = products(path)
     planned = {product.name: product.kind for product in found if product.kind}
     per_channel = {product.name for product in found if product.per_channel}
-    told = report(layers, planned) | {"float32_results": wide_results(layers, planned, per_channel)}
-    return BuildVerdict(engine, targets, True, "", told, len(layers), tuple(product_types(layers)))
+    made = report(layers, planned) | {"float32_results": wide_results(layers, planned, per_channel)}
+    return BuildVerdict(engine, targets, True, "", made, len(layers), tuple(product_types(layers)))
 
 
 def product_types(layers: list[dict[str, Any]]) -> list[str]:

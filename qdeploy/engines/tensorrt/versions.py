@@ -51,7 +51,7 @@ def numbers(version: str) -> tuple[int, ...]:
 
 
 def creation_flags(trt: Any) -> int:
-    """Flags for ``create_network``: strongly typed, which 11 always is and 10 has to be told."""
+    """Flags for ``create_network``: strongly typed networks, which are the default of 11 and an option of 10."""
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if strongly_typed is None else 1 << int(strongly_typed)
 

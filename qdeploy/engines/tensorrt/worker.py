@@ -67,17 +67,17 @@ class BuildRequest:
         }
 
     @staticmethod
-    def from_json(told: dict[str, Any]) -> BuildRequest:
+    def from_json(content: dict[str, Any]) -> BuildRequest:
         """From the file."""
-        options, gpu = told["options"], told["gpu"]
+        options, gpu = content["options"], content["gpu"]
         cache = options.pop("timing_cache")
         return BuildRequest(
-            told["backend"],
-            Path(told["source"]),
-            Path(told["graph"]),
-            told["profiles"],
+            content["backend"],
+            Path(content["source"]),
+            Path(content["graph"]),
+            content["profiles"],
             Options(**options, timing_cache=None if cache is None else Path(cache)),
-            tuple(told["targets"]),
+            tuple(content["targets"]),
             None if gpu is None else Gpu(**{**gpu, "capability": tuple(gpu["capability"])}),
         )
 
@@ -149,7 +149,7 @@ def _wait_for_parent(waiting: threading.Event) -> None:
 if __name__ == "__main__":
     end_with_parent()
     file = Path(sys.argv[1])
-    told = json.loads(file.read_text())
-    verbosity.level = told.pop("verbosity")
-    answer = serve(BuildRequest.from_json(told), file.parent) | {"peak_bytes": peak_bytes()}
+    content = json.loads(file.read_text())
+    verbosity.level = content.pop("verbosity")
+    answer = serve(BuildRequest.from_json(content), file.parent) | {"peak_bytes": peak_bytes()}
     (file.parent / ANSWER).write_text(json.dumps(answer))

@@ -233,7 +233,7 @@ def _own_target(source: Path) -> str:
 
 @contextmanager
 def _explained(net: Network) -> Iterator[None]:
-    """Rules may rely on what the standard says of operators: where one could not, the graph is to blame."""
+    """Rules rely on the ONNX standard: where one fails on a graph, the graph is invalid."""
     import onnx
 
     try:

@@ -1,4 +1,4 @@
-"""What each TensorRT makes of a rule: one engine's error is another's normal case.
+"""The severity of a rule for each TensorRT, which differ in what they accept.
 
 The severity that stands with a rule is that of TensorRT 11. TensorRT for RTX shares the ONNX parser, but its
 compiler, Myelin, fuses more and refuses other things. Its verdicts were run: the smallest graph that breaks each rule

@@ -14,14 +14,14 @@ from qdeploy.system.errors import InvalidInputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Training frameworks whose notes lie beside the weights. They are read as objects without code, and left.
+# Training frameworks that store objects of their own with the weights. They are read without their code, and ignored.
 _NOTES = ("pytorch_lightning.", "lightning.", "omegaconf.")
 
 
 def read_checkpoint(file: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, mapped into memory where the format allows it.
 
-    Pickles are read with ``weights_only=True``. Objects of a training framework that stand beside the
+    Pickles are read with ``weights_only=True``. Objects of a training framework that are stored with the
     weights, as in the files of CompVis, are read as empty objects.
 
     Args:

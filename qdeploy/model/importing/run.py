@@ -32,7 +32,7 @@ def import_model(
             checkpoint of latent diffusion by CompVis. With ``loras`` also whatever `open_model` opens.
         output: folder to write.
         yaml: the configuration of a latent diffusion checkpoint; by default ``config.yaml``, or the name of the file
-            with ``.yaml``, beside it.
+            with ``.yaml``, in the same folder.
         config: for whole pipelines a diffusers folder of the same kind, for configurations and tokenizers; by default
             diffusers fetches them from the Hub.
         loras: files of LoRA to fuse, each with ``:SCALE`` after it where that is not 1; in this order.

@@ -1,4 +1,4 @@
-"""What each server expects in a folder: files of text with the engine beside them."""
+"""The files that each model server expects next to the engine."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def _instances(subject: PackagedEngine) -> str:
 
 def _kserve(subject: PackagedEngine) -> dict[str, str]:
     return {
-        "serve.py": f'"""KServe\'s Python server with the pipeline beside this file."""\n\n'
+        "serve.py": f'"""KServe\'s Python server with the pipeline in the folder of this file."""\n\n'
         "from pathlib import Path\n\n"
         "from qdeploy.workflows.packaging.kserve_model import serve\n\n"
         f'serve(Path(__file__).parent / "engine", "{subject.name}")\n',

@@ -21,7 +21,7 @@ class TritonPythonModel:
     """What Triton calls; its documentation gives the names."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Open the engine that lies beside ``model.py``.
+        """Open the engine in the folder of ``model.py``.
 
         Raises:
             CapabilityError: Triton and NumPy do not fit together.
@@ -72,8 +72,8 @@ class TritonPythonModel:
         return self._server.InferenceResponse(output_tensors=[tensor])
 
     def _error(self, error: QDeployError) -> Any:
-        told = self._server.TritonError(str(error), self._server.TritonError.INVALID_ARG)
-        return self._server.InferenceResponse(error=told)
+        refusal = self._server.TritonError(str(error), self._server.TritonError.INVALID_ARG)
+        return self._server.InferenceResponse(error=refusal)
 
 
 def check_arrays(server: Any) -> None:

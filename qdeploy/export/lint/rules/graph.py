@@ -54,7 +54,7 @@ def unknown_operator(net: Network, scope: Scope) -> Hits:
 @rule(
     "TRT036",
     E,
-    "more than 2 GB lie in files beside the graph, which are whole",
+    "more than 2 GB are in external data files, and these are complete",
     "protobuf ends at 2 GB; a wrong size fails in the parser",
     "ISS",
 )
@@ -87,7 +87,7 @@ def weights_elsewhere(net: Network, scope: Scope) -> Hits:
         if is_elsewhere(net.path, location):
             yield Hit(
                 "initializers",
-                f"weights lie in {location[:200]!r}: save your own with its weights beside, use no other",
+                f"weights lie in {location[:200]!r}: save your own with its weights in the same folder, use no other",
             )
 
 

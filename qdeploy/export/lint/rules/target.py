@@ -1,4 +1,4 @@
-"""The GPU, the shapes, and what they make of the graph."""
+"""Findings that depend on the GPU and on the shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Types and versions: what a strongly typed network has to say by itself."""
+"""Types and versions: what has to be explicit in a strongly typed network."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def operand_types(net: Network, scope: Scope) -> Hits:
     "TRT034",
     W,
     "a quantized layer reads the graph's input, and writes its output, in the declared type",
-    "a Cast beside them is one more pass over the tensor",
+    "a Cast next to them is one more pass over the tensor",
     "INF",
 )
 def io_types(net: Network, scope: Scope) -> Hits:
