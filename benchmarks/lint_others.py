@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 
 from benchmarks.spelled_out_norms import SpelledOutNorms
 from qdeploy.calibration_set.collect import collect
-from qdeploy.export.lint.run import LintReport, lint
+from qdeploy.export.lint.report import LintReport
+from qdeploy.export.lint.run import lint
 from qdeploy.export.lower import adapt
 from qdeploy.export.run import export
 from qdeploy.store.artifact import Artifact

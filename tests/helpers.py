@@ -27,14 +27,8 @@ from qdeploy.recipe.formats import Format
 from qdeploy.recipe.resolve import resolve_recipe
 from qdeploy.store.artifact import Artifact, Bundle, CalibrationFolder, Checkpoint, EngineFolder
 from qdeploy.store.builder import Draft
-from qdeploy.store.facts import (
-    BundleFacts,
-    CalibrationSetFacts,
-    CheckpointFacts,
-    EngineFacts,
-    Facts,
-    InputFacts,
-)
+from qdeploy.store.data_facts import CalibrationSetFacts, InputFacts
+from qdeploy.store.facts import BundleFacts, CheckpointFacts, EngineFacts, Facts
 from qdeploy.store.manifest import IDENTITY, MANIFEST
 from qdeploy.system import machine
 from qdeploy.system.hashing import sha256_file, sha256_of

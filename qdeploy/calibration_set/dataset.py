@@ -20,7 +20,8 @@ from qdeploy.calibration_set.shards import Shard, open_shards
 from qdeploy.model.call import CallForm, signature_of, time_parameter
 from qdeploy.model.inputs import attach_form, denoise, sample_name
 from qdeploy.store.artifact import CalibrationFolder, open_artifact
-from qdeploy.store.facts import CalibrationSetFacts, RangeFacts
+from qdeploy.store.data_facts import CalibrationSetFacts
+from qdeploy.store.facts import RangeFacts
 from qdeploy.system.errors import InvalidInputError
 
 if TYPE_CHECKING:

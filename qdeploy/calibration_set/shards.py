@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qdeploy.store.facts import CalibrationSetFacts, InputFacts
+from qdeploy.store.data_facts import CalibrationSetFacts, InputFacts
 from qdeploy.system.errors import InvalidInputError
 
 TIMESTEP_DTYPES = (torch.int64, torch.int32, torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from safetensors.torch import load_file
@@ -18,9 +17,9 @@ from qdeploy.calibrate.open_session import calibration_for, check_device, open_s
 from qdeploy.calibrate.session import Session
 from qdeploy.calibration_set.dataset import CalibrationSet
 from qdeploy.mixed.estimate import first_order
+from qdeploy.mixed.harm_report import harms_of, report_of
 from qdeploy.mixed.measure import Exact
-from qdeploy.mixed.options import ACTIVATIONS, WEIGHTS, LayerOptions, quantized_to
-from qdeploy.mixed.ranking import LayerHarm, agreement, harm_db, ranked, score
+from qdeploy.mixed.options import LayerOptions, quantized_to
 from qdeploy.mixed.request import Work, work_of
 from qdeploy.mixed.rows import TimestepRows, choose_rows
 from qdeploy.model.in_memory import ModelSource
@@ -31,7 +30,7 @@ from qdeploy.recipe.formats import NONE, parse_format
 from qdeploy.recipe.recipe import Recipe
 from qdeploy.store.artifact import Artifact, Sensitivity
 from qdeploy.store.builder import Draft
-from qdeploy.store.facts import AgreementFacts, SensitivityFacts
+from qdeploy.store.data_facts import AgreementFacts, SensitivityFacts
 from qdeploy.store.layers import read_layers
 from qdeploy.store.manifest import Notes
 from qdeploy.store.measured import SensitivityMeasured
@@ -212,8 +211,8 @@ def _measure(session: Session, work: Work, rows: TimestepRows, probes: int, chea
             for number, subject in enumerate(track(subjects, "one layer alone"))
         ]
         took["exact"] = round(time.perf_counter() - began, 3)
-    layers = _harms(session, subjects, estimates, measured)
-    report = _report(work, rows, probes, layers, measured is not None)
+    layers = harms_of(session, subjects, estimates, measured)
+    report = report_of(work, rows, probes, layers, measured is not None)
     session.draft.json(SENSITIVITY, report)
     tensors = {"timesteps": rows.timesteps}
     for subject, noise in zip(subjects, measured or estimates, strict=True):
@@ -285,57 +284,3 @@ def _subjects(session: Session, work: Work) -> list[LayerOptions]:
         made = {each.name: quantized_to(modules[layer.path], each, finder) for each in formats if each}
         found.append(LayerOptions(layer.path, modules[layer.path], made))
     return found
-
-
-def _harms(
-    session: Session, subjects: list[LayerOptions], cheap: list[Tensor], exact: list[Tensor] | None
-) -> list[LayerHarm]:
-    layers = {layer.path: layer for layer in session.layers}
-    found = []
-    for number, subject in enumerate(subjects):
-        layer = layers[subject.path]
-        count = sum(part.numel() for part in subject.layer.weight_parts())
-        harm = LayerHarm(
-            layer.path, layer.unit, layer.reads, layer.macs, count, _by_format(subject, cheap[number])
-        )
-        found.append(replace(harm, exact=_by_format(subject, exact[number])) if exact else harm)
-    return found
-
-
-def _by_format(subject: LayerOptions, noise: Tensor) -> dict[str, dict[str, float]]:
-    harm: dict[str, dict[str, float]] = {WEIGHTS: {}, ACTIVATIONS: {}}
-    for option, row in zip(subject.options(), noise, strict=True):
-        harm[option.part][option.format] = float(row.mean())
-    return harm
-
-
-def _in_short(layer: LayerHarm, formats: dict[str, str]) -> dict[str, Any]:
-    """What a list of layers shows: the harm in the formats of the ranking, in dB; more is worse."""
-    stored = parse_format(formats["weights"])
-    harm = score(layer.best, **formats)
-    bits = None if stored is None else stored.bits
-    return {"name": layer.path, "bits": bits, "harm_db": round(-harm_db(harm), 2)}
-
-
-def _report(
-    work: Work, rows: TimestepRows, probes: int, layers: list[LayerHarm], exact: bool
-) -> dict[str, Any]:
-    formats = {"weights": work.recipe.weights, "activations": work.recipe.activations}
-    rankings = {"cheap": ranked(layers, **formats, exact=False)}
-    if exact:
-        rankings["exact"] = ranked(layers, **formats, exact=True)
-    order = rankings.get("exact", rankings["cheap"])
-    by_path = {layer.path: layer.to_json() | _in_short(layer, formats) for layer in layers}
-    return {
-        "harm_is": "power of the prediction's error by that of the prediction, one layer quantized alone, mean "
-        "over timesteps",
-        "ranked_by": formats,
-        "formats": list(work.formats),
-        "rows": len(rows.numbers),
-        "timesteps": rows.timesteps.tolist(),
-        "probes": probes,
-        "ranking": order,
-        "rankings": rankings,
-        "layers": [by_path[path] for path in order],
-        **({"agreement": agreement(rankings["exact"], rankings["cheap"])} if exact else {}),
-    }

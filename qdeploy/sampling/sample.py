@@ -35,7 +35,7 @@ from qdeploy.store.artifact import (
 )
 from qdeploy.store.bounded_json import read_json_object
 from qdeploy.store.builder import Draft
-from qdeploy.store.facts import SamplesFacts
+from qdeploy.store.data_facts import SamplesFacts
 from qdeploy.store.hub import is_on_hub, local_artifact
 from qdeploy.store.manifest import Notes
 from qdeploy.store.paths import default_output

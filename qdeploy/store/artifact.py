@@ -13,14 +13,8 @@ from html import escape
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
-from qdeploy.store.facts import (
-    BundleFacts,
-    CalibrationSetFacts,
-    CheckpointFacts,
-    EngineFacts,
-    SamplesFacts,
-    SensitivityFacts,
-)
+from qdeploy.store.data_facts import CalibrationSetFacts, SamplesFacts, SensitivityFacts
+from qdeploy.store.facts import BundleFacts, CheckpointFacts, EngineFacts
 from qdeploy.store.folder import CORRECTION as CORRECTION
 from qdeploy.store.folder import INDEX as INDEX
 from qdeploy.store.folder import RANGES as RANGES

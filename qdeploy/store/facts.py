@@ -1,4 +1,4 @@
-"""Facts about the content of artifacts: one typed class per kind.
+"""Facts about the content of artifacts: one typed class per kind. Here those of denoisers.
 
 Facts are part of an artifact's identity. They are read strictly: a fact that is missing, unknown or of another
 type or range than stated here is refused with its place. A fact that is None by default is left out of the
@@ -13,21 +13,17 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct, field
 
-Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", max_length=64)]
-Word = Annotated[str, Meta(min_length=1, max_length=200)]
-Identifier = Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$(?!\n)", max_length=100)]
-Component = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]*$(?!\n)", max_length=64)]
-Count = Annotated[int, Meta(ge=0, le=2**48)]
-Positive = Annotated[int, Meta(ge=1, le=2**48)]
-Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-LARGEST_TIMESTEP = 1e9
-Timestep = (
-    Annotated[int, Meta(ge=-(10**9), le=10**9)]
-    | Annotated[float, Meta(ge=-LARGEST_TIMESTEP, le=LARGEST_TIMESTEP)]
+from qdeploy.store.field_types import (
+    Component,
+    Count,
+    Identifier,
+    Number,
+    Positive,
+    Sha256,
+    Size,
+    Timestep,
+    Word,
 )
-Number = Annotated[int, Meta(ge=-(2**63) + 1, le=2**63 - 1)] | float
-Size = Annotated[list[Positive], Meta(min_length=2, max_length=2)]
-Formats = Annotated[list[Word], Meta(max_length=64)]
 
 
 class Facts(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
@@ -37,15 +33,6 @@ class Facts(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True,
         """The facts as they stand in the manifest."""
         found: dict[str, Any] = msgspec.to_builtins(self)
         return found
-
-
-class InputFacts(Facts, frozen=True, kw_only=True):
-    """An input of a denoiser: its shape without the batch dimension, unless it is ``shared`` by all rows."""
-
-    name: Word
-    dtype: Identifier
-    shape: Annotated[list[Count], Meta(max_length=16)]
-    shared: bool
 
 
 class CallFacts(Facts, frozen=True, kw_only=True):
@@ -81,42 +68,6 @@ class RangeFacts(Facts, frozen=True, kw_only=True):
     high: Timestep
     slope: Number | None
     offset: Number | None
-
-
-class CalibrationSetFacts(Facts, frozen=True, kw_only=True):
-    """Facts about a calibration set.
-
-    Attributes:
-        sample: name of the input that holds the noisy sample.
-        inputs: all inputs.
-        rows: how many denoiser inputs there are.
-        images: from how many images.
-        steps: denoiser calls that were kept of each trajectory.
-        timesteps: at which the network was called, ascending.
-        pairs: whether it is known which rows are conditional under guidance: ``known``, ``undecided``; None without.
-        scheduler: class of the scheduler; None if an import does not say.
-        inference_steps: of the trajectory.
-        guidance: scale of classifier-free guidance.
-        layout: of the file that was imported.
-        call: how the denoiser is called, if that does not follow from its inputs.
-        sampled: how the set was sampled.
-        range: of the timesteps, where they are not the scheduler's whole numbers.
-    """
-
-    sample: Word
-    inputs: Annotated[list[InputFacts], Meta(min_length=1, max_length=256)]
-    rows: Positive
-    images: Positive
-    steps: Positive
-    timesteps: list[Timestep]
-    pairs: Literal["known", "undecided"] | None
-    scheduler: Identifier | None
-    inference_steps: Positive
-    guidance: Number | None
-    layout: Word | None = None
-    call: CallFacts | None = None
-    sampled: SampledFacts | None = None
-    range: RangeFacts | None = None
 
 
 class TimestepFacts(Facts, frozen=True, kw_only=True):
@@ -321,71 +272,3 @@ class EngineFacts(DenoiserFacts, frozen=True, kw_only=True):
     options: dict[str, Any] | None = None
     pipeline: PipelineFacts | None = None
     device: Word | None = None
-
-
-class SamplesFacts(Facts, frozen=True, kw_only=True):
-    """How images were made; the hash of what made them stands under its kind.
-
-    Attributes:
-        count: of images.
-        steps: of the sampling.
-        scheduler: class of the scheduler.
-        prompts: in turns.
-        guidance: scale of classifier-free guidance; None for the pipeline's own.
-        eta: share of fresh noise.
-        height: of the images in pixels, if it was chosen.
-        width: as height.
-        shape: of one: channels, height and width of an image; with frames before them of a video.
-        negative_prompts: in turns.
-        correction: how mean errors were taken out.
-        model: hash of the model that made them.
-        checkpoint: hash of the checkpoint that did.
-        engine: hash of the engine that did.
-        media: what they are, if no images: ``frames``, ``audio`` or ``embeddings``.
-        arguments: further ones of the pipeline.
-        timesteps: those that were chosen, as text.
-        npz: whether the images are there as one array too.
-    """
-
-    count: Positive
-    steps: Positive
-    scheduler: Identifier
-    prompts: list[str] | None
-    guidance: Number | None
-    eta: Number | None
-    height: Positive | None
-    width: Positive | None
-    shape: Annotated[list[Positive], Meta(min_length=1, max_length=8)]
-    negative_prompts: list[str] | None = None
-    correction: Word | None = None
-    model: Sha256 | None = None
-    checkpoint: Sha256 | None = None
-    engine: Sha256 | None = None
-    media: Word | None = None
-    arguments: dict[str, Any] | None = None
-    timesteps: Annotated[str, Meta(max_length=2**16)] | None = None
-    npz: bool | None = None
-
-
-class AgreementFacts(Facts, frozen=True, kw_only=True):
-    """How far the cheap ranking of layers agrees with the exact one."""
-
-    top: Count
-    shared: Count
-    layers: list[str]
-    spearman: Number
-
-
-class SensitivityFacts(Facts, frozen=True, kw_only=True):
-    """What was judged: layers, formats, and whether exactly (one layer alone) or to first order.
-
-    ``agreement`` says how far the two rankings agree where both were made.
-    """
-
-    component: Component
-    class_name: Identifier = field(name="class")
-    model_sha256: Sha256
-    layers: Count
-    formats: Formats
-    exact: bool
-    agreement: AgreementFacts | None = None

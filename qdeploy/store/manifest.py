@@ -22,7 +22,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from qdeploy.store.bounded_json import read_json_object
-from qdeploy.store.facts import Identifier, Seed, Sha256, Word
+from qdeploy.store.field_types import Identifier, Seed, Sha256, Word
 from qdeploy.store.names import contained, entries, name_problem
 from qdeploy.store.tensors import header_problem
 from qdeploy.system.errors import InvalidInputError

@@ -12,7 +12,8 @@ import pytest
 from qdeploy.export.graph.network import Network
 from qdeploy.export.lint.forecast import forecast
 from qdeploy.export.lint.options import profile_of
-from qdeploy.export.lint.run import Finding, lint
+from qdeploy.export.lint.report import Finding
+from qdeploy.export.lint.run import lint
 from qdeploy.system.errors import InvalidInputError, UsageError
 from qdeploy.system.machine import cpu_features
 from tests.export.lint.fixtures import (

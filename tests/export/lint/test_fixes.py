@@ -9,7 +9,8 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from qdeploy.export.lint.run import LintReport, lint
+from qdeploy.export.lint.report import LintReport
+from qdeploy.export.lint.run import lint
 from qdeploy.system.errors import InvalidInputError
 from tests.export.lint.fixtures import CASES, CONV, HALF, WEIGHT, copied, good, graph, qdq, run
 

@@ -9,8 +9,9 @@ import onnx
 import pytest
 
 from qdeploy.export.lint.fixes import fixes
+from qdeploy.export.lint.report import LintReport
 from qdeploy.export.lint.rule import rules
-from qdeploy.export.lint.run import LintReport, lint
+from qdeploy.export.lint.run import lint
 from tests.export.lint.fixtures import CASES, Case, run
 
 
