@@ -63,15 +63,20 @@ def observing(
         yield
 
 
+def _positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call; the input of a layer, which AnimateDiff passes by name, comes first."""
+    return ((kwargs["input"],), {}) if not args and kwargs.keys() == {"input"} else (args, kwargs)
+
+
 def _pre_hook(name: str, before: Callable[[ModuleCall], None]) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        before(ModuleCall(name, module, args, kwargs))
+        before(ModuleCall(name, module, *_positional(args, kwargs)))
 
     return hook
 
 
 def _hook(name: str, after: Callable[[ModuleCall], Any]) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        return after(ModuleCall(name, module, args, kwargs, output))
+        return after(ModuleCall(name, module, *_positional(args, kwargs), output))
 
     return hook

@@ -201,16 +201,16 @@ class QuantizedLayer(WrappedLayer):
             x = x.index_select(self.feature_axis, self.order)
         return list(x.split(self.split, dim=self.feature_axis)) if self.split else [x]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # as torch's layers call it
         if not self.quantized:
-            plain: Tensor = self.inner(x)
+            plain: Tensor = self.inner(input)
             return plain
         if self.table is not None:
             looked_up: Tensor = self.table()
             return looked_up
         quantizers, weights = self.activation_quantizers, self.quantized_weights()
         shifted_bias = self.shifted_bias(weights)
-        parts = zip(self.input_parts(x), weights, strict=True)
+        parts = zip(self.input_parts(input), weights, strict=True)
         if not any(quantizer.hoisted for quantizer in quantizers):
             outputs = []
             for number, (part, weight) in enumerate(parts):
@@ -225,7 +225,9 @@ class QuantizedLayer(WrappedLayer):
                     product, bias = product + per_feature(bias, product, self.feature_axis), None
                 outputs.append(product)
         if self.branch_down is not None and self.branch_up is not None:
-            outputs.append(low_rank(self.smoothed(x), self.branch_down, self.branch_up, self.feature_axis))
+            outputs.append(
+                low_rank(self.smoothed(input), self.branch_down, self.branch_up, self.feature_axis)
+            )
         return functools.reduce(torch.add, outputs)
 
     def shifted_bias(self, weights: Sequence[Tensor]) -> Tensor | None:

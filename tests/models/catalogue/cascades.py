@@ -49,8 +49,12 @@ def kandinsky(**changes: Any) -> dict[str, Any]:
 _EMBEDDED: dict[str, Any] = {"image_embeds": (TEXT_WIDTH,), "negative_image_embeds": (TEXT_WIDTH,)}
 
 
-def _kandinsky(name: str, inputs: dict[str, Any], sized: bool = True, **changes: Any) -> None:
-    @tiny(name, None, {**_EMBEDDED, **inputs}, **({"height": 64, "width": 64} if sized else {}), guidance=3.0)
+def _kandinsky(
+    name: str, inputs: dict[str, Any], arguments: dict[str, Any] | None = None, **changes: Any
+) -> None:
+    options = {} if arguments is None else {"arguments": arguments}
+
+    @tiny(name, None, {**_EMBEDDED, **inputs}, height=64, width=64, guidance=3.0, **options)
     def make() -> Any:
         import diffusers
 
@@ -58,10 +62,10 @@ def _kandinsky(name: str, inputs: dict[str, Any], sized: bool = True, **changes:
 
 
 _kandinsky("KandinskyV22Pipeline", {})
-_kandinsky("KandinskyV22Img2ImgPipeline", {"image": 64})
+_kandinsky("KandinskyV22Img2ImgPipeline", {"image": 64}, arguments={"strength": 1.0})
 _kandinsky("KandinskyV22InpaintPipeline", {"image": 64, "mask_image": 64}, in_channels=9)
 _kandinsky(
-    "KandinskyV22ControlnetPipeline", {"hint": (3, 64, 64)}, in_channels=8, addition_embed_type="image_hint"
+    "KandinskyV22ControlnetPipeline", {"hint": (3, 256, 256)}, in_channels=8, addition_embed_type="image_hint"
 )
 
 

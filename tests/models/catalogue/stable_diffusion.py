@@ -118,8 +118,12 @@ def with_adapter() -> Any:
     adapter = diffusers.T2IAdapter(
         in_channels=3, channels=(8, 16), num_res_blocks=1, downscale_factor=2, adapter_type="full_adapter"
     )
-    vae = make_vae(8, (8, 8))
-    return diffusers.StableDiffusionAdapterPipeline(**parts(adapter=adapter, vae=vae))
+    network = condition_unet(
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    given = parts(adapter=adapter, vae=make_vae(8, (8, 8)), unet=network)
+    return diffusers.StableDiffusionAdapterPipeline(**given)
 
 
 @tiny("StableDiffusionInstructPix2PixPipeline", inputs={"image": 8}, **GUIDED)
@@ -148,7 +152,10 @@ def variation() -> Any:
     return diffusers.StableDiffusionImageVariationPipeline(**given)
 
 
-@tiny("StableDiffusionGLIGENPipeline", **GUIDED)
+BOXES = {"gligen_phrases": ["a cat"], "gligen_boxes": [[0.1, 0.1, 0.6, 0.6]]}
+
+
+@tiny("StableDiffusionGLIGENPipeline", arguments=BOXES, **GUIDED)
 def gligen() -> Any:
     import diffusers
 
@@ -252,7 +259,7 @@ def from_image_to_video() -> Any:
     return diffusers.StableVideoDiffusionPipeline(
         unet=network,
         vae=vae,
-        image_encoder=make_image_encoder(),
+        image_encoder=make_image_encoder(image_size=224, patch_size=112),
         feature_extractor=make_image_processor(),
         scheduler=diffusers.EulerDiscreteScheduler(
             prediction_type="v_prediction",
