@@ -33,7 +33,7 @@ class MigrateOutliers(Stage):
     Attributes:
         alpha: how much of the difficulty migrates from activations to weights, 0 to 1.
         search: how many alphas from 0 to 1 are tried instead, for each group of layers that read one tensor, by the
-            estimated rounding noise of their outputs; 0 takes ``alpha`` for all.
+            estimated rounding noise of their outputs; None takes ``alpha`` for all.
         layers: ``linear``, or ``all`` for convolutions too.
     """
 
@@ -44,7 +44,7 @@ class MigrateOutliers(Stage):
 
     alpha: float = 0.5
     layers: str = "linear"
-    search: int = 0
+    search: int | None = None
 
     def __post_init__(self) -> None:
         """Check the options.
@@ -57,10 +57,8 @@ class MigrateOutliers(Stage):
             raise UsageError(f"the alpha of migrate-outliers must be from 0 to 1, not {self.alpha}")
         if self.layers not in LAYERS:
             raise UsageError(f"migrate-outliers smooths {' or '.join(LAYERS)}, not {self.layers!r}")
-        if self.search < 0 or self.search == 1:
-            raise UsageError(
-                f"the search of migrate-outliers tries 2 alphas or more, or 0, not {self.search}"
-            )
+        if self.search is not None and self.search < 2:
+            raise UsageError(f"the search of migrate-outliers tries 2 alphas or more, not {self.search}")
 
     def run(self, session: Session) -> None:
         """Set the smoothing of layers."""
