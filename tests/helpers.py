@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdeploy.calibrate.reconstruct import RecordedRows, UnitProblem
+from qdeploy.calibrate.reconstruct import UnitProblem
+from qdeploy.calibrate.record_units import RecordedRows
 from qdeploy.calibrate.session import Session
 from qdeploy.model.inputs import denoise
 from qdeploy.network.roles import find_structure

@@ -56,22 +56,40 @@ def quadratic_error(weight: Tensor, values: Tensor, hessian: Tensor) -> Tensor:
     return ((error @ hessian.double()) * error).sum(1)
 
 
-def round_rows(weight: Tensor, grid: Grid, hessian: Tensor, damping: float) -> Tensor:
-    """Values on the grid whose quadratic error is, row by row, at most that of rounding to nearest.
+def round_rows(
+    weight: Tensor, grid: Grid, hessian: Tensor, damping: float, aim: Tensor | None = None
+) -> Tensor:
+    """Values on the grid whose quadratic error is, row by row, at most that of the weight rounded to nearest.
 
     Args:
         weight: [O, K] float.
         grid: for it.
         hessian: [K, K] second moments of the inputs.
         damping: share of the mean of the diagonal that is added to it for `gptq` (section 3.3, step 3).
+        aim: [O, K] what the values are to come close to; the weight itself by default.
 
     Returns:
         [O, K] values on the grid.
     """
-    nearest = grid.values(weight)
-    found = gptq(weight, grid, hessian, damping)
-    better = quadratic_error(weight, found, hessian) < quadratic_error(weight, nearest, hessian)
+    nearest, aim = grid.values(weight), weight if aim is None else aim
+    found = gptq(aim, grid, hessian, damping)
+    better = quadratic_error(aim, found, hessian) < quadratic_error(aim, nearest, hessian)
     return torch.where(better[:, None], found, nearest)
+
+
+def made_up_for(weight: Tensor, hessian: Tensor, cross: Tensor, damping: float) -> Tensor:
+    """The weight that computes from inputs x most nearly what ``weight`` computes from others, x'.
+
+    Least mean of ``|W* x - W x'|^2``: ``W* = W + W E[(x' - x) x^T] H^-1``, H damped as in `gptq`.
+
+    Args:
+        weight: [O, K] W.
+        hessian: [K, K] second moments H of x.
+        cross: [K, K] mean of ``(x' - x) x^T``.
+        damping: share of the mean of the diagonal that is added to H.
+    """
+    lower = _damped_factor(hessian, damping)
+    return weight + torch.cholesky_solve((weight @ cross).T, lower).T
 
 
 def gptq(weight: Tensor, grid: Grid, hessian: Tensor, damping: float) -> Tensor:
@@ -94,14 +112,27 @@ def gptq(weight: Tensor, grid: Grid, hessian: Tensor, damping: float) -> Tensor:
     return found
 
 
-def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor of the damped inverse (section 3.3, step 3); more damping where that fails."""
+def _damped(hessian: Tensor, damping: float) -> Tensor:
     diagonal = hessian.diagonal()
     mean = float(diagonal.mean()) or 1.0
+    return hessian + torch.diag(torch.where(diagonal > 0, damping * mean, mean).to(hessian.dtype))
+
+
+def _damped_factor(hessian: Tensor, damping: float) -> Tensor:
+    """The lower Cholesky factor of a damped Hessian; more damping where that fails."""
+    lower: Tensor
+    while True:
+        lower, failed = torch.linalg.cholesky_ex(_damped(hessian, damping))
+        if not failed:
+            return lower
+        damping = max(10 * damping, 1e-6)
+
+
+def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """The upper Cholesky factor of the damped inverse (section 3.3, step 3); more damping where that fails."""
     upper: Tensor
     while True:
-        damped = hessian + torch.diag(torch.where(diagonal > 0, damping * mean, mean).to(hessian.dtype))
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        lower, failed = torch.linalg.cholesky_ex(_damped(hessian, damping))
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed:

@@ -51,6 +51,29 @@ def rounding_noise(
     return total
 
 
+def relative_noise(
+    modules: Sequence[QuantizedLayer], low: Tensor, high: Tensor, square: Tensor, factors: Tensor
+) -> float:
+    """`rounding_noise` of each output channel as a share of its signal, summed over the channels.
+
+    Where a normalisation follows, a channel's noise counts as much as any other's, however small the channel is.
+    Input channels are taken for independent of each other.
+    """
+    weights, activations = modules[0].formats
+    steps = torch.zeros_like(low) if activations is None else _steps(low, high, factors, None, activations)
+    total = 0.0
+    for module in modules:
+        weight = module.weight.detach().float().cpu().reshape(module.channels, len(factors), -1)
+        gains = weight.double().square().sum(2)  # [O, C]
+        noise = gains @ steps.double().square() / 12
+        if weights is not None:
+            error = _weight_error(weight, weights, factors, None).double().square().sum(2)
+            noise = noise + error @ square.double()
+        signal = gains @ square.double()
+        total += float((noise / signal.clamp(min=torch.finfo(torch.float64).tiny)).sum())
+    return total
+
+
 def _steps(low: Tensor, high: Tensor, factors: Tensor, labels: Tensor | None, activations: Format) -> Tensor:
     """[C] steps of the input channels; a zero point is that of the tensor, or of the group where groups are split."""
     if activations.symmetric:

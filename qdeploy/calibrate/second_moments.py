@@ -59,32 +59,53 @@ class Moments:
 
     Args:
         layer: whose; says the sizes and the device.
+        compared: whether each vector comes with the one that should be in its place.
 
     Attributes:
         count: vectors that were seen.
         square: [groups, K, K] sum of ``x x^T``.
         total: [groups, K] sum of x.
+        gap_square: [groups, K, K] sum of ``(x' - x) x^T``, x' what should be in the place of x; None without these.
+        gap_total: [groups, K] sum of ``x' - x``, likewise.
     """
 
-    def __init__(self, layer: QuantizedLayer) -> None:
+    def __init__(self, layer: QuantizedLayer, compared: bool = False) -> None:
         groups, columns = columns_of(layer)
         self.count = 0
         self.square = torch.zeros(groups, columns, columns, device=layer.device)
         self.total = torch.zeros(groups, columns, device=layer.device)
+        self.gap_square = torch.zeros_like(self.square) if compared else None
+        self.gap_total = torch.zeros_like(self.total) if compared else None
 
-    def add(self, x: Tensor) -> None:
-        """Take vectors [groups, N, K] into account."""
+    def add(self, x: Tensor, wanted: Tensor | None = None) -> None:
+        """Take vectors [groups, N, K] into account; ``wanted`` are those that should be in their places."""
         x = x.detach().float()
         self.count += x.shape[1]
         self.square.baddbmm_(x.transpose(1, 2), x)
         self.total += x.sum(1)
+        if self.gap_square is not None and self.gap_total is not None and wanted is not None:
+            gap = wanted.detach().float() - x
+            self.gap_square.baddbmm_(gap.transpose(1, 2), x)
+            self.gap_total += gap.sum(1)
 
     @property
     def mean(self) -> Tensor:
         """[groups, K] mean of the vectors."""
         return self.total / max(1, self.count)
 
+    @property
+    def gap(self) -> Tensor | None:
+        """[groups, K] mean of ``x' - x``."""
+        return None if self.gap_total is None else self.gap_total / max(1, self.count)
+
     def hessian(self, centred: bool) -> Tensor:
         """[groups, K, K] mean of ``x x^T``; with ``centred``, of what is left of x without its mean."""
         hessian, mean = self.square / max(1, self.count), self.mean
         return hessian - mean[:, :, None] * mean[:, None, :] if centred else hessian
+
+    def cross(self, centred: bool) -> Tensor | None:
+        """[groups, K, K] mean of ``(x' - x) x^T``; with ``centred``, of both without their means."""
+        if self.gap_square is None or (gap := self.gap) is None:
+            return None
+        cross = self.gap_square / max(1, self.count)
+        return cross - gap[:, :, None] * self.mean[:, None, :] if centred else cross

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from qdeploy.calibrate.reconstruct import UnitProblem, UnitRecorder, record_unit
+from qdeploy.calibrate.reconstruct import UnitProblem
+from qdeploy.calibrate.record_units import UnitRecorder, UnitRun, record_inputs, record_unit
 from qdeploy.model.inputs import rows_at_once, sample_name
 from qdeploy.network.current_timestep import current_timestep_of
 from qdeploy.network.roles import Layer, Structure
@@ -160,16 +162,21 @@ class Session:
 
     def problem(self, unit: str, student: Callable[[], Any]) -> Any:
         """Context manager: the reconstruction problem of a unit, its inputs from the ``student`` mode."""
-        rows = self.rows()
-        recorder = UnitRecorder(
-            self.denoiser,
-            self.inputs,
-            rows,
-            self.batch,
-            self.draft.work / "scratch",
-            self.max_memory,
-        )
-        return _Problem(self, unit, recorder, rows, student)
+        return _Problem(self, unit, self._recorder(), self.rows(), student)
+
+    @contextmanager
+    def unit_runs(
+        self, unit: str, *modes: Callable[[], AbstractContextManager[None]]
+    ) -> Iterator[list[UnitRun]]:
+        """A unit with the inputs that it gets in each of some modes of the network, to be run on `rows`."""
+        module, timesteps = self.denoiser.get_submodule(unit), self.data.timesteps[self.rows()].flatten()
+        with record_inputs(self._recorder(), module, *modes) as recorded:
+            current = current_timestep_of(self.denoiser)
+            yield [UnitRun(module, inputs, self.device, current, timesteps) for inputs in recorded]
+
+    def _recorder(self) -> UnitRecorder:
+        scratch = self.draft.work / "scratch"
+        return UnitRecorder(self.denoiser, self.inputs, self.rows(), self.batch, scratch, self.max_memory)
 
     def teacher(self) -> Any:
         """Context manager: the network in full precision."""

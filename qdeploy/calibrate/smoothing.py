@@ -18,7 +18,9 @@ from qdeploy.quant.shared_inputs import by_tensor
 if TYPE_CHECKING:
     from qdeploy.calibrate.session import Session
 
-FLOOR = 1e-3  # factors further from their mean than this are cut, so that no channel is blown up
+FLOOR = (
+    1e-9  # factors further from their mean than this are cut; channels of trained networks differ by as much
+)
 
 
 def can_smooth(layer: QuantizedLayer) -> bool:

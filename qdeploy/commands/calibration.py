@@ -137,7 +137,7 @@ def preflight(model: str, as_json: bool, **options: Any) -> None:
 @_CALIBRATE.option("activations", "Activation format: int8, ... or none.")
 @_CALIBRATE.option("coverage", "Which layers: portable, qdiffusion-paper, ...")
 @_CALIBRATE.option("target", "What the result must run on.")
-@_CALIBRATE.option("effort", "fast, balanced or best.")
+@_CALIBRATE.option("effort", "fast, balanced, thorough or best.")
 @_CALIBRATE.option("softmax", "Where attention is quantized, its softmax output: uint8, uint16 or none.")
 @_CALIBRATE.option("exclude", "Shell glob of layers that stay in float.")
 @_CALIBRATE.option(

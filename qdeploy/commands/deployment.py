@@ -35,7 +35,7 @@ _SELFTEST = Verb("qdeploy.engines.selftest.run", "selftest")
 @_EXPORT.option("output", "Folder to write.  [default: SOURCE-onnx in the working directory]")
 @_EXPORT.option("target", "Dialect of Q/DQ.  [default: what the checkpoint was calibrated for]")
 @_EXPORT.option("calibration", "For a model: the set that its probe comes from.")
-@_EXPORT.option("time_table", "Features of the timestep from a table: none, fp32, fp16 or int8.")
+@_EXPORT.option("time_table", "Features of the timestep from a table: none, auto, fp32, fp16 or int8.")
 @_EXPORT.option("table_rows", "Its rows: all, or a schedule: ddim:50.")
 @_EXPORT.option("components", "Also text encoders and autoencoder.", "--pipeline/--no-pipeline", default=True)
 @click.option("--no-components", is_flag=True, hidden=True)  # until 0.4

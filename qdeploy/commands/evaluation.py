@@ -45,7 +45,7 @@ def demo(as_json: bool, **options: Any) -> None:
 @_AUTO.option("min_psnr", "Least PSNR of images to those of full precision, in dB.")
 @_AUTO.option("calibration_samples", "Images to calibrate on.")
 @_AUTO.option("samples", "Images to check on.")
-@_AUTO.option("effort", "Of calibrations: fast, balanced or best.")
+@_AUTO.option("effort", "Of calibrations: fast, balanced, thorough or best.")
 @_AUTO.option("rounds", "Interleaved rounds of the benchmark.")
 @_AUTO.option("explain", "Print the commands that this stands for, and stop.")
 @sampling_options(replace(COLLECTING, steps=50))

@@ -65,8 +65,8 @@ def export(
         components: also export the rest of the pipeline: text encoders and autoencoders as graphs in float32,
             everything else as it is.
         time_table: how to store what depends on the timestep alone, in place of the layers that compute it:
-            ``fp32``, ``fp16``, ``int8``; or ``none`` to keep the layers. By default the layers stay, unless
-            a method has calibrated them.
+            ``fp32``, ``fp16``, ``int8``, ``auto`` for the smallest that is exact enough; or ``none`` to keep the
+            layers. By default the layers stay, or, where a method has calibrated them, ``auto``.
         table_rows: the timesteps that the table holds: ``all`` of training, or a schedule like ``ddim:50``.
         sizes: of the images that one graph shall take: ``512x512,768x512`` (height first), or from the smallest to
             the largest, ``512x512..1024x1024``. Prompts then may have any length. By default the graph has the
@@ -81,7 +81,7 @@ def export(
     model = artifact_or_model(source)
     if isinstance(model, Path):
         checkpoint = open_artifact(model, Checkpoint)
-        default = "fp32" if checkpoint.facts.temporal else "none"
+        default = "auto" if checkpoint.facts.temporal else "none"
         limits = checkpoint.facts.timesteps
         table = _plan_table(checkpoint_model(checkpoint), time_table or default, table_rows, limits)
         return _export_checkpoint(checkpoint, output, target, components, table, sizes, overwrite)
@@ -95,7 +95,7 @@ def _plan_table(
     if storage != "none":
         return plan_table(model, storage, rows, limits)
     if rows != "all":
-        raise UsageError("--table-rows needs a time table: choose --time-table fp32, fp16 or int8")
+        raise UsageError("--table-rows needs a time table: choose --time-table auto, fp32, fp16 or int8")
     return None
 
 
@@ -263,7 +263,7 @@ def _write(
     elif needs_table(denoiser):
         raise UsageError(
             "the time path of this checkpoint has a zero point for each timestep, which only a table can "
-            "hold: choose --time-table fp32, fp16 or int8"
+            "hold: choose --time-table auto, fp32, fp16 or int8"
         )
     freeze(denoiser)
     graph = lower(trace_sizes(denoiser, inputs, facts.sizes), facts.target)

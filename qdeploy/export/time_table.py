@@ -27,7 +27,8 @@ class TimeTable:
     """How temporal features are to be stored.
 
     Attributes:
-        storage: ``fp32``, ``fp16`` or ``int8``.
+        storage: ``fp32``, ``fp16``, ``int8``; or ``auto``: the codes of features that calibration has quantized, fp16
+            where that holds a feature to 60 dB at every timestep, fp32 elsewhere.
         timesteps: [T] the rows, ascending.
         schedule: the words for the schedule that the rows belong to; None for all timesteps of training.
     """
@@ -121,7 +122,7 @@ def tabulate(denoiser: nn.Module, inputs: Mapping[str, Tensor], table: TimeTable
     for name, values in features.items():
         layer = denoiser.get_submodule(name)
         kept = layer.table if isinstance(layer, QuantizedLayer) else None
-        if kept is not None and table.storage == "int8":
+        if kept is not None and table.storage in ("int8", "auto"):
             with current.at(timesteps):
                 rows = current.index(kept.edges)
             assert kept.scale is not None

@@ -14,7 +14,8 @@ from qdeploy.quant.ranges import to_scale
 from qdeploy.recipe.formats import Format, int8
 from qdeploy.system.errors import UsageError
 
-STORAGES = ("fp32", "fp16", "int8")
+STORAGES = ("auto", "fp32", "fp16", "int8")
+EXACT = 1e-3  # relative error of every row up to which ``auto`` takes fp16: 60 dB
 
 
 class FeatureTable(nn.Module):
@@ -63,13 +64,15 @@ class FeatureTable(nn.Module):
     def stored(
         cls, features: Tensor, edges: Tensor, current: CurrentTimestep | None, storage: str
     ) -> FeatureTable:
-        """Features [T, ...] in one of `STORAGES`.
+        """Features [T, ...] in one of `STORAGES`; ``auto`` is fp16 where that is exact enough, or else fp32.
 
         Raises:
             UsageError: there is no such storage, or float16 cannot hold the features.
         """
         if storage == "int8":
             return cls.quantized(features, edges, current)
+        if storage == "auto":
+            storage = "fp16" if held_by_fp16(features) else "fp32"
         if storage == "fp16":
             half = features.half()
             if not half.isfinite().all():
@@ -101,3 +104,10 @@ class FeatureTable(nn.Module):
     def size(self) -> int:
         """Bytes that it takes."""
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
+
+
+def held_by_fp16(features: Tensor) -> bool:
+    """Whether float16 holds every row of features [T, ...] with a relative error of `EXACT` at most."""
+    rows = features.float().flatten(1)
+    error = (rows.half().float() - rows).norm(dim=1)
+    return bool((error <= EXACT * rows.norm(dim=1)).all())  # no inequality holds for NaN or Inf

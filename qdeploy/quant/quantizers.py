@@ -21,7 +21,7 @@ class ActivationQuantizer(nn.Module):
 
     Attributes:
         scale: [], or [K] for groups of timesteps, or [A] along an axis, or [K, A].
-        zero_point: codes of zero, shaped like ``scale``.
+        zero_point: codes of zero, shaped like ``scale``; or [] where one serves all groups of timesteps.
         edges: [K - 1] timesteps between the groups, ascending; empty for one group.
         axis: the input's axis that scales run along; None for one scale per tensor.
         current_timestep: of the running call; needed where there are several groups.
@@ -54,12 +54,12 @@ class ActivationQuantizer(nn.Module):
 
         Args:
             scale: positive; [] or, along an axis, [A]. With edges, one entry for each group in front.
-            zero_point: shaped like ``scale``.
+            zero_point: shaped like ``scale``; or [] for one that serves all groups of timesteps.
             edges: [K - 1]; a single group is stored as if there were none.
             axis: of the input; -1 or 1 for features, -2 for tokens.
         """
         if edges is not None and not len(edges):
-            scale, zero_point = scale[0], zero_point[0]
+            scale, zero_point = scale[0], zero_point[0] if zero_point.ndim else zero_point
         device = self.scale.device
         self.scale = scale.to(device, torch.float32, copy=True)
         self.zero_point = zero_point.to(device, torch.int32, copy=True)
@@ -84,7 +84,13 @@ class ActivationQuantizer(nn.Module):
     @property
     def hoisted(self) -> bool:
         """Whether scales are taken out of the quantization; a zero point that moves forbids it."""
-        return not self.simple and self.format.symmetric and self.axis in (None, -2)
+        fixed = self.format.symmetric or not self.zero_point.ndim
+        return not self.simple and fixed and self.axis in (None, -2)
+
+    @property
+    def fixed_zero_point(self) -> Tensor:
+        """The code of zero that serves all groups, of a hoisted quantizer."""
+        return self.zero_point if not self.zero_point.ndim else self.zero_point.new_zeros(())
 
     def freeze(self) -> None:
         """Compute with the exported operators from now on.
@@ -100,7 +106,7 @@ class ActivationQuantizer(nn.Module):
             moves = self.axis in (None, -2)
             what = "a zero point that moves" if moves else "a scale for each input channel"
             raise CapabilityError(f"{what} is not possible in a static integer kernel: this is a simulation")
-        self.frozen = torch.zeros((), dtype=stored, device=self.scale.device)
+        self.frozen = self.fixed_zero_point.to(stored)
         self.nominal = _nominal(self.scale)
         self.to_nominal, self.from_nominal = self.nominal / self.scale, self.scale / self.nominal
 
@@ -111,7 +117,7 @@ class ActivationQuantizer(nn.Module):
         if self.hoisted:
             nominal = _nominal(scale) if self.nominal is None else self.nominal
             x = x * self._over(nominal / scale if self.to_nominal is None else self.to_nominal, x)
-            scale, zero_point = nominal, zero_point.new_zeros(())
+            scale, zero_point = nominal, self.fixed_zero_point
         elif not self.simple:
             scale, zero_point = self._over(scale, x), self._over(zero_point, x)
         if self.frozen is not None:

@@ -148,7 +148,10 @@ def write_state(
             axis = state.get(f"{name}.axis")
             groups = [] if edges is None else [len(edges) + 1]
             wanted = groups + list(scale.shape[len(groups) :][: 0 if axis is None else 1])
-            if scale.shape != zero_point.shape or list(scale.shape) != wanted:
+            fits = zero_point.shape == scale.shape or (
+                not zero_point.ndim and edges is not None and axis is None
+            )
+            if not fits or list(scale.shape) != wanted:
                 raise InvalidInputError(
                     f"{name}.scale has shape {list(scale.shape)}, which does not fit its groups of timesteps"
                 )

@@ -33,7 +33,9 @@ EFFORTS = {
     effort.name: effort
     for effort in (
         Effort("fast", rows=256, batch=16, rounding=300, scales=60, tuning=200),
-        Effort("balanced", rows=1024, batch=32, rounding=2000, scales=500, tuning=1000),
+        # the default: a quarter of the steps of `thorough`
+        Effort("balanced", rows=1024, batch=32, rounding=500, scales=100, tuning=300),
+        Effort("thorough", rows=1024, batch=32, rounding=2000, scales=500, tuning=1000),
         # Q-Diffusion's own numbers; QuEST reports 2200 steps on one model
         Effort("best", rows=5120, batch=32, rounding=20000, scales=5000, tuning=4000),
     )

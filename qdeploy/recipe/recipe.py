@@ -287,12 +287,6 @@ def _check(recipe: Recipe) -> None:
         raise UsageError(
             f"timestep groups are groups of calibrated activation scales, and activations are {recipe.activations!r}"
         )
-    shifted = next((format for format in seen if format and not format.symmetric), None)
-    if recipe.timestep_groups != 1 and shifted and target.backends:
-        raise UsageError(
-            f"scales for groups of timesteps need a symmetric activation format, and {shifted.name} has "
-            "a zero point: choose --activations int8, or --target simulated for research"
-        )
     if target.backends and (reasons := recipe.simulated_stages()):
         raise UsageError(
             f"target {target.name} cannot run {reasons[0]}: choose --target simulated for research"

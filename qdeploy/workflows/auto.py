@@ -191,7 +191,7 @@ def auto(
         min_psnr: least PSNR of images to those of full precision on the same seeds, in dB.
         calibration_samples: images to calibrate on.
         samples: images to check on, from other seeds.
-        effort: of calibrations: ``fast``, ``balanced`` or ``best``.
+        effort: of calibrations: ``fast``, ``balanced``, ``thorough`` or ``best``.
         rounds: interleaved rounds of the benchmark.
         explain: return the commands that this stands for, and do nothing. Those of later recipes are needed only
             where earlier ones miss the bound.

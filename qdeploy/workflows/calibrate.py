@@ -127,7 +127,7 @@ def calibrate(
         activations: format of activations: ``int8``, ..., or ``none``.
         coverage: name of a coverage profile.
         target: what the result must run on.
-        effort: ``fast``, ``balanced`` or ``best``.
+        effort: ``fast``, ``balanced``, ``thorough`` or ``best``.
         softmax: where the coverage quantizes attention, the format of the softmax output; ``none`` for float.
         stages: the stages in their order, such as ``[WeightRanges("lp"), AdaRound(), ActivationRanges()]``.
         options: options of stages to set, by stage and option: ``{"round-weights": {"steps": 5000}}``.

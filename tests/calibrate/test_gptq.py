@@ -223,3 +223,24 @@ def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
 def test_ranges_come_first() -> None:
     with pytest.raises(UsageError, match="needs weight scales"):
         check_stages(["gptq"])
+
+
+@pytest.mark.parametrize("name", ["plain", "in groups", "split", "linear"])
+def test_inputs_that_are_off_are_made_up_for(name: str) -> None:
+    """What the layer reads has lost a tenth, and 0.2: a weight that knows comes closer to what it should compute."""
+    make, number_format, split = LAYERS[name]
+    inner = seeded(make)
+    wanted = smooth_images(8)
+    wanted = wanted.flatten(2)[..., :64].transpose(1, 2) if isinstance(inner, nn.Linear) else wanted
+    if isinstance(inner, nn.Linear):
+        wanted = wanted.repeat(1, 1, 8)
+    x = 0.9 * wanted - 0.2
+    errors = []
+    for compared in (False, True):
+        layer = minmax_layer(inner, x, number_format, None, split)
+        moments = Moments(layer, compared)
+        read = [read_vectors(layer, each, EVERYTHING, torch.Generator()) for each in (x, wanted)]
+        moments.add(read[0], read[1] if compared else None)
+        round_layer(layer, moments, GPTQ(bias=True, full_inputs=compared))
+        errors.append(relative(inner(wanted), layer(x)))
+    assert errors[1] < 0.7 * errors[0]

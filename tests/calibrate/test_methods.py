@@ -453,7 +453,9 @@ def test_a_stopped_run_continues_where_it_was_and_ends_the_same(
 
 
 def test_efforts_grow_in_every_respect() -> None:
-    fast, balanced, best = (EFFORTS[name] for name in ("fast", "balanced", "best"))
-    for field in ("rows", "batch", "rounding", "scales"):
-        assert getattr(fast, field) <= getattr(balanced, field) <= getattr(best, field)
+    efforts = [EFFORTS[name] for name in ("fast", "balanced", "thorough", "best")]
+    for field in ("rows", "batch", "rounding", "scales", "tuning"):
+        numbers = [getattr(effort, field) for effort in efforts]
+        assert numbers == sorted(numbers)
+    best = efforts[-1]
     assert (best.rounding, best.scales, best.batch) == (20_000, 5_000, 32)  # the paper's own

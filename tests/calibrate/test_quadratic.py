@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qdeploy.calibrate.quadratic import Grid, gptq, quadratic_error, round_rows
+from qdeploy.calibrate.quadratic import Grid, gptq, made_up_for, quadratic_error, round_rows
 from qdeploy.quant.ranges import minmax_weights
 from qdeploy.recipe.formats import Format, int4, int8, uint4
 
@@ -127,3 +127,17 @@ def test_silent_columns_are_rounded_to_nearest_and_singular_moments_are_no_obsta
     assert torch.isfinite(found).all()
     assert torch.equal(found[:, 5], grid.values(weight)[:, 5])
     assert torch.equal(round_rows(weight, grid, torch.zeros(30, 30), DAMPING), grid.values(weight))
+
+
+@given(seed=seeds)
+@settings(max_examples=20, deadline=None)
+def test_what_makes_up_for_inputs_that_are_off_is_the_least_squares_solution(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight, wanted = torch.randn(4, 7, generator=generator), torch.randn(64, 7, generator=generator)
+    x = wanted @ torch.randn(7, 7, generator=generator) + torch.randn(64, 7, generator=generator)
+    moments, cross = x.T @ x / 64, (wanted - x).T @ x / 64
+    found = made_up_for(weight, moments, cross, 1e-7)
+    expected = torch.linalg.lstsq(x.double(), (wanted @ weight.T).double(), driver="gelsd").solution.T
+    assert torch.allclose(found.double(), expected, atol=1e-2)
+    damped = made_up_for(weight, moments, cross, 1e6)
+    assert torch.allclose(damped, weight, atol=1e-3)  # it asks for more than can be trusted

@@ -497,7 +497,12 @@ def test_the_method_runs_from_end_to_end(tmp_path: Path) -> None:
 
 
 def test_tuning_grows_with_the_effort() -> None:
-    assert EFFORTS["fast"].tuning < EFFORTS["balanced"].tuning < EFFORTS["best"].tuning
+    assert (
+        EFFORTS["fast"].tuning
+        < EFFORTS["balanced"].tuning
+        < EFFORTS["thorough"].tuning
+        < EFFORTS["best"].tuning
+    )
 
 
 # -- channels ----------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from qdeploy.calibrate.methods import minmax
-from qdeploy.calibrate.reconstruct import RecordedRows, UnitRecorder, optimize, output_error, record_unit
+from qdeploy.calibrate.reconstruct import optimize, output_error
+from qdeploy.calibrate.record_units import RecordedRows, UnitRecorder, record_unit
 from qdeploy.calibrate.session import Session
 from qdeploy.model.inputs import denoise
 from qdeploy.quant.layer import QuantizedLayer

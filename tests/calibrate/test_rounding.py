@@ -30,7 +30,7 @@ from tests.helpers import bare_session, layer_problem, relative
 
 INTEGERS = [number_format for number_format in FORMATS.values() if not number_format.floating]
 all_formats = pytest.mark.parametrize("number_format", INTEGERS, ids=lambda f: f.name)
-STEPS = EFFORTS["balanced"].rounding  # enough to settle, at the learning rate chosen for so few
+STEPS = EFFORTS["thorough"].rounding  # enough to settle, at the learning rate chosen for so few
 
 
 def random_rounding(number_format: Format, seed: int = 0) -> tuple[Tensor, SoftRounding, WeightQuantizer]:

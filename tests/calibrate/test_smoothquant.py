@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.calibrate.methods.minmax import WeightRanges
-from qdeploy.calibrate.methods.smoothquant import MigrateOutliers, migration_factors, weight_ranges
+from qdeploy.calibrate.methods.smoothquant import (
+    ChannelSpreads,
+    MigrateOutliers,
+    best_alpha,
+    migration_factors,
+    weight_ranges,
+)
+from qdeploy.calibrate.rounding_noise import relative_noise
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.smoothing import FLOOR, relative_factors, smooth
 from qdeploy.model.inputs import denoise
@@ -89,6 +96,44 @@ def test_smoothing_alone_changes_nothing(kind: str) -> None:
     torch.testing.assert_close(smoothed(x), layer(x), rtol=1e-4, atol=1e-4)
     smoothed.quantized = False
     assert torch.equal(smoothed(x), layer(x))
+
+
+def spreads_of(x: Tensor) -> ChannelSpreads:
+    channels = x.movedim(1, 0).flatten(1)
+    return ChannelSpreads(channels.amin(1), channels.amax(1), channels.square().mean(1))
+
+
+@pytest.mark.parametrize("kind", OPERATORS)
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_the_estimated_noise_is_what_quantization_makes(kind: str, alpha: float) -> None:
+    inner, x = seeded(kind)
+    factors = relative_factors(factors_of(inner, x, alpha))
+    layer = QuantizedLayer(inner, int8, int8)
+    estimate = relative_noise([layer], *vars(spreads_of(x)).values(), factors)
+    smooth(layer, factors)
+    for quantizer, weight in layer.weight_pairs():
+        quantizer.set(*minmax_weights(weight, int8))
+    (part,) = layer.input_parts(x)
+    layer.activation_quantizers[0].set(*to_scale(part.min(), part.max(), int8))
+    bias = inner.bias.view(-1, *[1] * (x.ndim - 2))  # type: ignore[union-attr, operator]
+    error = (layer(x) - inner(x)).square().movedim(1, 0).flatten(1).mean(1)
+    signal = (inner(x) - bias).square().movedim(1, 0).flatten(1).mean(1)
+    assert estimate == pytest.approx(float((error / signal).sum()), rel=0.4)
+
+
+@pytest.mark.parametrize("kind", OPERATORS)
+@pytest.mark.parametrize("weights", [int8, int4])
+def test_the_alpha_that_is_searched_for_has_the_least_noise(kind: str, weights: Format) -> None:
+    inner, x = seeded(kind)
+    layer, seen = QuantizedLayer(inner, weights, int8), spreads_of(x)
+    found = best_alpha([layer], seen, weight_ranges(layer), 6)
+    noise = {
+        alpha: relative_noise([layer], seen.low, seen.high, seen.square, factors_of(inner, x, alpha))
+        for alpha in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    }
+    assert noise[found] == pytest.approx(min(noise.values()))
+    with pytest.raises(UsageError, match="2 alphas or more"):
+        MigrateOutliers(search=1)
 
 
 def session_ranges(session: Session, chosen: dict[str, QuantizedLayer]) -> dict[str, float]:

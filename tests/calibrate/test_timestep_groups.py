@@ -17,11 +17,13 @@ from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.timestep_groups import best_cuts, check_groups, find_edges
 from qdeploy.model.inputs import denoise
 from qdeploy.network.current_timestep import CurrentTimestep, midpoints
+from qdeploy.quant.activation_finders import ACTIVATION_FINDERS
 from qdeploy.quant.activation_statistics import ActivationStatistics
 from qdeploy.quant.attention import AttentionQuantizers
 from qdeploy.quant.feature_table import FeatureTable
 from qdeploy.quant.layer import QuantizedLayer, quantized_layers
 from qdeploy.quant.modes import full_precision
+from qdeploy.quant.one_zero_point import with_one_zero_point
 from qdeploy.quant.operators import fake_quantize
 from qdeploy.quant.quantizers import ActivationQuantizer
 from qdeploy.quant.ranges import minmax_weights, to_scale
@@ -312,6 +314,87 @@ def test_a_zero_point_that_moves_is_never_hoisted_and_cannot_be_exported() -> No
         assert torch.equal(y[row], fake_quantize(x[row], BANK[group], torch.tensor(40 * group), 0, 255))
     with pytest.raises(CapabilityError, match="zero point that moves"):
         quantizer.freeze()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("kind", ["conv", "linear", "split"])
+def test_one_zero_point_for_all_groups_is_hoisted_exactly(kind: str, frozen: bool) -> None:
+    """As with symmetric codes; the convolution's padding is the code of zero."""
+    torch.manual_seed(0)
+    inner: nn.Module = nn.Linear(6, 4) if kind == "linear" else nn.Conv2d(6, 4, 3, padding=1)
+    layer = QuantizedLayer(inner.requires_grad_(False), int8, uint8, (2, 4) if kind == "split" else ())
+    current = CurrentTimestep()
+    for number, quantizer in enumerate(layer.activation_quantizers):
+        quantizer.set(BANK, torch.tensor(100 + number), EDGES)
+        quantizer.current_timestep = current
+        assert quantizer.hoisted
+    for weight_quantizer, weight in layer.weight_pairs():
+        weight_quantizer.set(*minmax_weights(weight, int8))
+        weight_quantizer.codes = weight_quantizer.nearest(weight)
+    if frozen:
+        for quantizer in (*layer.weight_quantizers, *layer.input_quantizers):
+            quantizer.freeze()  # type: ignore[operator]
+    x = activations(2, 5, 6) if kind == "linear" else activations(2)
+    for group, timestep in enumerate((100.0, 300.0, 999.0)):
+        with current.at(torch.tensor([timestep, timestep])), torch.no_grad():
+            hoisted = layer(x)
+        direct = torch.zeros(())
+        parts = zip(layer.input_parts(x), layer.quantized_weights(), strict=True)
+        for number, (part, weight) in enumerate(parts):
+            seen = fake_quantize(part, BANK[group], torch.tensor(100 + number), 0, 255)
+            direct = direct + layer._operate(seen, weight, None if number else layer.bias)
+        assert relative(direct, hoisted) < 1e-5
+
+
+def statistics_of(*values: Tensor) -> list[ActivationStatistics]:
+    found = []
+    for each in values:
+        statistics = ActivationStatistics()
+        statistics.observe(each)
+        found.append(statistics)
+    return found
+
+
+@pytest.mark.parametrize("finder", ["minmax", "lp", "percentile"])
+def test_ranges_of_one_shape_lose_nothing_by_one_zero_point(finder: str) -> None:
+    x = nn.functional.silu(3 * torch.randn(16, 4096, generator=torch.Generator().manual_seed(0)))
+    groups = statistics_of(x, 10 * x)
+    scales, zero_point = with_one_zero_point(groups, finder, uint8)
+    assert zero_point.ndim == 0
+    own = [ACTIVATION_FINDERS[finder](group, uint8)[0] for group in groups]
+    assert torch.allclose(scales, torch.stack(own), rtol=2e-2)
+
+
+def test_the_one_zero_point_is_the_best_of_all_codes() -> None:
+    """Against a search over all codes, for ranges that differ in shape; nothing that was seen is clipped."""
+    ends = torch.tensor([[-1.0, 3.0], [-2.0, 2.0], [-0.5, 9.0], [0.0, 0.0]])
+    scales, zero_point = with_one_zero_point(statistics_of(*ends[:, None].unbind()), "minmax", uint8)
+    own, _ = to_scale(ends[:, 0], ends[:, 1], uint8)
+
+    def steps(code: int) -> Tensor:
+        down = ends[:, 0].neg() / code if code else torch.where(ends[:, 0] < 0, torch.inf, 0.0)
+        up = ends[:, 1] / (255 - code) if code < 255 else torch.where(ends[:, 1] > 0, torch.inf, 0.0)
+        return torch.maximum(down, up)
+
+    noise = [float((steps(code)[:3] / own[:3]).square().sum()) for code in range(256)]
+    reached = float((scales[:3] / own[:3]).square().sum())
+    assert reached == pytest.approx(min(noise), rel=1e-2)
+    for scale, (low, high) in zip(scales[:3], ends[:3], strict=True):
+        assert (0 - zero_point) * scale <= low + 0.5 * scale
+        assert (255 - zero_point) * scale >= high - 0.5 * scale
+    assert bool((scales > 0).all())
+
+
+def test_groups_of_a_calibration_with_zero_points_share_one_and_its_state_is_kept(tmp_path: Path) -> None:
+    recipe = {"activations": "uint8", "target": "openvino", "timestep_groups": 3}
+    with calibrating(tiny_unet(), DATA, tmp_path / "out", effort=EVERY, **recipe) as session:
+        run_stages(session)
+        state = read_state(session.denoiser)
+        banked = [q for _, q in quantizers(session.denoiser) if isinstance(q, ActivationQuantizer)]
+        assert all(q.banked and q.hoisted and not q.zero_point.ndim for q in banked)
+        assert any(int(q.zero_point) not in (0, 128) for q in banked)
+        write_state(session.denoiser, state, code_shapes(session.denoiser))
+        assert all(torch.equal(value, state[name]) for name, value in read_state(session.denoiser).items())
 
 
 def test_frozen_ratios_are_positive_and_undo_each_other() -> None:

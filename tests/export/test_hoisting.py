@@ -31,7 +31,6 @@ from qdeploy.quant.modes import freeze
 from qdeploy.recipe.formats import int8
 from qdeploy.store.artifact import Artifact
 from qdeploy.system.decibels import sqnr_by_row
-from qdeploy.system.errors import UsageError
 from qdeploy.workflows.calibrate import calibrate
 from tests.helpers import minmax_layer
 
@@ -285,12 +284,27 @@ def test_openvino_computes_the_same_function(checkpoint: Artifact, engine: Engin
     assert rows.median() >= 35
 
 
-def test_a_zero_point_for_each_group_is_refused_before_any_work(
+def test_openvino_runs_groups_around_one_zero_point_as_int8_kernels(
     ddpm: Path, data: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match="need a symmetric activation format"):
-        calibrated(ddpm, data, tmp_path / "out", timestep_groups=2, activations="uint8", target="openvino")
-    assert not (tmp_path / "out").exists()
+    recipe = {"activations": "uint8", "target": "openvino", "timestep_groups": GROUPS}
+    checkpoint = calibrated(ddpm, data, tmp_path / "checkpoint", **recipe)
+    bundle = export(checkpoint, tmp_path / "onnx")
+    zero_points = [
+        int(constant(node.inputs[2]))
+        for node in ir.load(bundle.file("unet/model.onnx")).graph
+        if node.op_type == "QuantizeLinear"
+    ]
+    assert len(set(zero_points)) > 1  # of SiLU's outputs, and of others
+    made = build_engine(bundle, tmp_path / "openvino", backend="openvino", threads=1)
+    inputs = rows_of(checkpoint)
+    with load_engine(made) as opened:
+        rows = torch.tensor(sqnr_by_row(opened(inputs), open_subject(checkpoint).predict(inputs)))
+        first = {name: value[:1] for name, value in inputs.items()}
+        assert (
+            int8_shares(opened, first | {"timestep": torch.tensor(500.0)})["int8_mac_share_of_meant"] == 1.0
+        )
+    assert rows.median() >= 35
 
 
 def test_the_graph_passes_the_checker_and_weighted_layers_are_all_there(

@@ -11,7 +11,10 @@ Departures from the paper, each for a reason:
   convolution's Hessian would cost K / O times the convolution itself;
 - ranges stay as they were found, per channel, block or part, so columns may come in any order: the largest second
   moment first, as in the authors' code (``act_order`` with static groups);
-- a channel that would be worse than rounded to nearest stays so.
+- a channel that would be worse than rounded to nearest stays so;
+- as an option, the aim is what the layer computes from full-precision inputs, not from those that it will get (the
+  objective of GPTAQ, Li et al., ICML 2025, arXiv 2504.02692): the least squares solution for the inputs that it will
+  get takes the weight's place, and is rounded as before.
 
 Coordinate descent on the codes afterwards (QuantEase, Behdin et al. 2023, arXiv 2309.01885) was tried and left out:
 it lowers the error of each layer, and not that of the prediction.
@@ -20,15 +23,15 @@ it lowers the error of each layer, and not that of the prediction.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qdeploy.calibrate.methods.minmax import ActivationRanges, WeightRanges
-from qdeploy.calibrate.quadratic import Grid, quadratic_error, round_rows
-from qdeploy.calibrate.reconstruct import UnitProblem
+from qdeploy.calibrate.quadratic import Grid, made_up_for, quadratic_error, round_rows
+from qdeploy.calibrate.record_units import UnitRun
 from qdeploy.calibrate.rounding import undecided
 from qdeploy.calibrate.second_moments import Moments, columns_of, read_vectors
 from qdeploy.calibrate.session import Session
@@ -52,6 +55,8 @@ class GPTQ(Stage):
         damping: share of the mean of the Hessian's diagonal that is added to it.
         samples: vectors that moments are taken of, for each input of the layer.
         bias: let the bias take over the mean of the error (Nagel et al., ICCV 2019, arXiv 1906.04721, section 4.2).
+        full_inputs: aim at what the layer computes from full-precision inputs, so that later layers make up for the
+            errors of earlier ones.
     """
 
     name = "gptq"
@@ -63,6 +68,7 @@ class GPTQ(Stage):
     damping: float = 0.01
     samples: int = 32
     bias: bool = False
+    full_inputs: bool = False
 
     def __post_init__(self) -> None:
         """Check the options.
@@ -83,35 +89,59 @@ class GPTQ(Stage):
             def compute(unit: str = unit, layers: list[Layer] = layers) -> None:
                 if not undecided(session.quantized(layers)):
                     return
-                with session.weights_only(), session.problem(unit, nullcontext) as problem, torch.no_grad():
+                modes = (nullcontext, session.teacher) if self.full_inputs else (nullcontext,)
+                with session.weights_only(), session.unit_runs(unit, *modes) as runs, torch.no_grad():
                     for readers in _in_order(layers):
-                        self._round(session, problem, readers)
+                        self._round(session, runs, readers)
 
             session.once(f"{number:04d}", compute, prefix=unit)
 
     def cost(self, units: int, effort: Effort) -> tuple[float, float]:
         """See `Stage.cost`."""
-        return 1.5 * units, 0
+        return (2.5 if self.full_inputs else 1.0) * units, 0
 
-    def _round(self, session: Session, problem: UnitProblem, readers: Sequence[Layer]) -> None:
-        """Round the layers that read one tensor."""
+    def _round(self, session: Session, runs: Sequence[UnitRun], readers: Sequence[Layer]) -> None:
+        """Round the layers that read one tensor; ``runs`` of the unit with its inputs, and in full precision."""
         pairs = zip(readers, session.quantized(readers), strict=True)
         modules = {layer.path: module for layer, module in pairs if undecided([module])}
-        moments = {path: Moments(module) for path, module in modules.items()}
+        if not modules:
+            return
+        moments = {path: Moments(module, self.full_inputs) for path, module in modules.items()}
         batches = torch.arange(len(session.rows())).split(session.batch)
         generators = {path: session.generator("gptq", path) for path in modules}
 
-        def before(call: ModuleCall) -> None:
-            layer = modules[call.name]
-            most = -(-self.samples * columns_of(layer)[1] // len(batches))
-            moments[call.name].add(read_vectors(layer, call.input, most, generators[call.name]))
+        def vectors(run: UnitRun, rows: Tensor) -> dict[str, Tensor]:
+            """What the layers read, by their paths; the same places of the tensors in every run."""
+            seen: dict[str, Tensor] = {}
 
-        with observing(modules, before):
-            for rows in batches:
-                problem.output(rows)
+            def before(call: ModuleCall) -> None:
+                layer = modules[call.name]
+                most = -(-self.samples * columns_of(layer)[1] // len(batches))
+                drawn = torch.Generator().manual_seed(0).set_state(states[call.name])
+                seen[call.name] = read_vectors(layer, call.input, most, drawn)
+                generators[call.name] = drawn
+                if len(seen) == len(modules):
+                    raise _Seen
+
+            with observing(modules, before), suppress(_Seen):
+                run(rows)
+            return seen
+
+        for rows in batches:
+            states = {path: generator.get_state() for path, generator in generators.items()}
+            wanted: dict[str, Tensor] = {}
+            if self.full_inputs:
+                with session.teacher():
+                    wanted = vectors(runs[1], rows)
+            for path, read in vectors(runs[0], rows).items():
+                moments[path].add(read, wanted.get(path))
         for path, layer in modules.items():
             gain = round_layer(layer, moments[path], self)
             say(f"  {path}: {gain:.2f} times the error of rounding to nearest", level=2)
+
+
+class _Seen(Exception):
+    """Ends a run of a unit once the layers have been reached."""
 
 
 def _in_order(layers: Sequence[Layer]) -> list[list[Layer]]:
@@ -142,18 +172,21 @@ def round_layer(layer: QuantizedLayer, moments: Moments, options: GPTQ) -> float
     zero = torch.cat([_spread(quantizer.zero_point, part) for quantizer, part in pairs], 1)
     moves_bias = options.bias and layer.bias is not None
     hessians, plain = moments.hessian(moves_bias), moments.hessian(False)
+    crosses, gap = moments.cross(moves_bias), moments.gap
     codes, shifts = [], []
     nearest_error = found_error = 0.0
     groups = zip(
         *(tensor.flatten(1).float().chunk(len(hessians)) for tensor in (weight, scale, zero)), strict=True
     )
     for group, (own, step, origin) in enumerate(groups):
-        grid = Grid(step, origin, number_format)
-        found = round_rows(own, grid, hessians[group], options.damping)
+        grid, hessian = Grid(step, origin, number_format), hessians[group]
+        aim = own if crosses is None else made_up_for(own, hessian, crosses[group], options.damping)
+        found = round_rows(own, grid, hessian, options.damping, aim)
         codes.append(grid.codes(found))
-        shifts.append((own - found) @ moments.mean[group])
-        nearest_error += float(quadratic_error(own, grid.values(own), plain[group]).sum())
-        found_error += float(quadratic_error(own, found, hessians[group]).sum())
+        shift = (own - found) @ moments.mean[group]
+        shifts.append(shift if gap is None else shift + own @ gap[group])
+        nearest_error += float(quadratic_error(aim, grid.values(own), plain[group]).sum())
+        found_error += float(quadratic_error(aim, found, hessian).sum())
     decided = torch.cat(codes).view(weight.shape).to(code_type(number_format))
     for (quantizer, _), own_codes in zip(pairs, decided.split(parts, 1), strict=True):
         quantizer.codes = own_codes.contiguous()

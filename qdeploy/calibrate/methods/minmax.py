@@ -14,6 +14,7 @@ from qdeploy.network.observe import ModuleCall
 from qdeploy.quant.activation_finders import ACTIVATION_FINDERS, CHANNEL_FINDERS, channel_ranges
 from qdeploy.quant.activation_statistics import ActivationStatistics
 from qdeploy.quant.layer import QuantizedLayer, quantized_layers
+from qdeploy.quant.one_zero_point import with_one_zero_point
 from qdeploy.quant.quantizers import ActivationQuantizer
 from qdeploy.quant.ranges import WEIGHT_FINDERS, check_finder
 from qdeploy.quant.shared_inputs import by_quantizer
@@ -22,6 +23,7 @@ from qdeploy.quant.time_ranges import ranges_by_timestep
 from qdeploy.recipe.effort import Effort
 from qdeploy.recipe.formats import Format
 from qdeploy.recipe.stages import ACTIVATION_SCALES, WEIGHT_SCALES, Method, Stage
+from qdeploy.recipe.targets import find_target
 from qdeploy.system.progress import track
 
 
@@ -68,7 +70,8 @@ class WeightRanges(Stage):
 class ActivationRanges(Stage):
     """Find the scale of every quantized activation, in one pass over the calibration rows.
 
-    Where the recipe wants groups of timesteps, each group gets a scale of its own. The range of every
+    Where the recipe wants groups of timesteps, each group gets a scale of its own; the zero point, where the format
+    has one, is the same for all groups on targets with engines. The range of every
     quantized tensor at every timestep is kept with the checkpoint.
 
     Attributes:
@@ -97,13 +100,19 @@ class ActivationRanges(Stage):
     def run(self, session: Session) -> None:
         """Set the scale of every activation quantizer, and keep the ranges with the checkpoint."""
 
+        hoisted = bool(find_target(session.recipe.target).backends)
+
         def compute() -> None:
             seen = summarize(session, self.channelwise)
             ranges = ranges_by_timestep({name: statistics for name, _, statistics in seen})
             session.keep_ranges(ranges)
             edges = find_edges(session.recipe.timestep_groups, ranges)
             for _, quantizer, statistics in track(seen, "activation scales"):
-                found = [_find(part, self.finder, quantizer.format) for part in statistics.groups(edges)]
+                groups = statistics.groups(edges)
+                if len(groups) > 1 and hoisted and not quantizer.format.symmetric:
+                    quantizer.set(*with_one_zero_point(groups, self.finder, quantizer.format), edges)
+                    continue
+                found = [_find(part, self.finder, quantizer.format) for part in groups]
                 scales, zeros = zip(*found, strict=True)
                 quantizer.set(torch.stack(scales), torch.stack(zeros), edges, statistics.axis)
 
