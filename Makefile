@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup docs demo test test-slow test-field lint golden fuzz format bench compatibility clean
+.PHONY: setup locked lock sbom docs demo test test-slow test-field lint golden fuzz format bench compatibility clean
 
 setup: $(VENV)/.installed
 
@@ -16,6 +16,22 @@ $(VENV)/.installed-package: pyproject.toml constraints.txt
 $(VENV)/.installed: $(VENV)/.installed-package
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+locked:  ## as setup, on Python 3.11 or later, with nothing that is not in requirements.lock, hash by hash
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --require-hashes --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $(VENV)/.installed-package $(VENV)/.installed
+
+lock: setup  ## requirements.lock anew, from pyproject.toml and constraints.txt
+	$(BIN)/python -m pip install --quiet uv
+	echo "# What 'make locked' installs, with hashes; Python 3.11 and later. 'make lock' writes this file." > requirements.lock
+	$(BIN)/uv pip compile pyproject.toml --extra dev -c constraints.txt --universal --python-version 3.11 \
+	  --generate-hashes --no-annotate --no-header --quiet >> requirements.lock
+
+sbom: setup  ## sbom.json for a release: what is locked, as CycloneDX
+	$(BIN)/python -m pip install --quiet cyclonedx-bom
+	$(BIN)/cyclonedx-py requirements requirements.lock --output-reproducible -o sbom.json
 
 demo: $(VENV)/.installed-package  ## the whole way on the shipped model: engines, a picture, a table
 	$(BIN)/qdeploy demo --output qdeploy-demo

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from qdeploy.sampling.correct import correct
     from qdeploy.sampling.pipeline_folder import load_pipeline
     from qdeploy.sampling.sample import sample
+    from qdeploy.store.sign import sign, verify
     from qdeploy.workflows.auto import auto
     from qdeploy.workflows.calibrate import calibrate
     from qdeploy.workflows.demo import demo
@@ -119,6 +120,8 @@ __all__ = [
     "sample",
     "selftest",
     "sensitivity",
+    "sign",
+    "verify",
 ]
 
 # Where public names are defined; a module is imported when one of its names is first used.
@@ -181,6 +184,7 @@ _NAMES = {
     "qdeploy.sampling.pipeline_folder": ("load_pipeline",),
     "qdeploy.sampling.correct": ("correct",),
     "qdeploy.sampling.sample": ("sample",),
+    "qdeploy.store.sign": ("sign", "verify"),
     "qdeploy.workflows.auto": ("auto",),
     "qdeploy.workflows.calibrate": ("calibrate",),
     "qdeploy.workflows.demo": ("demo",),

@@ -12,7 +12,17 @@ import click
 
 from qdeploy.commands.base import Commands
 from qdeploy.commands.calibration import calibrate, collect, import_checkpoint, preflight, sensitivity
-from qdeploy.commands.deployment import build_engine, doctor, export, lint, package, push, selftest
+from qdeploy.commands.deployment import (
+    build_engine,
+    doctor,
+    export,
+    lint,
+    package,
+    push,
+    selftest,
+    sign,
+    verify,
+)
 from qdeploy.commands.evaluation import auto, benchmark, check, demo, report, sample
 from qdeploy.commands.information import init, inspect, methods
 from qdeploy.commands.models import import_
@@ -42,6 +52,8 @@ for _command in (
     export,
     build_engine,
     push,
+    sign,
+    verify,
     package,
     sample,
     check,

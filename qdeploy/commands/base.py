@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -90,12 +91,26 @@ def verb(function: F) -> F:
     """The options that every verb has."""
 
     @functools.wraps(function)
-    def run(*args: Any, quiet: bool, verbose: int, debug: bool, **kwargs: Any) -> Any:
+    def run(
+        *args: Any, quiet: bool, verbose: int, debug: bool, require_signature: tuple[Path, ...], **kwargs: Any
+    ) -> Any:
         verbosity.level = 0 if quiet else 1 + verbose
         _silence_libraries(debug)
-        return function(*args, **kwargs)
+        if not require_signature:
+            return function(*args, **kwargs)
+        from qdeploy.store.signature import signature_required
+
+        with signature_required(require_signature):
+            return function(*args, **kwargs)
 
     for option in (
+        click.option(
+            "--require-signature",
+            type=click.Path(path_type=Path),
+            multiple=True,
+            metavar="KEY",
+            help="Open no artifact that the owner of this public key did not sign. Repeatable.",
+        ),
         click.option("--debug", is_flag=True, help="Show tracebacks and the messages of libraries."),
         click.option("-v", "--verbose", count=True, help="Say more."),
         click.option("-q", "--quiet", is_flag=True, help="Say nothing but results and errors."),

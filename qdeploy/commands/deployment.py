@@ -23,6 +23,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 _EXPORT = Verb("qdeploy.export.run", "export")
 _BUILD = Verb("qdeploy.engines.build", "build_engine")
 _PUSH = Verb("qdeploy.store.hub", "push")
+_SIGN = Verb("qdeploy.store.sign", "sign")
+_SIGNED = Verb("qdeploy.store.sign", "verify")
 _PACKAGE = Verb("qdeploy.workflows.packaging.run", "package")
 _LINT = Verb("qdeploy.export.lint.run", "lint")
 _VERIFY = Verb("qdeploy.engines.tensorrt.verify", "verify")
@@ -132,6 +134,31 @@ def push(artifact: str, repository: str, as_json: bool, **options: Any) -> None:
     """Upload an artifact to a repository of the Hugging Face Hub."""
     url = _PUSH.call(artifact, repository, **options)
     print_result(as_json, lambda: {"repository": repository, "url": url}, lambda: url)
+
+
+@click.command()
+@click.argument("artifact")
+@_SIGN.option("key", "PEM file of an Ed25519 private key.", required=True)
+@_SIGN.option("new_key", "Make the key first, and KEY.pub beside it.")
+@verb
+def sign(artifact: str, as_json: bool, **options: Any) -> None:
+    """Sign an artifact, so that others can tell that it is yours and unchanged."""
+    made = str(_SIGN.call(artifact, **options))
+    print_result(as_json, lambda: {"signature": made}, lambda: made)
+
+
+@click.command()
+@click.argument("artifact")
+@_SIGNED.option("keys", "PEM file of a public key. Repeatable.", "--key", required=True)
+@verb
+def verify(artifact: str, as_json: bool, **options: Any) -> None:
+    """Say whether an artifact is as one of the keys' owners signed it."""
+    found = _SIGNED.call(artifact, **options)
+    print_result(
+        as_json,
+        lambda: {"key": str(found.key), "sha256": found.sha256},
+        lambda: f"signed with {found.key} ({found.sha256[:12]})",
+    )
 
 
 @click.command()

@@ -89,7 +89,7 @@ def _value(default: ast.expr, constants: dict[str, Any]) -> Any:
     """
     code = compile(ast.Expression(default), "<default>", "eval")
     try:
-        return eval(code, {"__builtins__": {}}, constants)
+        return eval(code, {"__builtins__": {}}, constants)  # noqa: S307 (of our own source)
     except NameError as error:
         raise LookupError(
             f"the default {ast.unparse(default)} cannot be read from the source: {error}"

@@ -24,6 +24,7 @@ from qdeploy.model.zoo import NAMES, find_zoo_model, zoo_models
 from qdeploy.store.bounded_json import read_json_object
 from qdeploy.system.errors import InvalidInputError
 from qdeploy.system.hashing import sha256_files
+from qdeploy.system.machine import check_device
 from qdeploy.system.progress import say
 from qdeploy.system.suggest import did_you_mean
 
@@ -154,7 +155,9 @@ class Model:
 
         Raises:
             InvalidInputError: weights are truncated, do not fit the class, or hold NaN or Inf.
+            UsageError, CapabilityError: there is no such device.
         """
+        check_device(device)
         if unread := self.weight_files.unread:
             say(f"not read: {', '.join(file.name for file in unread)} in {self.folder}")
         denoiser = self.build().float()

@@ -135,13 +135,13 @@ class Recipe:
                 **{
                     **defaults,
                     **{name: entry for name, entry in value.items() if name in defaults},
-                    "stages": tuple(_written_stage(*next(iter(stage.items()))) for stage in value["stages"]),
+                    "stages": tuple(_written_stage(stage) for stage in value["stages"]),
                     "exclude": tuple(value["exclude"]),
                     "timestep_groups": groups if isinstance(groups, int) else tuple(groups),
                     "layers": parse_overrides(value.get("layers", ())),
                 }
             )
-        except (AttributeError, KeyError, StopIteration, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InvalidInputError(f"an artifact's recipe is not as it should be: {error!r}") from error
         return recipe
 
@@ -260,7 +260,8 @@ def _seed(given: Any) -> int:
         raise InvalidInputError(f"the recipe's seed must be a whole number, not {given!r}") from error
 
 
-def _written_stage(name: str, options: Mapping[str, Any]) -> Stage:
+def _written_stage(entry: Mapping[str, Mapping[str, Any]]) -> Stage:
+    ((name, options),) = entry.items()
     if name in stages() and options.keys() <= stages()[name].defaults().keys():
         return make_stage(name, options)
     return ForeignStage(name, options)

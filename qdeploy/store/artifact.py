@@ -24,6 +24,7 @@ from qdeploy.store.folder import read_facts, read_measured
 from qdeploy.store.manifest import Manifest, damage, read_manifest
 from qdeploy.store.manifest import is_artifact as is_artifact
 from qdeploy.store.measured import CheckpointMeasured, EngineMeasured, SensitivityMeasured
+from qdeploy.store.signature import required_keys, verify_manifest
 from qdeploy.system.errors import InvalidInputError
 
 
@@ -222,8 +223,17 @@ def open_artifact(path: str | Path | Artifact, *kinds: type[Artifact]) -> Artifa
 
     Raises:
         InvalidInputError: it is no artifact, damaged, of a newer schema or of another kind; or its manifest names
-            files outside of it, or does not name all that lie in it.
+            files outside of it, or does not name all that lie in it; or signatures are required
+            (`qdeploy.store.signature.required_keys`) and it has none that is right.
     """
+    artifact = verified(path, *kinds)
+    if keys := required_keys():
+        verify_manifest(artifact.path, artifact.manifest, keys)
+    return artifact
+
+
+def verified(path: str | Path | Artifact, *kinds: type[Artifact]) -> Artifact:
+    """As `open_artifact`, whoever signed it or did not: for what this machine has made itself."""
     path = path.path if isinstance(path, Artifact) else Path(path)
     artifact = described(path, read_manifest(path))
     if kinds and not isinstance(artifact, kinds):

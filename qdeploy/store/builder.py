@@ -18,12 +18,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import msgspec
 from filelock import FileLock
 
-from qdeploy.store.artifact import Artifact, described, open_artifact
+from qdeploy.store.artifact import Artifact, described, verified
 from qdeploy.store.facts import Facts
 from qdeploy.store.files import copy_file, explained_os_errors, sync, sync_below, write_json, write_text
 from qdeploy.store.journal import Journal, WorkTime
@@ -111,7 +111,7 @@ class Draft(Generic[_A]):
             return None
         try:
             if is_artifact(self.output) and read_manifest(self.output).request == self.request:
-                done = open_artifact(self.output, self.kind)
+                done = cast(_A, verified(self.output, self.kind))
                 shutil.rmtree(self.work, ignore_errors=True)
                 return done
         except InvalidInputError:

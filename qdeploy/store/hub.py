@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qdeploy.store.artifact import Artifact, is_artifact, open_artifact
-from qdeploy.store.manifest import MANIFEST
+from qdeploy.store.manifest import MANIFEST, SIGNATURE
 from qdeploy.system.errors import CapabilityError, InvalidInputError, UsageError
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -58,7 +58,7 @@ def push(
             folder_path=opened.path,
             revision=revision,
             commit_message=message or f"qdeploy: {opened.kind} {opened.sha256[:12]}",
-            allow_patterns=[*opened.files, MANIFEST],
+            allow_patterns=[*opened.files, MANIFEST, SIGNATURE],
             delete_patterns="*",
         )
     except Exception as error:

@@ -33,6 +33,7 @@ MANIFEST = "qdeploy.json"
 IDENTITY = ("kind", "schema", "files", "made_from", "recipe", "seed", "facts")
 LARGEST_MANIFEST = 16 * 2**20  # bytes
 MOST_FILES = 100_000
+SIGNATURE = "qdeploy.json.sig"
 RANGES_PICTURE = "ranges.png"  # drawn into calibration sets when they are whole; its bytes depend on fonts
 
 
@@ -141,8 +142,8 @@ def damage(path: Path, manifest: Manifest) -> Iterator[str]:
 def _is_spare(name: str) -> bool:
     """Whether a file may lie in an artifact's folder without being part of it, since it is never read.
 
-    That is the picture of a set's ranges, texts for people, and what has a hidden name.
+    That is the picture of a set's ranges, a signature, texts for people, and what has a hidden name.
     """
-    if name in (MANIFEST, RANGES_PICTURE) or any(part.startswith(".") for part in name.split("/")):
+    if name in (MANIFEST, SIGNATURE, RANGES_PICTURE) or any(part.startswith(".") for part in name.split("/")):
         return True
     return "/" not in name and (name.endswith(".md") or name.startswith(("LICENSE", "NOTICE")))

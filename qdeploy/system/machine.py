@@ -7,6 +7,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from qdeploy.system.errors import CapabilityError, UsageError
+
 CPUINFO = Path("/proc/cpuinfo")
 
 # Without one of these, int8 products take several instructions, and gain less over float32.
@@ -69,6 +71,28 @@ def int8_sums_saturate() -> bool:
 def has_bf16() -> bool:
     """Whether the processor multiplies bfloat16 numbers."""
     return any(name in cpu_features() for name in BF16_INSTRUCTIONS)
+
+
+def check_device(device: str) -> str:
+    """The name of a device of torch's that tensors can be made on, as it is.
+
+    Raises:
+        UsageError: torch knows no such word.
+        CapabilityError: this machine, or this build of torch, has none.
+    """
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise UsageError(f"there is no device {device!r}: cpu and cuda are such") from error
+    if kind == torch._C._get_privateuse1_backend_name():  # a package of someone else's answers for its own
+        return device
+    try:
+        torch.empty(0, device=device).cpu()
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise CapabilityError(f"this machine, or this build of torch, has no device {kind!r}") from error
+    return device
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

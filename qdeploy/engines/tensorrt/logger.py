@@ -38,7 +38,7 @@ def _make(trt: Any) -> Any:
                     listener(name, msg)
                 if name in _LEVELS:
                     say(f"tensorrt {name.lower()}: {msg}", level=_LEVELS[name])
-            except Exception:
+            except Exception:  # noqa: S110 (an error may not cross into TensorRT's C++)
                 pass
 
     return Logger()
