@@ -101,7 +101,10 @@ def main() -> None:
         seen = []
         for kill in range(arguments.kills):
             output, again = stages(folder, f"-{kill}")[stage]
-            for leftover in (output, output.parent / f".{output.name}.work"):
+            for leftover in (
+                output,
+                *(output.parent / f".{output.name}.{kind}" for kind in ("work", "parts")),
+            ):
                 shutil.rmtree(leftover, ignore_errors=True)
             moment = generator.uniform(0.2, 1.0) * seconds
             state = interrupted(again, output, moment)

@@ -64,6 +64,8 @@ if TYPE_CHECKING:
     from qdeploy.workflows.inspect import inspect, methods
     from qdeploy.workflows.packaging.run import package
     from qdeploy.workflows.preflight import preflight
+    from qdeploy.workflows.sweep import sweep
+    from qdeploy.workflows.work import work
 
 __all__ = [
     "GPTQ",
@@ -121,7 +123,9 @@ __all__ = [
     "selftest",
     "sensitivity",
     "sign",
+    "sweep",
     "verify",
+    "work",
 ]
 
 # Where public names are defined; a module is imported when one of its names is first used.
@@ -196,6 +200,8 @@ _NAMES = {
     ),
     "qdeploy.workflows.packaging.run": ("package",),
     "qdeploy.workflows.preflight": ("preflight",),
+    "qdeploy.workflows.sweep": ("sweep",),
+    "qdeploy.workflows.work": ("work",),
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names}
 

@@ -26,6 +26,7 @@ from qdeploy.commands.deployment import (
 from qdeploy.commands.evaluation import auto, benchmark, check, demo, report, sample
 from qdeploy.commands.information import init, inspect, methods
 from qdeploy.commands.models import import_
+from qdeploy.commands.scale import sweep, work
 from qdeploy.version import __version__
 
 # Read when torch is imported. Threads that spin while they wait slow down each other, by more than ten times
@@ -57,6 +58,8 @@ for _command in (
     package,
     sample,
     check,
+    sweep,
+    work,
     benchmark,
     report,
     lint,

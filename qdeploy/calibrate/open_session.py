@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from qdeploy.calibrate.session import Session
@@ -21,22 +20,8 @@ from qdeploy.store.artifact import Artifact, CalibrationFolder
 from qdeploy.store.builder import Draft
 from qdeploy.store.correction_table import prediction_type
 from qdeploy.store.paths import cache_entry
-from qdeploy.system.errors import CapabilityError, UsageError
+from qdeploy.system.errors import UsageError
 from qdeploy.system.progress import say
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that torch cannot use.
-
-    Raises:
-        CapabilityError: it cannot.
-    """
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise CapabilityError(
-            f"the device {device!r} cannot be used here: {str(error).splitlines()[0]}"
-        ) from error
 
 
 def calibration_for(source: Model, given: Any, seed: int, device: str) -> Path:

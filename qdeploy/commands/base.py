@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
-from qdeploy.system.errors import QDeployError
+from qdeploy.system.errors import Planned, QDeployError
 from qdeploy.system.progress import verbosity
 from qdeploy.system.suggest import did_you_mean
 
@@ -37,6 +37,10 @@ class Commands(click.Group):
             sys.exit(error.exit_code)
         except (click.Abort, KeyboardInterrupt):
             _fail("stopped: run the same command again to continue", 130)
+        except Planned as planned:
+            value, text = {"plan": str(planned.folder), "parts": planned.count}, str(planned)
+            print_result(output.as_json, lambda: value, lambda: text)
+            sys.exit(0)
         except QDeployError as error:
             if debug:
                 raise

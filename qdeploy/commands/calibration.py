@@ -14,7 +14,7 @@ import click
 
 from qdeploy.commands import complete
 from qdeploy.commands.base import report_made, verb
-from qdeploy.commands.options import Verb, sampling_of, sampling_options
+from qdeploy.commands.options import Verb, place_options, sampling_of, sampling_options
 from qdeploy.model.sampling import COLLECTING
 from qdeploy.system.errors import InvalidInputError, UsageError
 
@@ -64,6 +64,7 @@ def _running(verb: Verb, *names: str) -> Callable[[F], F]:
     help="Record a Python file's own calls of the pipeline: it defines calls(pipeline).",
 )
 @_running(_COLLECT, "device", "dry_run", "overwrite")
+@place_options(_COLLECT)
 @verb
 def collect(
     model: str,
@@ -209,6 +210,7 @@ def stage_options(settings: Sequence[str]) -> dict[str, dict[str, Any]] | None:
 @_SENSITIVITY.option("probes", "Backward passes of the cheap pass.")
 @_SENSITIVITY.option("cheap", "The cheap pass alone: estimates for all layers from gradients.")
 @_running(_SENSITIVITY, *_RUNNING)
+@place_options(_SENSITIVITY)
 @verb
 def sensitivity(source: str, formats: str | None, as_json: bool, **options: Any) -> None:
     """Rank layers by the harm of quantizing each, in each bit width."""

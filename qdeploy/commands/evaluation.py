@@ -11,7 +11,7 @@ from click.core import ParameterSource
 
 from qdeploy.commands import complete
 from qdeploy.commands.base import print_result, report_made, verb
-from qdeploy.commands.options import Verb, sampling_of, sampling_options
+from qdeploy.commands.options import Verb, place_options, sampling_of, sampling_options
 from qdeploy.model.sampling import AS_COLLECTED, COLLECTING, SAMPLING
 from qdeploy.system.errors import CheckFailed, UsageError
 from qdeploy.system.progress import say
@@ -67,7 +67,9 @@ def auto(model: str, as_json: bool, **options: Any) -> None:
 @_SAMPLE.option("correction", _CORRECTION)
 @_SAMPLE.option("npz", "Also write images.npz, as the evaluation suite of ADM reads it.")
 @sampling_options(SAMPLING)
+@_SAMPLE.option("device", "Torch device of the pipeline: cpu, cuda, cuda:N.")
 @_SAMPLE.option("overwrite", "Replace another artifact at the output.")
+@place_options(_SAMPLE)
 @verb
 def sample(source: str, count: int | None, as_json: bool, **options: Any) -> None:
     """Sample images with an engine, a checkpoint or a model."""
@@ -97,13 +99,15 @@ def sample(source: str, count: int | None, as_json: bool, **options: Any) -> Non
 @_CHECK.option("lpips", "Folder with LPIPS's weights.")
 @_CHECK.option("clip", "CLIP model for the score of prompts: a folder or a Hub id.")
 @_CHECK.option("correction", _CORRECTION)
+@_CHECK.option("device", "Torch device of the reference and of checkpoints: cpu, cuda, cuda:N.")
+@place_options(_CHECK)
 @sampling_options(
     AS_COLLECTED, scheduler=_AS, height=_HEIGHT, seed="Chooses the images: none that a calibration set holds."
 )
 @verb
 def check(subject: str, as_json: bool, **options: Any) -> None:
     """Compare with the simulation and with full precision; exit code 3 if a threshold is missed."""
-    from qdeploy.evaluate.shared_work import is_main_process
+    from qdeploy.system.processes import is_main_process
 
     result = _CHECK.call(subject, **sampling_of(options))
     if is_main_process():
@@ -149,6 +153,7 @@ def benchmark(paths: tuple[str, ...], pipeline: bool, as_json: bool, **options: 
 @_REPORT.option("samples", "Images for paired quality.")
 @_REPORT.option("speed_batch", "Samples in each call of an engine, in measurements of speed.")
 @_REPORT.option("rounds", "Interleaved measurements of speed.")
+@_REPORT.option("device", "Torch device of the reference, of checkpoints and of pictures.")
 @sampling_options(AS_COLLECTED, scheduler=_AS, height=_HEIGHT, seed="Chooses the images of checks.")
 @verb
 def report(paths: tuple[str, ...], pictures: int | None, as_json: bool, **options: Any) -> None:

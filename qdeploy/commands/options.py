@@ -61,6 +61,24 @@ class Verb:
         return getattr(import_module(self.module), self.function)(*arguments, **given)
 
 
+def place_options(verb: Verb) -> Decorator:
+    """The options of every verb that works in parts: where they are made."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        for option in (
+            verb.option("worker_cpus", "Processors for each worker."),
+            verb.option("workers", "Workers on Ray.  [default: as many as there is room for]"),
+            verb.option(
+                "on",
+                "Where parts are made: here, ray, ray://HOST:PORT; or plan, for `work`.",
+            ),
+        ):
+            function = option(function)
+        return function
+
+    return decorate
+
+
 def _settings(parameter: Parameter, help: str) -> dict[str, Any]:
     kinds, default = parameter.kinds, parameter.default
     if kinds == {"bool"}:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
@@ -11,23 +11,21 @@ from typing import TYPE_CHECKING, Any
 from qdeploy.evaluate.baselines import is_baseline
 from qdeploy.evaluate.benchmark import benchmark
 from qdeploy.evaluate.check_result import CheckResult, judge
-from qdeploy.evaluate.metric_context import MetricContext
+from qdeploy.evaluate.comparison import Comparison
 from qdeploy.evaluate.metrics.frechet import FOLDER
-from qdeploy.evaluate.metrics.sqnr import summary
 from qdeploy.evaluate.over_time import describe_before, draw, open_before
-from qdeploy.evaluate.parity import RunnableArtifact, measure_parity, open_subject
-from qdeploy.evaluate.quality import QualityPlan, Trajectories, measure_quality
+from qdeploy.evaluate.parity import measure_parity, open_subject
+from qdeploy.evaluate.quality import QualityPlan, Trajectories
 from qdeploy.evaluate.thresholds import THRESHOLDS
-from qdeploy.model.folder import Model
+from qdeploy.model.folder import Model, open_model
 from qdeploy.model.in_memory import ModelSource, model_of
-from qdeploy.model.origin import source_model
 from qdeploy.model.sampling import AS_COLLECTED, Sampling, SamplingOptions, sampled, with_old_names
-from qdeploy.model.zoo import with_shipped_prompts
+from qdeploy.parts.plan import Job, named
+from qdeploy.parts.run import PLAN_ALONE, check_place
 from qdeploy.plots.pictures import picture_folder
-from qdeploy.sampling.correct import check_correction, correct
-from qdeploy.store.artifact import Artifact, DenoiserArtifact, EngineFolder
-from qdeploy.system.decibels import decibels, powers
-from qdeploy.system.errors import InvalidInputError, UsageError
+from qdeploy.store.artifact import Artifact, EngineFolder
+from qdeploy.system.devices import check_device, own_device
+from qdeploy.system.errors import UsageError
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -56,6 +54,10 @@ def check(
     real: str | Path | None = None,
     lpips: str | Path | None = None,
     clip: str | Path | None = None,
+    device: str = "cpu",
+    on: str = "here",
+    workers: int | None = None,
+    worker_cpus: float = 1.0,
     **options: Unpack[SamplingOptions],
 ) -> CheckResult:
     """Compare an artifact with what it was made from.
@@ -92,6 +94,10 @@ def check(
         real: a folder of real images; distances are then to these, else to the reference's images.
         lpips: a folder with LPIPS's weights, see `qdeploy.evaluate.metrics.lpips`.
         clip: folder or Hub id of a CLIP model, for the CLIP score of prompts.
+        device: torch device of the reference and of checkpoints. An engine runs where it was built for.
+        on: where parts are made, as of `qdeploy.parts.run.made`.
+        workers: how many, on Ray.
+        worker_cpus: processors for each.
         options: fields of `Sampling`, in place of those of ``sampling``.
 
     Returns:
@@ -102,8 +108,11 @@ def check(
             pictures cannot be written.
         InvalidInputError: the subject cannot be checked, or another model is named as reference or was the
             source of ``before``.
-        CapabilityError: the runtime that it needs is not installed.
+        CapabilityError: the runtime that it needs, the device or Ray is not there.
     """
+    check_place(on, workers, worker_cpus)
+    check_device(device)
+    place = {"on": on, "workers": workers, "worker_cpus": worker_cpus}
     given = {
         "min_parity": min_parity,
         "min_sqnr": min_sqnr,
@@ -112,34 +121,49 @@ def check(
         "max_fd_increase": max_fd_increase,
     }
     changes, keep = with_old_names(dict(options), keep)
-    plan = QualityPlan((sampling or AS_COLLECTED).changed(changes), samples, keep)
+    asked = (sampling or AS_COLLECTED).changed(changes)
+    plan = QualityPlan(asked, samples, keep)
     model = trajectories.model if trajectories else _model(reference)
     _check_measurable(given, model)
     if correction != "none" and model is None:
         raise UsageError(
             "corrections act on whole trajectories: name the full-precision model with --reference"
         )
+    if model is None and on != "here":
+        raise UsageError("parts are of images: name the full-precision model with --reference")
     folder = None if pictures is None else picture_folder(pictures)
-    opened = open_subject(subject)
+    own = trajectories.device if trajectories else own_device(device)
+    opened = open_subject(subject, own)
     if min_speedup is not None:
         _check_speed_measurable(opened.artifact, min_speedup)
-    check_correction(correction, opened.artifact)
-    plan = replace(plan, sampling=plan.sampling.like(opened.artifact.facts.sampled))
-    if model is not None:
-        plan = replace(plan, sampling=with_shipped_prompts(plan.sampling, model.path))
-    earlier = None if before is None else open_before(before, opened)
+    earlier = None if before is None else open_before(before, opened, own)
     resources = {"features": features, "real": real, "lpips": lpips, "clip": clip}
-    context = _metric_context(model, resources, plan.sampling.prompts)
-    if model is not None:
-        source_model(opened.artifact, model)
-        trajectories = trajectories or Trajectories(model, plan)
-    others = [open_subject(other) for other in (onnx, checkpoint) if other is not None]
+    comparison = Comparison.of(opened, trajectories or model, plan, correction, resources, own)
+    if trajectories is None and isinstance(reference, str | Path):
+        sizes = {"samples": samples, "keep": keep, "correction": correction, "device": device}
+        sources = {
+            "reference": reference,
+            **resources,
+            "onnx": onnx,
+            "checkpoint": checkpoint,
+            "before": before,
+        }
+        comparison.arguments = {
+            "subject": named(opened.artifact),
+            "sampling": asked.arguments_json(),
+            **sizes,
+            **{name: None if path is None else named(path) for name, path in sources.items()},
+            **given,
+        }
+    if on == PLAN_ALONE:
+        comparison.measure(opened, place)
+    others = [open_subject(other, own) for other in (onnx, checkpoint) if other is not None]
     parity = measure_parity(opened, others)
-    quality = _quality(opened, trajectories, opened.artifact, correction, context)
+    quality = comparison.measure(opened, place)
     speed = None if min_speedup is None or model is None else measure_speed(opened.artifact, model)
     result = judge(opened.artifact, parity, quality, given, speed)
     if earlier is not None:
-        compared = _quality(earlier, trajectories, opened.artifact, context=context)
+        compared = replace(comparison, correction="none").measure(earlier, place)
         result = replace(result, before=describe_before(earlier, compared))
     if folder is not None:
         result = replace(result, pictures=draw(folder, [opened, *others], quality, result.before))
@@ -189,55 +213,13 @@ def _model(reference: ModelSource | None) -> Model | None:
     return None if reference is None else model_of(reference)
 
 
-def _metric_context(
-    model: Model | None, given: dict[str, str | Path | None], prompts: Sequence[str] | None
-) -> MetricContext | None:
-    """What metrics may use, checked before any work."""
-    named = next((name for name, value in given.items() if value is not None), None)
-    if model is None:
-        if named:
-            raise UsageError(
-                f"--{named} is used to measure the quality of images: name the full-precision model too"
-            )
-        return None
-    context = MetricContext(model, **given, prompts=prompts)
-    context.check()
-    return context
-
-
-def _quality(
-    subject: RunnableArtifact,
-    trajectories: Trajectories | None,
-    probe: DenoiserArtifact,
-    correction: str = "none",
-    context: MetricContext | None = None,
-) -> dict[str, Any]:
-    if trajectories is None:
-        return _quality_of_probe(subject, probe)
-    denoiser = correct(subject.denoiser, correction, subject.artifact, trajectories.scheduler)
-    try:
-        key = f"{subject.artifact.sha256} {correction}"
-        measured = measure_quality(trajectories, denoiser, context, key)
-    except InvalidInputError as error:
-        raise InvalidInputError(f"{subject.artifact.path} cannot be compared: {error}") from error
-    plan = trajectories.plan
-    return measured | {
-        "source": "trajectory",
-        "samples": plan.samples,
-        "inference_steps": plan.sampling.steps,
-        "scheduler": plan.sampling.scheduler,
-        "seed": plan.sampling.seed,
-        "correction": correction,
-    }
-
-
-def _quality_of_probe(subject: RunnableArtifact, probe: DenoiserArtifact) -> dict[str, Any]:
-    """SQNR on a probe's rows, all that can be measured without the full-precision model."""
-    inputs, reference, _ = probe.probe()
-    output = subject.predict(inputs)
-    sums: dict[float, tuple[float, float]] = {}
-    for row, t in enumerate(inputs["timestep"].flatten().tolist()):
-        before, now = sums.get(t, (0.0, 0.0)), powers(output[row], reference[row])
-        sums[t] = (before[0] + now[0], before[1] + now[1])
-    by_timestep = summary({t: decibels(*both) for t, both in sums.items()})
-    return {"sqnr_db": by_timestep, "source": "probe", "samples": len(output)}
+def job(**arguments: Any) -> Job:
+    """The parts of a call of `check`, by its arguments."""
+    device = own_device(arguments["device"])
+    opened = open_subject(arguments["subject"], device)
+    plan = QualityPlan(arguments["sampling"], arguments["samples"], arguments["keep"])
+    resources = {name: arguments[name] for name in ("features", "real", "lpips", "clip")}
+    reference = open_model(arguments["reference"])
+    return (
+        Comparison.of(opened, reference, plan, arguments["correction"], resources, device).parts(opened).job
+    )

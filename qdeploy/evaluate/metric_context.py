@@ -71,6 +71,13 @@ class MetricContext:
                 )
             assert self.real_features
 
+    @property
+    def identity(self) -> list[str]:
+        """What of the resources determines what metrics take from a pair."""
+        extractor = "" if self.extractor is None else self.extractor.sha256
+        files = [] if self.lpips is None else sorted(Path(self.lpips).glob("*.pth"))
+        return [extractor, str(self.clip or ""), str(self.real or ""), *map(sha256_file, files)]
+
     def of(self, pair: Pair) -> tuple[Features, Features]:
         """Features of both sides of a pair, the reference's first; computed once for all metrics."""
         assert self.extractor is not None

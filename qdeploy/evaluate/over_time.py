@@ -17,14 +17,16 @@ from qdeploy.system.progress import say
 from qdeploy.system.tables import Table, number
 
 
-def open_before(path: str | Path | Artifact, subject: RunnableArtifact) -> RunnableArtifact:
+def open_before(
+    path: str | Path | Artifact, subject: RunnableArtifact, device: str = "cpu"
+) -> RunnableArtifact:
     """What the subject is compared with: another checkpoint, bundle or engine of the same model.
 
     Raises:
         InvalidInputError: it is of another kind, damaged, or of another model.
         CapabilityError: its runtime is not installed.
     """
-    before = open_subject(path)
+    before = open_subject(path, device)
     if before.artifact.facts.model_sha256 != subject.artifact.facts.model_sha256:
         raise InvalidInputError(
             f"{before.artifact.path} was made from another model than {subject.artifact.path}: there is no "

@@ -5,10 +5,13 @@ Two denoisers sample from the same seeds: the reference in full precision, and t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+_PARTS = ("expected", "predicted", "expected_sample", "sample")
 
 
 @dataclass(frozen=True)
@@ -45,3 +48,28 @@ class Pair:
     expected_images: Tensor
     images: Tensor
     prompts: Sequence[str] | None = None
+
+
+def tensors_of(pair: Pair) -> dict[str, Tensor]:
+    """A pair as tensors by name: `read_pair` reads it."""
+    tensors = {"images": pair.images, "expected_images": pair.expected_images}
+    for number, call in enumerate(pair.calls):
+        tensors |= {f"{number:04d}.{part}": getattr(call, part) for part in _PARTS}
+    # Tensors that share memory, or parts of larger ones, cannot be stored as they are.
+    stored = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    stored["timesteps"] = torch.tensor([call.timestep for call in pair.calls], dtype=torch.float64)
+    if pair.prompts is not None:
+        words = "\0".join(pair.prompts).encode()
+        stored["prompts"] = torch.frombuffer(bytearray(words), dtype=torch.uint8)
+    return stored
+
+
+def read_pair(stored: Mapping[str, Tensor]) -> Pair:
+    """The pair that `tensors_of` wrote."""
+    calls = [
+        Call(t, *(stored[f"{number:04d}.{part}"] for part in _PARTS))
+        for number, t in enumerate(stored["timesteps"].tolist())
+    ]
+    words = stored.get("prompts")
+    prompts = None if words is None else bytes(words.tolist()).decode().split("\0")
+    return Pair(calls, stored["expected_images"], stored["images"], prompts)

@@ -64,8 +64,8 @@ class RunnableArtifact:
         return STAGES[self.artifact.kind]
 
 
-def open_subject(path: str | Path | Artifact) -> RunnableArtifact:
-    """Open an engine, an ONNX bundle (to be run by ONNX Runtime) or a checkpoint (by torch).
+def open_subject(path: str | Path | Artifact, device: str = "cpu") -> RunnableArtifact:
+    """Open an engine, an ONNX bundle (to be run by ONNX Runtime) or a checkpoint (by torch, on a device).
 
     Raises:
         InvalidInputError: it is of another kind, or damaged.
@@ -75,8 +75,8 @@ def open_subject(path: str | Path | Artifact) -> RunnableArtifact:
     # All three hold the denoiser's configuration in the same place.
     sample = list(signature(checkpoint_model(artifact).denoiser_class().forward).parameters)[1]
     if isinstance(artifact, Checkpoint):
-        denoiser = load_checkpoint(artifact)
-        return RunnableArtifact(artifact, denoiser, _predictor(denoiser), sample, "torch")
+        denoiser = load_checkpoint(artifact, device)
+        return RunnableArtifact(artifact, denoiser, _predictor(denoiser, device), sample, "torch")
     engine = _run_bundle(artifact) if isinstance(artifact, Bundle) else load_engine(artifact)
     denoiser = cast("nn.Module", engine.as_denoiser())
     return RunnableArtifact(
@@ -90,10 +90,11 @@ def _run_bundle(bundle: Bundle) -> Engine:
     return find_backend("onnxruntime").load(spec, None)
 
 
-def _predictor(denoiser: nn.Module) -> Callable[[Mapping[str, Tensor]], Tensor]:
+def _predictor(denoiser: nn.Module, device: str) -> Callable[[Mapping[str, Tensor]], Tensor]:
     def predict(inputs: Mapping[str, Tensor]) -> Tensor:
         with torch.no_grad():
-            return denoise(denoiser, inputs)
+            there = {name: value.to(device) for name, value in inputs.items()}
+            return denoise(denoiser, there).cpu()
 
     return predict
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from qdeploy.calibration_set.recorder import chosen_calls
 from qdeploy.calibration_set.survey import Survey, survey
 from qdeploy.evaluate.metric_context import MetricContext
-from qdeploy.evaluate.metrics.base import Meter, metrics
 from qdeploy.evaluate.paired_sample import Call, Pair
-from qdeploy.evaluate.shared_work import in_parts, journal, processes
+from qdeploy.evaluate.quality_parts import QualityParts, meters_of, quality_parts, results_of
 from qdeploy.model.folder import Model
 from qdeploy.model.inputs import attach_form, denoise, flatten_inputs, sample_name
 from qdeploy.model.pipeline import sample_images
@@ -24,10 +23,9 @@ from qdeploy.model.pipeline_index import pipeline_sha256
 from qdeploy.model.sampling import CHECKING, Sampling
 from qdeploy.model.schedulers import scheduler_for
 from qdeploy.network.observe import ModuleCall, observing
+from qdeploy.parts.run import made
 from qdeploy.system.errors import InvalidInputError, UsageError
-from qdeploy.system.hashing import sha256_of
 from qdeploy.system.progress import track
-from qdeploy.version import __version__
 
 # Image i of an evaluation has the seed FIRST_SEED + SEEDS_APART * seed + i: no image of a calibration set that
 # was collected with an ordinary seed is used in an evaluation.
@@ -102,17 +100,20 @@ class Trajectories:
     Args:
         model: the full-precision model, with its pipeline.
         plan: what to sample.
+        device: torch device of the pipeline.
 
     Raises:
         InvalidInputError: the model has no pipeline that can be loaded.
     """
 
-    def __init__(self, model: Model, plan: QualityPlan) -> None:
-        self.model, self.plan = model, plan
-        self._denoiser = model.load()
-        self._rest = pipeline_sha256(model) if model.has_pipeline else ""
+    def __init__(self, model: Model, plan: QualityPlan, device: str = "cpu") -> None:
+        self.model, self.plan, self.device = model, plan, device
+        self._denoiser = model.load(device)
+        self.rest = pipeline_sha256(model) if model.has_pipeline else ""
         self.sample = sample_name(self._denoiser)
         self._pipeline = model.pipeline(self._denoiser)
+        if device != "cpu":
+            self._pipeline = self._pipeline.to(device)
         self._pipeline.scheduler = scheduler_for(plan.sampling, self._pipeline.scheduler)
         self._kept: dict[int, Trajectory] = {}
 
@@ -148,31 +149,17 @@ class Trajectories:
             self._kept[number] = trajectory
         return trajectory
 
-    def pairs(self, subject: nn.Module, key: str | None = None) -> Iterator[Pair]:
+    def pairs(self, subject: nn.Module) -> Iterator[Pair]:
         """Pairs of reference and subject, batch by batch.
 
         Args:
             subject: a denoiser, or an object with the same interface.
-            key: names the subject and how it is run. With it the batches are kept on disk until all are made:
-                an interrupted run continues, and several processes share the work.
 
         Raises:
             InvalidInputError: the subject cannot run in the pipeline, or computes NaN or Inf.
         """
-        count = len(self.plan.batches())
-        if key is None:
-            for number in track(range(count), "sampling in pairs"):
-                yield self.pair(subject, number)
-            return
-        plan = {**asdict(self.plan), "sampling": self.plan.sampling.to_json()}
-        identity = sha256_of([__version__, key, self.model.sha256, self._rest, plan])
-        left = iter(track(range(count), "sampling in pairs", total=-(-count // processes()[1])))
-
-        def make(number: int) -> Pair:
-            next(left, None)
-            return self.pair(subject, number)
-
-        yield from in_parts(journal(identity), count, make)
+        for number in track(range(len(self.plan.batches())), "sampling in pairs"):
+            yield self.pair(subject, number)
 
     def pair(self, subject: nn.Module, number: int) -> Pair:
         """One batch of reference and subject, by the batch's number."""
@@ -187,10 +174,10 @@ class Trajectories:
                 predicted = denoise(subject, inputs)
             if not bool(predicted.isfinite().all()):
                 raise InvalidInputError(f"it computes NaN or Inf at timestep {t:g}")
-            calls.append(Call(t, expected, predicted, sample, own_sample))
+            calls.append(Call(t, *(x.cpu() for x in (expected, predicted, sample, own_sample))))
         if not bool(own.images.isfinite().all()):
             raise InvalidInputError("the images that it leads to hold NaN or Inf")
-        return Pair(calls, reference.images, own.images, self.plan.sampling.prompts_of(images))
+        return Pair(calls, reference.images.cpu(), own.images.cpu(), self.plan.sampling.prompts_of(images))
 
     def _run(self, denoiser: nn.Module, images: range, keep_inputs: bool) -> Trajectory:
         plan = self.plan
@@ -262,7 +249,7 @@ def measure_quality(
         trajectories: of the reference.
         subject: a denoiser, or an object with the same interface.
         context: what metrics may use; by default what the model has.
-        key: names the subject, see `Trajectories.pairs`: the measurement resumes, and processes share it.
+        key: names the subject, and how it is run. With it an interrupted measurement resumes, and processes share it.
 
     Returns:
         The metrics' values by name, without those whose resources are missing.
@@ -271,11 +258,18 @@ def measure_quality(
         InvalidInputError: the subject cannot run in the pipeline, or computes NaN or Inf.
     """
     context = context or MetricContext(trajectories.model)
-    meters: Mapping[str, Meter] = {
-        name: meter for name, metric in metrics().items() if (meter := metric.meter(context)) is not None
-    }
-    for pair in trajectories.pairs(subject, key):
+    if key is not None:
+        return measure_in_parts(quality_parts(trajectories, subject, context, key))
+    meters = meters_of(context)
+    for pair in trajectories.pairs(subject):
         for meter in meters.values():
             meter.add(pair)
-    values = {name: meter.result() for name, meter in meters.items()}
-    return {name: value for name, value in values.items() if value is not None}
+    return results_of(meters)
+
+
+def measure_in_parts(parts: QualityParts, **place: Any) -> dict[str, Any]:
+    """Every metric, from parts that are made at a place, as of `qdeploy.parts.run.made`."""
+    with made(parts.job, **place) as folder:
+        values = parts.measure(folder)
+        folder.done()
+    return values

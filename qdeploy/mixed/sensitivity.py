@@ -2,48 +2,29 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
-import torch
-from safetensors.torch import load_file
-from torch import Tensor
-
-from qdeploy.calibrate.methods.minmax import ActivationRanges, WeightRanges
-from qdeploy.calibrate.open_session import calibration_for, check_device, open_session
-from qdeploy.calibrate.session import Session
+from qdeploy.calibrate.open_session import calibration_for
 from qdeploy.calibration_set.dataset import CalibrationSet
-from qdeploy.mixed.estimate import first_order
-from qdeploy.mixed.harm_report import harms_of, report_of
-from qdeploy.mixed.measure import Exact
-from qdeploy.mixed.options import LayerOptions, quantized_to
-from qdeploy.mixed.request import Work, work_of
-from qdeploy.mixed.rows import TimestepRows, choose_rows
+from qdeploy.mixed.measuring import Measuring
+from qdeploy.mixed.request import work_of
 from qdeploy.model.in_memory import ModelSource
-from qdeploy.model.inputs import denoise
-from qdeploy.quant.layer import quantized_layers
-from qdeploy.quant.state import code_shapes, write_state
-from qdeploy.recipe.formats import NONE, parse_format
+from qdeploy.parts.folder import check_alone
+from qdeploy.parts.plan import Job, named
+from qdeploy.parts.run import HERE, check_place, made
 from qdeploy.recipe.recipe import Recipe
 from qdeploy.store.artifact import Artifact, Sensitivity
 from qdeploy.store.builder import Draft
-from qdeploy.store.data_facts import AgreementFacts, SensitivityFacts
-from qdeploy.store.layers import read_layers
-from qdeploy.store.manifest import Notes
-from qdeploy.store.measured import SensitivityMeasured
 from qdeploy.store.paths import default_output
-from qdeploy.system.errors import InvalidInputError, UsageError
+from qdeploy.system.devices import check_device, own_device
+from qdeploy.system.errors import UsageError
 from qdeploy.system.estimate import Estimate
-from qdeploy.system.progress import say, track
+from qdeploy.system.progress import say
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-SENSITIVITY = "sensitivity.json"
-HARM = "harm.safetensors"
 
 
 class _Options(TypedDict, total=False):
@@ -65,6 +46,9 @@ class _Options(TypedDict, total=False):
     device: str
     max_memory: int
     overwrite: bool
+    on: str
+    workers: int | None
+    worker_cpus: float
 
 
 @overload
@@ -108,6 +92,9 @@ def sensitivity(
     max_memory: int = 4 * 2**30,
     dry_run: bool = False,
     overwrite: bool = False,
+    on: str = "here",
+    workers: int | None = None,
+    worker_cpus: float = 1.0,
 ) -> Sensitivity | Estimate:
     """Rank layers by the harm of quantizing each alone, in each format.
 
@@ -135,6 +122,9 @@ def sensitivity(
         max_memory: bytes that recorded activations may take in memory.
         dry_run: say what it would cost, and stop.
         overwrite: replace another artifact at ``output``.
+        on: where parts are made, as of `qdeploy.parts.run.made`: the first pass is one, each layer another.
+        workers: how many, on Ray.
+        worker_cpus: processors for each.
 
     Returns:
         An artifact of kind ``sensitivity`` with ``sensitivity.json`` and ``harm.safetensors``; with
@@ -142,145 +132,108 @@ def sensitivity(
 
     Raises:
         UsageError: unknown names, impossible numbers or combinations.
-        CapabilityError: the device is not there.
+        CapabilityError: the device or Ray is not there.
         InvalidInputError: the model, the checkpoint or the set cannot be used.
     """
+    check_place(on, workers, worker_cpus)
+    named_formats = None if formats is None else list(formats)
+    measuring = _plan(
+        source,
+        output,
+        recipe=recipe,
+        calibration=calibration,
+        reference=reference,
+        method=method,
+        formats=named_formats,
+        activations=activations,
+        coverage=coverage,
+        target=target,
+        exclude=exclude,
+        rows=rows,
+        probes=probes,
+        cheap=cheap,
+        seed=seed,
+        device=device,
+        max_memory=max_memory,
+        overwrite=overwrite,
+    )
+    if dry_run:
+        return measuring.estimate()
+    if done := measuring.draft.finished():
+        measuring.forget()
+        return done
+    check_alone(measuring.place, measuring.draft.output)
+    if on == HERE:
+        say(measuring.announcement())
+    with made(measuring.job, on, workers, worker_cpus) as parts:
+        return measuring.finish(parts)
+
+
+def job(**arguments: Any) -> Job:
+    """The parts of a call of `sensitivity`, by its arguments."""
+    return _plan(**arguments).job
+
+
+def _plan(
+    source: ModelSource | Artifact,
+    output: str | Path | None,
+    *,
+    recipe: str | Path | Recipe | None,
+    calibration: str | Path | Artifact | None,
+    reference: ModelSource | None,
+    formats: list[str] | None,
+    rows: int,
+    probes: int,
+    cheap: bool,
+    device: str,
+    max_memory: int,
+    overwrite: bool,
+    **chosen: Any,
+) -> Measuring:
+    """Open and check all inputs."""
     for name, value in {"rows": rows, "probes": probes}.items():
         if value < 1:
             raise UsageError(f"{name} must be at least 1, not {value}")
-    given = {"method": method, "activations": activations, "coverage": coverage, "target": target}
-    chosen = {**given, "exclude": exclude, "seed": seed}
+    chosen = {name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()}
     work = work_of(source, recipe, formats, reference, chosen)
     check_device(device)
     place = Path(output) if output else default_output(Path(str(work.name)), "sensitivity")
-    data = CalibrationSet.open(calibration_for(work.model, calibration, work.recipe.seed, device))
+    calibrated = calibration_for(work.model, calibration, work.recipe.seed, device)
+    data = CalibrationSet.open(calibrated)
     made_from = {"model": work.model.sha256, "calibration": data.sha256}
     if work.checkpoint is not None:
         made_from["checkpoint"] = work.checkpoint.sha256
     options = {"formats": list(work.formats), "rows": rows, "probes": probes, "cheap": cheap}
-    draft = Draft(place, Sensitivity, made_from, work.recipe.to_json(), work.recipe.seed, options, overwrite)
-    if not dry_run and (done := draft.finished()):
-        return done
-    session = open_session(work.model, data, work.recipe, draft, device, max_memory)
-    chosen_rows = choose_rows(session, rows)
-    estimate = _estimate(session, work, chosen_rows, probes, cheap)
-    say(
-        f"sensitivity of {work.name}: {len(session.layers)} layers in {', '.join(work.formats)}, "
-        f"{len(chosen_rows.numbers)} rows at {len(chosen_rows.timesteps)} timesteps; about {estimate}"
+    draft = Draft(
+        place,
+        Sensitivity,
+        made_from,
+        work.recipe.to_json(),
+        work.recipe.seed,
+        options,
+        overwrite,
+        patience=-1,
     )
-    if dry_run:
-        return estimate
-    with draft:
-        return _measure(session, work, chosen_rows, probes, cheap)
-
-
-def _estimate(session: Session, work: Work, rows: TimestepRows, probes: int, cheap: bool) -> Estimate:
-    """From one timed call: range finding, then backward passes at about two calls each, then each option."""
-    batch = session.inputs(rows.numbers[: session.effort.batch])
-    with torch.no_grad():
-        for _ in range(2):
-            began = time.perf_counter()
-            denoise(session.denoiser, batch)
-            call = (time.perf_counter() - began) / len(batch["timestep"].flatten())
-    tried = len(work.formats) + (work.recipe.activations != NONE)
-    first = len(rows.numbers) * (1 + tried + 2 * probes)
-    second = 0 if cheap else len(rows.numbers) * tried * len(session.layers)
-    ranges = 0 if work.checkpoint else len(session.rows())
-    sizes = sum(parameter.numel() * 4 for parameter in session.denoiser.parameters())
-    kept = (session.draft.work / "steps").glob("*exact-*")
-    left = max(0, second - len(rows.numbers) * tried * len(list(kept)))
-    return Estimate(call * (ranges + first + left), (2 + len(work.formats)) * sizes)
-
-
-def _measure(session: Session, work: Work, rows: TimestepRows, probes: int, cheap: bool) -> Sensitivity:
-    _set_quantizers(session, work)
-    subjects = _subjects(session, work)
-
-    began = time.perf_counter()
-    found = session.draft.step("cheap", lambda: _estimates(session, rows, subjects, probes))
-    estimates = [found[name] for name in sorted(found)]
-    took = {"cheap": round(time.perf_counter() - began, 3)}
-    measured: list[Tensor] | None = None
-    signal: Tensor | None = None
-    if not cheap:
-        exact = Exact(session, rows)
-        signal = exact.signal
-        began = time.perf_counter()
-        measured = [
-            session.draft.step(f"exact-{number:04d}", partial(_noise, exact, subject))["noise"]
-            for number, subject in enumerate(track(subjects, "one layer alone"))
-        ]
-        took["exact"] = round(time.perf_counter() - began, 3)
-    layers = harms_of(session, subjects, estimates, measured)
-    report = report_of(work, rows, probes, layers, measured is not None)
-    session.draft.json(SENSITIVITY, report)
-    tensors = {"timesteps": rows.timesteps}
-    for subject, noise in zip(subjects, measured or estimates, strict=True):
-        tensors[f"{subject.path}.noise"] = noise
-    if signal is not None:
-        tensors["signal"] = signal
-    session.draft.tensors(HARM, lambda: tensors)
-    facts = SensitivityFacts(
-        component=work.model.name,
-        class_name=work.model.class_name,
-        model_sha256=work.model.sha256,
-        layers=len(layers),
-        formats=list(work.formats),
-        exact=measured is not None,
-        agreement=AgreementFacts(**report["agreement"]) if "agreement" in report else None,
+    sources = {"source": source, "output": place, "recipe": recipe, "calibration": calibrated}
+    arguments = {
+        **{
+            name: None if path is None else named(path)
+            for name, path in {**sources, "reference": reference}.items()
+        },
+        **chosen,
+        **{"formats": formats, "rows": rows, "probes": probes, "cheap": cheap, "device": device},
+        **{"max_memory": max_memory, "overwrite": overwrite},
+    }
+    given = [path for path in (source, reference) if path is not None]
+    opens_elsewhere = not isinstance(recipe, Recipe) and None not in map(named, given)
+    return Measuring(
+        work,
+        data,
+        draft,
+        rows,
+        probes,
+        cheap,
+        own_device(device),
+        max_memory,
+        arguments if opens_elsewhere else None,
     )
-    notes = Notes(source=work.model.source)
-    made: Sensitivity = session.draft.finish(facts, SensitivityMeasured(pass_seconds=took), notes)
-    return made
-
-
-def _estimates(
-    session: Session, rows: TimestepRows, subjects: list[LayerOptions], probes: int
-) -> dict[str, Tensor]:
-    found = first_order(session, rows, subjects, probes)
-    return {f"{number:04d}": noise for number, noise in enumerate(found)}
-
-
-def _noise(exact: Exact, subject: LayerOptions) -> dict[str, Tensor]:
-    return {"noise": exact.noise(subject)}
-
-
-def _set_quantizers(session: Session, work: Work) -> None:
-    """Find ranges by the recipe's own finders, or take a checkpoint's scales and roundings."""
-    if work.checkpoint is not None:
-        stored = load_file(work.checkpoint.quantized)
-        described = read_layers(work.checkpoint.layers)
-        if [layer.path for layer in described.layers] != [layer.path for layer in session.layers]:
-            raise InvalidInputError(f"{work.checkpoint.path} quantizes other layers than this version would")
-        write_state(session.denoiser, stored, code_shapes(session.denoiser))
-        return
-    weights, activations = _finders(session.recipe)
-    for number, stage in enumerate((WeightRanges(weights), ActivationRanges(activations))):
-        session.stage = f"{number}-{stage.name}"
-        stage.run(session)
-
-
-def _finders(recipe: Recipe) -> tuple[str, str]:
-    """How a recipe finds the ranges of weights and of activations."""
-    ranges = (stage for stage in recipe.stages if isinstance(stage, WeightRanges | ActivationRanges))
-    found = {type(stage): stage.finder for stage in ranges}
-    return found.get(WeightRanges, WeightRanges.finder), found.get(ActivationRanges, ActivationRanges.finder)
-
-
-def _subjects(session: Session, work: Work) -> list[LayerOptions]:
-    modules = quantized_layers(session.denoiser)
-    if work.checkpoint is not None:
-        return [
-            LayerOptions(layer.path, module, {number_format.name: module.weight_quantizers})
-            for layer in session.layers
-            for module in [modules[layer.path]]
-            for number_format in [module.formats[0]]
-            if number_format is not None
-        ]
-    finder, _ = _finders(session.recipe)
-    found = []
-    for layer in track(session.layers, "formats of weights"):
-        formats = [parse_format(name) for name in work.formats]
-        made = {each.name: quantized_to(modules[layer.path], each, finder) for each in formats if each}
-        found.append(LayerOptions(layer.path, modules[layer.path], made))
-    return found

@@ -117,6 +117,11 @@ class Sampling:
         inputs = None if self.folder is None else self.folder.sha256
         return {**value, "inputs": inputs}
 
+    def arguments_json(self) -> dict[str, Any]:
+        """Its fields in JSON's types: ``Sampling(**fields)`` is the same."""
+        value = asdict(self)
+        return {**value, "inputs": None if self.inputs is None else str(Path(self.inputs).resolve())}
+
     def prompts_of(self, images: Sequence[int]) -> list[str] | None:
         """A prompt for each of some images, by their numbers; the list begins anew where it ends."""
         return _in_turn(self.prompts, images)

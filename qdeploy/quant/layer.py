@@ -201,7 +201,7 @@ class QuantizedLayer(WrappedLayer):
             x = x.index_select(self.feature_axis, self.order)
         return list(x.split(self.split, dim=self.feature_axis)) if self.split else [x]
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # as torch's layers call it
+    def forward(self, input: Tensor) -> Tensor:  # as torch's layers call it
         if not self.quantized:
             plain: Tensor = self.inner(input)
             return plain

@@ -11,18 +11,21 @@ from __future__ import annotations
 import io
 import math
 import wave
+import zipfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import load_file
 from torch import Tensor
 
 from qdeploy.model.media import AUDIO, FRAMES, IMAGES, RATE, Media
-from qdeploy.store.builder import Draft
-from qdeploy.system.errors import InvalidInputError, UsageError
+from qdeploy.store.joined_tensors import shape_of
+from qdeploy.system.errors import InvalidInputError
 
 GRID = "grid.png"
 NPZ = "images.npz"
@@ -43,44 +46,79 @@ def as_stored(media: Media) -> Tensor:
     return (media.values * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def write_media(
-    draft: Draft[Any], media: Media, seed: int, prompts: Sequence[str] | None, described: dict[str, Any]
+def write_items(
+    folder: Path,
+    media: Media,
+    numbers: Sequence[int],
+    seed: int,
+    prompts: Sequence[str] | None,
+    described: dict[str, Any],
 ) -> None:
     """Write each result as people open it.
 
     Args:
-        draft: of the samples.
-        media: all of them; pictures as uint8.
-        seed: of the first.
+        folder: where.
+        media: some results; pictures as uint8.
+        numbers: of the results.
+        seed: of result 0.
         prompts: used in turns, if there are any.
         described: what else a PNG's text chunks say.
 
     Raises:
         InvalidInputError: images have a number of channels that PNG does not know.
     """
-    if media.kind == IMAGES:
-        _write_images(draft, media.values, seed, prompts, described)
-    elif media.kind == FRAMES:
-        for number, video in enumerate(media.values):
-            frames = [_picture(frame) for frame in video]
-            file = draft.content / f"{number:05d}.gif"
+    for number, value in zip(numbers, media.values, strict=True):
+        if media.kind == IMAGES:
+            chunks = PngInfo()
+            for key, text in {"seed": seed + number, **described}.items():
+                chunks.add_text(key, str(text))
+            if prompts is not None:
+                chunks.add_text("prompt", prompts[number % len(prompts)])
+            _picture(value).save(folder / f"{number:05d}.png", pnginfo=chunks)
+        elif media.kind == FRAMES:
+            frames = [_picture(frame) for frame in value]
+            file = folder / f"{number:05d}.gif"
             frames[0].save(file, save_all=True, append_images=frames[1:], duration=FRAME_MS, loop=0)
-        middle = media.values[:GRID_LIMIT, media.values.shape[1] // 2]
-        _picture(grid(middle)).save(draft.content / GRID)
-    elif media.kind == AUDIO:
-        for number, sound in enumerate(media.values):
-            (draft.content / f"{number:05d}.wav").write_bytes(wav(sound))
+        elif media.kind == AUDIO:
+            (folder / f"{number:05d}.wav").write_bytes(wav(value))
 
 
-def write_npz(draft: Draft[Any], media: Media) -> None:
+def write_grid(file: Path, kind: str, tensors: Sequence[Path]) -> None:
+    """Write the first images, or the middle frames of the first videos, side by side.
+
+    Args:
+        file: the picture.
+        kind: of the results; of other kinds there is no grid.
+        tensors: files of `kind` as tensors, in order.
+    """
+    if kind not in (IMAGES, FRAMES):
+        return
+    shown: list[Tensor] = []
+    for part in tensors:
+        values = load_file(part)[kind]
+        shown += values if kind == IMAGES else values[:, values.shape[1] // 2]
+        if len(shown) >= GRID_LIMIT:
+            break
+    _picture(grid(torch.stack(shown[:GRID_LIMIT]))).save(file)
+
+
+def write_npz(file: Path, tensors: Sequence[Path]) -> None:
     """Write images as one array ``arr_0`` [N, H, W, C] of bytes, as the evaluation suite of ADM reads them.
 
-    Raises:
-        UsageError: the results are no images.
+    The bytes are those of `numpy.savez`; one file of tensors at a time is in memory.
+
+    Args:
+        file: to write.
+        tensors: files of ``images`` [n, C, H, W], in order.
     """
-    if media.kind != IMAGES:
-        raise UsageError(f"an .npz file is of images, and these are {media.kind}")
-    np.savez(draft.content / NPZ, media.values.permute(0, 2, 3, 1).numpy())
+    shapes = [shape_of(part, IMAGES) for part in tensors]
+    channels, height, width = shapes[0][1:]
+    whole = (sum(shape[0] for shape in shapes), height, width, channels)
+    header = {"descr": "|u1", "fortran_order": False, "shape": whole}
+    with zipfile.ZipFile(file, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as array:
+        np.lib.format.write_array_header_1_0(array, header)
+        for part in tensors:
+            array.write(load_file(part)[IMAGES].permute(0, 2, 3, 1).contiguous().numpy().tobytes())
 
 
 def wav(sound: Tensor, rate: int = RATE) -> bytes:
@@ -93,19 +131,6 @@ def wav(sound: Tensor, rate: int = RATE) -> bytes:
         file.setframerate(rate)
         file.writeframes(codes.numpy().astype("<i2").tobytes())
     return buffer.getvalue()
-
-
-def _write_images(
-    draft: Draft[Any], images: Tensor, seed: int, prompts: Sequence[str] | None, described: dict[str, Any]
-) -> None:
-    for number, image in enumerate(images):
-        chunks = PngInfo()
-        for key, value in {"seed": seed + number, **described}.items():
-            chunks.add_text(key, str(value))
-        if prompts is not None:
-            chunks.add_text("prompt", prompts[number % len(prompts)])
-        _picture(image).save(draft.content / f"{number:05d}.png", pnginfo=chunks)
-    _picture(grid(images[:GRID_LIMIT])).save(draft.content / GRID)
 
 
 def grid(images: Tensor) -> Tensor:

@@ -2,51 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import cache, partial
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-from torch import Tensor, nn
-
-from qdeploy.model.folder import Model, open_if_there
-from qdeploy.model.in_memory import ModelSource, artifact_or_model, model_of
+from qdeploy.model.folder import Model
+from qdeploy.model.in_memory import ModelSource, artifact_or_model
 from qdeploy.model.media import IMAGES, Media
-from qdeploy.model.origin import find_source_model
 from qdeploy.model.pipeline import sample_images
-from qdeploy.model.pipeline_index import pipeline_sha256, read_index
+from qdeploy.model.pipeline_index import pipeline_sha256
 from qdeploy.model.sampling import SAMPLING, Sampling, SamplingOptions, renamed, sampled
-from qdeploy.model.schedulers import scheduler_for
 from qdeploy.model.timesteps import Timesteps
 from qdeploy.model.zoo import with_shipped_prompts
-from qdeploy.sampling.correct import check_correction, correct
-from qdeploy.sampling.media_files import as_stored, file_of, write_media, write_npz
-from qdeploy.sampling.pipeline_folder import is_pipeline_folder, load_pipeline, quiet_loading
-from qdeploy.store.artifact import (
-    INDEX,
-    Artifact,
-    Checkpoint,
-    EngineFolder,
-    Samples,
-    is_artifact,
-    open_artifact,
-)
-from qdeploy.store.bounded_json import read_json_object
+from qdeploy.parts.folder import PartFolder, check_alone, link, parts_of
+from qdeploy.parts.plan import Job, named
+from qdeploy.parts.run import check_place, made
+from qdeploy.sampling.correct import check_correction
+from qdeploy.sampling.media_files import GRID, NPZ, as_stored, file_of, write_grid, write_items, write_npz
+from qdeploy.sampling.source_pipeline import Source, open_pipeline, pipeline_of
+from qdeploy.store.artifact import Artifact, Checkpoint, EngineFolder, Samples, is_artifact, open_artifact
 from qdeploy.store.builder import Draft
 from qdeploy.store.data_facts import SamplesFacts
+from qdeploy.store.files import save_tensors
 from qdeploy.store.hub import is_on_hub, local_artifact
+from qdeploy.store.joined_tensors import join_tensors, shape_of
 from qdeploy.store.manifest import Notes
+from qdeploy.store.measured import Measured
 from qdeploy.store.paths import default_output
-from qdeploy.store.timesteps import explain_schedule
+from qdeploy.system.devices import check_device, kind_of, own_device
 from qdeploy.system.errors import InvalidInputError, UsageError
-from qdeploy.system.progress import say, track
+from qdeploy.system.hashing import sha256_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-_Source = EngineFolder | Checkpoint | None  # what makes the images; None for a full-precision model
 
 _IMAGES = 16  # where there are no prompts to count
 
@@ -62,6 +52,10 @@ def sample(
     correction: str = "none",
     npz: bool = False,
     overwrite: bool = False,
+    device: str = "cpu",
+    on: str = "here",
+    workers: int | None = None,
+    worker_cpus: float = 1.0,
     **options: Unpack[SamplingOptions],
 ) -> Samples:
     """Make images. Image i has the seed ``seed + i``, in whatever batches they are made.
@@ -77,6 +71,10 @@ def sample(
             estimates at every fourth call, with a guard of three standard deviations.
         npz: also write ``images.npz`` with one array [N, H, W, C], as the evaluation suite of ADM reads it.
         overwrite: replace another artifact at ``output``.
+        device: torch device of the pipeline: ``cpu``, ``cuda`` or ``cuda:N``. An engine runs where it was built for.
+        on: where parts are made, as of `qdeploy.parts.run.made`.
+        workers: how many, on Ray.
+        worker_cpus: processors for each.
         options: fields of `Sampling`, in place of those of ``sampling``.
 
     Returns:
@@ -88,30 +86,59 @@ def sample(
         UsageError: an impossible number, an unknown scheduler, missing prompts, no table of corrections.
         InvalidInputError: no pipeline for the source is found, or it cannot make such images; or the
             correction does not fit checkpoint or scheduler.
+        CapabilityError: the device, Ray or space on the disk is not there.
     """
+    check_place(on, workers, worker_cpus)
     given: dict[str, Any] = dict(options)
     renamed(given, "count", "samples")
     samples = given.pop("samples", samples)
     chosen = (sampling or SAMPLING).changed(given)
+    work = _plan(source, output, chosen, samples, model, correction, npz, overwrite, device)
+    if done := work.draft.finished():
+        work.job.parts().forget()
+        return done
+    check_alone(work.job.folder, work.draft.output)
+    with made(work.job, on, workers, worker_cpus) as parts:
+        return work.finish(parts)
+
+
+def job(**arguments: Any) -> Job:
+    """The parts of a call of `sample`, by its arguments."""
+    return _plan(**arguments).job
+
+
+def _plan(
+    source: ModelSource | Artifact,
+    output: str | Path | None,
+    sampling: Sampling,
+    samples: int | None = None,
+    model: ModelSource | None = None,
+    correction: str = "none",
+    npz: bool = False,
+    overwrite: bool = False,
+    device: str = "cpu",
+) -> _Work:
+    """Open and check all inputs; nothing large is loaded, and nothing written."""
     if samples is not None and samples < 1:
         raise UsageError(f"samples must be at least 1, not {samples}")
+    check_device(device)
+    opened_by, model_by = named(source), None if model is None else named(model)
     if isinstance(source, str | Path) and not is_artifact(Path(source)) and is_on_hub(source):
         source = local_artifact(source)
     found = artifact_or_model(source)
-    made: _Source = open_artifact(found, EngineFolder, Checkpoint) if isinstance(found, Path) else None
-    check_correction(correction, made)
-    whole = _pipeline_of(made, model) if made is not None else cast(Model, found)
-    origin, identity = ("model", whole.sha256) if made is None else (made.kind, made.sha256)
-    chosen = chosen if made is None else chosen.sized_like(made.facts.sampled)
+    source_of: Source = open_artifact(found, EngineFolder, Checkpoint) if isinstance(found, Path) else None
+    check_correction(correction, source_of)
+    whole = pipeline_of(source_of, model) if source_of is not None else cast(Model, found)
+    identity = ("model", whole.sha256) if source_of is None else (source_of.kind, source_of.sha256)
+    chosen = sampling if source_of is None else sampling.sized_like(source_of.facts.sampled)
     chosen = with_shipped_prompts(chosen, whole.path)
     if samples is None:
         samples = len(chosen.prompts) if chosen.prompts else _IMAGES
-    prompts = None if chosen.prompts is None else list(chosen.prompts)
     asked: dict[str, Any] = {
         "count": samples,
         "steps": chosen.steps,
         "scheduler": chosen.scheduler,
-        "prompts": prompts,
+        "prompts": None if chosen.prompts is None else list(chosen.prompts),
         "guidance": chosen.guidance,
         "eta": chosen.eta,
         "height": chosen.height,
@@ -122,123 +149,124 @@ def sample(
         **({} if correction == "none" else {"correction": correction}),
         **({"npz": True} if npz else {}),
     }
-    place = Path(output) if output else default_output(whole.path if made is None else made.path, "samples")
-    made_from = {origin: identity, "pipeline": pipeline_sha256(whole)}
+    own = whole.path if source_of is None else source_of.path
+    place = Path(output) if output else default_output(own, "samples")
+    made_from = {identity[0]: identity[1], "pipeline": pipeline_sha256(whole)}
     if chosen.folder is not None:
         chosen.folder.check(range(samples))
         made_from["inputs"] = chosen.folder.sha256
-    draft = Draft(place, Samples, made_from, None, chosen.seed, asked, overwrite)
-    if done := draft.finished():
-        return done
-    with draft:
-        pipeline = cache(lambda: _open_pipeline(made, whole, chosen, correction))
-        media = _make(pipeline, draft, chosen, samples)
-        settings = {
-            "steps": chosen.steps,
-            "scheduler": type(pipeline().scheduler).__name__,
-            origin: identity,
-            **({} if correction == "none" else {"correction": correction}),
+    request = asked if kind_of(device) == "cpu" else {**asked, "device": kind_of(device)}
+    arguments = {
+        "source": opened_by,
+        "output": named(place),
+        "sampling": sampling.arguments_json(),
+        "samples": samples,
+        "model": model_by,
+        "correction": correction,
+        "npz": npz,
+        "overwrite": overwrite,
+        "device": device,
+    }
+    draft = Draft(place, Samples, made_from, None, chosen.seed, request, overwrite, patience=-1)
+    in_memory = opened_by is None or (model is not None and model_by is None)
+    return _Work(
+        draft, source_of, whole, chosen, identity, asked, own_device(device), None if in_memory else arguments
+    )
+
+
+@dataclass
+class _Work:
+    """One call of `sample`: what its parts hold, and how they become an artifact.
+
+    Attributes:
+        draft: of the artifact.
+        source: what makes the images.
+        whole: the model whose pipeline it is.
+        sampling: how.
+        identity: kind and hash of the source.
+        asked: the facts that are known before.
+        device: of the pipeline.
+        arguments: of the call, in JSON's types; None where other processes cannot open them.
+    """
+
+    draft: Draft[Samples]
+    source: Source
+    whole: Model
+    sampling: Sampling
+    identity: tuple[str, str]
+    asked: dict[str, Any]
+    device: str
+    arguments: dict[str, Any] | None
+
+    @cached_property
+    def pipeline(self) -> Any:
+        """The pipeline, opened at its first use."""
+        return open_pipeline(
+            self.source, self.whole, self.sampling, self.asked.get("correction", "none"), self.device
+        )
+
+    @property
+    def batches(self) -> list[range]:
+        """Numbers of the images of each part."""
+        return self.sampling.batches(self.asked["count"])
+
+    @property
+    def job(self) -> Job:
+        """The parts: the images of a batch as files, and as tensors."""
+        request = sha256_of([self.draft.request, self.sampling.batch])
+        folder, count = parts_of(self.draft.output, request), len(self.batches)
+        output, arguments = self.draft.output, self.arguments
+        return Job("sample", folder, request, count, output, arguments, self.make, self.device, "sampling")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the text chunks of PNGs say."""
+        correction = self.asked.get("correction")
+        return {
+            "steps": self.sampling.steps,
+            "scheduler": type(self.pipeline.scheduler).__name__,
+            self.identity[0]: self.identity[1],
+            **({} if correction is None else {"correction": correction}),
         }
-        write_media(draft, media, chosen.seed, prompts, settings)
-        if npz:
-            write_npz(draft, media)
-        kind = None if media.kind == IMAGES else media.kind
-        facts = SamplesFacts(**asked | settings, shape=list(media.values.shape[1:]), media=kind)
-        return draft.finish(facts, notes=Notes(pipeline=str(whole.path)))
 
-
-def _make(pipeline: Callable[[], Any], draft: Draft[Samples], sampling: Sampling, samples: int) -> Media:
-    """All of them, pictures as uint8; batches that an earlier run finished are not made again."""
-
-    def make(numbers: Sequence[int]) -> dict[str, Tensor]:
-        media = sample_images(pipeline(), sampling, numbers)
+    def make(self, number: int, folder: Path) -> None:
+        """One batch of images; pictures as uint8."""
+        numbers: Sequence[int] = self.batches[number]
+        media = sample_images(self.pipeline, self.sampling, numbers)
         if not bool(media.values.isfinite().all()):
             raise InvalidInputError(f"the {media.kind} hold NaN or Inf: does the scheduler fit the model?")
-        return {media.kind: as_stored(media)}
+        stored = Media(media.kind, as_stored(media))
+        if stored.kind != IMAGES and "npz" in self.asked:
+            raise UsageError(f"an .npz file is of images, and these are {stored.kind}")
+        save_tensors({stored.kind: stored.values}, folder / file_of(stored.kind))
+        write_items(folder, stored, numbers, self.sampling.seed, self.asked["prompts"], self.settings)
 
-    made = [
-        draft.step(f"images-{sampling.seed + part[0]}-{len(part)}", partial(make, part))
-        for part in track(sampling.batches(samples), "sampling")
-    ]
-    kind = next(iter(made[0]))
-    stored = draft.tensors(file_of(kind), lambda: {kind: torch.cat([part[kind] for part in made])})
-    return Media(kind, stored[kind])
-
-
-# -- the pipeline ------------------------------------------------------------------------------------------
-
-
-def _pipeline_of(source: EngineFolder | Checkpoint, model: ModelSource | None) -> Model:
-    """The folder whose pipeline a source runs in.
-
-    Raises:
-        InvalidInputError: there is no such folder.
-    """
-    if model is not None:
-        return model_of(model)
-    if is_pipeline_folder(source):
-        return Model(source.path, source.component)
-    found = find_source_model(source)
-    if found is not None and found.has_pipeline:
-        return found
-    noted = source.source
-    if open_if_there(noted) is not None:
-        say(f"{noted} has changed since {source.path} was made from it, and is not used", level=2)
-    if _is_denoiser_and_scheduler(source):
-        return Model(source.path, source.component)
-    raise InvalidInputError(
-        f"the pipeline that {source.path} was made from is no longer at {noted or 'a known path'}: "
-        "name its folder with --model"
-    )
-
-
-def _is_denoiser_and_scheduler(artifact: EngineFolder | Checkpoint) -> bool:
-    """Whether an artifact holds all that its pipeline needs."""
-    index = read_index(artifact.path) if artifact.is_pipeline else None
-    if index is None:
-        return False
-    return all(
-        name == "scheduler" and artifact.find("scheduler/scheduler_config.json")
-        for name in index.others(artifact.component)
-    )
+    def finish(self, parts: PartFolder) -> Samples:
+        """The artifact of all parts; one batch at a time is in memory."""
+        with self.draft:
+            if done := self.draft.finished():  # another process was faster
+                parts.done()
+                return done
+            tensors, content = [], self.draft.content
+            for files in parts.each(self.make):
+                for name, file in files.items():
+                    if file.suffix == ".safetensors":
+                        tensors.append(file)
+                    else:
+                        link(file, content / name)
+            kind = tensors[0].stem
+            join_tensors(tensors, content / file_of(kind))
+            write_grid(content / GRID, kind, tensors)
+            if "npz" in self.asked:
+                write_npz(content / NPZ, tensors)
+            shape = shape_of(content / file_of(kind), kind)
+            media = None if kind == IMAGES else kind
+            facts = SamplesFacts(**self.asked | self.settings, shape=shape[1:], media=media)
+            took = Measured(seconds=parts.seconds() + self.draft.seconds)
+            finished = self.draft.finish(facts, took, Notes(pipeline=str(self.whole.path)))
+        parts.done()
+        return finished
 
 
 def _words(timesteps: Timesteps) -> str:
     return timesteps if isinstance(timesteps, str) else ",".join(f"{t:g}" for t in timesteps)
-
-
-def _open_pipeline(source: _Source, whole: Model, sampling: Sampling, correction: str) -> Any:
-    if source is not None and whole.path == source.path and is_pipeline_folder(source):
-        checker = {"safety_checker": None} if "safety_checker" in read_json_object(whole.path / INDEX) else {}
-        pipeline = load_pipeline(source, **checker)
-    else:
-        with quiet_loading():
-            pipeline = whole.pipeline(_denoiser(source))
-    pipeline.scheduler = scheduler_for(sampling, pipeline.scheduler)
-    # Schedules that are shifted by the size of the image are not known before the pipeline runs.
-    shifted = pipeline.scheduler.config.get("use_dynamic_shifting", False)
-    if source is not None and not shifted:
-        asked = scheduler_for(
-            replace(sampling, scheduler=type(pipeline.scheduler).__name__), pipeline.scheduler
-        )
-        asked.set_timesteps(sampling.steps)
-        if line := explain_schedule(source.facts, torch.as_tensor(asked.timesteps).tolist()):
-            say(line)
-    if correction != "none":
-        denoiser = getattr(pipeline, whole.component)
-        with quiet_loading():
-            corrected = correct(denoiser, correction, source, pipeline.scheduler)
-            setattr(pipeline, whole.component, corrected)
-    return pipeline
-
-
-def _denoiser(source: _Source) -> nn.Module | None:
-    if source is None:
-        return None
-    if isinstance(source, EngineFolder):
-        from qdeploy.engines.build import load_engine
-
-        return cast(nn.Module, load_engine(source).as_denoiser())
-    from qdeploy.quant.checkpoint import load_checkpoint
-
-    return load_checkpoint(source)

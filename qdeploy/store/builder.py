@@ -64,6 +64,7 @@ class Draft(Generic[_A]):
             only the same request takes up unfinished work or accepts a finished artifact.
         overwrite: replace an artifact that another request left at ``output``.
         space: bytes that the artifact takes on disk, as far as that is known before.
+        patience: seconds to wait for another process that is writing the same artifact; -1 for as long as it takes.
 
     Raises:
         UsageError: ``output`` exists and was not made by this request, or cannot be written.
@@ -77,6 +78,7 @@ class Draft(Generic[_A]):
     options: Mapping[str, Any] = field(default_factory=dict)
     overwrite: bool = False
     space: int = 0
+    patience: float = 0
 
     def __post_init__(self) -> None:
         self.output = Path(self.output)
@@ -128,7 +130,7 @@ class Draft(Generic[_A]):
     def __enter__(self) -> Draft[_A]:
         with explained_os_errors(self.output):
             self.output.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = lock_work(self.work, self.output)
+            self._lock = lock_work(self.work, self.output, self.patience)
             self._put_back()
             check_space(self.output, self.space)
             request = self.work / "request"
@@ -269,7 +271,7 @@ class Draft(Generic[_A]):
                 "facts": facts.to_json(),
                 "measured": {
                     **(reports or {}),
-                    "seconds": round(self._seconds(), 3),
+                    "seconds": round(self.seconds, 3),
                     **(measured.to_json() if measured else {}),
                 },
                 "notes": msgspec.to_builtins(notes or Notes()),
@@ -292,5 +294,7 @@ class Draft(Generic[_A]):
         shutil.rmtree(self.work, ignore_errors=True)
         return self.kind(self.output, manifest)
 
-    def _seconds(self) -> float:
+    @property
+    def seconds(self) -> float:
+        """Seconds of work so far, over all processes that took part in it."""
         return time.perf_counter() - self.started if self.time is None else self.time.total

@@ -14,8 +14,13 @@ from qdeploy.system.estimate import readable_size
 LEAST_SPACE = 4096  # bytes that have to be free before work starts
 
 
-def lock_work(work: Path, output: Path) -> FileLock:
+def lock_work(work: Path, output: Path, patience: float = 0) -> FileLock:
     """Make the folder of the work, and lock it.
+
+    Args:
+        work: the folder.
+        output: the artifact, for messages.
+        patience: seconds to wait for another process that has it; -1 for as long as it takes.
 
     Raises:
         UsageError: another process has it, it is a symbolic link, or it belongs to another user.
@@ -26,7 +31,7 @@ def lock_work(work: Path, output: Path) -> FileLock:
         work.mkdir(exist_ok=True)
         if hasattr(os, "getuid") and work.stat().st_uid != os.getuid():
             raise UsageError(f"{work} belongs to another user: choose another output")
-        lock = FileLock(work / "lock", timeout=0)
+        lock = FileLock(work / "lock", timeout=patience)
         try:
             lock.acquire()
         except Timeout:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class QDeployError(Exception):
     """Base of all expected errors: one sentence that says what is wrong, where, and what to do."""
@@ -31,3 +33,16 @@ class InvalidInputError(QDeployError):
     """A model, recipe or artifact that cannot be used as it is."""
 
     exit_code = 5
+
+
+class Planned(Exception):
+    """What a verb ends with that was asked for its plan alone.
+
+    Attributes:
+        folder: of the plan.
+        count: how many parts it has.
+    """
+
+    def __init__(self, folder: Path, count: int) -> None:
+        super().__init__(f"{folder} is a plan of {count} parts")
+        self.folder, self.count = folder, count

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 import torch
 from msgspec.structs import replace
 
-from qdeploy.calibrate.open_session import calibration_for, check_device, open_session
+from qdeploy.calibrate.open_session import calibration_for, open_session
 from qdeploy.calibrate.run_stages import estimate_cost, run_stages
 from qdeploy.calibrate.session import Session
 from qdeploy.calibration_set.dataset import CalibrationSet
@@ -32,6 +32,7 @@ from qdeploy.store.facts import CheckpointFacts, TimestepFacts
 from qdeploy.store.manifest import Notes
 from qdeploy.store.measured import CheckpointMeasured
 from qdeploy.store.paths import default_output
+from qdeploy.system.devices import check_device
 from qdeploy.system.errors import UsageError
 from qdeploy.system.estimate import Estimate
 from qdeploy.system.machine import int8_sums_saturate

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qdeploy.calibrate.open_session import check_device, session_on
+from qdeploy.calibrate.open_session import session_on
 from qdeploy.calibrate.published.fit import Fitted, fit
 from qdeploy.calibrate.published.layouts import find_layout, read_published
 from qdeploy.calibrate.published.place import PublishedSteps, not_for_engines, place
@@ -23,6 +23,7 @@ from qdeploy.store.artifact import Checkpoint
 from qdeploy.store.builder import Draft
 from qdeploy.store.manifest import Notes
 from qdeploy.store.paths import default_output
+from qdeploy.system.devices import check_device
 from qdeploy.system.errors import UsageError
 from qdeploy.system.hashing import sha256_file
 from qdeploy.system.progress import say

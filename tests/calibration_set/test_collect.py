@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qdeploy.calibration_set import collect as trajectory
+from qdeploy.calibration_set import collecting as trajectory
 from qdeploy.calibration_set.batch import Batch
 from qdeploy.calibration_set.collect import collect
 from qdeploy.calibration_set.dataset import CalibrationSet
@@ -342,12 +342,14 @@ def test_an_interrupted_collection_continues_where_it_stopped(
         with pytest.raises(KeyboardInterrupt):
             collect(models["ddpm"], tmp_path / "set", **options)
     # what a kill in the middle of a write leaves behind
-    (tmp_path / ".set.work" / "content").mkdir(exist_ok=True)
-    (tmp_path / ".set.work" / "content" / ".rows-00002.safetensors.4711").write_bytes(b"half")
+    (parts,) = (tmp_path / ".set.parts").glob("*/parts")
+    (parts / ".000002.4711").mkdir()
+    (parts / ".000002.4711" / "rows-00002.safetensors").write_bytes(b"half")
     again = collected(models["ddpm"], tmp_path / "set", **options)
     assert again.sha256 == whole.sha256
     assert [denoiser.calls for denoiser in loaded] == [17, 12, 7]  # the look at the pipeline takes two each
     assert not (tmp_path / ".set.work").exists()
+    assert not (tmp_path / ".set.parts").exists()
 
 
 def _interrupted(function: Callable[..., Any], after: int) -> Callable[..., Any]:
@@ -371,10 +373,10 @@ from qdeploy.calibration_set.collect import collect
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel  # before the fork: a child starts at once
 
 model, output = Path(sys.argv[1]), Path(sys.argv[2])
-shards = output.parent / f".{output.name}.work" / "content"
+parts = output.parent / f".{output.name}.parts"
 
 def there():
-    return len(list(shards.glob("rows-*"))) if shards.exists() else 0
+    return len(list(parts.glob("*/parts/[0-9]*")))
 
 random.seed(0)
 kills = 0
@@ -396,7 +398,6 @@ print(kills)
 """
 
 
-@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_in_the_same_set(models: dict[str, Path], tmp_path: Path) -> None:
     options: dict[str, Any] = {"keep": 3, "samples": 20, "batch": 2, "steps": 20}  # as in KILLER
     script = subprocess.run(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from qdeploy.calibration_set import collect as trajectory
+from qdeploy.calibration_set import collecting as trajectory
 from qdeploy.calibration_set.collect import collect
 from qdeploy.calibration_set.dataset import CalibrationSet
 from qdeploy.calibration_set.layer_ranges import LayerRanges
@@ -19,21 +18,11 @@ from qdeploy.model.folder import open_model
 from qdeploy.model.inputs import denoise
 from qdeploy.network.roles import find_structure
 from qdeploy.network.tracer import WEIGHTED
-from qdeploy.plots import pictures
-from qdeploy.plots.pictures import range_heat_map
 from qdeploy.quant.time_ranges import merge_ranges, read_ranges, spans, tensor_names
 from qdeploy.store.artifact import Artifact, open_artifact
 from tests.models import stable_diffusion_folder
 
 OPTIONS: dict[str, Any] = {"samples": 5, "batch": 2, "keep": 3, "steps": 6, "scheduler": "ddim"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def drawn() -> Iterator[None]:
-    """Sets are drawn here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pictures, "range_heat_map", range_heat_map)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +109,9 @@ def test_an_interruption_before_the_ranges_are_merged_changes_nothing(
         patch.setattr(trajectory, "merge_ranges", stopped)
         with pytest.raises(KeyboardInterrupt):
             collect(ddpm, tmp_path / "set", **OPTIONS)
-    steps = sorted((tmp_path / ".set.work" / "steps").iterdir())
-    assert len(steps) == 3
-    steps[1].unlink()  # what is lost is recorded anew
+    parts = sorted((tmp_path / ".set.parts").glob("*/parts/*/ranges.safetensors"))
+    assert len(parts) == 3
+    parts[1].unlink()  # what is lost is recorded anew
     again = collect(ddpm, tmp_path / "set", **OPTIONS)
     assert isinstance(again, Artifact)
     assert again.sha256 == made.sha256

@@ -7,16 +7,17 @@ For models that come with an attribute network, which reads things, colours and 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from qdeploy.evaluate.attribute_network import FOLDER, AttributeNetwork, Found, Reading
 from qdeploy.evaluate.intervals import of_share
-from qdeploy.evaluate.metrics.base import Metric
+from qdeploy.evaluate.metrics.base import MergingMeter, Metric
 from qdeploy.evaluate.paired_sample import Pair
 from qdeploy.evaluate.scene_captions import Wanted, wanted
 from qdeploy.model.folder import Model
@@ -93,6 +94,19 @@ class Tally:
         for prompt, reading in zip(prompts, network.read(images), strict=True):
             self.add(prompt, reading)
 
+    def counts(self) -> Tensor:
+        """Right pictures and all pictures of each attribute, [attributes + 1, 2]; the last row are those skipped."""
+        rows = [(self.right[name], self.count[name]) for name in ATTRIBUTES]
+        return torch.tensor([*rows, (0, self.skipped)])
+
+    def merge(self, counts: Tensor) -> None:
+        """Add the `counts` of other pictures."""
+        *rows, (_, skipped) = counts.tolist()
+        for name, (right, count) in zip(ATTRIBUTES, rows, strict=True):
+            self.right[name] += right
+            self.count[name] += count
+        self.skipped += skipped
+
     def result(self) -> dict[str, dict[str, Any]]:
         """Accuracy, its 95 % interval after Wilson and the number of pictures, of each attribute asked for."""
         values = {}
@@ -125,7 +139,7 @@ def attribute_accuracy(
     return tally.result()
 
 
-class AttributesMeter:
+class AttributesMeter(MergingMeter):
     """Attribute accuracy of the subject's images, and of the reference's from the same seeds and prompts.
 
     Args:
@@ -136,11 +150,20 @@ class AttributesMeter:
         self._network = network
         self._subject, self._reference = Tally(), Tally()
 
-    def add(self, pair: Pair) -> None:
+    def observe(self, pair: Pair) -> dict[str, Tensor]:
         if pair.prompts is None:
-            return
-        self._subject.read(pair.images, pair.prompts, self._network)
-        self._reference.read(pair.expected_images, pair.prompts, self._network)
+            return {}
+        counted = {}
+        for name, images in {"subject": pair.images, "reference": pair.expected_images}.items():
+            tally = Tally()
+            tally.read(images, pair.prompts, self._network)
+            counted[name] = tally.counts()
+        return counted
+
+    def merge(self, observed: Mapping[str, Tensor]) -> None:
+        for name, tally in {"subject": self._subject, "reference": self._reference}.items():
+            if name in observed:
+                tally.merge(observed[name])
 
     def result(self) -> dict[str, Any] | None:
         """For each attribute ``accuracy``, ``interval``, ``count`` and ``of_the_reference``."""

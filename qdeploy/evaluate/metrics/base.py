@@ -1,13 +1,17 @@
 """What a metric is, and the registry of metrics.
 
-A metric sees one `Pair` after the other, so that only its own sums are kept.
+A metric sees one `Pair` after the other, so that only its own sums are kept. What it takes from a pair is computed
+where the pair was made, and merged in the order of pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+from torch import Tensor
 
 from qdeploy.evaluate.metric_context import MetricContext
 from qdeploy.evaluate.paired_sample import Pair
@@ -23,6 +27,26 @@ class Meter(Protocol):
 
     def result(self) -> Any:
         """The measured value, in JSON's types."""
+
+
+class MergingMeter(ABC):
+    """A `Meter` in two halves: what of a pair it needs, and taking that into account.
+
+    The first half may run in another process, and only its tensors are kept. A meter without the halves works too;
+    then whole pairs are kept for it.
+    """
+
+    @abstractmethod
+    def observe(self, pair: Pair) -> dict[str, Tensor]:
+        """What the measurement needs of a batch, by name; depends on the batch alone."""
+
+    @abstractmethod
+    def merge(self, observed: Mapping[str, Tensor]) -> None:
+        """Take what `observe` found into account; called in the order of batches."""
+
+    def add(self, pair: Pair) -> None:
+        """Take a batch into account."""
+        self.merge(self.observe(pair))
 
 
 @dataclass(frozen=True)

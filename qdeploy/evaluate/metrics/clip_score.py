@@ -5,7 +5,7 @@ The score is 100 max(0, cos) of the embeddings of image and prompt; the referenc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from qdeploy.evaluate.metric_context import MetricContext
-from qdeploy.evaluate.metrics.base import Metric
+from qdeploy.evaluate.metrics.base import MergingMeter, Metric
 from qdeploy.evaluate.metrics.paired import about_mean
 from qdeploy.evaluate.paired_sample import Pair
 from qdeploy.system.errors import CapabilityError, InvalidInputError
 
 
-class ClipMeter:
+class ClipMeter(MergingMeter):
     """Embeds images and prompts batch by batch.
 
     Args:
@@ -40,11 +40,18 @@ class ClipMeter:
         self._source = str(source)
         self._scores: tuple[list[float], list[float]] = ([], [])
 
-    def add(self, pair: Pair) -> None:
+    def observe(self, pair: Pair) -> dict[str, Tensor]:
         if pair.prompts is None:
-            return
-        for scores, images in zip(self._scores, (pair.expected_images, pair.images), strict=True):
-            scores += self.scores(images, pair.prompts)
+            return {}
+        sides = {"expected": pair.expected_images, "made": pair.images}
+        return {
+            name: torch.tensor(self.scores(images, pair.prompts), dtype=torch.float64)
+            for name, images in sides.items()
+        }
+
+    def merge(self, observed: Mapping[str, Tensor]) -> None:
+        for scores, name in zip(self._scores, ("expected", "made"), strict=True):
+            scores += observed[name].tolist() if name in observed else []
 
     def scores(self, images: Tensor, prompts: Sequence[str]) -> list[float]:
         """A score for each image [N, C, H, W] in [0, 1] and its prompt."""

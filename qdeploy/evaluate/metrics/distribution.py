@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -11,12 +11,13 @@ from torch import Tensor
 from qdeploy.evaluate.extractors import Features
 from qdeploy.evaluate.intervals import CONFIDENCE, of_statistic, rounded
 from qdeploy.evaluate.metric_context import MetricContext
+from qdeploy.evaluate.metrics.base import MergingMeter
 from qdeploy.evaluate.paired_sample import Pair
 
 Distance = Callable[[Tensor, Tensor], float]
 
 
-class SetMeter:
+class SetMeter(MergingMeter):
     """Collects one kind of features and compares sets at the end.
 
     With real images, the subject's and the reference's distances to them are reported; without, the subject's
@@ -46,12 +47,16 @@ class SetMeter:
         self._kept: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._checked = False
 
-    def add(self, pair: Pair) -> None:
+    def observe(self, pair: Pair) -> dict[str, Tensor]:
         if not self._checked:
             self.context.check_size(pair)
             self._checked = True
-        for kept, features in zip(self._kept, self.context.of(pair), strict=True):
-            kept.append(self._chosen(features))
+        expected, made = self.context.of(pair)
+        return {"expected": self._chosen(expected), "made": self._chosen(made)}
+
+    def merge(self, observed: Mapping[str, Tensor]) -> None:
+        for kept, name in zip(self._kept, ("expected", "made"), strict=True):
+            kept.append(observed[name])
 
     def _chosen(self, features: Features) -> Tensor:
         return features.tensors()[self._part]

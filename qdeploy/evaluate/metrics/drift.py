@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from qdeploy.evaluate.metrics.base import Metric
+from qdeploy.evaluate.metrics.base import MergingMeter, Metric
 from qdeploy.evaluate.metrics.sqnr import timestep_name
 from qdeploy.evaluate.paired_sample import Pair
 from qdeploy.model.folder import Model
@@ -24,17 +26,21 @@ def _ratio(signal: float, noise: float) -> float:
     return math.sqrt(noise / signal) if signal else 0.0
 
 
-class DriftMeter:
+class DriftMeter(MergingMeter):
     """Sums powers for each call of the trajectory, in the order of sampling."""
 
     def __init__(self) -> None:
         self._powers: list[tuple[float, float, float]] = []
 
-    def add(self, pair: Pair) -> None:
+    def observe(self, pair: Pair) -> dict[str, Tensor]:
+        rows = [(call.timestep, *powers(call.sample, call.expected_sample)) for call in pair.calls]
+        return {"powers": torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)}
+
+    def merge(self, observed: Mapping[str, Tensor]) -> None:
+        rows = observed["powers"].tolist()
         if not self._powers:
-            self._powers = [(call.timestep, 0.0, 0.0) for call in pair.calls]
-        for number, call in enumerate(pair.calls):
-            signal, noise = powers(call.sample, call.expected_sample)
+            self._powers = [(t, 0.0, 0.0) for t, _, _ in rows]
+        for number, (_, signal, noise) in enumerate(rows):
             t, signals, noises = self._powers[number]
             self._powers[number] = (t, signals + signal, noises + noise)
 

@@ -7,6 +7,7 @@ always reported.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor
 
 from qdeploy.evaluate.features import FeatureNetwork
-from qdeploy.evaluate.metrics.base import Metric
+from qdeploy.evaluate.metric_context import MetricContext
+from qdeploy.evaluate.metrics.base import MergingMeter, Metric
 from qdeploy.evaluate.paired_sample import Pair
-from qdeploy.model.folder import Model
 
 STATISTICS = "statistics.safetensors"
 FOLDER = "features"
@@ -85,16 +86,31 @@ def fd_local(images: Tensor, folder: Path) -> dict[str, Any]:
     return {"fd_local": round(frechet_distance(made, real), 4), "count": made.count, "real_count": real.count}
 
 
-class FrechetMeter:
-    """Keeps feature vectors of both sides' images."""
+class FrechetMeter(MergingMeter):
+    """Keeps feature vectors of both sides' images.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: the feature network with its statistics.
+        context: where the same network's features of a pair are found, if it is the one that other metrics use.
+    """
+
+    def __init__(self, folder: Path, context: MetricContext | None = None) -> None:
         self._network, self._real = FeatureNetwork.load(folder), real_images(folder)
+        self._context = context
         self._features: tuple[list[Tensor], list[Tensor]] = ([], [])
 
-    def add(self, pair: Pair) -> None:
-        for kept, images in zip(self._features, (pair.expected_images, pair.images), strict=True):
-            kept.append(features_of(images, self._network))
+    def observe(self, pair: Pair) -> dict[str, Tensor]:
+        if self._context is not None:
+            expected, made = (features.pooled for features in self._context.of(pair))
+        else:
+            expected, made = (
+                features_of(images, self._network) for images in (pair.expected_images, pair.images)
+            )
+        return {"expected": expected, "made": made}
+
+    def merge(self, observed: Mapping[str, Tensor]) -> None:
+        for kept, name in zip(self._features, ("expected", "made"), strict=True):
+            kept.append(observed[name])
 
     def result(self) -> dict[str, Any] | None:
         if sum(map(len, self._features[0])) < 2:
@@ -111,9 +127,11 @@ class FrechetMeter:
         }
 
 
-def _start(model: Model) -> FrechetMeter | None:
-    folder = model.path / FOLDER
-    return FrechetMeter(folder) if (folder / STATISTICS).is_file() else None
+def _begin(context: MetricContext) -> FrechetMeter | None:
+    folder = context.model.path / FOLDER
+    if not (folder / STATISTICS).is_file():
+        return None
+    return FrechetMeter(folder, context if context.features is None else None)
 
 
-METRIC = Metric("fd_local", "Fréchet distance to real images in a local feature space; no FID", _start)
+METRIC = Metric("fd_local", "Fréchet distance to real images in a local feature space; no FID", begin=_begin)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qdeploy.evaluate.intervals import CONFIDENCE, of_mean, rounded
 from qdeploy.evaluate.metric_context import PAIRED
+from qdeploy.evaluate.metrics.base import MergingMeter
 from qdeploy.evaluate.paired_sample import Pair
 
 Compare = Callable[[Tensor, Tensor], Sequence[float]]
@@ -26,7 +28,7 @@ def about_mean(values: Sequence[float], digits: int, **more: Any) -> dict[str, A
     }
 
 
-class PairedMeter:
+class PairedMeter(MergingMeter):
     """Compares images pair by pair.
 
     Args:
@@ -38,8 +40,11 @@ class PairedMeter:
         self._compare, self._digits, self._more = compare, digits, more
         self._values: list[float] = []
 
-    def add(self, pair: Pair) -> None:
-        self._values += self._compare(pair.images, pair.expected_images)
+    def observe(self, pair: Pair) -> dict[str, Tensor]:
+        return {"values": torch.tensor(self._compare(pair.images, pair.expected_images), dtype=torch.float64)}
+
+    def merge(self, observed: Mapping[str, Tensor]) -> None:
+        self._values += observed["values"].tolist()
 
     def result(self) -> dict[str, Any]:
         return about_mean(self._values, self._digits, **self._more)

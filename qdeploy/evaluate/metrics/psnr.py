@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
-from qdeploy.evaluate.metrics.base import Metric
+from qdeploy.evaluate.metrics.base import MergingMeter, Metric
 from qdeploy.evaluate.metrics.paired import PairedMeter
 from qdeploy.evaluate.paired_sample import Pair
 from qdeploy.model.folder import Model
@@ -26,14 +28,17 @@ def psnr_db(images: Tensor, expected: Tensor) -> list[float]:
     return [min(EQUAL_DB, -10 * math.log10(error)) if error > 0 else EQUAL_DB for error in errors]
 
 
-class PsnrMeter:
+class PsnrMeter(MergingMeter):
     """Mean over images, as is usual."""
 
     def __init__(self) -> None:
         self._values: list[float] = []
 
-    def add(self, pair: Pair) -> None:
-        self._values += psnr_db(pair.images, pair.expected_images)
+    def observe(self, pair: Pair) -> dict[str, Tensor]:
+        return {"values": torch.tensor(psnr_db(pair.images, pair.expected_images), dtype=torch.float64)}
+
+    def merge(self, observed: Mapping[str, Tensor]) -> None:
+        self._values += observed["values"].tolist()
 
     def result(self) -> float:
         return round(sum(self._values) / len(self._values), 2)

@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
-from qdeploy.evaluate.metrics.base import Metric
+import torch
+from torch import Tensor
+
+from qdeploy.evaluate.metrics.base import MergingMeter, Metric
 from qdeploy.evaluate.paired_sample import Pair
 from qdeploy.model.folder import Model
 from qdeploy.system.decibels import decibels, powers
@@ -31,17 +34,20 @@ def timestep_name(t: float) -> str:
     return str(int(t)) if float(t).is_integer() else str(t)
 
 
-class SqnrMeter:
+class SqnrMeter(MergingMeter):
     """Sums powers over batches, so that the result does not depend on how rows are batched."""
 
     def __init__(self) -> None:
         self._powers: dict[float, tuple[float, float]] = {}
 
-    def add(self, pair: Pair) -> None:
-        for call in pair.calls:
-            signal, noise = powers(call.predicted, call.expected)
-            before = self._powers.get(call.timestep, (0.0, 0.0))
-            self._powers[call.timestep] = (before[0] + signal, before[1] + noise)
+    def observe(self, pair: Pair) -> dict[str, Tensor]:
+        rows = [(call.timestep, *powers(call.predicted, call.expected)) for call in pair.calls]
+        return {"powers": torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)}
+
+    def merge(self, observed: Mapping[str, Tensor]) -> None:
+        for t, signal, noise in observed["powers"].tolist():
+            before = self._powers.get(t, (0.0, 0.0))
+            self._powers[t] = (before[0] + signal, before[1] + noise)
 
     def result(self) -> dict[str, Any]:
         return summary({t: decibels(*sums) for t, sums in self._powers.items()})

@@ -16,6 +16,7 @@ from qdeploy.evaluate.report_page.layer_errors import layer_errors
 from qdeploy.evaluate.report_page.subjects import Given, Subject, can_run
 from qdeploy.model.folder import Model, read_json
 from qdeploy.store.artifact import DenoiserArtifact, EngineFolder, Samples, open_artifact
+from qdeploy.system.devices import kind_of
 from qdeploy.system.errors import InvalidInputError, QDeployError
 from qdeploy.system.machine import machine
 from qdeploy.system.progress import say
@@ -38,6 +39,7 @@ class Pictures:
 
     count: int
     plan: QualityPlan
+    device: str = "cpu"
 
 
 def read_result(source: str | Path | Mapping[str, Any]) -> Json:
@@ -56,6 +58,7 @@ def checks_of(
     reference: Model | None,
     plan: QualityPlan,
     folder: Path,
+    device: str = "cpu",
 ) -> dict[str, Json]:
     """Parity and quality of every subject by name, from `qdeploy.evaluate.check.check`.
 
@@ -73,7 +76,7 @@ def checks_of(
                 f"{_named(source)} is not a result of `qdeploy check --json` for one of these"
             )
         found[mine[0].name] = result
-    trajectories = cache(lambda model: Trajectories(model, plan))
+    trajectories = cache(lambda model: Trajectories(model, plan, device))
     for number, subject in enumerate(given.subjects):
         if subject.name in found or not can_run(subject):
             continue
@@ -88,7 +91,7 @@ def checks_of(
             subject.artifact.sha256,
             sorted(other.sha256 for other in subject.before.values()),
             reference.sha256 if reference else None,
-            repr(plan),
+            repr(plan) if device == "cpu" else f"{plan!r} {kind_of(device)}",
         ]
         found[subject.name] = _remembered(folder / f"check-{number}.json", key, measure)
     return {subject.name: found[subject.name] for subject in given.subjects if subject.name in found}
@@ -212,6 +215,7 @@ def _sample(
         replace(sampling, seed=FIRST_IMAGE, batch=min(sampling.batch, pictures.count)),
         samples=pictures.count,
         model=model,
+        device=pictures.device,
         overwrite=True,
     )
 

@@ -18,6 +18,7 @@ from qdeploy.model.sampling import AS_COLLECTED, Sampling, SamplingOptions, rena
 from qdeploy.model.zoo import with_shipped_prompts
 from qdeploy.store.artifact import Artifact
 from qdeploy.store.files import explained_os_errors, write_text
+from qdeploy.system.devices import check_device, own_device
 from qdeploy.system.errors import UsageError
 from qdeploy.system.progress import say
 
@@ -77,6 +78,7 @@ def report(
     speed_batch: Sequence[int] = (1,),
     rounds: int = 30,
     folder: str | Path | None = None,
+    device: str = "cpu",
     **options: Unpack[SamplingOptions],
 ) -> ReportResult:
     """Write one HTML file that holds everything it shows.
@@ -99,13 +101,15 @@ def report(
         speed_batch: samples per call of an engine to measure speed with.
         rounds: interleaved rounds that speed is measured in.
         folder: where measurements are cached; ``NAME-measured`` next to the file by default.
+        device: torch device of the reference, of checkpoints and of pictures.
         options: fields of `Sampling`, in place of those of ``sampling``.
 
     Raises:
         UsageError: nothing is named that could be compared, missing prompts, or the file cannot be written.
         InvalidInputError: an artifact or a result is damaged, or does not belong to the others.
-        CapabilityError: a runtime is not installed.
+        CapabilityError: a runtime is not installed, or the device is not there.
     """
+    check_device(device)
     output = Path(output)
     if output.is_dir():
         raise UsageError(f"{output} is a folder: name the HTML file to write")
@@ -132,11 +136,13 @@ def report(
         content = Content(
             given=given,
             model=model,
-            checks=measured.checks_of(given, checks, model, plan, work),
+            checks=measured.checks_of(given, checks, model, plan, work, own_device(device)),
             speed=speed,
             layers=measured.layer_errors_of(given, model, work),
             kernels=measured.kernel_times_of(given, speed, work),
-            samples=measured.samples_of(given, model, measured.Pictures(shown, plan), work),
+            samples=measured.samples_of(
+                given, model, measured.Pictures(shown, plan, own_device(device)), work
+            ),
             sensitivity=ranking,
             pictures=shown,
         )

@@ -1,0 +1,217 @@
+"""The folder of a plan: ``plan.json``, and a folder of files with hashes for each finished part.
+
+    plan.json          what is made, and from what: see `qdeploy.parts.plan`
+    parts/000007/      the files of part 7, and part.json with their hashes
+    claims/000007      a lease: some process is making part 7
+    present/...        a lease for each process that makes or reads parts
+
+A part appears by one rename of its folder. Nothing here needs a lock: whoever makes a part a second time makes the
+same bytes, and the first rename wins.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+from qdeploy.parts.leases import Lease, is_alive, join, take
+from qdeploy.store.bounded_json import read_json_object
+from qdeploy.store.files import explained_os_errors, sync, write_text
+from qdeploy.store.work import is_full
+from qdeploy.system.errors import InvalidInputError, UsageError
+from qdeploy.system.hashing import sha256_file
+
+PLAN, PART = "plan.json", "part.json"
+
+
+class PartFolder:
+    """Finished parts of one plan. Use as a context manager while parts are made or read.
+
+    Args:
+        folder: of the plan.
+        request: hash of what determines the parts.
+        count: how many there are.
+        output: what the work is for, in messages.
+    """
+
+    def __init__(self, folder: Path, request: str, count: int, output: Path | str) -> None:
+        self.folder, self.request, self.count, self.output = folder, request, count, Path(output)
+        self._lease: Lease | None = None
+        self._done = False
+
+    def __enter__(self) -> PartFolder:
+        with explained_os_errors(self.output):
+            self._lease = join(self.folder / "present")
+        self._lease.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._lease is not None
+        self._lease.__exit__(kind, error, trace)
+        empty = not any(self.has(number) for number in range(self.count))
+        if (self._done or (kind is not None and empty)) and not self.in_use():
+            remove(self.folder)
+
+    def done(self) -> None:
+        """The result is there: the parts go when nobody is left who reads them."""
+        self._done = True
+
+    def forget(self) -> None:
+        """Remove what a process that was killed at the very end has left: the result is there."""
+        if self.folder.is_dir() and not self.in_use():
+            remove(self.folder)
+
+    def in_use(self) -> bool:
+        """Whether some process makes or reads parts."""
+        return any(is_alive(file) for file in (self.folder / "present").glob("[!.]*"))
+
+    # -- parts ---------------------------------------------------------------------------------------------
+
+    def path(self, number: int) -> Path:
+        """The folder of a part."""
+        return self.folder / "parts" / f"{number:06d}"
+
+    def has(self, number: int) -> bool:
+        """Whether a part is there; `files` says whether it is as it was written."""
+        return (self.path(number) / PART).is_file()
+
+    def missing(self) -> list[int]:
+        """Numbers of the parts that are not there, in order."""
+        return [number for number in range(self.count) if not self.has(number)]
+
+    def claim(self, number: int) -> Lease | None:
+        """The right to make a part; None while another process has it."""
+        with explained_os_errors(self.output):
+            return take(self.folder / "claims" / f"{number:06d}")
+
+    def keep(self, number: int, make: Callable[[int, Path], None]) -> None:
+        """Make a part.
+
+        Args:
+            number: of the part.
+            make: fills a folder with the part's files.
+
+        Raises:
+            CapabilityError: no space is left.
+            UsageError: the system refuses to write.
+        """
+        place = self.path(number)
+        partial = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
+        with explained_os_errors(self.output):
+            try:
+                partial.mkdir(parents=True)
+                began = time.perf_counter()
+                self._fill(number, partial, make)
+                took = round(time.perf_counter() - began, 3)
+                hashes = {}
+                for file in sorted(partial.iterdir()):
+                    sync(file)
+                    hashes[file.name] = sha256_file(file)
+                write_text(
+                    partial / PART, json.dumps({"request": self.request, "files": hashes, "seconds": took})
+                )
+                try:
+                    partial.rename(place)
+                    sync(place.parent)
+                except OSError as error:  # another process was faster, with the same bytes
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def _fill(self, number: int, partial: Path, make: Callable[[int, Path], None]) -> None:
+        try:
+            make(number, partial)
+        except OSError:
+            raise
+        except Exception as error:
+            if is_full(self.folder):  # runtimes report a full disk in words of their own
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+            raise
+
+    def files(self, number: int) -> dict[str, Path] | None:
+        """The files of a part by name; None, and no part, if they are not as they were written.
+
+        Raises:
+            InvalidInputError: the part belongs to another plan.
+        """
+        place = self.path(number)
+        try:
+            described = read_json_object(place / PART)
+            hashes: Mapping[str, str] = described["files"]
+            foreign = described["request"] != self.request
+            if not foreign and all(sha256_file(place / name) == sha256 for name, sha256 in hashes.items()):
+                return {name: place / name for name in hashes}
+        except (OSError, InvalidInputError, KeyError):
+            foreign = False
+        if foreign:
+            raise InvalidInputError(
+                f"{place} is a part of another plan: remove it, and run the same command again"
+            )
+        shutil.rmtree(place, ignore_errors=True)
+        return None
+
+    def seconds(self, numbers: Iterable[int] | None = None) -> float:
+        """Seconds that some parts took, all by default, wherever they were made."""
+        wanted = range(self.count) if numbers is None else numbers
+        found = (read_json_object(self.path(number) / PART) for number in wanted if self.has(number))
+        return round(sum(float(each.get("seconds", 0.0)) for each in found), 3)
+
+    def each(self, make: Callable[[int, Path], None]) -> Iterator[dict[str, Path]]:
+        """The files of all parts in order; a part that is missing or damaged is made first."""
+        for number in range(self.count):
+            found = self.files(number)
+            while found is None:
+                self.keep(number, make)
+                found = self.files(number)
+            yield found
+
+
+def link(source: Path, target: Path) -> None:
+    """The same file under another name where the file system can, else a copy."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def parts_of(output: Path, request: str) -> Path:
+    """The folder of the parts of an artifact: a hidden sibling, one for each request."""
+    return output.parent / f".{output.name}.parts" / request[:32]
+
+
+def check_alone(folder: Path, output: Path) -> None:
+    """Remove unfinished parts that another request left for the same output.
+
+    Raises:
+        UsageError: another request for it is at work right now, or the folder is a symbolic link.
+    """
+    if folder.parent.is_symlink():
+        raise UsageError(f"{folder.parent} is a symbolic link, which qdeploy never makes: remove it")
+    for other in folder.parent.glob("[!.]*"):
+        if other.name == folder.name:
+            continue
+        if PartFolder(other, "", 0, output).in_use():
+            raise UsageError(
+                f"another process is writing {output} from other inputs: wait for it or choose another output"
+            )
+        shutil.rmtree(other, ignore_errors=True)
+
+
+def remove(folder: Path) -> None:
+    """Remove the parts of a plan, and the hidden folder around those of an artifact if it is empty."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.parent.name.startswith("."):
+        with suppress(OSError):
+            folder.parent.rmdir()
