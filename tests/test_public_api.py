@@ -216,6 +216,7 @@ def test_a_network_that_was_changed_in_memory_is_what_is_calibrated(
     assert model_of(diffusers.UNet2DModel.from_pretrained(ddpm / "unet")).folder == ddpm / "unet"
 
 
+@pytest.mark.slow
 def test_other_verbs_take_pipelines_in_memory(
     ddpm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
