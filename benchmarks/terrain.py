@@ -30,7 +30,7 @@ from qdeploy.system.decibels import sqnr_db
 from qdeploy.workflows.calibrate import calibrate
 
 STEPS = 2  # of sampling: the network is called at t = 1095 and 202
-PRESETS = ("w8a8-minmax-cpu", "w8a8-outliers", "w4a8-gptq")
+PRESETS = ("w8a8-minmax-cpu", "w8a8-smoothquant-outliers", "w4a8-gptq")
 
 
 def rows_of(model: Path, folder: Path, images: int, seed: int) -> CalibrationSet:

@@ -432,10 +432,6 @@ def test_timestep_groups_that_make_no_sense_are_refused(
         (("--timestep-groups", "100,200"), ("no calibrated timestep between", "100 and 200")),
         (("--timestep-groups", "5000,"), ("ascending boundaries",)),
         (("--timestep-groups", 2, "--activations", "none"), ("activations are 'none'",)),
-        (
-            ("--timestep-groups", 2, "--activations", "uint8", "--target", "openvino"),
-            ("uint8 has a zero point", "--target simulated"),
-        ),
     ],
 )
 def test_timestep_groups_that_cannot_be_are_refused_with_the_reason(
@@ -458,8 +454,8 @@ def test_timestep_groups_that_cannot_be_are_refused_with_the_reason(
         (("--time-table", "fp32", "--table-rows", "nonsense"), ("'nonsense'", "ddim:50")),
         (("--time-table", "fp32", "--table-rows", "ddim:2000"), ("ddim:2000",)),
         (("--time-table", "fp32", "--table-rows", "abacus:50"), ("abacus", "choose from")),
-        (("--time-table", "none", "--table-rows", "ddim:50"), ("needs a time table", "--time-table fp32")),
-        (("--table-rows", "ddim:50"), ("needs a time table", "--time-table fp32")),
+        (("--time-table", "none", "--table-rows", "ddim:50"), ("needs a time table", "--time-table auto, fp32")),
+        (("--table-rows", "ddim:50"), ("needs a time table", "--time-table auto, fp32")),
     ],
 )
 @pytest.mark.parametrize("source", ["checkpoint", "model"])

@@ -22,6 +22,7 @@ from qdeploy.model.inputs import form_of, sample_name
 from qdeploy.network.observe import ModuleCall
 from qdeploy.network.time_path import Tape, TimePart
 from qdeploy.network.tracer import Tracer
+from qdeploy.system.errors import InvalidInputError
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
@@ -94,9 +95,20 @@ def find_structure(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> Structu
     Args:
         denoiser: the network, in evaluation mode.
         inputs: one row or more of its inputs, named as `qdeploy.model.inputs.flatten_inputs` names them.
+
+    Raises:
+        InvalidInputError: it does not run with one row. Some networks take several rows of an input for each row of
+            their sample (AnimateDiff: the prompt once for every frame).
     """
     one_row = _first_row(denoiser, inputs)
-    trace = _run(denoiser, one_row)
+    try:
+        trace = _run(denoiser, one_row)
+    except RuntimeError as error:
+        first = (str(error).splitlines() or [""])[0]
+        shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in one_row.items())
+        raise InvalidInputError(
+            f"{type(denoiser).__name__} does not run with one row of its recorded inputs ({shapes}): {first}"
+        ) from error
     other = _run_otherwise(denoiser, one_row)
     time_only = {
         path

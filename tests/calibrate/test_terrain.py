@@ -26,6 +26,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.field
 def test_outliers_of_channels_and_timesteps_leave_a_usable_network(folder: Path) -> None:
-    (record,) = measure(folder, ["w8a8-outliers"], images=4)
+    (record,) = measure(folder, ["w8a8-smoothquant-outliers"], images=4)
     for timestep, floor in FLOORS.items():
         assert record["quantized"][timestep] >= floor, record

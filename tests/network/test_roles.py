@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qdeploy.model.inputs import denoise
 from qdeploy.network.roles import Layer, Structure, find_structure
 from qdeploy.network.tracer import WEIGHTED
+from qdeploy.system.errors import InvalidInputError
 from tests.models.networks import FAMILIES, make_two_rows
 
 Case = tuple[nn.Module, dict[str, Tensor]]
@@ -319,6 +320,22 @@ def test_tracing_holds_no_values_of_layers_that_are_done(monkeypatch: pytest.Mon
 
 def test_a_network_that_fails_is_left_without_hooks() -> None:
     network, inputs = make_two_rows("unet")
-    with pytest.raises(RuntimeError):
+    with pytest.raises(InvalidInputError):
         find_structure(network, inputs | {"sample": noise(2, 5, 8, 8)})
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+
+
+def test_a_network_that_takes_several_rows_of_an_input_for_one_of_its_sample_is_refused() -> None:
+    """As AnimateDiff, which is given the prompt once for every frame."""
+
+    class Frames(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, sample: Tensor, timestep: Tensor, states: Tensor) -> tuple[Tensor]:
+            return (self.layer(sample.flatten(0, 1)) + states,)
+
+    inputs = {"sample": torch.ones(2, 4, 3), "timestep": torch.ones(2), "states": torch.ones(8, 3)}
+    with pytest.raises(InvalidInputError, match="does not run with one row"):
+        find_structure(Frames(), inputs)
