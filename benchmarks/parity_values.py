@@ -50,7 +50,7 @@ class Weighted:
         """What torch computes from the node's own input."""
         bias = self.layer.bias if self.part == 0 and len(self.node.input) > 2 else None
         with torch.no_grad():
-            return self.layer._operate(x, self.layer.quantized_weights()[self.part], bias)
+            return self.layer.operate(x, self.layer.quantized_weights()[self.part], bias)
 
 
 class Graph:
