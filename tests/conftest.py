@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,11 @@ import torch
 from click.testing import CliRunner, Result
 
 from qdeploy.calibration_set.collect import collect
+from qdeploy.engines import measure_build
 from qdeploy.engines.build import build_engine
+from qdeploy.engines.measure import latency
 from qdeploy.export.run import export
+from qdeploy.plots import pictures
 from qdeploy.store.artifact import Artifact
 from qdeploy.system.progress import verbosity
 from tests.models import ddpm_folder, stable_diffusion_folder
@@ -37,6 +41,15 @@ def own_world(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     """Nothing that a test does reaches the user's cache, or how much the next test says."""
     monkeypatch.setattr(verbosity, "level", 1)
     monkeypatch.setenv("QDEPLOY_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_idle_work() -> Iterator[None]:
+    """Sets are not drawn: a picture takes longer than a tiny set. Few calls are timed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pictures, "range_heat_map", lambda ranges, path: None)
+        patch.setattr(measure_build, "latency", partial(latency, seconds=0.0))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
@@ -14,7 +13,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from qdeploy.calibration_set.collect import collect
 from qdeploy.engines.build import build_engine, load_engine
-from qdeploy.engines.measure import latency
 from qdeploy.evaluate.check import check
 from qdeploy.export.run import export
 from qdeploy.export.trace import export_program
@@ -39,10 +37,7 @@ FAMILIES: dict[str, tuple[Callable[[Path], Path], list[str], dict[str, int]]] = 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_from_the_pipeline_to_an_engine_and_back(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("qdeploy.engines.measure_build.latency", partial(latency, seconds=0.0))
+def test_from_the_pipeline_to_an_engine_and_back(family: str, tmp_path: Path) -> None:
     make, prompts, size = FAMILIES[family]
     model = make(tmp_path / "model")
     assert open_model(model).class_name == family

@@ -67,6 +67,7 @@ def test_a_type_checker_passes_the_readme_and_flags_what_does_not_exist(tmp_path
         assert re.search(word, found[lines.index(line) + 1])
 
 
+@pytest.mark.slow
 def test_the_readme_runs(stable_diffusion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its lines as they stand, on a small model of the same class and with little work."""
     assert PYTHON is not None

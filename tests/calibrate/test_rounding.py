@@ -151,7 +151,15 @@ def learn(problem: UnitProblem, layer: QuantizedLayer, steps: int = STEPS) -> fl
 
 
 @pytest.mark.parametrize(
-    ("number_format", "split"), [(int4, (8, 24)), (uint4, ()), (uint4, (8, 24)), (int8, (8, 24))], ids=str
+    ("number_format", "split"),
+    [
+        (int4, (8, 24)),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((uint4, ()), (uint4, (8, 24)), (int8, (8, 24)))
+        ),
+    ],
+    ids=str,
 )
 def test_roundings_settle_in_every_part_so_that_hardening_changes_nothing(
     number_format: Format, split: tuple[int, ...], spied: list[SoftRounding]

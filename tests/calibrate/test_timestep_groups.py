@@ -456,7 +456,7 @@ def test_every_scale_covers_its_group_and_no_other(tmp_path: Path) -> None:
             assert quantizer.scale[number] == to_scale(low, high, int8)[0]
 
 
-@pytest.mark.parametrize("recipe", [{}, {"method": "qdiffusion"}])
+@pytest.mark.parametrize("recipe", [{}, pytest.param({"method": "qdiffusion"}, marks=pytest.mark.slow)])
 def test_one_group_is_bit_identical_to_none(tmp_path: Path, recipe: dict[str, Any]) -> None:
     session = calibrated(tmp_path, groups=1, **recipe)
     with calibrating(tiny_unet(), DATA, tmp_path / "plain", EVERY, **recipe) as plain:

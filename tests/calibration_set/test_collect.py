@@ -398,6 +398,7 @@ print(kills)
 """
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_in_the_same_set(models: dict[str, Path], tmp_path: Path) -> None:
     options: dict[str, Any] = {"keep": 3, "samples": 20, "batch": 2, "steps": 20}  # as in KILLER
     script = subprocess.run(

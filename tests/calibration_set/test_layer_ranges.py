@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,21 @@ from qdeploy.model.folder import open_model
 from qdeploy.model.inputs import denoise
 from qdeploy.network.roles import find_structure
 from qdeploy.network.tracer import WEIGHTED
+from qdeploy.plots import pictures
+from qdeploy.plots.pictures import range_heat_map
 from qdeploy.quant.time_ranges import merge_ranges, read_ranges, spans, tensor_names
 from qdeploy.store.artifact import Artifact, open_artifact
 from tests.models import stable_diffusion_folder
 
 OPTIONS: dict[str, Any] = {"samples": 5, "batch": 2, "keep": 3, "steps": 6, "scheduler": "ddim"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drawn() -> Iterator[None]:
+    """Sets are drawn here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pictures, "range_heat_map", range_heat_map)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from qdeploy.calibration_set.collect import collect
 from qdeploy.engines.build import build_engine
-from qdeploy.engines.measure import latency
 from qdeploy.evaluate.baselines import baseline_bundle
 from qdeploy.evaluate.quality import QualityPlan
 from qdeploy.evaluate.report_page.run import ReportResult, report
@@ -42,12 +40,6 @@ def way(ddpm: Path, tmp_path_factory: pytest.TempPathFactory) -> Way:
     bundle = export(checkpoint, folder / "w8a8-onnx")
     engine = build_engine(bundle, folder / "w8a8-engine", backend="openvino", threads=1)
     return Way(ddpm, checkpoint, bundle, engine)
-
-
-@pytest.fixture(autouse=True)
-def short_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines are built here to be checked, not to be timed."""
-    monkeypatch.setattr("qdeploy.engines.measure_build.latency", partial(latency, seconds=0.0))
 
 
 @pytest.fixture

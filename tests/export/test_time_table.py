@@ -192,7 +192,13 @@ class Graph:
         return torch.from_numpy(self.engine.run([OUTPUT], feeds)[0])
 
 
-@pytest.fixture(scope="module", params=[("unet", "fp32"), ("dit", "fp16")], ids="-".join)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(("unet", "fp32"), marks=pytest.mark.slow, id="unet-fp32"),
+        pytest.param(("dit", "fp16"), id="dit-fp16"),
+    ],
+)
 def graph(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Graph:
     return Graph(*request.param, tmp_path_factory.mktemp("graph"))
 

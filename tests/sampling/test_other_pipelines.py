@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from safetensors.torch import load_file
 
 from qdeploy.calibration_set.collect import collect
 from qdeploy.engines.build import build_engine, load_engine
-from qdeploy.engines.measure import latency
 from qdeploy.evaluate.check import check
 from qdeploy.export.run import export
 from qdeploy.model.folder import open_model
@@ -44,11 +42,6 @@ def built(name: str, folder: Path, calibrated: bool) -> tuple[Path, EngineFolder
         source, folder / "onnx", components=False, **({} if calibrated else {"calibration": data})
     )
     return model, build_engine(bundle, folder / "engine", backend="openvino", threads=1), options
-
-
-@pytest.fixture(autouse=True)
-def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qdeploy.engines.measure_build.latency", partial(latency, seconds=0.0))
 
 
 def media(made: Artifact) -> torch.Tensor:

@@ -177,6 +177,7 @@ def test_an_engine_without_its_pipeline_says_so(stable_diffusion_bundle: Bundle,
         load_pipeline(alone)
 
 
+@pytest.mark.slow
 def test_a_safety_checker_stays_in_torch_and_is_said(
     stable_diffusion: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -73,6 +73,7 @@ def test_what_was_pushed_is_loaded_by_its_name(hub: Hub, ddpm_engine: Artifact) 
     assert Path(str(found["path"])) != ddpm_engine.path
 
 
+@pytest.mark.slow
 def test_sample_takes_an_engine_by_its_name(hub: Hub, ddpm_engine: Artifact, tmp_path: Path) -> None:
     assert push(ddpm_engine.path, "me/engine").returncode == 0
     made = []

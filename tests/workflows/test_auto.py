@@ -6,13 +6,11 @@ import json
 import re
 import shlex
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
 from click.testing import Result
 
-from qdeploy.engines.measure import latency
 from qdeploy.model.card import CARD
 from qdeploy.sampling.pipeline_folder import load_pipeline
 from qdeploy.store.artifact import EngineFolder, open_artifact
@@ -26,7 +24,6 @@ FEW = (
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qdeploy.engines.measure_build.latency", partial(latency, seconds=0.0))
     ladder = auto_steps.LADDERS["openvino"]
     monkeypatch.setitem(auto_steps.LADDERS, "openvino", (ladder[0], auto_steps.Rung("w8a8-minmax")))
 
@@ -54,6 +51,7 @@ def test_one_command_makes_what_its_explanation_says(
         assert by_hand.sha256 == automatic.sha256
 
 
+@pytest.mark.slow
 def test_a_bound_that_no_recipe_meets_is_said_and_the_best_engine_is_kept(
     qdeploy: Callable[..., Result], ddpm: Path, tmp_path: Path
 ) -> None:
