@@ -96,4 +96,4 @@ def test_the_typed_keywords_are_those_of_the_backends_and_of_the_command() -> No
     written = {parameter.name for parameter in main.commands["build-engine"].params}
     assert keywords <= written
     own = set(signature(build_engine).parameters) - {"bundle", "build_options"}
-    assert written - keywords == own | {"onnx", "as_json", "verbose", "quiet", "debug"}
+    assert written - keywords == own | {"onnx", "require_signature", "as_json", "verbose", "quiet", "debug"}
