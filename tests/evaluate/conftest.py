@@ -60,7 +60,8 @@ def page(way: Way, tmp_path_factory: pytest.TempPathFactory) -> ReportResult:
     harms = {"conv_a": {"weights": {"int4": 1e-2, "int8": 1e-4}, "activations": {"int8": 1e-3}}}
     harms["conv_b"] = {"weights": {"int8": 1e-5}, "activations": {}}
     ranking = [LayerHarm(path, "unit", path, 10, 72, harm) for path, harm in harms.items()]
-    write_json(folder / "sensitivity.json", {"layers": [layer.to_json() for layer in ranking]})
+    written = {"formats": ["int4", "int8"], "layers": [layer.to_json() for layer in ranking]}
+    write_json(folder / "sensitivity.json", written)
     return report(
         [way.checkpoint, way.onnx, way.engine],
         folder / "report.html",
