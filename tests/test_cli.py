@@ -454,7 +454,10 @@ def test_timestep_groups_that_cannot_be_are_refused_with_the_reason(
         (("--time-table", "fp32", "--table-rows", "nonsense"), ("'nonsense'", "ddim:50")),
         (("--time-table", "fp32", "--table-rows", "ddim:2000"), ("ddim:2000",)),
         (("--time-table", "fp32", "--table-rows", "abacus:50"), ("abacus", "choose from")),
-        (("--time-table", "none", "--table-rows", "ddim:50"), ("needs a time table", "--time-table auto, fp32")),
+        (
+            ("--time-table", "none", "--table-rows", "ddim:50"),
+            ("needs a time table", "--time-table auto, fp32"),
+        ),
         (("--table-rows", "ddim:50"), ("needs a time table", "--time-table auto, fp32")),
     ],
 )
