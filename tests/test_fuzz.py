@@ -18,6 +18,8 @@ def subjects(tmp_path_factory: pytest.TempPathFactory) -> Subjects:
     return Subjects(tmp_path_factory.mktemp("subjects"))
 
 
+@pytest.mark.slow
+@pytest.mark.field
 @pytest.mark.parametrize("part", range(PARTS))
 def test_every_input_is_accepted_or_refused(subjects: Subjects, part: int) -> None:
     wrong = []

@@ -13,7 +13,7 @@ from click.testing import Result
 from torch import nn
 
 import qdeploy
-from qdeploy.mixed import sensitivity as run
+from qdeploy.mixed import measuring
 from qdeploy.mixed.estimate import first_order
 from qdeploy.mixed.measure import Exact
 from qdeploy.mixed.options import LayerOptions, Option, quantized_to
@@ -129,7 +129,7 @@ def test_trying_an_option_leaves_the_layer_as_it_was(tmp_path: Path) -> None:
 
 
 def test_more_bits_do_less_harm_and_every_covered_layer_is_ranked(measured: Artifact) -> None:
-    report = json.loads(measured.file(run.SENSITIVITY).read_text())
+    report = json.loads(measured.file(measuring.SENSITIVITY).read_text())
     harms = [layer["harm"]["exact"]["weights"] for layer in report["layers"]]
     assert sum(harm["int8"] < harm["int4"] for harm in harms) == len(harms)
     totals = [
@@ -199,11 +199,11 @@ def test_a_checkpoint_is_judged_in_its_own_formats_and_roundings(
     assert isinstance(checkpoint, Artifact)
     judged = qdeploy.sensitivity(checkpoint, tmp_path / "s", calibration=data, rows=8)
     assert isinstance(judged, Artifact)
-    report = json.loads(judged.file(run.SENSITIVITY).read_text())
+    report = json.loads(judged.file(measuring.SENSITIVITY).read_text())
     assert [layer["path"] for layer in report["layers"]] == names[:1]
     from safetensors.torch import load_file
 
-    harm = load_file(judged.file(run.HARM))
+    harm = load_file(judged.file(measuring.HARM))
     from qdeploy.calibration_set.dataset import CalibrationSet
     from qdeploy.model.folder import open_model
 
