@@ -183,11 +183,8 @@ def record_unit(
         targets = recorder.outputs(unit)
     with student():
         inputs = recorder.inputs(unit)
-    try:
+    with _cleared(recorder.scratch):
         yield inputs, targets
-    finally:
-        for file in recorder.scratch.glob("*.bin"):
-            file.unlink()
 
 
 @contextmanager
@@ -195,12 +192,19 @@ def record_inputs(
     recorder: UnitRecorder, unit: nn.Module, *modes: Callable[[], AbstractContextManager[None]]
 ) -> Iterator[list[RecordedRows]]:
     """A unit's inputs in each of some modes of the network; files are removed at the end."""
-    try:
+    with _cleared(recorder.scratch):
         found = []
         for mode in modes:
             with mode():
                 found.append(recorder.inputs(unit))
         yield found
+
+
+@contextmanager
+def _cleared(scratch: Path) -> Iterator[None]:
+    """Recordings on disk are removed at the end."""
+    try:
+        yield
     finally:
-        for file in recorder.scratch.glob("*.bin"):
+        for file in scratch.glob("*.bin"):
             file.unlink()

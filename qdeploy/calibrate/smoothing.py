@@ -18,9 +18,8 @@ from qdeploy.quant.shared_inputs import by_tensor
 if TYPE_CHECKING:
     from qdeploy.calibrate.session import Session
 
-FLOOR = (
-    1e-9  # factors further from their mean than this are cut; channels of trained networks differ by as much
-)
+# Factors further from their mean than this are cut; channels of trained networks differ by as much.
+FLOOR = 1e-9
 
 
 def can_smooth(layer: QuantizedLayer) -> bool:

@@ -133,11 +133,11 @@ def _elementwise(rewriter: _Rewriter, node: Node) -> Node:
     return rewriter.call(node.target, *node.args)
 
 
-def _along(position: int, default: int = 0) -> Rewrite:
+def _along(position: int) -> Rewrite:
     """An operation along one axis, which is counted without the axis of the parts."""
 
     def rewrite(rewriter: _Rewriter, node: Node) -> Node:
-        arguments = list(node.args) + [default] * (position + 1 - len(node.args))
+        arguments = list(node.args) + [0] * (position + 1 - len(node.args))
         first = arguments[0][0] if isinstance(arguments[0], list | tuple) else arguments[0]
         assert isinstance(first, Node)
         arguments[position] = _axis(arguments[position], rewriter.rank[first], node.target)

@@ -101,8 +101,6 @@ class CallForm:
             rows: of the sample.
         """
 
-        from torch.fx.experimental.symbolic_shapes import guarding_hint_or_throw
-
         def make(node: Node) -> Any:
             ((kind, content),) = node.items()
             if kind in ("tensor", "complex"):
@@ -112,8 +110,7 @@ class CallForm:
             if kind == "dict":
                 return {key: make(value) for key, value in content.items()}
             if kind == "each":
-                # While a graph is traced the number of rows is a symbol: counting by it would make it a constant.
-                return [make(content) for _ in range(guarding_hint_or_throw(rows))]
+                return [make(content) for _ in range(_counted(rows))]
             made = [make(value) for value in content]
             return tuple(made) if kind == "tuple" else made
 
@@ -305,6 +302,15 @@ def _has_tensors(node: Node) -> bool:
 def _is_nothing(node: Node) -> bool:
     """Whether an argument is a dictionary of nothing, such as ``cross_attention_kwargs={"scale": None}``."""
     return "dict" in node and all(v == {"value": None} or _is_nothing(v) for v in node["dict"].values())
+
+
+def _counted(rows: int) -> int:
+    """A number of rows to count by. While a graph is traced it is a symbol, which counting would make a constant."""
+    if isinstance(rows, int):
+        return rows
+    from torch.fx.experimental.symbolic_shapes import guarding_hint_or_throw
+
+    return guarding_hint_or_throw(rows)
 
 
 def _same(ours: Node | None, theirs: Node | None, rows: int) -> bool:

@@ -213,7 +213,7 @@ class _StructureTracer(Tracer):
             self.outputs[path] = output
         self.inputs.append(self._number(source))
         weight = cast(Tensor, call.module.weight)
-        macs = output[0].numel() * (weight[0].numel() if weight is not None and len(weight) else 0)
+        macs = output[0].numel() * weight[:1].numel()
         spatial = source.ndim == output.ndim == 4
         self.layers.append(
             Layer(

@@ -44,9 +44,10 @@ def infer(model: ir.Model, shapes: Mapping[str, Sequence[int | None]], strict: b
     Raises:
         InvalidInputError: shapes contradict each other.
     """
-    known = _infer(model, shapes, strict, compute_sizes=_sizes_are_free(model))
+    computed = _sizes_are_free(model)
+    known = _infer(model, shapes, strict, computed)
     products = [node.outputs[0].name for node in model.graph if node.op_type in (*WEIGHTED, INTEGER_PRODUCT)]
-    if any(known.get(name or "", (None, None))[1] is None for name in products):
+    if not computed and any(known.get(name or "", (None, None))[1] is None for name in products):
         known = _infer(model, shapes, strict, compute_sizes=True) | {
             name: found for name, found in known.items() if found[1] is not None
         }
