@@ -133,10 +133,10 @@ class Tuning:
                 scale, begun = self._scales[name]
                 self.quantizers[name].scale = torch.where(log == begun, scale, log.exp())
 
-    def changed_codes(self) -> int:
-        """How many codes are others than at the beginning."""
+    def changed_codes(self) -> Tensor:
+        """How many codes are others than at the beginning, on the device that learns."""
         grids = [grid for parts in self.weights.values() for grid in parts]
-        return sum(int((grid.codes() != grid.begun).sum()) for grid in grids)
+        return sum(((grid.codes() != grid.begun).sum() for grid in grids), torch.zeros((), dtype=torch.int64))
 
 
 @contextmanager

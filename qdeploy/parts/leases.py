@@ -68,10 +68,11 @@ def is_alive(file: Path) -> bool:
     The present is read from the same file system, so that clocks of machines need not agree.
     """
     try:
-        beaten, (host, process) = file.stat().st_mtime, file.read_text().split()
-    except (FileNotFoundError, ValueError):  # it has just gone, or is being written
-        return file.exists()
-    if host == socket.gethostname() and not _exists(int(process)):
+        beaten, holder = file.stat().st_mtime, file.read_text().split()
+    except FileNotFoundError:
+        return False
+    # A file without a holder is being written, or is what a loss of power has left.
+    if len(holder) == 2 and holder[0] == socket.gethostname() and not _exists(int(holder[1])):
         return False
     now = file.with_name(f".{uuid.uuid4().hex}")
     try:

@@ -140,6 +140,10 @@ def test_a_lease_ends_with_its_process(tmp_path: Path, monkeypatch: pytest.Monke
     assert leases.take(tmp_path / "far") is None
     os.utime(tmp_path / "far", (0, 0))
     assert leases.take(tmp_path / "far") is not None
+    (tmp_path / "lost").touch()  # its content went with the power
+    assert leases.take(tmp_path / "lost") is None
+    os.utime(tmp_path / "lost", (0, 0))
+    assert leases.take(tmp_path / "lost") is not None
 
 
 def test_another_request_for_the_same_output_waits_or_goes(tmp_path: Path) -> None:

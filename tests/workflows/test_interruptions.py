@@ -41,8 +41,7 @@ def check_moments(verb: Verb, folder: Path, copies: Path, power: bool) -> int:
             assert open_artifact(moment / ".out.work" / "replaced").sha256 == old
         assert verb(output, old is not None).sha256 == new
         assert open_artifact(output).sha256 == new
-        # Leases of parts are seconds old in the copy, so their process counts as alive and they stay a while.
-        assert {path.name for path in moment.iterdir()} - {".out.parts"} == {"out"}
+        assert {path.name for path in moment.iterdir()} == {"out"}
     return len(moments.found)
 
 
