@@ -19,9 +19,8 @@ from qdeploy.model.in_memory import ModelSource, model_of
 from qdeploy.model.pipeline_index import pipeline_sha256
 from qdeploy.model.sampling import COLLECTING, Sampling, SamplingOptions, sampled, with_old_names
 from qdeploy.model.zoo import with_shipped_prompts
-from qdeploy.parts.folder import check_alone
 from qdeploy.parts.plan import Job, named
-from qdeploy.parts.run import HERE, check_place, made
+from qdeploy.parts.run import check_place
 from qdeploy.store.artifact import CalibrationFolder
 from qdeploy.store.builder import Draft
 from qdeploy.system.devices import check_device, kind_of, own_device
@@ -115,15 +114,7 @@ def collect(
     work = _plan(model, output, (sampling or COLLECTING).changed(given), keep, samples, device, overwrite)
     if dry_run:
         return work.estimate_only()
-    if done := work.draft.finished():
-        work.job.parts().forget()
-        draw_ranges(done)
-        return done
-    check_alone(work.job.folder, work.draft.output)
-    if on == HERE:
-        work.look()
-    with made(work.job, on, workers, worker_cpus) as parts:
-        finished = work.finish(parts)
+    finished = work.carry_out(on, workers, worker_cpus)
     draw_ranges(finished)
     return finished
 

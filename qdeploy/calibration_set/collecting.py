@@ -22,8 +22,9 @@ from qdeploy.model.folder import Model
 from qdeploy.model.inputs import sample_name
 from qdeploy.model.pipeline import sample_images
 from qdeploy.model.schedulers import scheduler_for
-from qdeploy.parts.folder import PartFolder, link, parts_of
+from qdeploy.parts.folder import PartFolder, link
 from qdeploy.parts.plan import Job
+from qdeploy.parts.verb import ArtifactInParts
 from qdeploy.quant.time_ranges import merge_ranges
 from qdeploy.store.artifact import RANGES, CalibrationFolder
 from qdeploy.store.builder import Draft
@@ -34,7 +35,7 @@ from qdeploy.system.estimate import Estimate, readable_size, readable_time
 from qdeploy.system.progress import say, track
 
 
-class Collecting:
+class Collecting(ArtifactInParts[CalibrationFolder]):
     """Samples batch after batch, and says beforehand how long it will take."""
 
     def __init__(
@@ -84,7 +85,7 @@ class Collecting:
         chosen_calls(found.steps, self.request.keep)
         return found
 
-    def look(self) -> None:
+    def announce(self) -> None:
         """Find out what is wrong with pipeline and request before anything is written, and how much is left."""
         assert self.plan
         missing = self.job.parts().missing()
@@ -101,13 +102,12 @@ class Collecting:
     @property
     def job(self) -> Job:
         """The parts: a shard each, and the ranges of its batch."""
-        folder, count = parts_of(self.draft.output, self.draft.request), len(self.request.batches())
         return Job(
             "collect",
-            folder,
+            self.place,
             self.draft.request,
-            count,
-            self.draft.output,
+            len(self.request.batches()),
+            self.output,
             self.arguments,
             self.make,
             self.request.device,
@@ -121,37 +121,29 @@ class Collecting:
         save_tensors(shard, folder / shard_name(number))
         save_tensors(ranges, folder / RANGES)
 
-    def finish(self, parts: PartFolder) -> CalibrationFolder:
+    def fill(self, parts: PartFolder) -> CalibrationFolder:
         """The set of all parts."""
-        self._bar = None
-        with self.draft as draft:
-            if done := draft.finished():  # another process was faster
-                parts.done()
-                return done
-            ranges = []
-            for number, files in enumerate(parts.each(self.make)):
-                link(files[shard_name(number)], draft.content / shard_name(number))
-                ranges.append(load_file(files[RANGES]))
-            draft.tensors(RANGES, lambda: merge_ranges(ranges))
-            sampling, pipeline = self.request.sampling, self.pipeline
-            scheduler = type(pipeline.scheduler).__name__
-            guidance = (
-                _default(pipeline, "guidance_scale") if sampling.guidance is None else sampling.guidance
-            )
-            facts = describe(
-                open_shards(draft.output, shard_files(draft.content)),
-                sample_name(self.denoiser),
-                scheduler=scheduler,
-                inference_steps=sampling.steps,
-                guidance=guidance,
-                call=self.plan.facts,
-                sampled=sampling.facts(scheduler, guidance),
-                range=self.plan.timestep_range,
-            )
-            took = Measured(seconds=parts.seconds() + draft.seconds)
-            finished = draft.finish(facts, took, Notes(source=self.model.source))
-        parts.done()
-        return finished
+        self._bar, draft = None, self.draft
+        ranges = []
+        for number, files in enumerate(parts.each(self.make)):
+            link(files[shard_name(number)], draft.content / shard_name(number))
+            ranges.append(load_file(files[RANGES]))
+        draft.tensors(RANGES, lambda: merge_ranges(ranges))
+        sampling, pipeline = self.request.sampling, self.pipeline
+        scheduler = type(pipeline.scheduler).__name__
+        guidance = _default(pipeline, "guidance_scale") if sampling.guidance is None else sampling.guidance
+        facts = describe(
+            open_shards(draft.output, shard_files(draft.content)),
+            sample_name(self.denoiser),
+            scheduler=scheduler,
+            inference_steps=sampling.steps,
+            guidance=guidance,
+            call=self.plan.facts,
+            sampled=sampling.facts(scheduler, guidance),
+            range=self.plan.timestep_range,
+        )
+        took = Measured(seconds=parts.seconds() + draft.seconds)
+        return draft.finish(facts, took, Notes(source=self.model.source))
 
     def _record(self, images: range) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         sampling = self.request.sampling

@@ -24,8 +24,9 @@ from qdeploy.mixed.ranking import LayerHarm, agreement, harm_db, ranked, score
 from qdeploy.mixed.request import Work
 from qdeploy.mixed.rows import TimestepRows, choose_rows
 from qdeploy.model.inputs import denoise
-from qdeploy.parts.folder import PartFolder, parts_of
+from qdeploy.parts.folder import PartFolder
 from qdeploy.parts.plan import Job
+from qdeploy.parts.verb import ArtifactInParts
 from qdeploy.recipe.formats import NONE, parse_format
 from qdeploy.store.artifact import Sensitivity
 from qdeploy.store.builder import Draft
@@ -34,13 +35,14 @@ from qdeploy.store.files import save_tensors
 from qdeploy.store.manifest import Notes
 from qdeploy.store.measured import SensitivityMeasured
 from qdeploy.system.estimate import Estimate
+from qdeploy.system.progress import say
 
 NOISE = "noise.safetensors"
 SENSITIVITY = "sensitivity.json"
 HARM = "harm.safetensors"
 
 
-class Measuring:
+class Measuring(ArtifactInParts[Sensitivity]):
     """One call of `qdeploy.mixed.sensitivity.sensitivity`: its parts, and how they become an artifact.
 
     Part 0 is the first pass over all layers, each further part the second pass over one layer. A process finds the
@@ -99,26 +101,16 @@ class Measuring:
         return Exact(self.session, self.rows)
 
     @property
-    def place(self) -> Path:
-        """The folder of the plan."""
-        return parts_of(self.draft.output, self.draft.request)
-
-    def forget(self) -> None:
-        """Remove parts that are left; the artifact is there."""
-        PartFolder(self.place, self.draft.request, 0, self.draft.output).forget()
-
-    @property
     def job(self) -> Job:
         """The parts."""
         count = 1 if self.cheap else 1 + len(self.session.layers)
-        folder, output, arguments = self.place, self.draft.output, self.arguments
         return Job(
             "sensitivity",
-            folder,
+            self.place,
             self.draft.request,
             count,
-            output,
-            arguments,
+            self.output,
+            self.arguments,
             self.make,
             self.device,
             "layers",
@@ -134,9 +126,9 @@ class Measuring:
             tensors = {"noise": self._exact.noise(subject), "signal": self._exact.signal}
         save_tensors({name: tensor.cpu().clone() for name, tensor in tensors.items()}, folder / NOISE)
 
-    def announcement(self) -> str:
-        """What is going to be done, and how long it will take."""
-        return (
+    def announce(self) -> None:
+        """Say what is going to be done, and how long it will take."""
+        say(
             f"sensitivity of {self.work.name}: {len(self.session.layers)} layers in {', '.join(self.work.formats)}, "
             f"{len(self.rows.numbers)} rows at {len(self.rows.timesteps)} timesteps; about {self.estimate()}"
         )
@@ -158,38 +150,33 @@ class Measuring:
         sizes = sum(parameter.numel() * 4 for parameter in session.denoiser.parameters())
         return Estimate(call * (ranges + first + second), (2 + len(work.formats)) * sizes)
 
-    def finish(self, parts: PartFolder) -> Sensitivity:
+    def fill(self, parts: PartFolder) -> Sensitivity:
         """The artifact of all parts."""
-        with self.draft as draft:
-            if done := draft.finished():  # another process was faster
-                parts.done()
-                return done
-            first, *others = [load_file(files[NOISE]) for files in parts.each(self.make)]
-            estimates = [first[name] for name in sorted(first)]
-            measured = [part["noise"] for part in others] or None
-            layers = _harms(self.session, self.subjects, estimates, measured)
-            report = _report(self.work, self.rows, self.probes, layers, measured is not None)
-            draft.json(SENSITIVITY, report)
-            tensors = {"timesteps": self.rows.timesteps}
-            for subject, noise in zip(self.subjects, measured or estimates, strict=True):
-                tensors[f"{subject.path}.noise"] = noise
-            if others:
-                tensors["signal"] = others[0]["signal"]
-            draft.tensors(HARM, lambda: tensors)
-            facts = SensitivityFacts(
-                component=self.work.model.name,
-                class_name=self.work.model.class_name,
-                model_sha256=self.work.model.sha256,
-                layers=len(layers),
-                formats=list(self.work.formats),
-                exact=measured is not None,
-                agreement=AgreementFacts(**report["agreement"]) if "agreement" in report else None,
-            )
-            took = {"cheap": parts.seconds(range(1)), "exact": parts.seconds(range(1, parts.count))}
-            measured_here = SensitivityMeasured(seconds=parts.seconds() + draft.seconds, pass_seconds=took)
-            made = draft.finish(facts, measured_here, Notes(source=self.work.model.source))
-        parts.done()
-        return made
+        draft = self.draft
+        first, *others = [load_file(files[NOISE]) for files in parts.each(self.make)]
+        estimates = [first[name] for name in sorted(first)]
+        measured = [part["noise"] for part in others] or None
+        layers = _harms(self.session, self.subjects, estimates, measured)
+        report = _report(self.work, self.rows, self.probes, layers, measured is not None)
+        draft.json(SENSITIVITY, report)
+        tensors = {"timesteps": self.rows.timesteps}
+        for subject, noise in zip(self.subjects, measured or estimates, strict=True):
+            tensors[f"{subject.path}.noise"] = noise
+        if others:
+            tensors["signal"] = others[0]["signal"]
+        draft.tensors(HARM, lambda: tensors)
+        facts = SensitivityFacts(
+            component=self.work.model.name,
+            class_name=self.work.model.class_name,
+            model_sha256=self.work.model.sha256,
+            layers=len(layers),
+            formats=list(self.work.formats),
+            exact=measured is not None,
+            agreement=AgreementFacts(**report["agreement"]) if "agreement" in report else None,
+        )
+        took = {"cheap": parts.seconds(range(1)), "exact": parts.seconds(range(1, parts.count))}
+        measured_here = SensitivityMeasured(seconds=parts.seconds() + draft.seconds, pass_seconds=took)
+        return draft.finish(facts, measured_here, Notes(source=self.work.model.source))
 
 
 def _harms(

@@ -11,9 +11,8 @@ from qdeploy.calibration_set.dataset import CalibrationSet
 from qdeploy.mixed.measuring import Measuring
 from qdeploy.mixed.request import work_of
 from qdeploy.model.in_memory import ModelSource
-from qdeploy.parts.folder import check_alone
 from qdeploy.parts.plan import Job, named
-from qdeploy.parts.run import HERE, check_place, made
+from qdeploy.parts.run import check_place
 from qdeploy.recipe.recipe import Recipe
 from qdeploy.store.artifact import Artifact, Sensitivity
 from qdeploy.store.builder import Draft
@@ -21,7 +20,6 @@ from qdeploy.store.paths import default_output
 from qdeploy.system.devices import check_device, own_device
 from qdeploy.system.errors import UsageError
 from qdeploy.system.estimate import Estimate
-from qdeploy.system.progress import say
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -159,14 +157,7 @@ def sensitivity(
     )
     if dry_run:
         return measuring.estimate()
-    if done := measuring.draft.finished():
-        measuring.forget()
-        return done
-    check_alone(measuring.place, measuring.draft.output)
-    if on == HERE:
-        say(measuring.announcement())
-    with made(measuring.job, on, workers, worker_cpus) as parts:
-        return measuring.finish(parts)
+    return measuring.carry_out(on, workers, worker_cpus)
 
 
 def job(**arguments: Any) -> Job:

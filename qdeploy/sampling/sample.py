@@ -16,9 +16,10 @@ from qdeploy.model.pipeline_index import pipeline_sha256
 from qdeploy.model.sampling import SAMPLING, Sampling, SamplingOptions, renamed, sampled
 from qdeploy.model.timesteps import Timesteps
 from qdeploy.model.zoo import with_shipped_prompts
-from qdeploy.parts.folder import PartFolder, check_alone, link, parts_of
+from qdeploy.parts.folder import PartFolder, link, parts_of
 from qdeploy.parts.plan import Job, named
-from qdeploy.parts.run import check_place, made
+from qdeploy.parts.run import check_place
+from qdeploy.parts.verb import ArtifactInParts
 from qdeploy.sampling.correct import check_correction
 from qdeploy.sampling.media_files import GRID, NPZ, as_stored, file_of, write_grid, write_items, write_npz
 from qdeploy.sampling.source_pipeline import Source, open_pipeline, pipeline_of
@@ -94,12 +95,7 @@ def sample(
     samples = given.pop("samples", samples)
     chosen = (sampling or SAMPLING).changed(given)
     work = _plan(source, output, chosen, samples, model, correction, npz, overwrite, device)
-    if done := work.draft.finished():
-        work.job.parts().forget()
-        return done
-    check_alone(work.job.folder, work.draft.output)
-    with made(work.job, on, workers, worker_cpus) as parts:
-        return work.finish(parts)
+    return work.carry_out(on, workers, worker_cpus)
 
 
 def job(**arguments: Any) -> Job:
@@ -175,7 +171,7 @@ def _plan(
 
 
 @dataclass
-class _Work:
+class _Work(ArtifactInParts[Samples]):
     """One call of `sample`: what its parts hold, and how they become an artifact.
 
     Attributes:
@@ -211,12 +207,29 @@ class _Work:
         return self.sampling.batches(self.asked["count"])
 
     @property
+    def request(self) -> str:
+        """Hash of what determines the parts."""
+        return sha256_of([self.draft.request, self.sampling.batch])
+
+    @property
+    def place(self) -> Path:
+        """The folder of the plan: batches of another size are other parts."""
+        return parts_of(self.output, self.request)
+
+    @property
     def job(self) -> Job:
         """The parts: the images of a batch as files, and as tensors."""
-        request = sha256_of([self.draft.request, self.sampling.batch])
-        folder, count = parts_of(self.draft.output, request), len(self.batches)
-        output, arguments = self.draft.output, self.arguments
-        return Job("sample", folder, request, count, output, arguments, self.make, self.device, "sampling")
+        return Job(
+            "sample",
+            self.place,
+            self.request,
+            len(self.batches),
+            self.output,
+            self.arguments,
+            self.make,
+            self.device,
+            "sampling",
+        )
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -241,31 +254,25 @@ class _Work:
         save_tensors({stored.kind: stored.values}, folder / file_of(stored.kind))
         write_items(folder, stored, numbers, self.sampling.seed, self.asked["prompts"], self.settings)
 
-    def finish(self, parts: PartFolder) -> Samples:
+    def fill(self, parts: PartFolder) -> Samples:
         """The artifact of all parts; one batch at a time is in memory."""
-        with self.draft:
-            if done := self.draft.finished():  # another process was faster
-                parts.done()
-                return done
-            tensors, content = [], self.draft.content
-            for files in parts.each(self.make):
-                for name, file in files.items():
-                    if file.suffix == ".safetensors":
-                        tensors.append(file)
-                    else:
-                        link(file, content / name)
-            kind = tensors[0].stem
-            join_tensors(tensors, content / file_of(kind))
-            write_grid(content / GRID, kind, tensors)
-            if "npz" in self.asked:
-                write_npz(content / NPZ, tensors)
-            shape = shape_of(content / file_of(kind), kind)
-            media = None if kind == IMAGES else kind
-            facts = SamplesFacts(**self.asked | self.settings, shape=shape[1:], media=media)
-            took = Measured(seconds=parts.seconds() + self.draft.seconds)
-            finished = self.draft.finish(facts, took, Notes(pipeline=str(self.whole.path)))
-        parts.done()
-        return finished
+        tensors, content = [], self.draft.content
+        for files in parts.each(self.make):
+            for name, file in files.items():
+                if file.suffix == ".safetensors":
+                    tensors.append(file)
+                else:
+                    link(file, content / name)
+        kind = tensors[0].stem
+        join_tensors(tensors, content / file_of(kind))
+        write_grid(content / GRID, kind, tensors)
+        if "npz" in self.asked:
+            write_npz(content / NPZ, tensors)
+        shape = shape_of(content / file_of(kind), kind)
+        media = None if kind == IMAGES else kind
+        facts = SamplesFacts(**self.asked | self.settings, shape=shape[1:], media=media)
+        took = Measured(seconds=parts.seconds() + self.draft.seconds)
+        return self.draft.finish(facts, took, Notes(pipeline=str(self.whole.path)))
 
 
 def _words(timesteps: Timesteps) -> str:

@@ -14,9 +14,10 @@ from qdeploy.evaluate.thresholds import look_up
 from qdeploy.model.folder import Model, open_model
 from qdeploy.model.pipeline_index import pipeline_sha256
 from qdeploy.model.sampling import AS_COLLECTED, Sampling, sampled
-from qdeploy.parts.folder import PartFolder, check_alone, parts_of
+from qdeploy.parts.folder import PartFolder, parts_of
 from qdeploy.parts.plan import Job, named
-from qdeploy.parts.run import check_place, made
+from qdeploy.parts.run import check_place
+from qdeploy.parts.verb import VerbInParts
 from qdeploy.recipe.recipe import Recipe
 from qdeploy.recipe.resolve import resolve_recipe
 from qdeploy.store.artifact import Artifact, CalibrationFolder, open_artifact
@@ -119,12 +120,7 @@ def sweep(
     check_place(on, workers, worker_cpus)
     chosen = (sampling or AS_COLLECTED).changed(options)
     work = _plan(model, output, chosen, recipes, seeds, calibration, samples, keep, device, overwrite)
-    if done := work.finished():
-        work.job.parts().forget()
-        return done
-    check_alone(work.job.folder, work.output)
-    with made(work.job, on, workers, worker_cpus) as parts:
-        return work.finish(parts)
+    return work.carry_out(on, workers, worker_cpus)
 
 
 def job(**arguments: Any) -> Job:
@@ -182,16 +178,26 @@ def _plan(
 
 
 @dataclass
-class _Work:
+class _Work(VerbInParts[SweepResult]):
     """One call of `sweep`."""
 
     model: Model
-    output: Path
+    results: Path
     sampling: Sampling
     recipes: Mapping[str, Recipe]
     data: CalibrationFolder | None
     request: str
     arguments: dict[str, Any]
+
+    @property
+    def output(self) -> Path:
+        """Where the results go."""
+        return self.results
+
+    @property
+    def place(self) -> Path:
+        """The folder of the plan."""
+        return parts_of(self.results, self.request)
 
     @property
     def runs(self) -> list[tuple[str, int]]:
@@ -201,17 +207,15 @@ class _Work:
     @property
     def job(self) -> Job:
         """The parts: one recipe with one seed each."""
-        folder = parts_of(self.output, self.request)
-        device, count = self.arguments["device"], len(self.runs)
         return Job(
             "sweep",
-            folder,
+            self.place,
             self.request,
-            count,
+            len(self.runs),
             self.output,
             self.arguments,
             self.make,
-            device,
+            self.arguments["device"],
             "calibrations",
         )
 
@@ -219,7 +223,7 @@ class _Work:
         """Calibrate and check; the calibration's own journal is beside the parts."""
         name, seed = self.runs[number]
         device = own_device(self.arguments["device"])
-        place = parts_of(self.output, self.request) / "checkpoints" / f"{number:06d}"
+        place = self.place / "checkpoints" / f"{number:06d}"
         made_here = calibrate(
             self.model.path, place, recipe=self.recipes[name], seed=seed, calibration=self.data, device=device
         )
@@ -258,14 +262,13 @@ class _Work:
         what = "holds another sweep" if found else "already exists"
         raise UsageError(f"{self.output} {what}: choose another output")
 
-    def finish(self, parts: PartFolder) -> SweepResult:
+    def assemble(self, parts: PartFolder) -> SweepResult:
         """Write results and table."""
         records = [read_json_object(files[RESULT]) for files in parts.each(self.make)]
         result = SweepResult(self.output, self.request, records)
         with explained_os_errors(self.output):
             write_text(self.output / TABLE, f"{result.as_table().markdown()}\n")
             write_json(self.output / RESULTS, {"request": self.request, "records": records})
-        parts.done()
         return result
 
 
