@@ -17,7 +17,8 @@ from qdeploy.calibration_set.making import seeded
 from qdeploy.calibration_set.recorder import Recorder, chosen_calls
 from qdeploy.calibration_set.request import Request
 from qdeploy.calibration_set.shards import describe, open_shards, shard_files, shard_name
-from qdeploy.calibration_set.survey import Recorded, Survey, survey
+from qdeploy.calibration_set.survey import Survey, survey
+from qdeploy.calibration_set.watch import Recorded
 from qdeploy.model.folder import Model
 from qdeploy.model.inputs import sample_name
 from qdeploy.model.pipeline import sample_images

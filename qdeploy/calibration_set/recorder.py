@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.calibration_set.batch import Batch
-from qdeploy.calibration_set.survey import Recorded, Survey
+from qdeploy.calibration_set.survey import Survey
+from qdeploy.calibration_set.watch import Recorded
 from qdeploy.model.call import read_call, signature_of
 from qdeploy.model.inputs import sample_name
 from qdeploy.network.observe import ModuleCall, observing

@@ -21,11 +21,11 @@ where a complex tensor is stored as a real one with a last axis of two.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from qdeploy.model.call_nodes import Node, has_tensors, is_node, is_nothing, same, shown
 from qdeploy.store.facts import CallFacts
 from qdeploy.system.errors import InvalidInputError
 
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
 
 TIMESTEPS = ("timestep", "timestep_ratio", "r", "t")  # what denoisers call the timestep
 _MANNERS = ("return_dict",)  # say how to answer, not what to compute
-_NESTED = ("tuple", "list", "dict", "each")
-
-Node = dict[str, Any]
 
 
 def time_parameter(parameters: Mapping[str, inspect.Parameter]) -> str | None:
@@ -72,7 +69,7 @@ class CallForm:
     def constants(self) -> list[str]:
         """Names of the arguments that are no tensors and no dictionaries of tensors, and are not nothing."""
         every = self.arguments.items()
-        return [name for name, node in every if not (_is_nothing(node) or CallForm({name: node}).plain)]
+        return [name for name, node in every if not (is_nothing(node) or CallForm({name: node}).plain)]
 
     def to_facts(self) -> CallFacts:
         """The form as artifacts hold it."""
@@ -88,7 +85,7 @@ class CallForm:
         if facts is None:
             return None
         for name, node in facts.arguments.items():
-            if not _is_node(node):
+            if not is_node(node):
                 raise InvalidInputError(f"the artifact's description of the argument {name!r} is invalid")
         return cls(dict(facts.arguments), dict(facts.shared))
 
@@ -133,7 +130,7 @@ class CallForm:
         """
         for name in [*self.arguments, *other.arguments]:
             ours, theirs = self.arguments.get(name), other.arguments.get(name)
-            if not _same(ours, theirs, rows):
+            if not same(ours, theirs, rows):
                 return f"{name}={shown(theirs)} instead of {name}={shown(ours)}"
         return None
 
@@ -223,7 +220,7 @@ def settle(calls: list[tuple[CallForm, Mapping[str, Tensor], int]]) -> CallForm:
     def per_row(nodes: list[Node]) -> Node:
         """Lists of constants with one entry for each row become ``each``."""
         ((kind, content),) = nodes[0].items()
-        if kind == "list" and not _has_tensors(nodes[0]):
+        if kind == "list" and not has_tensors(nodes[0]):
             lists = [node.get("list") for node in nodes]
             uniform = all(
                 items is not None and len(items) == rows and all(item == items[0] for item in items)
@@ -252,56 +249,11 @@ def plain_arguments(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
     return nested
 
 
-def shown(node: Node | None) -> str:
-    """A node for people, in Python's notation."""
-    if node is None:
-        return "its default"
-    ((kind, content),) = node.items()
-    if kind in ("tensor", "complex"):
-        return "a tensor"
-    if kind == "value":
-        return repr(content)
-    if kind == "each":
-        return f"[{shown(content)}] for each row"
-    if kind == "dict":
-        return "{" + ", ".join(f"{key!r}: {shown(value)}" for key, value in content.items()) + "}"
-    inner = ", ".join(map(shown, content))
-    return f"[{inner}]" if kind == "list" else f"({inner}{',' if len(content) == 1 else ''})"
-
-
-def _is_node(node: Any) -> bool:
-    if not isinstance(node, dict) or len(node) != 1:
-        return False
-    ((kind, content),) = node.items()
-    if kind in ("tensor", "complex"):
-        return isinstance(content, str)
-    if kind == "value":
-        return content is None or isinstance(content, bool | int | float | str)
-    if kind == "each":
-        return _is_node(content)
-    if kind == "dict":
-        return isinstance(content, dict) and all(map(_is_node, content.values()))
-    return kind in ("tuple", "list") and isinstance(content, list) and all(map(_is_node, content))
-
-
 def _is_default(value: Any, parameter: inspect.Parameter | None) -> bool:
     if parameter is None or parameter.default is parameter.empty:
         return False
     simple = value is None or isinstance(value, bool | int | float | str)
     return simple and type(value) is type(parameter.default) and bool(value == parameter.default)
-
-
-def _has_tensors(node: Node) -> bool:
-    ((kind, content),) = node.items()
-    if kind not in _NESTED:
-        return kind in ("tensor", "complex")
-    parts = content.values() if kind == "dict" else [content] if kind == "each" else content
-    return any(map(_has_tensors, parts))
-
-
-def _is_nothing(node: Node) -> bool:
-    """Whether an argument is a dictionary of nothing, such as ``cross_attention_kwargs={"scale": None}``."""
-    return "dict" in node and all(v == {"value": None} or _is_nothing(v) for v in node["dict"].values())
 
 
 def _counted(rows: int) -> int:
@@ -311,34 +263,6 @@ def _counted(rows: int) -> int:
     from torch.fx.experimental.symbolic_shapes import guarding_hint_or_throw
 
     return guarding_hint_or_throw(rows)
-
-
-def _same(ours: Node | None, theirs: Node | None, rows: int) -> bool:
-    if ours is None or theirs is None:
-        return all(node is None or _is_nothing(node) for node in (ours, theirs))
-    ((kind, mine),) = ours.items()
-    if kind == "each":
-        return "list" in theirs and theirs["list"] == [mine] * rows
-    if set(theirs) != {kind}:
-        return False
-    other = theirs[kind]
-    if kind == "value":
-        both_nan = (
-            isinstance(mine, float) and isinstance(other, float) and math.isnan(mine) and math.isnan(other)
-        )
-        return both_nan or (mine == other and isinstance(mine, bool) == isinstance(other, bool))
-    if kind in ("tensor", "complex"):
-        return bool(mine == other)
-    pairs: list[tuple[Node, Node]]
-    if kind == "dict":
-        names = [*mine, *(key for key in other if key not in mine)]
-        given = [(mine.get(key), other.get(key)) for key in names]
-        pairs = [(one or {"value": None}, another or {"value": None}) for one, another in given]
-    else:
-        if len(mine) != len(other):
-            return False
-        pairs = list(zip(mine, other, strict=True))
-    return all(_same(one, another, rows) for one, another in pairs)
 
 
 def signature_of(denoiser: Any) -> inspect.Signature:

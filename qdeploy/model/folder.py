@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qdeploy.model.call import time_parameter
+from qdeploy.model.download import download
 from qdeploy.model.fill import fill
 from qdeploy.model.networks import find_network_class
 from qdeploy.model.pipeline_index import INDEX, NEVER_LOADED, read_index
 from qdeploy.model.requirements import require_libraries
 from qdeploy.model.weights import WeightFiles, find_weights, variants_needed
-from qdeploy.model.zoo import NAMES, find_zoo_model, zoo_models
+from qdeploy.model.zoo import find_zoo_model
 from qdeploy.store.bounded_json import read_json_object
 from qdeploy.system.errors import InvalidInputError
 from qdeploy.system.hashing import sha256_files
 from qdeploy.system.machine import check_device
 from qdeploy.system.progress import say
-from qdeploy.system.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn
@@ -249,7 +249,7 @@ def open_model(source: str | Path) -> Model:
     path, variant = Path(source), None
     if not path.exists():
         name, _, variant = str(source).partition("@")
-        path = Path(name) if Path(name).exists() else find_zoo_model(name) or _download(name, variant or None)
+        path = Path(name) if Path(name).exists() else find_zoo_model(name) or download(name, variant or None)
     if not path.is_dir():
         raise InvalidInputError(
             f"{path} is not a diffusers folder: it is a file; if it holds a whole model, make a folder of it with "
@@ -274,24 +274,6 @@ def open_if_there(source: str | None) -> Model | None:
     if source is None or not (Path(source).exists() or Path(source.partition("@")[0]).exists()):
         return None
     return open_model(source)
-
-
-def _download(source: str, variant: str | None) -> Path:
-    if source.count("/") != 1 or source.startswith((".", "/")):
-        bundled = zoo_models() or NAMES
-        raise InvalidInputError(
-            f"{source} does not exist{did_you_mean(source, bundled)}: it is neither a local folder, a bundled model "
-            f"({', '.join(bundled)}), nor a Hub id (owner/name)"
-        )
-    import diffusers
-
-    try:
-        return Path(diffusers.DiffusionPipeline.download(source, use_safetensors=True, variant=variant))
-    except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InvalidInputError(
-            f"{source} does not exist, and cannot be had from the Hub: {first}"
-        ) from error
 
 
 @contextmanager

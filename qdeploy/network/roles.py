@@ -22,9 +22,8 @@ from qdeploy.model.inputs import form_of, sample_name
 from qdeploy.network.observe import ModuleCall
 from qdeploy.network.time_path import Tape, TimePart
 from qdeploy.network.tracer import Tracer
+from qdeploy.network.units import find_units
 from qdeploy.system.errors import InvalidInputError
-
-_CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def find_structure(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> Structu
         for path in trace.from_time
         if path in other.outputs and torch.equal(trace.outputs[path], other.outputs[path])
     }
-    units = _units(denoiser, {layer.path for layer in trace.layers})
+    units = find_units(denoiser, {layer.path for layer in trace.layers})
     firsts: dict[tuple[str, int], str] = {}
     layers: list[Layer] = []
     for layer, source in zip(trace.layers, trace.inputs, strict=True):
@@ -283,37 +282,3 @@ def _run_otherwise(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> _Struct
         return _run(denoiser, {**inputs, **floats, **integers})
     except (IndexError, RuntimeError, ValueError, AssertionError):
         return _run(denoiser, {**inputs, **floats})
-
-
-def _units(denoiser: nn.Module, weighted: set[str]) -> list[str]:
-    """Paths of the reconstruction units: the smallest modules that are built from layers.
-
-    A module that holds a list of blocks is a frame and is opened; a block, whose parts are layers, is one
-    unit (a residual block, an attention, a transformer block); a layer outside of any block is its own.
-    """
-
-    def count(prefix: str) -> int:
-        return sum(path == prefix or path.startswith(f"{prefix}.") for path in weighted)
-
-    def is_frame(module: nn.Module, prefix: str) -> bool:
-        for path, inner in module.named_modules(prefix=prefix):
-            if isinstance(inner, _CONTAINERS):
-                blocks = [f"{path}.{name}" for name, _ in inner.named_children()]
-                if any(count(block) > 1 for block in blocks):
-                    return True
-        return False
-
-    units: list[str] = []
-
-    def descend(module: nn.Module, prefix: str) -> None:
-        if prefix and count(prefix) == 0:
-            return
-        called = prefix and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
-        if called and (prefix in weighted or not is_frame(module, prefix)):
-            units.append(prefix)
-            return
-        for name, child in module.named_children():
-            descend(child, f"{prefix}.{name}" if prefix else name)
-
-    descend(denoiser, "")
-    return units

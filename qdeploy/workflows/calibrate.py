@@ -18,9 +18,7 @@ from qdeploy.mixed.budget import parse_budget
 from qdeploy.model.card import base_model, write_card
 from qdeploy.model.folder import Model
 from qdeploy.model.in_memory import ModelSource, model_of
-from qdeploy.quant.attention import AttentionQuantizers
 from qdeploy.quant.checkpoint import write_checkpoint, write_probe
-from qdeploy.quant.layer import quantized_layers
 from qdeploy.recipe.recipe import Recipe
 from qdeploy.recipe.resolve import resolve_recipe
 from qdeploy.recipe.stages import Stage
@@ -28,7 +26,7 @@ from qdeploy.recipe.targets import find_target
 from qdeploy.store.artifact import CORRECTION, Artifact, Checkpoint
 from qdeploy.store.builder import Draft
 from qdeploy.store.correction_table import correction_facts
-from qdeploy.store.facts import CheckpointFacts, TimestepFacts
+from qdeploy.store.facts import CheckpointFacts
 from qdeploy.store.manifest import Notes
 from qdeploy.store.measured import CheckpointMeasured
 from qdeploy.store.paths import default_output
@@ -37,6 +35,7 @@ from qdeploy.system.errors import UsageError
 from qdeploy.system.estimate import Estimate
 from qdeploy.system.machine import int8_sums_saturate
 from qdeploy.system.progress import say
+from qdeploy.workflows.calibrated_facts import any_attention, by_reason, timestep_facts
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -285,28 +284,3 @@ def _write(session: Session, source: Model, data: CalibrationSet | ExampleRows) 
     order = judge[data.timesteps[judge].argsort(stable=True)]
     chosen = order[torch.linspace(0, len(order) - 1, min(PROBE_ROWS, len(order))).round().long()]
     write_probe(session.draft, session.denoiser, data.probe_inputs(chosen.tolist(), session.device))
-
-
-def timestep_facts(session: Session) -> TimestepFacts:
-    """What a runtime has to know of timesteps: which were calibrated, and the limits of training."""
-    calibrated = session.data.timesteps[session.rows()].float().unique().tolist()
-    tables = any(layer.table is not None for layer in quantized_layers(session.denoiser).values())
-    exact, span = True if tables else None, session.timestep_range
-    if span is not None:
-        return TimestepFacts(calibrated=calibrated, low=span.low, high=span.high, range=span, exact=exact)
-    if session.training_timesteps is None:
-        return TimestepFacts(calibrated=calibrated, exact=exact)
-    every = session.all_timesteps()
-    return TimestepFacts(calibrated=calibrated, low=float(every.min()), high=float(every.max()), exact=exact)
-
-
-def by_reason(left: dict[str, str]) -> dict[str, list[str]]:
-    """Paths of layers by the reason why they stay in float."""
-    return {
-        reason: [p for p, why in left.items() if why == reason] for reason in dict.fromkeys(left.values())
-    }
-
-
-def any_attention(session: Session) -> bool:
-    """Whether this calibration quantizes attention products."""
-    return any(isinstance(module, AttentionQuantizers) for module in session.denoiser.modules())

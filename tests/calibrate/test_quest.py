@@ -39,7 +39,7 @@ from qdeploy.recipe.formats import int4, uint4
 from qdeploy.recipe.resolve import resolve_recipe
 from qdeploy.recipe.stages import Stage, check_stages
 from qdeploy.system.errors import CapabilityError, UsageError
-from qdeploy.workflows.calibrate import any_attention
+from qdeploy.workflows.calibrated_facts import any_attention
 from tests.helpers import (
     MemoryRows,
     Stopped,

@@ -37,7 +37,7 @@ from qdeploy.recipe.formats import FORMATS, Format, parse_format
 from qdeploy.store.artifact import Artifact
 from qdeploy.store.probe import PROBE
 from qdeploy.system.errors import InvalidInputError
-from qdeploy.workflows.calibrate import any_attention
+from qdeploy.workflows.calibrated_facts import any_attention
 from tests.helpers import MemoryRows, calibrating, minmax_layer, reseal, some_facts
 from tests.models import ddpm_folder
 
