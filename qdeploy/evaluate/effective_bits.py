@@ -15,6 +15,7 @@ from qdeploy.recipe.formats import Format, parse_format
 from qdeploy.recipe.recipe import Recipe
 from qdeploy.store.artifact import Checkpoint
 from qdeploy.store.layers import read_layers
+from qdeploy.store.tensors import open_tensors
 
 FLOAT_BITS = 32
 
@@ -41,12 +42,10 @@ def operations(checkpoint: Checkpoint) -> list[Operation] | None:
 
     None for a checkpoint of a version that did not store them.
     """
-    from safetensors import safe_open
-
     described = read_layers(checkpoint.layers)
     if described.macs is None:
         return None
-    with safe_open(checkpoint.quantized, "pt") as stored:
+    with open_tensors(checkpoint.quantized) as stored:
         state = set(stored.keys())
     recipe = Recipe.from_json(checkpoint.recipe or {})
     covered = {layer.path: layer for layer in described.layers}

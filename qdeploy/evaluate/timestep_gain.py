@@ -22,6 +22,7 @@ from torch import Tensor
 from qdeploy.quant.time_ranges import read_ranges, tensor_names
 from qdeploy.recipe.formats import Format, parse_format
 from qdeploy.store.artifact import Checkpoint
+from qdeploy.store.tensors import open_tensors
 from qdeploy.system.decibels import decibels
 
 
@@ -48,15 +49,13 @@ def timestep_gain(checkpoint: Checkpoint) -> dict[str, Any] | None:
         ``groups``, how many there are; ``median_db``; and ``by_tensor_db``, best first. None if the checkpoint
         has one scale for all timesteps, or its ranges were not kept.
     """
-    from safetensors import safe_open
-
     ranges = read_ranges(checkpoint) if checkpoint.facts.timestep_scales else None
     number_format = parse_format(checkpoint.facts.activations)
     if ranges is None or number_format is None:
         return None
     gains: dict[str, float] = {}
     groups = 1
-    with safe_open(str(checkpoint.quantized), framework="pt") as stored:
+    with open_tensors(checkpoint.quantized) as stored:
         names = set(stored.keys())
         for name in tensor_names(ranges):
             if f"{name}.edges" in names:

@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qdeploy.store.tensors import load_tensors
 from qdeploy.system.errors import InvalidInputError
 from qdeploy.system.hashing import sha256_files
 
@@ -185,13 +186,7 @@ def _picture(file: Path) -> Path:
 
 
 def _rows(file: Path) -> list[Any]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise InvalidInputError(f"{file} is damaged: {error}") from error
+    tensors = load_tensors(file)
     if len(tensors) != 1 or next(iter(tensors.values())).ndim < 2:
         raise InvalidInputError(f"{file} must hold one tensor with a row for each image")
     return list(next(iter(tensors.values())))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from qdeploy.store.tensors import load_tensors
 from qdeploy.system.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -43,13 +44,10 @@ def read_probe(folder: Path, name: str = PROBE) -> Probe:
     Raises:
         InvalidInputError: the folder has no probe.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
-        tensors = load_file(folder / name)
+        tensors = load_tensors(folder / name)
         reference = tensors["reference"]
-    except (OSError, SafetensorError, KeyError) as error:
+    except (InvalidInputError, KeyError) as error:
         raise InvalidInputError(f"{folder} has no usable {name}: export it again") from error
     inputs = {name.removeprefix("input."): x for name, x in tensors.items() if name.startswith("input.")}
     return Probe(inputs, reference, tensors.get("simulated"))

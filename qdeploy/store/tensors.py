@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from qdeploy.system.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
@@ -30,6 +33,16 @@ def open_tensors(file: Path, framework: Literal["pt", "numpy"] = "pt") -> Iterat
             yield opened
     except (SafetensorError, OSError) as error:
         raise InvalidInputError(f"{file} is truncated or no safetensors file ({error})") from error
+
+
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a file by name.
+
+    Raises:
+        InvalidInputError: it is truncated or no safetensors file.
+    """
+    with open_tensors(file) as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 -- no mapping
 
 
 def header_problem(file: Path) -> str | None:

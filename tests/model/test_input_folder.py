@@ -111,7 +111,7 @@ BAD = {
     missing: "is missing",
     unpaired: "2 for mask_image.*equally many|3 for image.*equally many",
     unknown: "no input of a known kind",
-    damaged: "is damaged",
+    damaged: "truncated or no safetensors file",
     lambda folder: bomb(folder / "image" / "0.png"): "decompression bomb",
     lambda folder: bomb(folder / "image" / "0.png", 12_000): "12000 x 12000 pixels, more than the 64 million",
     lambda folder: (folder / "image").mkdir(parents=True): "is empty",

@@ -1,0 +1,1 @@
+"""Calibration methods of our own."""
