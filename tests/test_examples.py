@@ -23,7 +23,7 @@ MADE = {
     "controlnet": "images/grid.png",
     "rtx": "engine/qdeploy.json",
     "triton": "models/digits/config.pbtxt",
-    "sweep": "sweep.md",
+    "sweep": "sweep/table.md",
     "notebook": "images/grid.png",
 }
 
