@@ -87,7 +87,7 @@ def collect(
     An interrupted collection is taken up by the next call with the same arguments, and ends in the same set.
 
     Args:
-        model: a diffusers pipeline's folder, a zoo model's name or a Hub id.
+        model: a diffusers pipeline's folder, a zoo model's name, a Hub id, or a loaded pipeline.
         output: folder of the calibration set.
         sampling: how images are sampled; 100 steps of the model's own scheduler by default.
         keep: denoiser calls of each trajectory to keep, evenly spread from the first to the last.
