@@ -12,6 +12,7 @@ from qdeploy.recipe.formats import Format
 from qdeploy.system.errors import UsageError
 
 SHRINKS = tuple(1 - 0.01 * i for i in range(80))
+_AT_ONCE = 2**18  # numbers of a small weight that are tried together: the overhead of operators outweighs them
 _SMALLEST = torch.finfo(torch.float32).tiny * 2**10
 
 
@@ -54,10 +55,13 @@ def lp_weights(weight: Tensor, number_format: Format, p: float = 2.4) -> tuple[T
     low, high = rows.amin(-1), rows.amax(-1)
     best_scale, best_zero = to_scale(low, high, number_format)
     best = torch.full_like(best_scale, torch.inf)
-    for shrink in SHRINKS:
-        scale, zero = to_scale(low * shrink, high * shrink, number_format)
+    shrinks = torch.tensor(SHRINKS, dtype=torch.float64).to(rows).reshape(-1, *[1] * low.ndim)
+    for some in shrinks.split(max(1, _AT_ONCE // max(1, rows.numel()))):
+        scale, zero = to_scale(low * some, high * some, number_format)
         hat = to_grid(rows, scale[..., None], zero[..., None], number_format)
-        score = (rows - hat).abs_().pow_(p).mean(-1)
+        scores = (rows - hat).abs_().pow_(p).mean(-1)
+        first = scores.argmin(0, keepdim=True)  # the first of equal ones
+        score, scale, zero = (values.gather(0, first)[0] for values in (scores, scale, zero))
         better = score < best
         best = torch.where(better, score, best)
         best_scale = torch.where(better, scale, best_scale)
