@@ -62,38 +62,49 @@ class TimePart:
             [T, ...] for each feature. One timestep at a time: bit for bit what the network computes for
             one row.
         """
-        rows = [self._run(denoiser, timesteps[i : i + 1]) for i in range(len(timesteps))]
+        functions = self._functions(denoiser)
+        rows = [self._run(denoiser, functions, timesteps[i : i + 1]) for i in range(len(timesteps))]
         columns = (torch.cat(column) for column in zip(*rows, strict=True))
         return dict(zip(self.features, columns, strict=True))
 
     def together(self, denoiser: nn.Module, timesteps: Tensor) -> dict[str, Tensor]:
         """As `__call__`, in one batch: fast, differentiable, and equal except for the last digits."""
 
+        functions = self._functions(denoiser)
+
         def one(timestep: Tensor) -> tuple[Tensor, ...]:
-            return self._run(denoiser, timestep[None])
+            return self._run(denoiser, functions, timestep[None])
 
         batched = torch.func.vmap(one)(timesteps)
         return {name: value[:, 0] for name, value in zip(self.features, batched, strict=True)}
 
-    def _run(self, denoiser: nn.Module, timestep: Tensor) -> tuple[Tensor, ...]:
+    def _functions(self, denoiser: nn.Module) -> list[Callable[..., Any]]:
+        """What each step calls."""
+        return [
+            denoiser.get_submodule(step.function) if isinstance(step.function, str) else step.function
+            for step in self._steps
+        ]
+
+    def _run(
+        self, denoiser: nn.Module, functions: Sequence[Callable[..., Any]], timestep: Tensor
+    ) -> tuple[Tensor, ...]:
         current = current_timestep_of(denoiser)
         if current is None:
-            return self._replay(denoiser, timestep)
+            return self._replay(functions, timestep)
         with current.at(timestep):
-            return self._replay(denoiser, timestep)
+            return self._replay(functions, timestep)
 
-    def _replay(self, denoiser: nn.Module, timestep: Tensor) -> tuple[Tensor, ...]:
+    def _replay(self, functions: Sequence[Callable[..., Any]], timestep: Tensor) -> tuple[Tensor, ...]:
         values: dict[int, Any] = {0: timestep}
 
-        def fill(leaf: Any) -> Any:
-            return values[leaf.number] if isinstance(leaf, Slot) else leaf
+        def fill(value: Any) -> Any:
+            if isinstance(value, Slot):
+                return values[value.number]
+            return tree_map(fill, value) if isinstance(value, tuple | list | dict) else value
 
-        for step in self._steps:
-            function = (
-                denoiser.get_submodule(step.function) if isinstance(step.function, str) else step.function
-            )
-            result = function(*tree_map(fill, step.args), **tree_map(fill, step.kwargs))
-            leaves = tree_leaves(result)
+        for step, function in zip(self._steps, functions, strict=True):
+            result = function(*map(fill, step.args), **{name: fill(x) for name, x in step.kwargs.items()})
+            leaves = [result] if isinstance(result, Tensor) else tree_leaves(result)
             for slot, leaf in zip(step.results, leaves, strict=True):
                 if slot is not None:
                     values[slot.number] = leaf
