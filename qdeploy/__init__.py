@@ -17,7 +17,10 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from qdeploy.system import telemetry
 from qdeploy.version import __version__
+
+telemetry.turn_off()  # before any of these libraries is imported
 
 if TYPE_CHECKING:
     from qdeploy.calibrate.methods.awq import ScaleSalient

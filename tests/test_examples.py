@@ -57,6 +57,7 @@ def test_notebooks_hold_no_outputs() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", NAMES)
 def test_an_example_runs(name: str, ddpm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "rtx" and find_spec("tensorrt_rtx") is None:

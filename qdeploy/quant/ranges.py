@@ -12,7 +12,9 @@ from qdeploy.recipe.formats import Format
 from qdeploy.system.errors import UsageError
 
 SHRINKS = tuple(1 - 0.01 * i for i in range(80))
-_AT_ONCE = 2**18  # numbers of a small weight that are tried together: the overhead of operators outweighs them
+_AT_ONCE = (
+    2**18
+)  # numbers of a small weight that are tried together: the overhead of operators outweighs them
 _SMALLEST = torch.finfo(torch.float32).tiny * 2**10
 
 
