@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qdeploy.quant.operators import to_grid
 from qdeploy.recipe.formats import Format
 
 _BLOCK = 128  # columns whose effect on later ones is applied at once
@@ -20,7 +21,7 @@ _BLOCK = 128  # columns whose effect on later ones is applied at once
 
 @dataclass(frozen=True)
 class Grid:
-    """The grid of integers that weights [O, K] are rounded to.
+    """The grid that weights [O, K] are rounded to.
 
     Attributes:
         scale: positive steps, broadcastable to [O, K].
@@ -35,12 +36,12 @@ class Grid:
     def values(self, weight: Tensor, columns: Tensor | slice = slice(None)) -> Tensor:
         """The nearest values on the grid of some columns of a weight."""
         scale, zero = self.scale[:, columns], self.zero_point[:, columns]
-        codes = (torch.round(weight / scale) + zero).clamp(self.number_format.qmin, self.number_format.qmax)
-        return (codes - zero) * scale
+        return to_grid(weight, scale, zero, self.number_format)
 
     def codes(self, values: Tensor) -> Tensor:
         """The codes of values on the grid."""
-        codes = torch.round(values / self.scale) + self.zero_point
+        codes = values / self.scale + self.zero_point
+        codes = codes if self.number_format.floating else codes.round()
         return codes.clamp(self.number_format.qmin, self.number_format.qmax)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qdeploy.calibrate.reconstruct import Problem, optimize
 from qdeploy.quant.layer import QuantizedLayer
-from qdeploy.quant.operators import code_type, over_weight
+from qdeploy.quant.operators import code_type, over_weight, spacing
 from qdeploy.quant.quantizers import WeightQuantizer
 from qdeploy.recipe.formats import Format
 
@@ -47,16 +47,17 @@ def annealed_beta(
 
 
 class SoftRounding(nn.Module):
-    """Soft rounding of one weight on a fixed grid.
+    """Soft rounding of one weight on a fixed grid, between the two codes around it: on a grid of floats too.
 
     Args:
         weight: [C, ...] float weights.
         scale: [C] steps, or [C, blocks].
         zero_point: codes of zero, shaped like ``scale``.
-        number_format: the grid, of integers.
+        number_format: the grid.
     """
 
     floor: Tensor
+    gap: Tensor
     scale: Tensor
     zero_point: Tensor
 
@@ -65,27 +66,29 @@ class SoftRounding(nn.Module):
         self.format = number_format
         self.register_buffer("scale", over_weight(scale, weight.shape))
         self.register_buffer("zero_point", over_weight(zero_point, weight.shape).to(weight.dtype))
-        steps = weight / self.scale
-        self.register_buffer("floor", steps.floor())
-        self.v = nn.Parameter(inverse_rectified_sigmoid(steps - self.floor))
+        steps, gap = weight / self.scale, torch.ones(())
+        if number_format.floating:
+            steps = steps.clamp(number_format.qmin, number_format.qmax)
+            gap = spacing(steps, number_format)
+        self.register_buffer("gap", gap.to(steps))
+        self.register_buffer("floor", (steps / self.gap).floor() * self.gap)
+        self.v = nn.Parameter(inverse_rectified_sigmoid((steps - self.floor) / self.gap))
 
     def h(self) -> Tensor:
         """The share of the way up that each weight takes, in [0, 1]."""
         return rectified_sigmoid(self.v)
 
-    def _dequantize(self, up: Tensor) -> Tensor:
-        codes = (self.floor + up + self.zero_point).clamp(self.format.qmin, self.format.qmax)
-        return (codes - self.zero_point) * self.scale
+    def _codes(self, up: Tensor) -> Tensor:
+        codes = self.floor + up * self.gap + self.zero_point
+        return codes.clamp(self.format.qmin, self.format.qmax)
 
     def forward(self) -> Tensor:
         """The soft weight."""
-        return self._dequantize(self.h())
+        return (self._codes(self.h()) - self.zero_point) * self.scale
 
     def codes(self) -> Tensor:
         """The decided codes: up where ``h >= 0.5``."""
-        up = (self.v >= 0).to(self.floor.dtype)
-        codes = (self.floor + up + self.zero_point).clamp(self.format.qmin, self.format.qmax)
-        return codes.to(code_type(self.format))
+        return self._codes((self.v >= 0).to(self.floor.dtype)).to(code_type(self.format))
 
 
 def default_rate(steps: int) -> float:

@@ -228,6 +228,7 @@ BACKEND = Backend(
     description="ONNX Runtime on CPUs: computes what was calibrated, in int8 for --target onnxruntime",
     package="onnxruntime",
     install="onnxruntime",
+    lacks=frozenset({"nvfp4"}),
     build=build,
     load=ONNXRuntimeEngine,
     precisions=("f32",),

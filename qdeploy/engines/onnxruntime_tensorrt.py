@@ -139,6 +139,7 @@ BACKEND = Backend(
     description="TensorRT inside ONNX Runtime; what it leaves runs on CUDA, where convolutions have no int8",
     package="onnxruntime",
     install="onnxruntime-gpu",
+    lacks=frozenset({"nvfp4"}),
     build=build,
     load=ONNXRuntimeTensorRTEngine,
     precisions=("f32", "f16"),

@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from qdeploy.export.complex_numbers import complex_as_real
 from qdeploy.model.call import time_parameter
 from qdeploy.model.inputs import denoise
+from qdeploy.quant import nvfp4
 from qdeploy.quant.operators import onnx_translations
 from qdeploy.system.errors import InvalidInputError
 
@@ -118,7 +119,7 @@ def export_program(
                 opset_version=OPSET,
                 input_names=list(inputs),
                 output_names=list(outputs),
-                custom_translation_table=onnx_translations(),
+                custom_translation_table=onnx_translations() | nvfp4.onnx_translations(),
                 verbose=False,
             )
     except Exception as error:

@@ -91,11 +91,12 @@ def left_in_float(denoiser: nn.Module, structure: Structure, recipe: Recipe) -> 
 def layer_formats(module: nn.Module, layer: Layer, recipe: Recipe) -> tuple[Format | None, Format | None]:
     """The formats of a layer's weight and input, by the recipe and by what fits the layer.
 
-    Where blocks do not fit, these are the recipe's ``unblocked`` format and float.
+    Where blocks do not fit, these are the recipe's ``unblocked`` format and float; with nvfp4 twice the former.
     """
     weights, activations = recipe.formats(layer.path)
-    if _unfit(module, layer, weights, recipe.target):
-        return parse_format(recipe.unblocked), None
+    if weights is not None and _unfit(module, layer, weights, recipe.target):
+        other = parse_format(recipe.unblocked)
+        return other, other if weights.two_levels else None
     return weights, activations
 
 
@@ -111,6 +112,7 @@ def _unfit(module: nn.Module, layer: Layer, weights: Format | None, target: str)
     fitting = {width: weights.fitting(width) for width in widths}
     odd = next((width for width, found in fitting.items() if found is None or found.name not in able), None)
     sizes = [block for block in BLOCKS if blocked(weights.bits, block).name in able]
+    sizes = [weights.block] if weights.two_levels else sizes
     return "" if odd is None else f"{odd} input features are no whole blocks of {min(sizes)}"
 
 

@@ -73,15 +73,30 @@ def fake_quantize_float8(x: Tensor, scale: Tensor) -> Tensor:
     return codes * scale
 
 
+def spacing(x: Tensor, number_format: Format) -> Tensor:
+    """The distance between the two numbers of a float format that ``x`` lies between; of the larger two at a code."""
+    _, exponent = torch.frexp(x)  # |x| = m * 2**exponent with m in [0.5, 1)
+    return torch.exp2((exponent - 1).clamp(min=number_format.exponent) - number_format.fraction).to(x.dtype)
+
+
+def round_float(x: Tensor, number_format: Format) -> Tensor:
+    """Round half to even to the nearest number of a float format, which saturates; the gradient passes inside."""
+    inside = x.clamp(number_format.qmin, number_format.qmax)
+    step = spacing(inside.detach(), number_format)
+    return round_through(inside / step) * step
+
+
 def to_grid(x: Tensor, scale: Tensor, zero_point: Tensor, number_format: Format) -> Tensor:
     """Quantize and dequantize in any format; arguments as for `fake_quantize`."""
-    if number_format.floating:
+    if number_format.bits == 8 and number_format.floating:
         return fake_quantize_float8(x, scale)
+    if number_format.floating:
+        return round_float(x / scale, number_format) * scale
     return fake_quantize(x, scale, zero_point, number_format.qmin, number_format.qmax)
 
 
 def code_type(number_format: Format) -> torch.dtype:
-    """The type that codes are held and stored in; wider ones than 8 bits exist in tests alone."""
+    """The type that codes are held in, float4 in float8; integers of more than 8 bits exist in tests alone."""
     if number_format.floating:
         return FLOAT8
     if number_format.bits > 8:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.network.current_timestep import CurrentTimestep
-from qdeploy.quant.operators import code_type, dequantize_codes, over_weight, to_grid
+from qdeploy.quant.nvfp4 import fake_quantize_nvfp4, float8_scales, tensor_scale, two_level_scales
+from qdeploy.quant.operators import code_type, dequantize_codes, over_weight, round_float, to_grid
 from qdeploy.recipe.formats import Format
 from qdeploy.system.errors import CapabilityError, InvalidInputError
 
@@ -18,6 +19,7 @@ class ActivationQuantizer(nn.Module):
     depend on the timestep or on the token) the tensor is multiplied by s0 / s and quantized with one nominal
     scale s0; `restore` multiplies what a layer computes from it by s / s0. That is how an engine computes it
     too, whose scales are constants. Scales along the features are inside the sum: they are a simulation.
+    In nvfp4 the scale decides the tensor's level of scales alone, and blocks get theirs in every call.
 
     Attributes:
         scale: [], or [K] for groups of timesteps, or [A] along an axis, or [K, A].
@@ -34,6 +36,7 @@ class ActivationQuantizer(nn.Module):
     nominal: Tensor | None
     to_nominal: Tensor | None
     from_nominal: Tensor | None
+    tensor_scale: Tensor | None
 
     def __init__(self, number_format: Format) -> None:
         super().__init__()
@@ -41,7 +44,7 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
         self.register_buffer("edges", torch.zeros(0))
-        for name in ("frozen", "nominal", "to_nominal", "from_nominal"):
+        for name in ("frozen", "nominal", "to_nominal", "from_nominal", "tensor_scale"):
             self.register_buffer(name, None)
         self.axis: int | None = None
         self.current_timestep: CurrentTimestep | None = None
@@ -99,6 +102,9 @@ class ActivationQuantizer(nn.Module):
             CapabilityError: a zero point depends on the timestep, or scales run along the features.
         """
         stored = code_type(self.format)
+        if self.simple and self.format.two_levels:
+            self.tensor_scale = tensor_scale(self.scale)
+            return
         if self.simple:
             self.frozen = self.zero_point.to(stored)
             return
@@ -120,6 +126,11 @@ class ActivationQuantizer(nn.Module):
             scale, zero_point = nominal, self.fixed_zero_point
         elif not self.simple:
             scale, zero_point = self._over(scale, x), self._over(zero_point, x)
+        if self.format.two_levels:
+            if self.tensor_scale is not None:
+                rounded: Tensor = torch.ops.qdeploy.fake_quantize_nvfp4(x, self.tensor_scale)
+                return rounded
+            return fake_quantize_nvfp4(x, tensor_scale(scale))
         if self.frozen is not None:
             traced: Tensor = torch.ops.qdeploy.quantize_dequantize(x, scale, self.frozen)
             return traced
@@ -165,7 +176,8 @@ class WeightQuantizer(nn.Module):
         features: of the input; needed where the format has blocks.
 
     Attributes:
-        scale: [C] steps per output channel; [C, blocks] where blocks of input features have their own.
+        scale: [C] steps per output channel; [C, blocks] where blocks of input features have their own, in nvfp4 as
+            of `qdeploy.quant.nvfp4.two_level_scales`.
         zero_point: codes of zero, shaped like ``scale``.
         codes: quantized weights, once rounding is decided; until then None, and the weight is rounded to
             nearest.
@@ -176,6 +188,8 @@ class WeightQuantizer(nn.Module):
     zero_point: Tensor
     codes: Tensor | None
     frozen: Tensor | None
+    block_scale: Tensor | None
+    tensor_scale: Tensor | None
 
     def __init__(self, number_format: Format, channels: int, features: int = 0) -> None:
         super().__init__()
@@ -183,13 +197,13 @@ class WeightQuantizer(nn.Module):
         shape = (channels, features // number_format.block) if number_format.block else (channels,)
         self.register_buffer("scale", torch.ones(shape))
         self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
-        self.register_buffer("codes", None)
-        self.register_buffer("frozen", None)
+        for name in ("codes", "frozen", "block_scale", "tensor_scale"):
+            self.register_buffer(name, None)
         self.rounding: nn.Module | None = None
 
     def set(self, scale: Tensor, zero_point: Tensor) -> None:
         """Store ranges, shaped as they are. Codes that were decided on another grid are dropped."""
-        self.scale.copy_(scale)
+        self.scale.copy_(two_level_scales(scale) if self.format.two_levels else scale)
         self.zero_point.copy_(zero_point)
         self.codes = None
 
@@ -201,6 +215,8 @@ class WeightQuantizer(nn.Module):
     def nearest(self, weight: Tensor) -> Tensor:
         """Codes of ``weight`` [C, ...] rounded to nearest, in the type that they are stored in."""
         steps, low, high = weight / over_weight(self.scale, weight.shape), self.format.qmin, self.format.qmax
+        if self.format.two_levels:
+            return round_float(steps, self.format).to(code_type(self.format))
         if self.format.floating:
             return steps.clamp(low, high).to(code_type(self.format))
         codes = torch.round(steps) + over_weight(self.zero_point, weight.shape)
@@ -212,7 +228,9 @@ class WeightQuantizer(nn.Module):
             return soft
         if self.frozen is not None:
             traced: Tensor
-            if self.format.block:
+            if self.block_scale is not None:
+                traced = torch.ops.qdeploy.dequantize_nvfp4(self.frozen, self.block_scale, self.tensor_scale)
+            elif self.format.block:
                 traced = torch.ops.qdeploy.dequantize_blocks(self.frozen, self.scale, self.format.block)
             else:
                 traced = torch.ops.qdeploy.dequantize(self.frozen, self.scale)
@@ -229,6 +247,8 @@ class WeightQuantizer(nn.Module):
         codes themselves are let go.
         """
         assert self.codes is not None
+        if self.format.two_levels:
+            self.block_scale, self.tensor_scale = float8_scales(self.scale)
         if self.format.floating:
             self.frozen = self.codes.clone()
         else:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from qdeploy.quant.nvfp4 import tensor_scale, two_level_scales
 from qdeploy.quant.operators import to_grid
 from qdeploy.recipe.formats import Format
 from qdeploy.system.errors import UsageError
@@ -45,7 +46,7 @@ def to_scale(low: Tensor, high: Tensor, number_format: Format) -> tuple[Tensor, 
 def minmax_weights(weight: Tensor, number_format: Format) -> tuple[Tensor, Tensor]:
     """Scale and zero point that cover every weight: [C] per output channel, or [C, blocks]."""
     rows = _sharing(weight, number_format)
-    return to_scale(rows.amin(-1), rows.amax(-1), number_format)
+    return block_scale(rows.amin(-1), rows.amax(-1), number_format)
 
 
 def lp_weights(weight: Tensor, number_format: Format, p: float = 2.4) -> tuple[Tensor, Tensor]:
@@ -55,11 +56,13 @@ def lp_weights(weight: Tensor, number_format: Format, p: float = 2.4) -> tuple[T
     """
     rows = _sharing(weight, number_format)
     low, high = rows.amin(-1), rows.amax(-1)
-    best_scale, best_zero = to_scale(low, high, number_format)
+    best_scale, best_zero = block_scale(low, high, number_format)
+    whole = tensor_scale(best_scale) if number_format.two_levels else None
     best = torch.full_like(best_scale, torch.inf)
     shrinks = torch.tensor(SHRINKS, dtype=torch.float64).to(rows).reshape(-1, *[1] * low.ndim)
     for some in shrinks.split(max(1, _AT_ONCE // max(1, rows.numel()))):
-        scale, zero = to_scale(low * some, high * some, number_format)
+        scale, zero = block_scale(low * some, high * some, number_format)
+        scale = scale if whole is None else two_level_scales(scale, whole)
         hat = to_grid(rows, scale[..., None], zero[..., None], number_format)
         scores = (rows - hat).abs_().pow_(p).mean(-1)
         first = scores.argmin(0, keepdim=True)  # the first of equal ones
@@ -69,6 +72,14 @@ def lp_weights(weight: Tensor, number_format: Format, p: float = 2.4) -> tuple[T
         best_scale = torch.where(better, scale, best_scale)
         best_zero = torch.where(better, zero, best_zero)
     return best_scale, best_zero
+
+
+def block_scale(low: Tensor, high: Tensor, number_format: Format) -> tuple[Tensor, Tensor]:
+    """`to_scale`; where formats have two levels of scales, a block of zeros does not raise the level above it."""
+    scale, zero_point = to_scale(low, high, number_format)
+    if number_format.two_levels and (used := (low != 0) | (high != 0)).any():
+        scale = torch.where(used, scale, scale[used].min())
+    return scale, zero_point
 
 
 def _sharing(weight: Tensor, number_format: Format) -> Tensor:

@@ -24,11 +24,12 @@ from qdeploy.quant.attention import AttentionQuantizers
 from qdeploy.quant.feature_table import FeatureTable
 from qdeploy.quant.layer import OF_LAYERS, QuantizedLayer
 from qdeploy.quant.log_attention import LogQuantizer
+from qdeploy.quant.nvfp4 import from_nibbles, nibbles
 from qdeploy.quant.operators import code_type
 from qdeploy.quant.patches import PatchQuantizer
 from qdeploy.quant.quantizers import ActivationQuantizer, WeightQuantizer
 from qdeploy.quant.shared_inputs import by_quantizer
-from qdeploy.recipe.formats import Format
+from qdeploy.recipe.formats import Format, unsigned
 from qdeploy.system.errors import InvalidInputError
 
 Quantizer = ActivationQuantizer | WeightQuantizer
@@ -218,10 +219,12 @@ def _attentions(denoiser: nn.Module, prefix: str) -> list[tuple[str, AttentionQu
 def pack(codes: Tensor, number_format: Format) -> Tensor:
     """Codes as stored: those of less than 8 bits one after the other without gaps, low bits first.
 
-    Two codes of 4 bits are a byte, eight of 3 bits are three bytes.
+    Two codes of 4 bits are a byte, eight of 3 bits are three bytes. Codes of float4 are packed as their bits.
     """
     if number_format.bits >= 8:
         return codes.to(code_type(number_format))
+    if number_format.floating:
+        return pack(nibbles(codes), unsigned(number_format.bits))
     flat = (codes.flatten() - number_format.qmin).to(torch.uint8)
     if (shifts := _whole(number_format)) is not None:
         places = torch.nn.functional.pad(flat, (0, -flat.numel() % len(shifts))).view(-1, len(shifts))
@@ -240,6 +243,8 @@ def _whole(number_format: Format) -> Tensor | None:
 
 def unpack(stored: Tensor, number_format: Format, shape: tuple[int, ...]) -> Tensor:
     """Undo `pack`: codes of the given shape, in the type of their format."""
+    if number_format.floating and number_format.bits < 8:
+        return from_nibbles(unpack(stored, unsigned(number_format.bits), shape))
     if number_format.floating:
         return stored.view(shape)
     if number_format.bits >= 8:

@@ -36,11 +36,12 @@ def check_unblocked(weights: str, unblocked: str, target: str) -> None:
     blocks, others = parse_format(weights), parse_format(unblocked)
     if blocks is None or not blocks.block:
         raise UsageError(f"'unblocked' is for weights in blocks, and weights are {weights!r}: leave it out")
-    if others is None or others.block or others.floating:
+    fitting = ("fp8", "int8") if blocks.two_levels else ("int8",)
+    if others is None or others.block or (unblocked not in fitting if blocks.two_levels else others.floating):
         raise UsageError(
-            f"layers that blocks do not fit cannot have {unblocked} weights: choose int8, or none"
+            f"layers that blocks do not fit cannot have {unblocked} weights: choose {', '.join(fitting)}, or none"
         )
-    _check_pair(unblocked, NONE, find_target(target), ())
+    _check_pair(unblocked, unblocked if blocks.two_levels else NONE, find_target(target), ())
 
 
 def _check_pair(weights_name: str, activations_name: str, target: Target, stages: Sequence[Stage]) -> None:
@@ -57,7 +58,7 @@ def _check_pair(weights_name: str, activations_name: str, target: Target, stages
             )
     weights, activations = parse_format(weights_name), parse_format(activations_name)
     dynamic = activations is not None and activations.dynamic
-    if weights and weights.block and activations and not dynamic:
+    if weights and weights.block and not weights.two_levels and activations and not dynamic:
         fitting = " or ".join(name for name in ("int8-dynamic", "none") if name in target.activations)
         raise UsageError(
             f"{weights.name} weights have no product with calibrated {activations.name} activations: choose "
@@ -68,16 +69,17 @@ def _check_pair(weights_name: str, activations_name: str, target: Target, stages
             f"runtimes round activations by themselves in front of weights in blocks only, not of {weights_name}: "
             "choose weights such as int4b64 or int8b128, or --activations int8"
         )
-    if bool(weights and weights.floating) != bool(activations and activations.floating):
+    floats = [each.name for each in (weights, activations) if each and each.floating]
+    if floats and weights_name != activations_name:
         raise UsageError(
-            f"{weights_name} weights and {activations_name} activations have no kernel together: fp8 needs "
-            "both in fp8"
+            f"{weights_name} weights and {activations_name} activations have no kernel together: {floats[0]} needs "
+            f"both in {floats[0]}"
         )
     uniform = [stage.name for stage in stages if stage.uniform]
     if weights and weights.floating and uniform:
         raise UsageError(
             f"stage {uniform[0]} needs equal steps, and those of {weights.name} grow with the "
-            "value: choose --method minmax, or integers"
+            "value: choose --method minmax or qdiffusion, or integers"
         )
 
 

@@ -2,7 +2,8 @@
 
 An integer format stores codes ``q`` that represent ``x = (q - zero_point) * scale``. Symmetric formats
 have zero point 0 and a range that is used symmetrically: scale = absmax / qmax. A float format stores small
-floats; it is symmetric, and its grid is finer near zero.
+floats; it is symmetric, and its grid is finer near zero. NVFP4 stores float4 codes (E2M1) in blocks of 16 features,
+each with a float8 scale (E4M3), and one scale for the whole tensor (`qdeploy.quant.nvfp4`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ class Format:
         symmetric: zero point fixed at 0 and signed codes; otherwise unsigned codes with a zero point.
         block: input features that share a scale, for weights of linear layers; 0 for one scale per channel.
         largest: the largest code of a float format; 0 for integers.
+        fraction: bits of a float format's fraction.
+        exponent: of a float format's smallest normal number.
         dynamic: whether the runtime finds scales for activations itself, call by call (`qdeploy.quant.dynamic`).
     """
 
@@ -31,12 +34,19 @@ class Format:
     symmetric: bool
     block: int = 0
     largest: int = 0
+    fraction: int = 0
+    exponent: int = 0
     dynamic: bool = False
 
     @property
     def floating(self) -> bool:
         """Whether codes are floats, so that the steps between them differ."""
         return self.largest > 0
+
+    @property
+    def two_levels(self) -> bool:
+        """Whether blocks have float8 scales, and the tensor one scale above them."""
+        return self.floating and self.block > 0
 
     @property
     def qmin(self) -> int:
@@ -67,6 +77,8 @@ class Format:
         """
         if not self.block:
             return self
+        if self.two_levels:
+            return None if features % self.block else self
         sizes = [size for size in BLOCKS if size <= self.block and features % size == 0]
         return blocked(self.bits, max(sizes)) if sizes else None
 
@@ -93,13 +105,14 @@ uint8, uint6, uint4 = unsigned(8), unsigned(6), unsigned(4)
 int4b32, int4b64, int4b128 = (blocked(4, block) for block in BLOCKS)
 int8b32, int8b64, int8b128 = (blocked(8, block) for block in BLOCKS)
 int8_dynamic = Format("int8-dynamic", 8, symmetric=True, dynamic=True)
-fp8 = Format("fp8", 8, symmetric=True, largest=448)  # E4M3 without infinities: float8_e4m3fn
+fp8 = Format("fp8", 8, symmetric=True, largest=448, fraction=3, exponent=-6)  # E4M3FN: without infinities
+nvfp4 = Format("nvfp4", 4, symmetric=True, block=16, largest=6, fraction=1)  # E2M1
 FORMATS = {
     f.name: f
     for f in (
         *(int8, uint8, int7, int6, uint6, int5, int4, uint4, int3),
         *(int4b32, int4b64, int4b128, int8b32, int8b64, int8b128),
-        *(fp8, int8_dynamic),
+        *(fp8, nvfp4, int8_dynamic),
     )
 }
 NONE = "none"

@@ -52,7 +52,8 @@ class Recipe:
             timestep of each group but the last.
         layers: shell globs of layer paths with formats of their own, see `qdeploy.recipe.layer_formats`.
         unblocked: where ``weights`` are in blocks, the format of the weights that blocks do not fit, such as those of
-            convolutions, whose inputs stay in float; ``none`` leaves these layers in float.
+            convolutions; ``none`` leaves these layers in float. Their inputs stay in float, but next to nvfp4, where
+            they have this format too.
         softmax: where the coverage quantizes attention, the format of the softmax output; ``none`` leaves it in
             float, and q·k in integers.
 
@@ -287,6 +288,11 @@ def _check(recipe: Recipe) -> None:
     if recipe.timestep_groups != 1 and not any(format and not format.dynamic for format in seen):
         raise UsageError(
             f"timestep groups are groups of calibrated activation scales, and activations are {recipe.activations!r}"
+        )
+    if recipe.timestep_groups != 1 and any(format and format.two_levels for format in seen):
+        raise UsageError(
+            f"timestep groups have no use with {recipe.activations} activations, whose blocks get their scales in "
+            "each call: leave --timestep-groups out"
         )
     if target.backends and (reasons := recipe.simulated_stages()):
         raise UsageError(

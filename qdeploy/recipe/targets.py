@@ -55,9 +55,9 @@ TARGETS = {
         ),
         Target(
             "tensorrt",
-            "TensorRT on GPUs: symmetric int8 in layers that are wide enough to gain; fp8; int4 weights in blocks",
-            _WEIGHTS | {"int4b64", "int4b128", "fp8"},
-            frozenset({"int8", "fp8", "none"}),
+            "TensorRT on GPUs: symmetric int8 in layers wide enough to gain; fp8; nvfp4; int4 weights in blocks",
+            _WEIGHTS | {"int4b64", "int4b128", "fp8", "nvfp4"},
+            frozenset({"int8", "fp8", "nvfp4", "none"}),
             attention=False,
             backends=("tensorrt", "onnxruntime"),
             thin=False,

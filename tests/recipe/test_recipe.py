@@ -16,6 +16,8 @@ from qdeploy.recipe.stages import methods, stages
 from qdeploy.recipe.targets import TARGETS
 from qdeploy.system.errors import InvalidInputError, UsageError
 
+NVFP4: dict[str, Any] = {"weights": "nvfp4", "activations": "nvfp4", "target": "tensorrt"}
+
 
 def written(path: Path, text: str) -> Path:
     path.write_text(text)
@@ -34,7 +36,7 @@ def test_a_preset_has_a_description_and_is_named_by_its_precision(preset: str) -
     assert presets()[preset]
     precision = recipe.precision.lower().replace("afp", "a32")
     if recipe.target == "tensorrt" and recipe.weights.startswith(
-        ("fp8", "int4b")
+        ("fp8", "nvfp4", "int4b")
     ):  # another kind of format: its name says more than bits
         assert preset.startswith(recipe.weights.partition("b")[0])
         return
@@ -180,12 +182,17 @@ def test_unsigned_activations_run_where_the_target_says_so() -> None:
         ({"weights": "int8", "activations": "fp8", "target": "tensorrt"}, "both in fp8"),
         ({"weights": "fp8", "activations": "none", "target": "tensorrt"}, "both in fp8"),
         (
-            {"weights": "fp8", "activations": "fp8", "target": "tensorrt", "method": "qdiffusion"},
-            "stage round-weights needs equal steps.*choose --method minmax",
-        ),
-        (
             {"weights": "fp8", "activations": "fp8", "target": "tensorrt", "method": "tfmq"},
-            "stage temporal-rounding needs",
+            "stage temporal-rounding needs equal steps.*choose --method minmax or qdiffusion",
+        ),
+        ({"weights": "nvfp4", "activations": "nvfp4"}, "cannot run nvfp4 weights: .*--target tensorrt"),
+        ({"weights": "nvfp4", "activations": "fp8", "target": "tensorrt"}, "nvfp4 needs both in nvfp4"),
+        ({"weights": "nvfp4", "activations": "none", "target": "tensorrt"}, "nvfp4 needs both in nvfp4"),
+        (NVFP4 | {"timestep_groups": 4}, "timestep groups have no use with nvfp4"),
+        (NVFP4 | {"unblocked": "int4"}, "cannot have int4 weights: choose fp8, int8, or none"),
+        (
+            {"weights": "int4b64", "activations": "none", "unblocked": "fp8", "target": "tensorrt"},
+            "choose int8, or",
         ),
     ],
 )
@@ -196,9 +203,10 @@ def test_formats_that_do_not_go_together_are_refused_in_a_sentence(given: dict[s
 
 
 def test_low_bits_of_tensorrt_are_no_simulation() -> None:
-    for preset in ("int4-weights", "int4-awq", "fp8-minmax"):
+    for preset in ("int4-weights", "int4-awq", "fp8-minmax", "nvfp4-minmax"):
         assert resolve_recipe(preset).simulated() == []
     assert resolve_recipe("fp8-minmax").precision == "Wf8Af8"
+    assert resolve_recipe("nvfp4-minmax").precision == "Wf4g16Af4g16"
     assert resolve_recipe("int4-weights").precision == "W4g128Afp"
 
 

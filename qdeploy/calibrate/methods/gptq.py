@@ -63,7 +63,6 @@ class GPTQ(Stage):
     description = "roundings in closed form, from the second moments of layers' inputs"
     needs = (WEIGHT_SCALES,)
     gives = (ROUNDINGS,)
-    uniform = True
 
     damping: float = 0.01
     samples: int = 32

@@ -53,7 +53,6 @@ class AdaRound(Stage):
     description = "AdaRound by reconstruction of units"
     needs = (WEIGHT_SCALES,)
     gives = (ROUNDINGS,)
-    uniform = True
 
     weight: float = 0.01
     warmup: float = 0.2
@@ -174,7 +173,11 @@ def learn_unit(
         Whether the learned scales were kept.
     """
     own = quantizers(session.denoiser, unit)
-    found = {name: quantizer for name, quantizer in own if isinstance(quantizer, ActivationQuantizer)}
+    found = {
+        name: quantizer
+        for name, quantizer in own
+        if isinstance(quantizer, ActivationQuantizer) and not quantizer.format.two_levels
+    }
     if not found:
         return False
     before = {name: quantizer.scale.clone() for name, quantizer in found.items()}

@@ -7,6 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from qdeploy.export.graph.nodes import FLOAT4
 from qdeploy.system.errors import InvalidInputError
 
 # Quantized types by the name of the member of ``onnx.TensorProto``, and those that TensorRT has on GPUs.
@@ -65,9 +66,13 @@ def read_graph(path: Path, refuse: bool = True) -> Graph:
     except Exception as error:  # protobuf's errors have no common base
         raise InvalidInputError(f"{path} is damaged or no ONNX graph") from error
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    float4 = {node.output[0] for node in model.graph.node if node.op_type == FLOAT4}
     low_bit = set()
+    scales = {node.input[1] for node in model.graph.node if node.op_type == "DequantizeLinear"}
     for node in model.graph.node:
-        if node.op_type not in _QUANTIZERS:
+        if node.op_type == FLOAT4:
+            low_bit.add("fp4")
+        if node.op_type not in _QUANTIZERS or scales.intersection(node.output) or node.input[0] in float4:
             continue
         # Without a zero point, DequantizeLinear takes the type of its codes, QuantizeLinear makes uint8.
         typed = node.input[2] if len(node.input) > 2 else node.input[0]

@@ -13,7 +13,8 @@ from qdeploy.system.errors import InvalidInputError
 
 # Beginnings of what the inspector writes for types, by our words for them.
 _PRECISIONS = {
-    "int8": "int8", "int4": "int4", "fp8": "fp8", "fp4": "fp4", "half": "f16", "fp16": "f16", "bf16": "bf16",
+    "int8": "int8", "int4": "int4", "fp8": "fp8", "fp4": "fp4", "fp4e2m1": "fp4", "half": "f16", "fp16": "f16",
+    "bf16": "bf16",
     "bfloat16": "bf16", "float": "f32", "fp32": "f32", "int32": "int32", "int64": "int64", "bool": "bool",
 }  # fmt: skip
 LOW_BIT = ("int4", "fp4", "int8", "fp8")

@@ -11,7 +11,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qdeploy.export.graph.file import read
-from qdeploy.export.graph.nodes import INTEGER_PRODUCT, MOVES, WEIGHTED, stored
+from qdeploy.export.graph.nodes import FLOAT4, INTEGER_PRODUCT, MOVES, WEIGHTED, stored
 from qdeploy.export.graph.quantizer import DataType, Quantizer, read_quantizer
 from qdeploy.export.graph.shapes import Known, batch_of_one, infer
 from qdeploy.system.errors import InvalidInputError
@@ -79,7 +79,10 @@ class Network:
         for node in self.model.graph:
             for value in node.outputs:
                 kind = self.dtype(value)
-                if node.op_type.startswith("TRT_") and (q := self.quantizer(node)):
+                if node.op_type == FLOAT4:
+                    kind = DataType.FLOAT8E4M3FN if value is node.outputs[1] else DataType.FLOAT4E2M1
+                    self._known[value.name or ""] = (kind, None)
+                elif node.op_type.startswith("TRT_") and (q := self.quantizer(node)):
                     kind = q.codes if q.quantizes else self.dtype(q.scale)
                     self._known[value.name or ""] = (kind, self.shape(value))
                 if kind is not None:
@@ -121,8 +124,10 @@ class Network:
 
     @cached_property
     def quantizers(self) -> list[Quantizer]:
-        """All Q and DQ."""
-        return [found for node in self.nodes if (found := self.quantizer(node))]
+        """All Q and DQ, without the DQ of scales."""
+        found = [found for node in self.nodes if (found := self.quantizer(node))]
+        scales = {each.scale for each in found}
+        return [each for each in found if each.quantizes or each.output not in scales]
 
     def root(self, value: ir.Value | None) -> ir.Value | None:
         """The initializer that a value is made from, through Q, DQ, Cast and moves; else None."""

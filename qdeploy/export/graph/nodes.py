@@ -11,6 +11,8 @@ import onnx_ir as ir
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # ONNX Runtime's product of integers with a float result.
 INTEGER_PRODUCT = "MatMulIntegerToFloat"
+# TensorRT's rounding to float4 in blocks; its second output is their scales.
+FLOAT4 = "TRT_FP4DynamicQuantize"
 WEIGHTED_OPS = (*WEIGHTED, INTEGER_PRODUCT)
 # Operators that pass on the numbers they read. TensorRT moves a Q upstream of them, and a DQ downstream.
 MOVES = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity")

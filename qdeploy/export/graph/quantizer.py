@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from qdeploy.export.graph.nodes import block_size, constant
+from qdeploy.export.graph.nodes import FLOAT4, block_size, constant
 
 DataType = ir.DataType
 # Operators that map floats to codes, and back; the type of the codes where the operator's name says it.
@@ -17,6 +17,7 @@ QUANTIZE = {
     "QuantizeLinear": None,
     "TRT_FP8QuantizeLinear": DataType.FLOAT8E4M3FN,
     "TRT_INT4QuantizeLinear": DataType.INT4,
+    FLOAT4: DataType.FLOAT4E2M1,
 }
 DEQUANTIZE = {
     "DequantizeLinear": None,
@@ -188,6 +189,8 @@ def _codes(node: ir.Node) -> DataType | None:
         return DataType(node.attributes.get_int("output_dtype", 0) or INT8)
     data = node.inputs[0]
     before = data.producer() if data is not None else None
+    if before is not None and before.op_type == FLOAT4 and data is not before.outputs[0]:
+        return DataType.FLOAT8E4M3FN
     if before is not None and before.op_type in QUANTIZE:
         return _codes(before)
     return None if data is None else data.dtype

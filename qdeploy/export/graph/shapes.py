@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
-from qdeploy.export.graph.nodes import INTEGER_PRODUCT, WEIGHTED
+from qdeploy.export.graph.nodes import FLOAT4, INTEGER_PRODUCT, WEIGHTED
 from qdeploy.system.errors import InvalidInputError
 
 Shape = tuple[int, ...]
@@ -120,13 +120,19 @@ def _leave_out_large_constants(light: ir.Model) -> None:
 def _make_inferable(light: ir.Model) -> None:
     """Replace operators that onnx cannot infer by ones of the same shapes.
 
-    MatMulIntegerToFloat becomes MatMulInteger and a Cast.
+    MatMulIntegerToFloat becomes MatMulInteger and a Cast. What TRT_FP4DynamicQuantize rounds is not rounded.
     """
     for node in list(light.graph):
         if node.op_type in _SAME_SHAPE:
             node.op_type, node.domain = "Identity", ""
             node.resize_inputs(1)
             node.attributes.clear()
+        elif node.op_type == FLOAT4:
+            for user, _ in list(node.outputs[0].uses()):
+                user.op_type = "Identity"
+                user.resize_inputs(1)
+                user.replace_input_with(0, node.inputs[0])
+                user.attributes.clear()
         elif node.op_type == INTEGER_PRODUCT:
             sums = ir.node("MatMulInteger", node.inputs[:2])
             sums.outputs[0].name = f"{node.outputs[0].name}/sums"

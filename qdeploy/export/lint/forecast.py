@@ -13,7 +13,11 @@ from qdeploy.export.graph.nodes import MOVES, upstream
 from qdeploy.export.graph.quantizer import FP4, FP8, INT4, INT8, Quantizer
 
 KINDS = {INT8: "int8", FP8: "fp8", INT4: "int4", FP4: "fp4"}
-RATE = {"int8": 2.0, "fp8": 2.0}  # multiplications per second on tensor cores, relative to 16 bits
+RATE = {
+    "int8": 2.0,
+    "fp8": 2.0,
+    "fp4": 4.0,
+}  # multiplications per second on tensor cores, relative to 16 bits
 # A Q fuses into the kernel of what computes its input, if that kernel computes pointwise or multiplies.
 _NO_KERNEL = ("Concat", "Split", "Slice", "Pad", "Gather")
 
@@ -114,7 +118,7 @@ def forecast(net: Network) -> Forecast:
 
 
 def _kind(net: Network, layer: WeightedNode) -> str:
-    if layer.low_bit in (INT8, FP8):
+    if layer.low_bit in (INT8, FP8, FP4):
         return KINDS[layer.low_bit]
     if layer.sources[1] is not None and layer.sources[1].codes == INT4:
         return "int4"

@@ -12,7 +12,8 @@ class SharedQuantizers(InPlacePass):
     """Equal Q/DQ pairs on one tensor become one pair.
 
     1. Two QuantizeLinear, or two DequantizeLinear, read the same tensor.
-    2. Their scales and zero points are equal constants of equal types, and so are their attributes.
+    2. Their scales and zero points are equal constants of equal types, or the same tensors, and their attributes are
+       equal.
     3. Then the later one's users read the earlier one's output.
 
     It does not fire where the later one's output is an output of the graph.
@@ -26,13 +27,10 @@ class SharedQuantizers(InPlacePass):
                 continue
             if node.outputs[0].is_graph_output():
                 continue
-            parameters = [constant(value) for value in node.inputs[1:] if value is not None]
-            if any(parameter is None for parameter in parameters):
-                continue
             key = (
                 node.op_type,
                 id(node.inputs[0]),
-                *((parameter.dtype.str, parameter.shape, parameter.tobytes()) for parameter in parameters),
+                *(_identity(value) for value in node.inputs[1:] if value is not None),
                 *sorted(str(attribute) for attribute in node.attributes.values()),
             )
             first = seen.setdefault(key, node)
@@ -41,3 +39,9 @@ class SharedQuantizers(InPlacePass):
                 model.graph.remove(node, safe=True)
                 modified = True
         return PassResult(model, modified)
+
+
+def _identity(value: ir.Value) -> object:
+    """Type and content of a constant; else a number that is the tensor's own."""
+    array = constant(value)
+    return id(value) if array is None else (array.dtype.str, array.shape, array.tobytes())

@@ -99,7 +99,8 @@ def impossible_scale(net: Network, scope: Scope) -> Hits:
 )
 def computed_scale(net: Network, scope: Scope) -> Hits:
     for q in net.quantizers:
-        if q.scale is not None and not stored(q.scale) and not q.node.op_type.startswith("TRT_"):
+        own = q.node.op_type.startswith("TRT_") or q.codes == FP4  # whose scales are codes of a level above
+        if q.scale is not None and not stored(q.scale) and not own:
             severity = W if scope.engine == "tensorrt" and scope.tensorrt >= (11, 0) else E
             yield Hit(q.node, "the scale is computed by the graph: store it as an initializer", severity)
 

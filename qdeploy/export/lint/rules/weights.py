@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from qdeploy.export.graph.network import Network, WeightedNode
-from qdeploy.export.graph.nodes import MOVES, stored
+from qdeploy.export.graph.nodes import FLOAT4, MOVES, stored
 from qdeploy.export.graph.quantizer import FOUR_BIT, FP8, INT4, INT8, Quantizer, readable, scale_rank
 from qdeploy.export.lint.rule import E, Hit, Hits, W, rule
 from qdeploy.export.lint.scope import Scope
@@ -58,6 +58,8 @@ def _back(steps: tuple[ir.Node, ...], axis: int) -> int | None:
 )
 def block_shape(net: Network, scope: Scope) -> Hits:
     for q in _blocked(net):
+        if q.node.op_type == FLOAT4:  # it makes its block scales itself
+            continue
         shape, scales = net.shape(q.data), readable(q.scale)
         if q.codes == INT8:
             yield Hit(q.node, "int8 codes have no block scales: use one per output channel")
