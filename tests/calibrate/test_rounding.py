@@ -28,8 +28,8 @@ from qdeploy.recipe.effort import EFFORTS
 from qdeploy.recipe.formats import FORMATS, Format, int4, int8, uint4
 from tests.helpers import bare_session, layer_problem, relative
 
-INTEGERS = [number_format for number_format in FORMATS.values() if not number_format.floating]
-all_formats = pytest.mark.parametrize("number_format", INTEGERS, ids=lambda f: f.name)
+EVERY = list(FORMATS.values())
+all_formats = pytest.mark.parametrize("number_format", EVERY, ids=lambda f: f.name)
 STEPS = EFFORTS["thorough"].rounding  # enough to settle, at the learning rate chosen for so few
 
 
@@ -45,8 +45,9 @@ def random_rounding(number_format: Format, seed: int = 0) -> tuple[Tensor, SoftR
 
 def unclipped(weight: Tensor, rounding: SoftRounding) -> Tensor:
     codes = rounding.floor + rounding.zero_point
-    inside: Tensor = (codes >= rounding.format.qmin) & (codes + 1 <= rounding.format.qmax)
-    return inside
+    exact = weight / rounding.scale + rounding.zero_point
+    inside: Tensor = (codes >= rounding.format.qmin) & (codes + rounding.gap <= rounding.format.qmax)
+    return inside & (exact >= rounding.format.qmin)
 
 
 # -- A1: the beginning -------------------------------------------------------------------------------------
@@ -85,11 +86,11 @@ def test_every_code_is_floor_or_ceiling_whatever_was_learned(number_format: Form
         rounding.v.copy_(10 * torch.randn(rounding.v.shape, generator=torch.Generator().manual_seed(seed)))
     below = rounding.floor + rounding.zero_point
     codes = rounding.codes().float()
-    low, high = (c.clamp(number_format.qmin, number_format.qmax) for c in (below, below + 1))
+    low, high = (c.clamp(number_format.qmin, number_format.qmax) for c in (below, below + rounding.gap))
     assert torch.all((codes == low) | (codes == high))
     inside = unclipped(weight, rounding)
     error = ((codes - rounding.zero_point) * rounding.scale - weight).abs()
-    assert torch.all((error < rounding.scale * (1 + 1e-4))[inside])
+    assert torch.all((error < rounding.scale * rounding.gap * (1 + 1e-4))[inside])
 
 
 # -- A4: the regulariser -----------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ def test_blocks_for_tensorrt_have_the_sizes_that_lint_knows_kernels_for() -> Non
 
     able = {FORMATS[name].block for name in TARGETS["tensorrt"].weights - {"none", "nvfp4"}}
     assert able == {0, *INT4_BLOCKS}
-    assert {f.block for f in FORMATS.values()} == {0, *BLOCKS}
+    assert {f.block for f in FORMATS.values() if f.name != "nvfp4"} == {0, *BLOCKS}
 
 
 def test_the_float_format_is_symmetric_and_as_wide_as_torch_says() -> None:

@@ -31,6 +31,8 @@ CASES = {
         {"int8": 30},
     ),
     "transformer, fp8": ("digits-dit", {"weights": "fp8", "activations": "fp8"}, "sm89,sm120", {"fp8": 30}),
+    "digits, NVFP4 beside fp8": ("digits", {"recipe": "nvfp4-minmax"}, "sm120", {"fp4": 24, "fp8": 57}),
+    "transformer, NVFP4": ("digits-dit", {"recipe": "nvfp4-minmax"}, "sm120", {"fp4": 30}),
     "transformer, int4 blocks": (
         "digits-dit",
         {"weights": "int4b128", "activations": "none"},
