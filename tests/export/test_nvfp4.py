@@ -41,7 +41,7 @@ RECIPE: dict[str, Any] = {
 }
 
 
-class TRT_FP4DynamicQuantize(OpRun):  # noqa: N801
+class TRT_FP4DynamicQuantize(OpRun):
     """The operator as TensorRT documents it, in numpy; onnx finds it by its name."""
 
     op_domain = "trt"

@@ -7,7 +7,6 @@ from onnx_ir.passes import InPlacePass, PassResult
 
 from qdeploy.export.graph import block_size, constant
 
-
 OPSET_FLOAT4 = 23
 
 
