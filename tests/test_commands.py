@@ -291,6 +291,7 @@ def test_words_that_are_unknown_or_two_questions_at_once_are_refused(qdeploy: Ru
     assert "w8a8-minmax-cpu" in qdeploy("methods", "--which", "unet cpu fast").stdout
 
 
+@pytest.mark.slow
 def test_artifacts_are_shown_in_notebooks_and_in_a_terminal_of_100_columns(
     qdeploy: Run, ddpm_engine: Artifact, ddpm: Path, tmp_path: Path
 ) -> None:

@@ -67,6 +67,7 @@ def test_codes_that_were_unused_make_the_steps_smaller(kind: str) -> None:
     assert sqnr_db(exact, layer(x)) > sqnr_db(exact, plain(x)) + 1.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", [(), (8, 4)])
 @pytest.mark.parametrize("kind", ["linear", "convolution"])
 def test_the_graph_holds_the_shift_in_its_bias(kind: str, split: tuple[int, ...], tmp_path: Path) -> None:

@@ -333,6 +333,7 @@ class Stopped(BaseException):
     """As sudden as a signal."""
 
 
+@pytest.mark.slow
 def test_a_stopped_run_continues_with_the_same_patches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -417,6 +417,7 @@ def weights_of(session: Session) -> dict[str, Tensor]:
 # -- the same again ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [3, 4])
 def test_a_seed_decides_every_code_and_the_budget_none(
     tmp_path: Path, uninterrupted: Session, seed: int
@@ -427,6 +428,7 @@ def test_a_seed_decides_every_code_and_the_budget_none(
     assert not list((again.draft.work / "scratch").glob("*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calls", [0, 13, 17])
 def test_a_stopped_run_continues_where_it_was_and_ends_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int, uninterrupted: Session

@@ -390,6 +390,7 @@ def test_a_loaded_checkpoint_is_smoothed_by_what_was_stored(checkpoint: Artifact
         assert torch.equal(denoise(denoiser, inputs), probe["simulated"])
 
 
+@pytest.mark.slow
 def test_the_graph_computes_what_was_smoothed(checkpoint: Artifact, tmp_path: Path) -> None:
     bundle = export(checkpoint, tmp_path / "onnx")
     graph = onnx.load(bundle.file("unet/model.onnx"))
@@ -419,6 +420,7 @@ def test_the_graph_computes_what_was_smoothed(checkpoint: Artifact, tmp_path: Pa
     assert median(rows) >= 45
 
 
+@pytest.mark.slow
 def test_the_table_travels_to_the_engine(checkpoint: Artifact, tmp_path: Path) -> None:
     from qdeploy.engines.build import build_engine
 

@@ -284,6 +284,7 @@ def test_what_worsens_the_prediction_is_put_back_and_said(
     assert "everything is as it was" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_alignments_lower_the_error_on_images_that_nothing_was_learned_from_or_are_put_back(
     tmp_path: Path,
 ) -> None:
@@ -406,6 +407,7 @@ def test_dropout_is_off_while_weights_are_tuned(tmp_path: Path) -> None:
 # -- again -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [2, 5, 7])
 def test_a_stopped_alignment_goes_on_at_its_step_and_ends_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
@@ -458,6 +460,7 @@ def test_a_tuned_checkpoint_needs_no_calibration_data(tmp_path: Path) -> None:
         assert torch.equal(denoise(load_checkpoint(artifact), inputs), expected)
 
 
+@pytest.mark.slow
 def test_the_graph_of_a_tuned_network_computes_what_torch_simulated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -181,6 +181,7 @@ def test_mapped_files_go_when_the_unit_is_done(session: Session, fails: bool) ->
     assert not list(scratch.glob("*.bin"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coverage", ["portable", "qdiffusion-paper"])
 def test_attention_is_one_unit_whose_maps_are_never_recorded(tmp_path: Path, coverage: str) -> None:
     """QD-8: maps of [rows, heads, N, N] took 300 GB; a unit without parameters crashed the optimiser."""

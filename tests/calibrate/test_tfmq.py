@@ -441,6 +441,7 @@ def test_outputs_are_those_of_the_features_that_were_chosen(finished: Session) -
     assert relative(alone, together) < 1e-2
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_in_the_same_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Session
 ) -> None:
@@ -474,6 +475,7 @@ def test_a_stopped_run_ends_in_the_same_state(
     assert reports[0].read_bytes() == reports[1].read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["class_unet", "sdxl_unet", "dit"])
 def test_where_conditions_enter_only_what_comes_before_them_is_tabled(family: str, tmp_path: Path) -> None:
     """The fallback: the embedding of the timestep; projections that see the class are ordinary layers."""

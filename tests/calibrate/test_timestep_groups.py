@@ -504,6 +504,7 @@ def test_the_prediction_is_no_worse_with_a_bank(tmp_path: Path) -> None:
     assert errors[1] <= errors[0]
 
 
+@pytest.mark.slow
 def test_learned_scales_keep_a_bank_a_bank(tmp_path: Path) -> None:
     session = calibrated(tmp_path, groups=2, method="qdiffusion")
     assert all(q.scale.shape == (2,) and torch.all(q.scale > 0) for q in banks(session))

@@ -37,6 +37,7 @@ def blocks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Artifact
     return checkpoint, export(checkpoint, folder / "onnx")
 
 
+@pytest.mark.slow
 def test_no_calibration_set_is_needed_or_made(blocks: tuple[Artifact, Artifact]) -> None:
     assert not (blocks[0].path.parent / "cache" / "calibration").exists()
     assert set(blocks[0].made_from) == {"model"}

@@ -19,6 +19,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QDEPLOY_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.mark.slow
 def test_calibrations_of_one_model_share_their_baseline(way: Way, ddpm: Path, tmp_path: Path) -> None:
     model = open_model(ddpm)
     likes = []
@@ -35,6 +36,7 @@ def test_calibrations_of_one_model_share_their_baseline(way: Way, ddpm: Path, tm
     assert baseline_engine(model, "openvino", "f32", way.engine).manifest == engine.manifest
 
 
+@pytest.mark.slow
 def test_a_damaged_baseline_is_made_again(
     ddpm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -67,6 +67,7 @@ def test_one_batch_size_needs_no_mention(way: Way) -> None:
     assert "w8a8-engine vs f32" in benchmark([way.engine.path], **QUICK).ratios
 
 
+@pytest.mark.slow
 def test_an_engine_in_full_precision_is_its_own_baseline(
     way: Way, full_bundle: Artifact, tmp_path: Path
 ) -> None:
@@ -145,6 +146,7 @@ def test_slow_engines_get_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert turns["slow"][0] == [100_000]
 
 
+@pytest.mark.slow
 def test_engines_that_are_too_large_together_are_loaded_one_at_a_time(
     way: Way, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,6 +47,7 @@ def test_every_stage_can_be_checked(way: Way, kind: str) -> None:
     assert result.to_json()["kind"] == kind
 
 
+@pytest.mark.slow
 def test_speed_is_a_bound_where_it_is_asked_for(way: Way, full_bundle: Artifact) -> None:
     assert "speed was not compared" in check(way.engine).table()
     with pytest.raises(UsageError, match="--min-speedup bounds"):
@@ -66,6 +67,7 @@ def test_full_precision_is_held_against_itself(way: Way, full_bundle: Artifact) 
     assert result.quality["psnr_db"] > 90
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bound", "words"),
     [

@@ -80,6 +80,7 @@ def test_exclusion_and_coverage_show(collected: tuple[Path, Any], tmp_path: Path
     assert "mid_block.resnets.0.conv1" in excluded["float"]
 
 
+@pytest.mark.slow
 def test_features_from_tables_multiply_nothing(collected: tuple[Path, Any], tmp_path: Path) -> None:
     recipe = tmp_path / "cached.yaml"
     stages = ["weight-ranges", "activation-ranges", {"temporal-selection": {"mode": "cache"}}]

@@ -40,6 +40,7 @@ def test_bundle_and_engine_carry_the_ranges_of_their_checkpoint(way: Way) -> Non
     assert name in way.engine.files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["checkpoint", "onnx", "engine"])
 def test_every_stage_can_be_drawn_with_and_without_a_reference(way: Way, kind: str, tmp_path: Path) -> None:
     for reference in (None, way.model):

@@ -99,6 +99,7 @@ def test_a_row_that_keeps_all_its_codes_is_moved_further(way: Way) -> None:
     assert floors == pytest.approx([40, 0, 200], abs=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edit", [flip_a_channel, shift_codes, stretch_scales])
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_a_broken_engine_is_found(way: Way, tmp_path: Path, edit: Edit, backend: str) -> None:

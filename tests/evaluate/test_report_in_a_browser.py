@@ -11,6 +11,8 @@ import pytest
 from qdeploy.evaluate.report_page.run import ReportResult
 from tests.evaluate.browser import chromium
 
+pytestmark = pytest.mark.slow
+
 PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 # Contrast as WCAG 2.2 defines it, of every element that holds text, against the nearest opaque background.
 CONTRASTS = """() => {

@@ -56,6 +56,7 @@ def inputs(height: int, width: int, tokens: int = 8) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.slow
 def test_parity_is_proven_at_each_size(engine: EngineFolder) -> None:
     """At least 45 dB, in the middle of the rows: what rounds to the other side is apart by the rounding's noise."""
     measured = engine.measured.sizes
@@ -65,6 +66,7 @@ def test_parity_is_proven_at_each_size(engine: EngineFolder) -> None:
         assert size.ms.median > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [8, 5, 13])
 def test_engines_compute_what_was_calibrated_at_each_size_and_length(
     engine: EngineFolder, checkpoint: Checkpoint, tokens: int

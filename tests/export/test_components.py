@@ -34,6 +34,7 @@ def run(bundle: Artifact, part: str, **inputs: np.ndarray) -> list[np.ndarray]:
     return outputs
 
 
+@pytest.mark.slow
 def test_every_component_of_the_index_is_there(bundle: Artifact, pipeline_folder: Path) -> None:
     folders = {name.split("/")[0] for name in bundle.files if "/" in name}
     assert folders == {"unet", "text_encoder", "tokenizer", "scheduler", "vae_encoder", "vae_decoder"}

@@ -34,6 +34,8 @@ from qdeploy.system.decibels import sqnr_by_row
 from qdeploy.workflows.calibrate import calibrate
 from tests.helpers import minmax_layer
 
+pytestmark = pytest.mark.slow
+
 GROUPS = 3
 
 

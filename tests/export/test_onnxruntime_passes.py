@@ -342,6 +342,7 @@ def outputs(path: Path, rows: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat(results)
 
 
+@pytest.mark.slow
 def test_a_network_computes_what_was_simulated(network: dict[str, object]) -> None:
     own = outputs(network["onnxruntime"], network["rows"])  # type: ignore[arg-type]
     assert median(sqnr_by_row(own, network["simulated"])) >= 45  # type: ignore[arg-type]

@@ -212,6 +212,7 @@ def nothing_of_the_time_path(model: ir.Model, layers: tuple[str, ...]) -> None:
         assert not name.startswith(tuple(f"{path}.{what}" for path in layers for what in ("weight", "bias")))
 
 
+@pytest.mark.slow
 def test_no_layer_of_the_time_path_is_left(graph: Graph) -> None:
     """Neither by the nodes' names nor by the weights' names, nor the sinusoids."""
     nothing_of_the_time_path(graph.model, graph.time.layers)
@@ -304,6 +305,7 @@ def test_without_a_table_zero_points_that_move_are_refused_in_one_sentence(
     assert not (tmp_path / "onnx").exists()
 
 
+@pytest.mark.slow
 def test_the_manifest_says_what_the_table_is(checkpoint: Artifact, bundle: Artifact) -> None:
     facts = open_artifact(bundle.path, Bundle).facts
     table = facts.time_table

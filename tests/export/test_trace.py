@@ -88,6 +88,7 @@ def quantizer(value: ir.Value | None) -> ir.Node:
 # -- the same function -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "timestep"), [([0, 1], 999), ([3], 500.5), ([5, 9, 20, 33, 40], 1)])
 def test_onnx_runtime_computes_what_torch_simulated(
     exported: Exported, rows: list[int], timestep: float

@@ -196,6 +196,7 @@ def test_its_recipe_makes_the_same_checkpoint_and_can_be_edited(
     assert changed.recipe["layers"][0] == {path: {"weights": "int8"}}
 
 
+@pytest.mark.slow
 def test_a_mixed_checkpoint_runs_as_onnx_as_it_was_simulated(budgeted: Artifact, tmp_path: Path) -> None:
     bundle = qdeploy.export(budgeted, tmp_path / "onnx")
     result = qdeploy.check(bundle, checkpoint=budgeted, min_sqnr=0)

@@ -70,6 +70,7 @@ def there(folder: Path) -> int:
 VERBS = ("sample", "collect", "sensitivity", "check")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_parts_in_any_order_by_shares_and_twice(
     ddpm: Path, ddpm_engine: Artifact, tmp_path: Path, verb: str

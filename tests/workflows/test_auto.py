@@ -28,6 +28,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(auto_steps.LADDERS, "openvino", (ladder[0], auto_steps.Rung("w8a8-minmax")))
 
 
+@pytest.mark.slow
 def test_one_command_makes_what_its_explanation_says(
     qdeploy: Callable[..., Result], ddpm: Path, tmp_path: Path
 ) -> None:

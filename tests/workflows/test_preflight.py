@@ -17,6 +17,7 @@ def steps_of(result: object) -> dict[str, bool | None]:
     return {finding.step: finding.works for finding in result.findings}  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_a_model_that_goes_through_passes_every_step(tmp_path: Path) -> None:
     result = preflight(
         wan_folder(tmp_path / "wan"), steps=3, prompts=["a"], guidance=3.0, height=16, width=16

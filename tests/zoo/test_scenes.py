@@ -213,6 +213,7 @@ def test_calibration_prompts_describe_no_held_out_scene() -> None:
     assert not seen & held_out
 
 
+@pytest.mark.slow
 def test_a_finished_model_is_trained_further(
     pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

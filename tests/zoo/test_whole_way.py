@@ -29,7 +29,8 @@ def test_all_models_are_listed() -> None:
     assert zoo_models() == ["digits", "digits-dit", "scenes"]
 
 
-@pytest.mark.parametrize("name", ["digits-dit", pytest.param("scenes", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["digits-dit", "scenes"])
 def test_from_the_model_to_a_checked_engine(name: str, tmp_path: Path) -> None:
     prompts = PROMPTS[name]
     data = collect(name, tmp_path / "set", samples=6, keep=4, steps=6, prompts=prompts, guidance=3.0, batch=6)

@@ -109,6 +109,7 @@ def test_the_time_path_keeps_its_digits(tmp_path: Path, precision: str) -> None:
     assert abs(np.sin(np.float64(np.float16(999.0) * np.float16(0.987))) - exact) > 1e-2
 
 
+@pytest.mark.slow
 def test_an_exported_network_stays_near_and_keeps_its_time_path(ddpm: Path, tmp_path: Path) -> None:
     bundle = qdeploy.export(str(ddpm), tmp_path / "onnx")
     halve(bundle.file("unet/model.onnx"), tmp_path / "half.onnx", "f16")
