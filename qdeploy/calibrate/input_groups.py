@@ -96,7 +96,7 @@ def set_group_scales(
 
     Args:
         quantizer: has one range, or one for each group of timesteps.
-        found: extremes along the dimension, as of `input_spreads`.
+        found: extremes along the dimension (see `input_spreads`).
         dimension: a name of them.
         labels: [A] the group of each index.
         axis: of what the quantizer is given.

@@ -94,7 +94,7 @@ def made_up_for(weight: Tensor, hessian: Tensor, cross: Tensor, damping: float) 
 
 
 def gptq(weight: Tensor, grid: Grid, hessian: Tensor, damping: float) -> Tensor:
-    """Round column after column, the largest second moments first; arguments as of `round_rows`.
+    """Round column after column, the largest second moments first; arguments as for `round_rows`.
 
     Columns whose inputs are always 0 are rounded to nearest.
     """

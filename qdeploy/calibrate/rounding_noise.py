@@ -88,7 +88,7 @@ def _steps(low: Tensor, high: Tensor, factors: Tensor, labels: Tensor | None, ac
 
 
 def _weight_error(weight: Tensor, number_format: Format, factors: Tensor, labels: Tensor | None) -> Tensor:
-    """Error of a weight [O, C, k], rounded to nearest with min-max scales; arguments as of `rounding_noise`."""
+    """Error of a weight [O, C, k], rounded to nearest with min-max scales; arguments as for `rounding_noise`."""
     if labels is not None:
         error = torch.empty_like(weight)
         for group in labels.unique():

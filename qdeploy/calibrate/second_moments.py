@@ -1,4 +1,4 @@
-"""Second moments of what layers read, streamed over calibration rows: of convolutions as of products of matrices."""
+"""Second moments of what layers read, streamed over calibration rows: of convolutions and of products of matrices."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def read_vectors(layer: QuantizedLayer, x: Tensor, most: int, generator: torch.G
         generator: draws them.
 
     Returns:
-        [groups, N, K], the K numbers in the order of the parts of the weight, each as of ``weight.flatten(1)``.
+        [groups, N, K], the K numbers in the order of the parts of the weight, each as ``weight.flatten(1)``.
     """
     x = torch.cat(layer.input_parts(x), layer.feature_axis)
     if isinstance(layer.inner, nn.Linear):

@@ -53,7 +53,7 @@ class Session:
             `qdeploy.store.timesteps`.
         training_timesteps: how many timesteps the model was trained with, if its scheduler says so.
         component: the denoiser's name in its pipeline.
-        prediction_type: what its output is, as of `qdeploy.store.correction_table.prediction_type`.
+        prediction_type: what its output is (see `qdeploy.store.correction_table.prediction_type`).
         left: layers of the coverage that stay in float all the same: why, by path.
     """
 

@@ -94,7 +94,7 @@ def collect(
         samples: images to sample.
         device: torch device.
         overwrite: replace another artifact at ``output``.
-        on: where parts are made, as of `qdeploy.parts.run.made`.
+        on: where parts are made (see `qdeploy.parts.run.made`).
         workers: how many, on Ray.
         worker_cpus: processors for each.
         dry_run: say what it would cost, and stop.

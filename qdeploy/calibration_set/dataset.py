@@ -87,7 +87,7 @@ class CalibrationSet:
         return {"call": self.facts.call, "sampled": self.facts.sampled}
 
     def timestep_range(self, training: int | None) -> RangeFacts | None:
-        """The timesteps that the network can be called with, as of `qdeploy.calibration_set.timestep_range`.
+        """The timesteps that the network can be called with (see `qdeploy.calibration_set.timestep_range`).
 
         Sets of before it was recorded are asked for their own timesteps.
 

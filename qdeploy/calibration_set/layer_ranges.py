@@ -48,7 +48,7 @@ class LayerRanges:
             self._seen.setdefault(call.name, []).append((timestep, extremes))
 
     def tensors(self) -> dict[str, Tensor]:
-        """The ranges by path, as of `ranges_by_timestep`; layers in the order of execution."""
+        """The ranges by path (see `ranges_by_timestep`); layers in the order of execution."""
         seen_by_layer = {}
         for path, seen in self._seen.items():
             lows, highs = torch.stack([extremes for _, extremes in seen]).float().cpu().unbind(1)

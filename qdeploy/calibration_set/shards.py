@@ -1,7 +1,7 @@
 """Shards of a calibration set: how recorded denoiser inputs lie on disk.
 
 A shard ``rows-00000.safetensors`` holds one batch of images. A row is one denoiser input; rows are ordered by
-call, then by branch, then by image, then conditional before unconditional. ``NAME`` is an input's flat name, as of
+call, then by branch, then by image, then conditional before unconditional. ``NAME`` is an input's flat name, as in
 `qdeploy.model.call`.
 
     input.SAMPLE      [rows, ...]      the noisy sample, named as the first parameter of ``forward``

@@ -33,7 +33,7 @@ class Survey:
         branches: number of calls in each of them.
         timesteps: of each step's first call, in the order of sampling.
         layout: dtype and shape of each tensor; the shape without the axis of rows, where there is one.
-        timestep_range: of the network, as of `qdeploy.calibration_set.timestep_range.timestep_range`.
+        timestep_range: of the network (see `qdeploy.calibration_set.timestep_range.timestep_range`).
         seconds: that one computed call took, for one image.
         rows: of the denoiser's first call.
         images: of the sample that the scheduler is given; those of the call if it is never asked.

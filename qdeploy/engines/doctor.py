@@ -136,7 +136,7 @@ def advice_for(gpu: dict[str, Any]) -> list[str]:
     """What would make engines faster or possible on this machine, a sentence each.
 
     Args:
-        gpu: as of `Gpu.to_json`; its ``name`` is None where there is none.
+        gpu: see `Gpu.to_json`; its ``name`` is None where there is none.
     """
     advice = []
     if cpu_features() and not has_int8():

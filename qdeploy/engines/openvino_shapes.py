@@ -15,6 +15,7 @@ from qdeploy.engines.blobs import Blobs
 from qdeploy.engines.pool import Pool
 from qdeploy.system.errors import InvalidInputError
 from qdeploy.system.progress import say
+from qdeploy.system.telemetry import import_openvino
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -165,6 +166,6 @@ def input_name(port: Any) -> str:
 
 def shared(x: Tensor) -> Any:
     """A tensor as OpenVINO's, in the same memory."""
-    import openvino
+    openvino = import_openvino()
 
     return openvino.Tensor(x.numpy(), shared_memory=True)

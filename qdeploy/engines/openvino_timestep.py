@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from qdeploy.system.telemetry import import_openvino
+
 TIMESTEP = "timestep"
 
 
@@ -17,8 +19,9 @@ def take_whole_timesteps(model: Any) -> None:
     A model whose timestep is something else stays as it is.
     """
     import numpy as np
-    import openvino
-    from openvino import opset13
+
+    openvino = import_openvino()
+    opset13 = openvino.opset13
 
     old = _parameter(model)
     if old is None or old.get_element_type() != openvino.Type.f32 or old.get_partial_shape().rank != 0:
@@ -35,8 +38,9 @@ def take_whole_timesteps(model: Any) -> None:
 def take_fractional_timesteps(model: Any) -> None:
     """Undo `take_whole_timesteps`; a model that it did not change stays as it is."""
     import numpy as np
-    import openvino
-    from openvino import opset13
+
+    openvino = import_openvino()
+    opset13 = openvino.opset13
 
     old = _parameter(model)
     if old is None or old.get_element_type() != openvino.Type.i64:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qdeploy.system.errors import InvalidInputError
 from qdeploy.system.progress import say
+from qdeploy.system.telemetry import import_openvino
 
 GRAPH = "openvino_tokenizer.xml"
 
@@ -34,7 +35,7 @@ def convert_tokenizers(folder: Path) -> list[str]:
             "the tokenizers are left to Python: for OpenVINO GenAI, pip install openvino-tokenizers and build again"
         )
         return []
-    import openvino
+    openvino = import_openvino()
     from openvino_tokenizers import convert_tokenizer
     from transformers import AutoTokenizer
 

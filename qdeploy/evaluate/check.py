@@ -95,7 +95,7 @@ def check(
         lpips: a folder with LPIPS's weights, see `qdeploy.evaluate.metrics.lpips`.
         clip: folder or Hub id of a CLIP model, for the CLIP score of prompts.
         device: torch device of the reference and of checkpoints. An engine runs where it was built for.
-        on: where parts are made, as of `qdeploy.parts.run.made`.
+        on: where parts are made (see `qdeploy.parts.run.made`).
         workers: how many, on Ray.
         worker_cpus: processors for each.
         options: fields of `Sampling`, in place of those of ``sampling``.

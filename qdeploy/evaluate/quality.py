@@ -268,7 +268,7 @@ def measure_quality(
 
 
 def measure_in_parts(parts: QualityParts, **place: Any) -> dict[str, Any]:
-    """Every metric, from parts that are made at a place, as of `qdeploy.parts.run.made`."""
+    """Every metric, from parts that are made at a place (see `qdeploy.parts.run.made`)."""
     with made(parts.job, **place) as folder:
         values = parts.measure(folder)
         folder.done()

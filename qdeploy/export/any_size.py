@@ -27,7 +27,7 @@ def plan_sizes(model: Model, pipeline: Path, text: str | None, target: str) -> S
     Args:
         model: the denoiser.
         pipeline: folder of its pipeline, whose autoencoder tells how many pixels a latent stands for.
-        text: as of `read_sizes`; None for one size.
+        text: see `read_sizes`; None for one size.
         target: the dialect.
 
     Raises:

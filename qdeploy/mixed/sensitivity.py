@@ -120,7 +120,7 @@ def sensitivity(
         max_memory: bytes that recorded activations may take in memory.
         dry_run: say what it would cost, and stop.
         overwrite: replace another artifact at ``output``.
-        on: where parts are made, as of `qdeploy.parts.run.made`: the first pass is one, each layer another.
+        on: where parts are made (see `qdeploy.parts.run.made`): the first pass is one, each layer another.
         workers: how many, on Ray.
         worker_cpus: processors for each.
 

@@ -122,7 +122,7 @@ def sample_images(
         sampling: how.
         images: numbers of the images.
         first_seed: seed of image 0; the sampling's by default.
-        latents_alone: as of `generate`.
+        latents_alone: see `generate`.
 
     Raises:
         UsageError: prompts are missing, or an option is unknown to the pipeline.

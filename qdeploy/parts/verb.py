@@ -50,7 +50,7 @@ class VerbInParts(ABC, Generic[Result]):
 
         Raises:
             UsageError: another request for the same output is at work.
-            Planned, CapabilityError: as of `qdeploy.parts.run.made`.
+            Planned, CapabilityError: see `qdeploy.parts.run.made`.
         """
         if (done := self.finished()) is not None:
             PartFolder(self.place, "", 0, self.output).forget()

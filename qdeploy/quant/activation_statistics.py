@@ -91,7 +91,7 @@ class ActivationStatistics(RowExtremes):
         return max(0.0, float(self.joined()[1].max()))
 
     def groups(self, edges: Tensor) -> list[ActivationStatistics]:
-        """The statistics of each group of timesteps; ``edges`` [K - 1], as of `CurrentTimestep.index`.
+        """The statistics of each group of timesteps; ``edges`` [K - 1] (see `CurrentTimestep.index`).
 
         Args:
             edges: ascending; there may be some only if timesteps have histograms of their own.

@@ -41,7 +41,7 @@ def share_quantizers(denoiser: nn.Module, reads: Mapping[str, str]) -> None:
 
     Args:
         denoiser: the network.
-        reads: the first layer for each layer, by path, as of `Layer.reads`.
+        reads: the first layer for each layer, by path (see `Layer.reads`).
     """
     layers = quantized_layers(denoiser)
     for path, first_path in reads.items():

@@ -165,7 +165,7 @@ def check_state(state: Mapping[str, Tensor], where: str) -> None:
     """Refuse scales and tables that no calibration makes: codes would stand for nothing.
 
     Args:
-        state: named tensors, as of `read_state`.
+        state: named tensors (see `read_state`).
         where: what they were read from, for the message.
 
     Raises:

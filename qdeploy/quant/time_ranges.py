@@ -34,7 +34,7 @@ def ranges_by_timestep(seen: Mapping[str, RowExtremes]) -> dict[str, Tensor]:
 
 
 def merge_ranges(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The ranges over all parts, each as of `ranges_by_timestep` and of the same tensors."""
+    """The ranges over all parts, each from `ranges_by_timestep` and of the same tensors."""
     return ranges_by_timestep(
         {
             name: RowExtremes(
@@ -55,7 +55,7 @@ def tensor_names(ranges: Mapping[str, Tensor]) -> list[str]:
 
 
 def spans(ranges: Mapping[str, Tensor]) -> Tensor:
-    """[Q, T] the largest magnitude of each tensor at each timestep, tensors as of `tensor_names`."""
+    """[Q, T] the largest magnitude of each tensor at each timestep, tensors in the order of `tensor_names`."""
     pairs = [(ranges[f"{name}.low"], ranges[f"{name}.high"]) for name in tensor_names(ranges)]
     return torch.stack([torch.maximum(-low, high) for low, high in pairs])
 

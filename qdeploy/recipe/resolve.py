@@ -25,7 +25,7 @@ def resolve_recipe(preset: str | Path | Recipe | None = None, **given: Any) -> R
     Args:
         preset: name of a preset, path of a YAML file, or a recipe; None for defaults.
         given: fields of `Recipe`; None means not given. Another method than the preset's brings its own stages.
-            ``options`` holds options of stages by name, as of `with_options`.
+            ``options`` holds options of stages by name (see `with_options`).
 
     Raises:
         InvalidInputError: the file is no recipe.

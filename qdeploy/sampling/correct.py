@@ -58,7 +58,7 @@ def check_correction(name: str, artifact: DenoiserArtifact | None) -> None:
     """Refuse a correction that is not possible, before any work.
 
     Args:
-        name: as of `read_choice`.
+        name: see `read_choice`.
         artifact: whose predictions are to be corrected; None for a model in full precision.
 
     Raises:
@@ -78,7 +78,7 @@ def correct(denoiser: nn.Module, name: str, artifact: DenoiserArtifact | None, s
 
     Args:
         denoiser: of the artifact or model.
-        name: as of `read_choice`: ``table``, ``online``, ``online:EVERY`` or ``online:EVERY,GUARD``.
+        name: see `read_choice`: ``table``, ``online``, ``online:EVERY`` or ``online:EVERY,GUARD``.
         artifact: holds the table; None for a correction that needs none.
         scheduler: the one that the denoiser will be used with.
 

@@ -73,7 +73,7 @@ def sample(
         npz: also write ``images.npz`` with one array [N, H, W, C], as the evaluation suite of ADM reads it.
         overwrite: replace another artifact at ``output``.
         device: torch device of the pipeline: ``cpu``, ``cuda`` or ``cuda:N``. An engine runs where it was built for.
-        on: where parts are made, as of `qdeploy.parts.run.made`.
+        on: where parts are made (see `qdeploy.parts.run.made`).
         workers: how many, on Ray.
         worker_cpus: processors for each.
         options: fields of `Sampling`, in place of those of ``sampling``.
@@ -81,7 +81,7 @@ def sample(
     Returns:
         An artifact of kind ``samples``: ``00000.png`` and so on, each with its seed in a text chunk;
         ``images.safetensors`` with uint8 ``images`` ``[N, C, H, W]``; and ``grid.png``. Of videos ``00000.gif``, of
-        sounds ``00000.wav``, of embeddings their tensors alone, as of `qdeploy.sampling.media_files`.
+        sounds ``00000.wav``, of embeddings their tensors alone (see `qdeploy.sampling.media_files`).
 
     Raises:
         UsageError: an impossible number, an unknown scheduler, missing prompts, no table of corrections.

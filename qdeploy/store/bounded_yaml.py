@@ -52,7 +52,7 @@ def read_yaml(path: Path) -> Any:
     """The value in a YAML file.
 
     Raises:
-        ValueError: as of `parse_yaml`, or it is no regular file of a sensible size.
+        ValueError: see `parse_yaml`, or it is no regular file of a sensible size.
         OSError: it cannot be read.
     """
     state = path.stat()

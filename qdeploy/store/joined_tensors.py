@@ -20,7 +20,7 @@ _LENGTH = 8
 
 
 def join_tensors(files: Sequence[Path], path: Path) -> None:
-    """Write one file with the rows of all: the same bytes as of `qdeploy.store.files.save_tensors`.
+    """Write one file with the rows of all: the same bytes as `qdeploy.store.files.save_tensors`.
 
     Args:
         files: each with one tensor, of the same name, dtype and shape but for the first dimension.

@@ -71,7 +71,7 @@ def contained(folder: Path, name: str) -> Path:
 
 
 def is_contained(folder: Path, name: str) -> bool:
-    """Whether ``name`` is a regular file below ``folder``, as of `contained`."""
+    """Whether ``name`` is a regular file below ``folder`` (see `contained`)."""
     try:
         contained(folder, name)
     except InvalidInputError:

@@ -48,7 +48,7 @@ def cache_entry(*parts: str) -> Iterator[Path]:
         parts: names of folders below the cache, and of the entry.
 
     Raises:
-        UsageError: as of `cache_folder`.
+        UsageError: see `cache_folder`.
     """
     place = cache_folder().joinpath(*parts)
     place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -126,7 +126,7 @@ def require_gpu(library: str = LIBRARY, packages: Mapping[str, int] = TENSORRT_P
 
     Args:
         library: file name of the driver's library.
-        packages: as of `required_cuda`.
+        packages: see `required_cuda`.
 
     Raises:
         CapabilityError: see `find_gpu`; or the driver is too old.

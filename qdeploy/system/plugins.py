@@ -81,7 +81,7 @@ def named(group: str, wanted: Callable[[Any], bool], what: str) -> dict[str, Any
 
 
 def objects(group: str, wanted: Callable[[Any], bool]) -> list[Registered]:
-    """The objects of a group that are looked for, as of `named`, in the order in which they are found.
+    """The objects of a group that are looked for (see `named`), in the order in which they are found.
 
     Raises:
         CapabilityError: a module cannot be imported.

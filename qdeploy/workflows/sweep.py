@@ -99,7 +99,7 @@ def sweep(
     Args:
         model: a diffusers folder, a zoo model's name or a Hub id.
         output: folder of the results.
-        sampling: how images of the comparison are sampled, as of `check`.
+        sampling: how images of the comparison are sampled (see `check`).
         recipes: presets' names or YAML files.
         seeds: of calibrations.
         calibration: a calibration set of the model; without one, default sets are collected, one for each seed.
@@ -107,7 +107,7 @@ def sweep(
         keep: denoiser calls of each trajectory at which predictions are compared.
         device: torch device.
         overwrite: replace other results at ``output``.
-        on: where parts are made, as of `qdeploy.parts.run.made`; a part is one recipe with one seed.
+        on: where parts are made (see `qdeploy.parts.run.made`); a part is one recipe with one seed.
         workers: how many, on Ray.
         worker_cpus: processors for each.
         options: fields of `Sampling`, in place of those of ``sampling``.

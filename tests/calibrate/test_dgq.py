@@ -508,6 +508,7 @@ def test_stages_in_an_impossible_order_are_refused() -> None:
             resolve_recipe(method="dgq", stages=tuple(order if stage == "group-tokens" else [*order[::2]]))
 
 
+@pytest.mark.slow
 def test_weights_that_were_made_for_other_groups_are_refused(
     artifacts: dict[str, Artifact], model_and_set: tuple[Path, Artifact], tmp_path: Path
 ) -> None:

@@ -160,6 +160,7 @@ def test_sixteen_bits_everywhere_are_as_good_as_float(
 # -- coverage ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_covered_layers_are_those_of_the_profile_and_no_others(finished: Session) -> None:
     structure = find_structure(tiny_unet(), DATA.inputs([0]))
     expected = {layer.path for layer in structure.layers if not (layer.temporal or layer.first or layer.last)}

@@ -43,6 +43,7 @@ def test_no_calibration_set_is_needed_or_made(blocks: tuple[Artifact, Artifact])
     assert set(blocks[0].made_from) == {"model"}
 
 
+@pytest.mark.slow
 def test_what_blocks_do_not_fit_has_eight_bit_weights_and_float_inputs(
     blocks: tuple[Artifact, Artifact],
 ) -> None:

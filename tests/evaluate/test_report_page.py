@@ -35,6 +35,8 @@ from qdeploy.system.tables import MISSING
 from tests.evaluate.conftest import Way
 from tests.helpers import sqnr_db
 
+pytestmark = pytest.mark.slow
+
 
 class Tags(HTMLParser):
     """Every attribute of a page that could make a browser fetch something, and its text."""

@@ -21,6 +21,8 @@ from qdeploy.workflows.calibrate import calibrate
 from tests.helpers import sqnr_db
 from tests.models import dit_folder
 
+pytestmark = pytest.mark.slow
+
 SIZES = [(8, 8), (8, 16), (16, 24)]
 
 
@@ -56,7 +58,6 @@ def inputs(height: int, width: int, tokens: int = 8) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.slow
 def test_parity_is_proven_at_each_size(engine: EngineFolder) -> None:
     """At least 45 dB, in the middle of the rows: what rounds to the other side is apart by the rounding's noise."""
     measured = engine.measured.sizes
@@ -66,7 +67,6 @@ def test_parity_is_proven_at_each_size(engine: EngineFolder) -> None:
         assert size.ms.median > 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [8, 5, 13])
 def test_engines_compute_what_was_calibrated_at_each_size_and_length(
     engine: EngineFolder, checkpoint: Checkpoint, tokens: int

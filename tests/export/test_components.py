@@ -15,6 +15,8 @@ from qdeploy.model.folder import open_model
 from qdeploy.store.artifact import Artifact
 from tests.models import stable_diffusion_folder
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -34,7 +36,6 @@ def run(bundle: Artifact, part: str, **inputs: np.ndarray) -> list[np.ndarray]:
     return outputs
 
 
-@pytest.mark.slow
 def test_every_component_of_the_index_is_there(bundle: Artifact, pipeline_folder: Path) -> None:
     folders = {name.split("/")[0] for name in bundle.files if "/" in name}
     assert folders == {"unet", "text_encoder", "tokenizer", "scheduler", "vae_encoder", "vae_decoder"}

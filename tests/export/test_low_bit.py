@@ -36,6 +36,8 @@ from qdeploy.workflows.calibrate import calibrate
 from tests.helpers import MemoryRows, calibrating, codes_of, dit_rows, plain_options, sqnr_db, tiny_unet
 from tests.models import ddpm_folder, tiny_dit
 
+pytestmark = pytest.mark.slow
+
 CASES = {"int4b64": "none", "int4b128": "none", "fp8": "fp8"}
 DATA = MemoryRows.noisy()
 
@@ -91,7 +93,6 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Case(*request.param, tmp_path_factory.mktemp("low-bit"))
 
 
-@pytest.mark.slow
 def test_onnx_runtime_computes_what_torch_simulated(case: Case) -> None:
     """By the median row: where a rounding of fp8 flips, a row is as far off as that rounding amounts to."""
     computed = case.run()
@@ -175,7 +176,6 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Artifact]:
     return model, collect(model, folder / "set", samples=4, keep=2, steps=4, scheduler="ddim")  # type: ignore[return-value]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["int4-weights", "fp8-minmax"])
 def test_presets_lead_to_an_engine(
     wide: tuple[Path, Artifact], preset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -350,6 +350,7 @@ def test_a_network_computes_what_was_simulated(network: dict[str, object]) -> No
     assert median(sqnr_by_row(own, plain)) >= 45
 
 
+@pytest.mark.slow
 def test_every_quantized_layer_is_a_product_under_its_own_name(network: dict[str, object]) -> None:
     plain, own = network["portable"], network["onnxruntime"]
     assert isinstance(plain, Path)

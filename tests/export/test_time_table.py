@@ -222,6 +222,7 @@ def test_no_layer_of_the_time_path_is_left(graph: Graph) -> None:
     assert {f"{name}.rows" for name in graph.time.features} <= gathered
 
 
+@pytest.mark.slow
 def test_no_weight_of_the_time_path_is_left_under_another_name(graph: Graph) -> None:
     left = [
         value.const_value.numpy() for value in graph.model.graph.initializers.values() if value.const_value
@@ -318,6 +319,7 @@ def test_the_manifest_says_what_the_table_is(checkpoint: Artifact, bundle: Artif
     assert (facts.timesteps.low, facts.timesteps.high) == (0.0, 199.0)
 
 
+@pytest.mark.slow
 def test_codes_that_calibration_stored_are_in_the_graph_bit_for_bit(
     checkpoint: Artifact, bundle: Artifact
 ) -> None:

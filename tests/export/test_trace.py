@@ -99,6 +99,7 @@ def test_onnx_runtime_computes_what_torch_simulated(
     assert sqnr_db(simulated, computed) >= 45
 
 
+@pytest.mark.slow
 def test_the_quantization_shows_in_it(exported: Exported) -> None:
     """Else the test above would pass for a graph without quantizers."""
     with torch.no_grad():

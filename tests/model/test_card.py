@@ -36,6 +36,7 @@ def way(ddpm: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Artifact]:
         return [checkpoint, bundle, build_engine(bundle, folder / "engine", backend="onnxruntime")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", range(3), ids=["checkpoint", "onnx", "engine"])
 def test_the_hub_reads_it(way: list[Artifact], place: int, ddpm: Path) -> None:
     artifact = way[place]

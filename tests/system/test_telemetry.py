@@ -23,6 +23,16 @@ def test_onnx_runtime_makes_no_identifier(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_openvino_makes_no_identifier(tmp_path: Path) -> None:
+    """Its telemetry writes one to the home folder as soon as it is imported."""
+    code = (
+        "import os; from qdeploy.system.telemetry import import_openvino; import_openvino().Core(); "
+        "print(os.environ.get('TF_BUILD'))"
+    )
+    assert run(code, tmp_path, HOME=str(tmp_path), CI="").strip() == "None"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_switch_that_is_set_stays(tmp_path: Path) -> None:
     printed = run(
         "import os, qdeploy; print(os.environ['RAY_USAGE_STATS_ENABLED'])",

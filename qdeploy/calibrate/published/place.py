@@ -42,7 +42,7 @@ class PublishedSteps:
 
     @property
     def edges(self) -> Tensor:
-        """[K - 1] as of `ActivationQuantizer.set`, ascending."""
+        """[K - 1], ascending, as `ActivationQuantizer.set` takes them."""
         ascending = self.timesteps.float().flip(0)
         return ascending[:-1].clone() if self.upwards else midpoints(ascending)
 

@@ -30,6 +30,7 @@ profiles = st.dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.lists(profiles, min_size=1, max_size=3))
 def test_what_is_described_is_read_back(several: list[dict[str, Range]]) -> None:

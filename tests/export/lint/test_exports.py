@@ -25,6 +25,8 @@ from qdeploy.store.artifact import Artifact
 from qdeploy.workflows.calibrate import calibrate
 from tests.export.lint.fixtures import CASES, good
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., Result]
 
 
@@ -43,7 +45,6 @@ def bundles(ddpm: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     return made
 
 
-@pytest.mark.slow
 def test_an_export_for_tensorrt_is_clean(bundles: dict[str, Artifact]) -> None:
     for version in ("10.8", "11.4"):
         report = lint(bundles["tensorrt"].path, tensorrt=version)
