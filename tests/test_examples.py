@@ -22,7 +22,7 @@ MADE = {
     "published_checkpoint": "engine/qdeploy.json",
     "controlnet": "images/grid.png",
     "rtx": "engine/qdeploy.json",
-    "triton": "models/digits/config.pbtxt",
+    "triton": "models/pipeline/digits/config.pbtxt",
     "sweep": "sweep/table.md",
     "notebook": "images/grid.png",
 }

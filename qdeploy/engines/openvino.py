@@ -17,7 +17,7 @@ from qdeploy.engines.openvino_timestep import take_fractional_timesteps
 from qdeploy.engines.registry import Backend
 from qdeploy.system.errors import CapabilityError, InvalidInputError, UsageError
 from qdeploy.system.machine import WIDE, has_bf16, int8_sums_saturate
-from qdeploy.system.telemetry import import_openvino
+from qdeploy.system.telemetry import import_silently
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +48,7 @@ class OpenVINOEngine(Engine):
     backend = "openvino"
 
     def __init__(self, spec: EngineSpec, threads: int | None = None) -> None:
-        openvino = import_openvino()
+        openvino = import_silently("openvino")
 
         super().__init__(spec)
         if self.precision == "bf16" and not has_bf16():
@@ -109,7 +109,7 @@ class OpenVINOComponent(EngineComponent):
     """
 
     def __init__(self, folder: Path, precision: str = "f32", threads: int | None = None) -> None:
-        openvino = import_openvino()
+        openvino = import_silently("openvino")
 
         super().__init__(folder)
         if precision == "bf16" and not has_bf16():

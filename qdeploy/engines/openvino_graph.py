@@ -14,7 +14,7 @@ from qdeploy.engines.base import why
 from qdeploy.engines.openvino_timestep import take_whole_timesteps
 from qdeploy.system.errors import InvalidInputError
 from qdeploy.system.machine import int8_sums_saturate
-from qdeploy.system.telemetry import import_openvino
+from qdeploy.system.telemetry import import_silently
 
 MODEL = "openvino_model.xml"
 # Operations whose output holds the same values as their input, only elsewhere.
@@ -39,7 +39,7 @@ def build(
     Raises:
         InvalidInputError: OpenVINO has no rule for one of the operations, or cannot read the graph.
     """
-    openvino = import_openvino()
+    openvino = import_silently("openvino")
 
     try:
         with TemporaryDirectory() as scratch:
@@ -69,7 +69,7 @@ def build_component(onnx_path: Path, folder: Path, precision: str) -> None:
     Raises:
         InvalidInputError: OpenVINO cannot convert it.
     """
-    openvino = import_openvino()
+    openvino = import_silently("openvino")
 
     try:
         model = openvino.Core().read_model(onnx_path)
@@ -130,7 +130,7 @@ def keep_concat_apart(model: Any) -> None:
     the zero point of its unsigned input were 0: 10 dB from the right result. A maximum with the lowest
     float stops the move, and runs within the quantization's own kernel.
     """
-    opset13 = import_openvino().opset13
+    opset13 = import_silently("openvino").opset13
 
     for op in model.get_ordered_ops():
         if op.get_type_name() != "FakeQuantize":
@@ -152,7 +152,7 @@ def read_keys_as_they_are(model: Any) -> None:
     OpenVINO does so by itself only after it has merged the transposition with the one that splits heads, and
     then writes the keys out transposed.
     """
-    opset13 = import_openvino().opset13
+    opset13 = import_silently("openvino").opset13
 
     for op in model.get_ordered_ops():
         if op.get_type_name() != "MatMul":

@@ -15,7 +15,7 @@ from qdeploy.engines.blobs import Blobs
 from qdeploy.engines.pool import Pool
 from qdeploy.system.errors import InvalidInputError
 from qdeploy.system.progress import say
-from qdeploy.system.telemetry import import_openvino
+from qdeploy.system.telemetry import import_silently
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -166,6 +166,6 @@ def input_name(port: Any) -> str:
 
 def shared(x: Tensor) -> Any:
     """A tensor as OpenVINO's, in the same memory."""
-    openvino = import_openvino()
+    openvino = import_silently("openvino")
 
     return openvino.Tensor(x.numpy(), shared_memory=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qdeploy.system.telemetry import import_openvino
+from qdeploy.system.telemetry import import_silently
 
 TIMESTEP = "timestep"
 
@@ -20,7 +20,7 @@ def take_whole_timesteps(model: Any) -> None:
     """
     import numpy as np
 
-    openvino = import_openvino()
+    openvino = import_silently("openvino")
     opset13 = openvino.opset13
 
     old = _parameter(model)
@@ -39,7 +39,7 @@ def take_fractional_timesteps(model: Any) -> None:
     """Undo `take_whole_timesteps`; a model that it did not change stays as it is."""
     import numpy as np
 
-    openvino = import_openvino()
+    openvino = import_silently("openvino")
     opset13 = openvino.opset13
 
     old = _parameter(model)

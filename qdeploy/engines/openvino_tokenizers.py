@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qdeploy.system.errors import InvalidInputError
 from qdeploy.system.progress import say
-from qdeploy.system.telemetry import import_openvino
+from qdeploy.system.telemetry import import_silently
 
 GRAPH = "openvino_tokenizer.xml"
 
@@ -35,7 +35,7 @@ def convert_tokenizers(folder: Path) -> list[str]:
             "the tokenizers are left to Python: for OpenVINO GenAI, pip install openvino-tokenizers and build again"
         )
         return []
-    openvino = import_openvino()
+    openvino = import_silently("openvino")
     from openvino_tokenizers import convert_tokenizer
     from transformers import AutoTokenizer
 

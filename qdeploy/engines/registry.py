@@ -18,6 +18,7 @@ from qdeploy.system import plugins
 from qdeploy.system.errors import CapabilityError, UsageError
 from qdeploy.system.plugins import ENGINES, named
 from qdeploy.system.suggest import unknown
+from qdeploy.system.telemetry import import_silently
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -122,7 +123,7 @@ class Backend:
 
     def version(self) -> str:
         """Version of the installed runtime."""
-        return str(importlib.import_module(self.package).__version__)
+        return str(import_silently(self.package).__version__)
 
 
 def backends() -> dict[str, Backend]:

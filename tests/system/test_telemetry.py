@@ -26,7 +26,7 @@ def test_onnx_runtime_makes_no_identifier(tmp_path: Path) -> None:
 def test_openvino_makes_no_identifier(tmp_path: Path) -> None:
     """Its telemetry writes one to the home folder as soon as it is imported."""
     code = (
-        "import os; from qdeploy.system.telemetry import import_openvino; import_openvino().Core(); "
+        "import os; from qdeploy.system.telemetry import import_silently; import_silently('openvino').Core(); "
         "print(os.environ.get('TF_BUILD'))"
     )
     assert run(code, tmp_path, HOME=str(tmp_path), CI="").strip() == "None"
