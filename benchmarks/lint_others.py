@@ -4,7 +4,9 @@
 
 The network is shaped like google/ddpm-cifar10-32, with random weights: where Q and DQ stand does not depend on them.
 ONNX Runtime's static quantizer, NNCF and (where installed) ModelOpt quantize qdeploy's own float export; qdeploy
-quantizes the model. Every graph is linted as it is, and once more after `qdeploy lint --fix`.
+quantizes the model. Every graph is linted as it is, and once more after `qdeploy lint --fix`. With ``--build sm89``
+TensorRT for RTX builds each as it stands, as a control group: how many of its quantized products are low-bit in the
+plan?
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from safetensors.torch import load_file
 
 from benchmarks.spelled_out_norms import SpelledOutNorms
 from qdeploy.calibration_set.collect import collect
+from qdeploy.engines.tensorrt.verify import verify
 from qdeploy.export.lint.report import LintReport
 from qdeploy.export.lint.run import lint
 from qdeploy.export.lower import adapt
@@ -34,7 +37,15 @@ from qdeploy.system.progress import say
 from qdeploy.system.tables import Table
 from qdeploy.workflows.calibrate import calibrate
 
-HEADER = ("quantizer", "rejected (E)", "slow or inaccurate (W)", "int8 MACs", "own kernels", "after --fix")
+HEADER = (
+    "quantizer",
+    "rejected (E)",
+    "slow or inaccurate (W)",
+    "int8 MACs",
+    "own kernels",
+    "after --fix",
+    "in the plan",
+)
 
 
 def cifar_shaped(folder: Path, channels: int) -> Path:
@@ -171,7 +182,18 @@ def by_rule(report: LintReport, severity: str) -> str:
     return ", ".join(f"{rule} x{count}" for rule, count in sorted(counts.items())) or "none"
 
 
-def row_of(name: str, graph: Path) -> tuple[list[str], dict[str, Any]]:
+def built(graph: Path, gpu: str) -> tuple[str, dict[str, Any]]:
+    """What NVIDIA's builder makes of a graph: quantized products that are low-bit in the plan, and kernels."""
+    verdict = verify(graph, gpu=gpu)
+    if not verdict.built:
+        return f"refused: {verdict.reason[:120]}", {"built": False, "reason": verdict.reason}
+    report = verdict.report
+    counts = {name: report[name] for name in ("planned", "as_planned", "products")}
+    cell = f"{report['as_planned']} of {report['planned']}, {verdict.kernels} kernels"
+    return cell, {"built": True, **counts, "kernels": verdict.kernels}
+
+
+def row_of(name: str, graph: Path, gpu: str | None) -> tuple[list[str], dict[str, Any]]:
     report = lint(graph)
     fixed = lint(graph, fix=graph.parent / f"{graph.stem}-fixed.onnx") if graph.is_file() else report
     share = report.macs["shares"].get("int8", 0.0)
@@ -180,13 +202,18 @@ def row_of(name: str, graph: Path) -> tuple[list[str], dict[str, Any]]:
     waived = Counter(finding.rule for finding in report.findings if finding.waived)
     if waived:
         cells[2] += "; waived: " + ", ".join(f"{rule} x{count}" for rule, count in waived.items())
-    return [*cells, str(len(report.macs["own_kernels"])), after], report.to_json()
+    cells += [str(len(report.macs["own_kernels"])), after]
+    if gpu is None:
+        return [*cells, "not built"], report.to_json()
+    cell, verdict = built(graph, gpu)
+    return [*cells, cell], report.to_json() | {"plan": verdict}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/lint-others"))
     parser.add_argument("--channels", type=int, default=128, help="of the first block; 128 is CIFAR-10's")
+    parser.add_argument("--build", metavar="GPU", help="also build each graph by TensorRT for RTX")
     arguments = parser.parse_args()
     output = arguments.output / str(arguments.channels)
     output.mkdir(parents=True, exist_ok=True)
@@ -205,14 +232,14 @@ def main() -> None:
         if not graph.exists():
             say(f"quantizing: {name}")
             quantizer(source, graph, bundle)
-        cells, results[name] = row_of(name, graph)
+        cells, results[name] = row_of(name, graph, arguments.build)
         table.append(cells)
     checkpoint = calibrate(
         model, output / "w8a8", recipe="w8a8-minmax", target="tensorrt", effort="fast", calibration=data
     )
     assert isinstance(checkpoint, Artifact)
     ours = export(checkpoint, output / "w8a8-tensorrt")
-    cells, results["qdeploy"] = row_of("qdeploy, target tensorrt", ours.path)
+    cells, results["qdeploy"] = row_of("qdeploy, target tensorrt", ours.path, arguments.build)
     table.append(cells)
     write_json(output / "lint.json", results)
     write_text(output / "lint.md", Table(HEADER, table).markdown())

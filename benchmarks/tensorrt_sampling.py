@@ -6,6 +6,7 @@ MODEL is the full-precision pipeline, ONNX the quantized bundle that was exporte
 the same batches; everything that is not int8 is computed in f16 in both. A step is timed by CUDA events with its
 tensors on the GPU, engines taking turns; a pipeline is timed from the call to the last image, text encoder and
 decoder included. Clocks, temperature, power and memory stand beside every number. Without a GPU it ends with code 4.
+``--backend tensorrt --backend tensorrt-rtx`` measures both TensorRTs, one after the other, in one table.
 """
 
 from __future__ import annotations
@@ -16,27 +17,33 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qdeploy.store.artifact import Artifact, Bundle, open_artifact
-from qdeploy.system.errors import QDeployError
+from qdeploy.system.errors import CapabilityError, QDeployError
+
+if TYPE_CHECKING:
+    from qdeploy.engines.registry import Backend
 
 PRECISION = "f16"
 
 
-def build(source: Artifact, folder: Path, name: str, batches: tuple[int, ...], level: int | None) -> Artifact:
+def build(
+    source: Artifact, folder: Path, name: str, backend: str, batches: tuple[int, ...], level: int | None
+) -> Artifact:
     """An engine whose profile ends at the largest batch, doubled for guidance."""
     from qdeploy.engines.build import build_engine
 
+    timings = folder / "timings" if backend == "tensorrt" else None  # the other one times nothing in a build
     return build_engine(
         source,
         folder / name,
-        backend="tensorrt",
+        backend=backend,
         precision=PRECISION,
         batch=max(batches),
-        timing_cache=folder / "timings",
+        timing_cache=timings,
         optimization_level=level,
     )
 
@@ -112,9 +119,7 @@ def whole(
 
 def run(model: Path, onnx: Path, output: Path, options: dict[str, Any]) -> dict[str, Any]:
     """All of it, also written to ``results.json``."""
-    from qdeploy.engines.registry import find_backend
-
-    backend = find_backend("tensorrt")  # before anything that takes time
+    backends = [ready(name) for name in options["backend"]]  # before anything that takes time
     from qdeploy.engines.build import load_engine
     from qdeploy.evaluate.baselines import baseline_bundle
     from qdeploy.model.folder import open_model
@@ -125,7 +130,13 @@ def run(model: Path, onnx: Path, output: Path, options: dict[str, Any]) -> dict[
     batches = options["batch"]
     pipeline_of = open_model(model)
     sources = {"fp16": baseline_bundle(pipeline_of), "int8": open_artifact(onnx, Bundle)}
-    built = {name: build(source, output, name, batches, options["level"]) for name, source in sources.items()}
+    built = {
+        engine_name(backend.name, name): build(
+            source, output, engine_name(backend.name, name), backend.name, batches, options["level"]
+        )
+        for backend in backends
+        for name, source in sources.items()
+    }
     rows = steps(built, batches, options["rounds"], options["seconds"])
     prompts = read_prompts(options["prompts"]) if options["prompts"] else None
     images = []
@@ -140,7 +151,7 @@ def run(model: Path, onnx: Path, output: Path, options: dict[str, Any]) -> dict[
                     {"engine": name} | whole(make, options["images"], batch, options["steps"], prompts)
                 )
     result = {
-        "tensorrt": backend.version(),
+        "versions": {backend.name: backend.version() for backend in backends},
         "machine": machine("cuda"),
         "precision": PRECISION,
         "steps": rows,
@@ -151,6 +162,25 @@ def run(model: Path, onnx: Path, output: Path, options: dict[str, Any]) -> dict[
     return result
 
 
+def ready(name: str) -> Backend:
+    """A backend that runs on this machine.
+
+    Raises:
+        CapabilityError: it does not.
+    """
+    from qdeploy.engines.registry import find_backend
+
+    backend = find_backend(name)
+    if reason := backend.why_not_here():
+        raise CapabilityError(reason)
+    return backend
+
+
+def engine_name(backend: str, precision: str) -> str:
+    """What an engine is called in the table, and its folder."""
+    return precision if backend == "tensorrt" else f"{backend}-{precision}"
+
+
 def table(result: dict[str, Any]) -> str:
     """The numbers for a page, in Markdown."""
     from qdeploy.system.tables import Table
@@ -159,7 +189,7 @@ def table(result: dict[str, Any]) -> str:
     speed = {(row["engine"], row["batch"]): row for row in result["pipelines"]}
     rows = []
     for (engine, batch), row in by.items():
-        rival = by["fp16", batch]["ms"]["median"]
+        rival = by[engine.replace("int8", "fp16"), batch]["ms"]["median"]
         gpu = row["gpu"]["after"]
         rows.append(
             [
@@ -183,6 +213,14 @@ def table(result: dict[str, Any]) -> str:
 @click.argument("onnx", type=click.Path(path_type=Path))
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), default=Path("runs/tensorrt"), show_default=True
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["tensorrt", "tensorrt-rtx"]),
+    multiple=True,
+    default=("tensorrt",),
+    show_default=True,
+    help="Repeatable.",
 )
 @click.option("--batch", type=int, multiple=True, default=(1, 4), show_default=True, help="Repeatable.")
 @click.option("--images", type=int, default=16, show_default=True)

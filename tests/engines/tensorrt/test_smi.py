@@ -39,8 +39,9 @@ def test_anything_else_is_a_sentence(tmp_path: Path, answer: str, code: int) -> 
         gpu_state(program=str(tmp_path / "nothing"))
 
 
-def test_the_benchmark_ends_with_code_4_and_one_sentence_without_a_gpu(tmp_path: Path) -> None:
-    if backends()["tensorrt"].available():
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_the_benchmark_ends_with_code_4_and_one_sentence_without_a_gpu(backend: str, tmp_path: Path) -> None:
+    if backends()[backend].available():
         pytest.skip("this machine has a GPU")
     command = [
         sys.executable,
@@ -49,6 +50,8 @@ def test_the_benchmark_ends_with_code_4_and_one_sentence_without_a_gpu(tmp_path:
         "onnx",
         "-o",
         "out",
+        "--backend",
+        backend,
     ]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
