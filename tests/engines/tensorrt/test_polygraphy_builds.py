@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 
 from qdeploy.engines.tensorrt.child import build_in_child
+from qdeploy.engines.tensorrt.graph import read_graph
 from qdeploy.engines.tensorrt.inspector import dtype
 from qdeploy.engines.tensorrt.layer_log import BEGINNING, parse_layer_log
 from qdeploy.engines.tensorrt.options import Options
 from qdeploy.engines.tensorrt.worker import BuildRequest
+from qdeploy.export.lint.run import graph_file
+from qdeploy.store.artifact import Artifact
 from tests.engines.tensorrt.real_builds import int4_linear, quantized_conv
 
 SHAPES = {"conv": "[2,32,8,8]", "int4": "[2,16,128]"}
@@ -64,4 +67,16 @@ def test_both_build_the_same_layers(name: str, tmp_path: Path) -> None:
     graph = write(tmp_path / "model.onnx")
     ours, theirs = (build(graph, tmp_path, SHAPES[name]) for build in (by_us, by_polygraphy))
     assert len(ours) > 0
+    assert described(ours) == described(theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_both_build_the_same_layers_of_an_exported_bundle(quantized_bundle: Artifact, tmp_path: Path) -> None:
+    graph = graph_file(quantized_bundle.path)
+    (port,) = (port for port in read_graph(graph).inputs if port.dynamic)
+    assert port.name == "sample"
+    shape = str([2, *port.shape[1:]]).replace(" ", "")
+    ours, theirs = (build(graph, tmp_path, shape) for build in (by_us, by_polygraphy))
+    assert len(ours) > 5
     assert described(ours) == described(theirs)
