@@ -29,8 +29,25 @@ def autoencoder() -> Any:
     )
 
 
-def clip_text(width: int) -> tuple[Any, Any]:
-    """A CLIP text encoder of one layer, with the tokenizer of the zoo's scenes."""
+def sd_autoencoder() -> Any:
+    """The autoencoder of Stable Diffusion; its random decoder's images fill the range of colours."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    network = AutoencoderKL(
+        latent_channels=4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    ).eval()
+    with torch.inference_mode():
+        network.decoder.conv_out.weight *= 0.5 / network.decode(torch.randn(1, 4, 8, 8)).sample.std()
+    return network
+
+
+def clip_text(width: int, layers: int = 1) -> tuple[Any, Any]:
+    """A CLIP text encoder, of one layer if nothing else is asked for, with the tokenizer of the zoo's scenes."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     scenes = find_zoo_model("scenes")
@@ -40,7 +57,7 @@ def clip_text(width: int) -> tuple[Any, Any]:
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=width,
-        num_hidden_layers=1,
+        num_hidden_layers=layers,
         num_attention_heads=width // 64,
         max_position_embeddings=CLIP_TOKENS,
         bos_token_id=tokenizer.bos_token_id,

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.model_parts import autoencoder, clip_text, t5_text
+from benchmarks.model_parts import autoencoder, clip_text, sd_autoencoder, t5_text
 from qdeploy.model.zoo import find_zoo_model
 
 # google/ddpm-cifar10-32's unet/config.json
@@ -29,6 +29,8 @@ CIFAR: dict[str, Any] = {
 }
 # stable-diffusion-v1-5's unet/config.json; what it leaves out are the class's defaults
 SD15: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+# the same at half its width: 217 million parameters
+SD217: dict[str, Any] = {**SD15, "sample_size": 32, "block_out_channels": (160, 320, 640, 640)}
 # stable-diffusion-xl-base-1.0's unet/config.json, likewise
 SDXL: dict[str, Any] = {
     "sample_size": 128,
@@ -97,12 +99,13 @@ def _make(shape: str) -> Any:
             transformer=diffusers.PixArtTransformer2DModel(**PIXART),
             scheduler=diffusers.DDIMScheduler(),
         )
-    encoder, tokenizer = clip_text(SD15["cross_attention_dim"])
+    whole = shape == "sd217"  # for questions about pipelines: nothing is smaller than its class allows
+    encoder, tokenizer = clip_text(SD15["cross_attention_dim"], layers=12 if whole else 1)
     return diffusers.StableDiffusionPipeline(
-        vae=autoencoder(),
+        vae=sd_autoencoder() if whole else autoencoder(),
         text_encoder=encoder,
         tokenizer=tokenizer,
-        unet=diffusers.UNet2DConditionModel(**SD15),
+        unet=diffusers.UNet2DConditionModel(**(SD217 if whole else SD15)),
         scheduler=diffusers.DDIMScheduler(),
         safety_checker=None,
         feature_extractor=None,

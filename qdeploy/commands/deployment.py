@@ -94,7 +94,8 @@ def _tensorrt(function: F) -> F:
     default=None,
     help="Also text encoders and autoencoders.  [default: where there are any]",
 )
-@click.option("--components", help="Their precisions: vae=f32,text_encoder=bf16.  [default: 16 bits]")
+@click.option("--components", help="Precisions: vae=f32,text_encoder=bf16, vae=w8a8.  [default: 16 bits]")
+@_BUILD.option("calibration", "For vae=w8a8: the set whose latents are decoded.")
 @_BUILD.option("allow_inaccurate", "Keep an engine that is far from the model on its probe.")
 @_BUILD.option("strict", "Refuse a pipeline some of whose components stay in torch.")
 @click.option("--device", help="OpenVINO: CPU, GPU or NPU.  [default: CPU]")

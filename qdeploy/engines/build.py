@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
+from qdeploy.calibration_set.dataset import CalibrationSet
 from qdeploy.engines.base import DYNAMIC, Engine
 from qdeploy.engines.components import build_components, plan_components
+from qdeploy.engines.int8_decoder import W8A8
 from qdeploy.engines.int8_sums import sums_of
 from qdeploy.engines.measure_build import measure_engine, measure_plan
 from qdeploy.engines.placement.place import Placer
@@ -21,7 +23,7 @@ from qdeploy.export.macs import graph_macs, meant_int8
 from qdeploy.model.card import write_card
 from qdeploy.store.artifact import Artifact, Bundle, Checkpoint, EngineFolder, open_artifact
 from qdeploy.store.builder import Draft
-from qdeploy.store.facts import EngineFacts
+from qdeploy.store.facts import EngineFacts, PipelineFacts
 from qdeploy.store.hub import local_artifact
 from qdeploy.store.paths import default_output
 from qdeploy.system.errors import CapabilityError, InvalidInputError, UsageError
@@ -54,6 +56,7 @@ def build_engine(
     min_sqnr: float | None = None,
     pipeline: bool | None = None,
     components: Mapping[str, str] | None = None,
+    calibration: str | Path | Artifact | None = None,
     strict: bool = False,
     allow_inaccurate: bool = False,
     overwrite: bool = False,
@@ -75,7 +78,9 @@ def build_engine(
         min_sqnr: with ``optimize_for``, the least median SQNR to full precision on the probe, in dB.
         pipeline: also build the pipeline's text encoders and autoencoders, so that the folder is a whole pipeline
             (`qdeploy.sampling.pipeline_folder`); by default wherever bundle and backend allow it.
-        components: precision of each of these, such as ``{"vae": "f32"}``; 16 bits by default.
+        components: precision of each of these, such as ``{"vae": "f32"}``; 16 bits by default. A
+            decoder at ``w8a8`` is quantized (`qdeploy.engines.int8_decoder`).
+        calibration: the calibration set whose latents a decoder at ``w8a8`` is calibrated on.
         strict: refuse a pipeline some of whose components would stay in torch.
         allow_inaccurate: keep an engine that is below the floors of `qdeploy.engines.floor` on its probe.
         overwrite: replace another artifact at ``output``.
@@ -85,7 +90,8 @@ def build_engine(
         An artifact of kind ``engine``, in the layout that the runtime's own diffusers pipelines open.
 
     Raises:
-        UsageError: an unknown backend or precision, an impossible number, an option of another backend.
+        UsageError: an unknown backend or precision, an impossible number, an option of another backend, no set for
+            a decoder at ``w8a8``.
         CapabilityError: the backend is not installed or has no kernels for a format of the bundle, the machine
             lacks bf16, or the bundle is a simulation.
         InvalidInputError: the bundle is damaged, or holds what the backend cannot run.
@@ -111,7 +117,8 @@ def build_engine(
         raise CapabilityError(
             f"{chosen.name} builds engines of one size: export {source.path} without --sizes"
         )
-    rest = plan_components(chosen, source, pipeline, components, strict)
+    rest = plan_components(chosen, source, pipeline, components, strict, calibration)
+    latents = _latents_for(source, rest, calibration)
     quantized = source.facts.activations not in ("none", DYNAMIC)
     narrow = quantized and chosen.narrow_sums and int8_sums_saturate()
     if source.facts.activations == DYNAMIC and chosen.name == "openvino" and int8_sums_saturate():
@@ -132,6 +139,8 @@ def build_engine(
     asked = options | ({"pipeline": rest.to_json()} if rest else {})
     place = Path(output) if output else default_output(source.path, "engine")
     made_from = {"onnx": source.sha256, **source.made_from}
+    if latents is not None:
+        made_from["calibration"] = latents.sha256
     draft = Draft(place, EngineFolder, made_from, source.recipe, source.seed, asked, overwrite, source.size())
     if done := draft.finished():
         return done
@@ -155,7 +164,7 @@ def build_engine(
             facts = replace(facts, int8_sums=sums_of(graph))
         took = _convert(chosen, source, graph, draft, facts, own)
         if rest:
-            build_components(chosen, source, draft, rest)
+            build_components(chosen, source, draft, rest, latents)
         write_card(draft, facts)
         if reason := chosen.why_not_here():
             say(f"the engine is built and not measured: {reason}")
@@ -164,6 +173,24 @@ def build_engine(
             measured = measure_engine(chosen, source, draft, facts, allow_inaccurate)
         measured = replace(measured, placement=searched, build=dict(took) if took else None)
         return draft.finish(facts, measured, source.manifest.notes)
+
+
+def _latents_for(
+    source: Bundle, rest: PipelineFacts | None, calibration: str | Path | Artifact | None
+) -> CalibrationSet | None:
+    """The set that a decoder at W8A8 is calibrated on, if there is such a decoder."""
+    if rest is None or W8A8 not in (rest.precision or {}).values():
+        if calibration is not None:
+            raise UsageError(
+                "--calibration serves --components vae=w8a8, and nothing else is calibrated here"
+            )
+        return None
+    data = CalibrationSet.open(calibration.path if isinstance(calibration, Artifact) else str(calibration))
+    if source.made_from.get("calibration", data.sha256) != data.sha256:
+        raise InvalidInputError(
+            f"{source.path} was calibrated on another set than {data.artifact.path}: name that one"
+        )
+    return data
 
 
 def _known(options: dict[str, Any]) -> dict[str, Any]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from msgspec.structs import replace
 
+from qdeploy.calibration_set.dataset import CalibrationSet
+from qdeploy.engines.int8_decoder import W8A8, latents_of, quantize_decoder
 from qdeploy.engines.openvino_tokenizers import convert_tokenizers
 from qdeploy.engines.registry import Backend
 from qdeploy.export.graph.external import plain_graph
-from qdeploy.store.artifact import Bundle, EngineFolder
+from qdeploy.store.artifact import Artifact, Bundle, EngineFolder
 from qdeploy.store.builder import Draft
 from qdeploy.store.facts import PipelineFacts
 from qdeploy.system.errors import CapabilityError, InvalidInputError, UsageError
@@ -25,6 +28,7 @@ def plan_components(
     wanted: bool | None,
     precisions: Mapping[str, str] | None = None,
     strict: bool = False,
+    calibration: str | Path | Artifact | None = None,
 ) -> PipelineFacts | None:
     """Which components of a bundle are built, and in which precision.
 
@@ -34,6 +38,7 @@ def plan_components(
         wanted: whether the engine is to be a whole pipeline; None for wherever bundle and backend allow it.
         precisions: by component, such as ``{"vae": "f32"}``; 16 bits by default where the machine has them.
         strict: refuse a pipeline some of whose components stay in torch.
+        calibration: the set of latents for decoders at ``w8a8``.
 
     Returns:
         The bundle's, with the precision of each graph; None if the engine is the denoiser alone.
@@ -67,10 +72,17 @@ def plan_components(
             raise UsageError(
                 f"--components {name}={precision}: the pipeline's engines are {', '.join(graphs) or 'none'}"
             )
-        if precision not in backend.precisions or (precision == "bf16" and not has_bf16()):
+        if precision == W8A8:
+            if not any(folder.endswith("_decoder") for folder in graphs[name]):
+                raise UsageError(f"--components {name}=w8a8: only decoders of autoencoders are quantized so")
+            if calibration is None:
+                raise UsageError(
+                    f"--components {name}=w8a8 needs --calibration SET, whose latents are decoded"
+                )
+        elif precision not in backend.precisions or (precision == "bf16" and not has_bf16()):
             raise UsageError(
                 f"--components {name}={precision}: {backend.name} computes in "
-                f"{', '.join(backend.precisions)} where the processor can"
+                f"{', '.join(backend.precisions)} where the processor can, and decoders in w8a8"
             )
         chosen[name] = precision
     return replace(described, precision=chosen)
@@ -91,15 +103,31 @@ def read_precisions(text: str | None) -> dict[str, str] | None:
 
 
 def build_components(
-    backend: Backend, source: Bundle, draft: Draft[EngineFolder], plan: PipelineFacts
+    backend: Backend,
+    source: Bundle,
+    draft: Draft[EngineFolder],
+    plan: PipelineFacts,
+    calibration: CalibrationSet | None = None,
 ) -> None:
-    """Write the engines of a plan into the draft, and OpenVINO's tokenizers where their converter is installed."""
+    """Write the engines of a plan into the draft, and OpenVINO's tokenizers where their converter is installed.
+
+    Raises:
+        CheckFailed: a decoder at ``w8a8`` is too far from float.
+        InvalidInputError: the set holds no latents of it.
+    """
     assert backend.build_component is not None
     for name, folders in plan.graphs.items():
         for folder in folders:
             precision = (plan.precision or {})[name]
-            say(f"building {folder} in {precision}")
             graph = plain_graph(source.file(f"{folder}/{GRAPH}"), draft.work / "graphs" / folder)
+            if precision == W8A8:
+                precision = "f32"  # of weights that are in no integer layer
+                if folder.endswith("_decoder") and calibration is not None:
+                    latents = latents_of(calibration, source.file(f"{folder}/{GRAPH}").parent)
+                    output = draft.work / "int8" / folder / GRAPH
+                    draft.json(f"{folder}/w8a8.json", quantize_decoder(graph, latents, output).to_json())
+                    graph = output
+            say(f"building {folder} in {precision}")
             backend.build_component(graph, draft.content / folder, precision)
     if backend.name == "openvino":
         convert_tokenizers(draft.content)

@@ -16,6 +16,7 @@ from typing import Any
 from qdeploy.engines.build import load_engine
 from qdeploy.engines.drop_in.autoencoder import EngineAutoencoder
 from qdeploy.engines.drop_in.model_stand_in import ModelStandIn
+from qdeploy.engines.int8_decoder import W8A8
 from qdeploy.engines.registry import find_backend
 from qdeploy.model.folder import read_json
 from qdeploy.store.artifact import INDEX, Artifact, EngineFolder, open_artifact
@@ -113,6 +114,8 @@ def _engines(artifact: EngineFolder, threads: int | None) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, folders in described.graphs.items():
         precision = (described.precision or {})[name]
+        if precision == W8A8:  # and what is not integer in it as in the denoiser
+            precision = artifact.facts.engine_precision
         graphs = {
             folder: backend.load_component(artifact.path / folder, precision, threads) for folder in folders
         }

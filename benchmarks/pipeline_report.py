@@ -1,0 +1,88 @@
+"""Tables of what `benchmarks/pipeline.py` measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import mean, median
+from typing import Any
+
+from qdeploy.engines.timing import quantile
+from qdeploy.evaluate.intervals import of_mean
+from qdeploy.system.tables import MISSING, Table
+
+OURS = "qdeploy W8A8"
+
+
+def tables(found: Mapping[str, Any]) -> str:
+    """Markdown: speed and quality for each number of steps, where the time goes, and what a process costs."""
+    parts = [f"{_speeds(found, steps)}\n\n{_breakdown(found, steps)}" for steps in _steps(found)]
+    skipped = [f"- {name} is left out: {reason}." for name, reason in found["skipped"].items()]
+    return "\n\n".join([*parts, _processes(found), "\n".join(skipped)]).rstrip() + "\n"
+
+
+def _steps(found: Mapping[str, Any]) -> list[str]:
+    return sorted({steps for row in found["rows"].values() for steps in row["steps"]}, key=int)
+
+
+def _speeds(found: Mapping[str, Any], steps: str) -> str:
+    own = found["rows"].get(OURS, {}).get("steps", {}).get(steps)
+    rows = []
+    for name, row in sorted(found["rows"].items(), key=lambda item: mean(item[1]["steps"][steps]["cpu_s"])):
+        each = row["steps"][steps]
+        rows.append(
+            [
+                name,
+                _with_interval(each["cpu_s"]),
+                MISSING if own is None or name == OURS else _ratio(each["cpu_s"], own["cpu_s"]),
+                f"{median(each['s']):.2f}",
+                f"{quantile(each['s'], 0.95):.2f}",
+                *(f"{each[key]:.1f}" if key in each else MISSING for key in ("psnr_db", "sqnr_db")),
+            ]
+        )
+    head = ["pipeline", "CPU s an image", f"times {OURS}", "s, p50", "s, p95", "PSNR dB", "SQNR dB"]
+    count = len(next(iter(found["rows"].values()))["steps"][steps]["s"])
+    return f"## {steps} steps\n\n{count} images each; 95 % intervals.\n\n{Table(head, rows).markdown()}"
+
+
+def _with_interval(values: Sequence[float]) -> str:
+    ends = of_mean(values)
+    return f"{mean(values):.2f}" + ("" if ends is None else f" ({max(ends[0], 0):.2f} to {ends[1]:.2f})")
+
+
+def _ratio(theirs: Sequence[float], ours: Sequence[float]) -> str:
+    """How many times our processor time they take, from the rounds' own quotients (geometric mean)."""
+    logs = [math.log(a / b) for a, b in zip(theirs, ours, strict=True)]
+    ends = of_mean(logs)
+    shown = f"{math.exp(mean(logs)):.2f}"
+    return shown if ends is None else f"{shown} ({math.exp(ends[0]):.2f} to {math.exp(ends[1]):.2f})"
+
+
+def _breakdown(found: Mapping[str, Any], steps: str) -> str:
+    rows = []
+    for name, row in found["rows"].items():
+        each = row["steps"][steps]
+        if not each["parts_ms"] or not each["parts_ms"][0]:
+            continue
+        seconds = [median(turn[part] for turn in each["parts_ms"]) / 1e3 for part in found["parts"]]
+        rest = median(
+            total - sum(turn.values()) / 1e3 for total, turn in zip(each["s"], each["parts_ms"], strict=True)
+        )
+        rows.append([name, *(f"{value:.3f}" for value in (*seconds, seconds[1] / int(steps), rest))])
+    head = ["seconds by the clock, medians", *found["parts"], "one denoiser step", "the rest"]
+    return Table(head, rows).markdown()
+
+
+def _processes(found: Mapping[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            f"{row['folder_mb']:.0f}",
+            f"{median(row['load_s']):.1f}",
+            f"{median(row['first_s']):.1f}",
+            f"{row['peak_mb']:.0f}",
+        ]
+        for name, row in found["rows"].items()
+    ]
+    head = ["pipeline", "MB on disk", "s to load", "s, first image", "peak MB"]
+    return f"## What a process costs\n\n{Table(head, rows).markdown()}"
