@@ -62,13 +62,13 @@ class Race:
         python = environment(contender.environment, self.environments)
         return Process(python, contender.name, self.case, self.case.place("log.txt"))
 
-    def prepare(self, wanted: Sequence[Contender]) -> list[Contender]:
-        """Let those that are wanted, and what they need, be prepared; those that can run."""
+    def prepare(self, wanted: Sequence[Contender], done: bool) -> list[Contender]:
+        """Let those that are wanted, and what they need, be prepared, unless it is done; those that can run."""
         known, ready = contenders(), []
         for contender in wanted:
             reason = contender.obstacle(self.case)
             needed = [contender] if contender.after is None else [known[contender.after], contender]
-            for each in [] if reason else needed:
+            for each in [] if reason or done else needed:
                 try:
                     if each.prepare is not None:
                         say(f"preparing {each.name}")
@@ -209,6 +209,8 @@ def main() -> None:
     parser.add_argument("--environments", type=Path, default=Path("runs/environments"))
     parser.add_argument("--one-at-a-time", action="store_true", help="load each for its turn alone")
     parser.add_argument("--only", nargs="*", help="parts of contenders' names; all by default")
+    parser.add_argument("--without", nargs="*", default=[], help="parts of names of those to leave out")
+    parser.add_argument("--prepared", action="store_true", help="all files are there: prepare nothing")
     parser.add_argument("--prepare", action="store_true", help="quantize and write files, and stop")
     parser.add_argument("--note", help="a sentence that goes into the results")
     given = parser.parse_args()
@@ -229,9 +231,10 @@ def main() -> None:
     wanted = [
         each
         for each in contenders().values()
-        if not given.only or any(part in each.name for part in given.only)
+        if (not given.only or any(part in each.name for part in given.only))
+        and not any(part in each.name for part in given.without)
     ]
-    ready = race.prepare(wanted)
+    ready = race.prepare(wanted, given.prepared)
     if given.prepare:
         return
     race.run(ready, given.rounds, not given.one_at_a_time)

@@ -32,7 +32,6 @@ class Case:
         prompts: image i is of prompt i, in turns.
         bf16: whether the processor computes in bf16; software bf16 is no contender.
         weights: qdeploy's format of weights: ``int7`` where sums of 8 bits saturate.
-        vae: qdeploy's formats of the decoder, beside the 16-bit one of the default.
     """
 
     shape: str
@@ -44,7 +43,6 @@ class Case:
     prompts: tuple[str, ...]
     bf16: bool
     weights: str
-    vae: tuple[str, ...] = ()
 
     @property
     def precision(self) -> str:

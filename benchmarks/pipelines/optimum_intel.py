@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,35 @@ def prepare(case: Case, form: str) -> None:
     if form == "int8 weights":
         how = {"quantization_config": OVWeightQuantizationConfig(bits=8)}
     elif form == "hybrid int8":  # one prompt is sampled in 50 steps, whatever is kept of them
-        calls = 160 if case.shape == "scenes" else 16
+        calls = 100 if case.shape == "scenes" else 16
         how = {
             "quantization_config": OVWeightQuantizationConfig(
                 bits=8, quant_method="hybrid", dataset=list(case.prompts), num_samples=calls
             )
         }
     pipeline = OVDiffusionPipeline.from_pretrained(
-        case.model, export=True, compile=False, local_files_only=True, **how
+        older_model(case), export=True, compile=False, local_files_only=True, **how
     )
     pipeline.save_pretrained(place)
     convert_tokenizer(place / "tokenizer")
+
+
+def older_model(case: Case) -> Path:
+    """The model with its text encoder's weights under the names that transformers 4 knows.
+
+    It would fill a text encoder that transformers 5 has saved with random weights, and only warn.
+    """
+    from safetensors.torch import load_file, save_file
+
+    place = case.place("older-model")
+    if not place.is_dir():
+        shutil.copytree(case.model, place.with_suffix(".part"))
+        file = place.with_suffix(".part") / "text_encoder" / "model.safetensors"
+        prefix, weights = "text_model.", load_file(file)
+        named = {name if name.startswith(prefix) else prefix + name: x for name, x in weights.items()}
+        save_file(named, file, metadata={"format": "pt"})
+        place.with_suffix(".part").rename(place)
+    return place
 
 
 def convert_tokenizer(place: Path) -> None:

@@ -33,13 +33,13 @@ def _prepare(case: Case, vae: str | None) -> None:
     from qdeploy.export.run import export
     from qdeploy.workflows.calibrate import calibrate
 
-    small = case.shape in ("scenes", "tiny")
+    small = case.shape == "scenes"
     data = collect(
         case.model,
         case.place("set"),
-        samples=8 if small else 1,
-        keep=20 if small else 8,
-        steps=20 if small else 8,
+        samples=8 if small else 2,
+        keep=20 if small else 4,
+        steps=20 if small else 4,
         prompts=case.prompts,
         guidance=case.guidance,
         scheduler="ddim",
@@ -63,6 +63,7 @@ def _prepare(case: Case, vae: str | None) -> None:
         precision=case.precision,
         threads=case.threads,
         components=None if vae is None else {"vae": vae},
+        calibration=None if vae is None else data,
     )
 
 
@@ -83,5 +84,13 @@ CONTENDERS = [
         ENGINE,
         partial(_prepare, vae=None),
         quantized=True,
+    ),
+    Contender(
+        "qdeploy W8A8, decoder too",
+        partial(_open, folder=f"{ENGINE}-vae-w8a8"),
+        f"{ENGINE}-vae-w8a8",
+        partial(_prepare, vae="w8a8"),
+        quantized=True,
+        after="qdeploy W8A8",
     ),
 ]

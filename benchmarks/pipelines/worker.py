@@ -117,6 +117,4 @@ class Process:
 
 if __name__ == "__main__":
     given = json.loads(sys.argv[2])
-    for each in ("prompts", "vae"):
-        given[each] = tuple(given[each])
-    serve(sys.argv[1], Case(**given))
+    serve(sys.argv[1], Case(**{**given, "prompts": tuple(given["prompts"])}))

@@ -140,7 +140,7 @@ def tune(
     source = open_model(model)
     asked = with_shipped_prompts((sampling or DEFAULT).changed(dict(options)), source.path)
     for each in schedulers:
-        make_scheduler(each, source.scheduler)
+        make_scheduler(each, source.scheduler())
     work = Steps(
         source, Path(output), name, precision, asked,
         calibration_samples, samples, min_psnr, effort, rounds=1,
