@@ -61,6 +61,12 @@ def _blocks(content: Mapping[str, Any]) -> str:
     return _markdown(head, rows)
 
 
+def _pipelines(content: Mapping[str, Any]) -> str:
+    from benchmarks.pipeline_report import tables
+
+    return tables(content)
+
+
 def _builds(content: Mapping[str, Any]) -> str:
     rows = [
         [
@@ -79,6 +85,13 @@ def _builds(content: Mapping[str, Any]) -> str:
 
 
 QUESTIONS = {
+    "from-prompt-to-png-on-scenes": Question(
+        "pipeline-scenes.json",
+        "From prompt to PNG on scenes: who is fastest, and how near to full precision?",
+        "python -m benchmarks.pipeline --shape scenes --steps 4 20 50 --rounds 6 --without compiled",
+        "2026-11-29",
+        _pipelines,
+    ),
     "how-good-are-the-methods-on-digits": Question(
         "digits.json",
         "How good are the methods on digits?",
