@@ -68,7 +68,6 @@ if TYPE_CHECKING:
     from qdeploy.workflows.packaging.run import package
     from qdeploy.workflows.preflight import preflight
     from qdeploy.workflows.sweep import sweep
-    from qdeploy.workflows.tune import tune
     from qdeploy.workflows.work import work
 
 __all__ = [
@@ -128,7 +127,6 @@ __all__ = [
     "sensitivity",
     "sign",
     "sweep",
-    "tune",
     "verify",
     "work",
 ]
@@ -206,7 +204,6 @@ _NAMES = {
     "qdeploy.workflows.packaging.run": ("package",),
     "qdeploy.workflows.preflight": ("preflight",),
     "qdeploy.workflows.sweep": ("sweep",),
-    "qdeploy.workflows.tune": ("tune",),
     "qdeploy.workflows.work": ("work",),
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names}
