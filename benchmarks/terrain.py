@@ -25,6 +25,7 @@ from qdeploy.model.inputs import denoise
 from qdeploy.model.sampling import COLLECTING
 from qdeploy.quant.checkpoint import load_checkpoint
 from qdeploy.quant.modes import weights_only
+from qdeploy.store.artifact import CalibrationFolder
 from qdeploy.store.files import write_json
 from qdeploy.system.decibels import sqnr_db
 from qdeploy.workflows.calibrate import calibrate
@@ -33,11 +34,10 @@ STEPS = 2  # of sampling: the network is called at t = 1095 and 202
 PRESETS = ("w8a8-minmax-cpu", "w8a8-smoothquant-outliers", "w4a8-gptq")
 
 
-def rows_of(model: Path, folder: Path, images: int, seed: int) -> CalibrationSet:
+def calls_of(model: Path, folder: Path, images: int, seed: int) -> CalibrationFolder:
     """Calls of the network while images of some seeds are sampled."""
     sampling = replace(COLLECTING, steps=STEPS, batch=1, seed=seed)
-    found = collect(model, folder / f"set-{seed}-{images}", sampling, keep=STEPS, samples=images)
-    return CalibrationSet.open(found.path)
+    return collect(model, folder / f"set-{seed}-{images}", sampling, keep=STEPS, samples=images)
 
 
 def predictions(network: torch.nn.Module, data: CalibrationSet) -> Tensor:
@@ -57,14 +57,17 @@ def by_timestep(reference: Tensor, other: Tensor, timesteps: Tensor) -> dict[int
 def measure(folder: Path, presets: list[str], images: int = 6) -> list[dict[str, Any]]:
     """One record for each preset: SQNR by timestep, of the weights alone too, and processor seconds."""
     model = terrain_folder(folder)
-    data, unseen = rows_of(model, folder, images, 0), rows_of(model, folder, 2, 900)
+    data, unseen = (
+        calls_of(model, folder, images, 0),
+        CalibrationSet.open(calls_of(model, folder, 2, 900).path),
+    )
     timesteps = unseen.timesteps.flatten()
     reference = predictions(open_model(model).load().float().eval(), unseen)
     records = []
     for preset in presets:
         began = time.process_time()
         checkpoint = calibrate(
-            model, folder / f"checkpoint-{preset}", recipe=preset, effort="fast", calibration=data.path,
+            model, folder / f"checkpoint-{preset}", recipe=preset, effort="fast", calibration=data,
             overwrite=True,
         )  # fmt: skip
         took = time.process_time() - began

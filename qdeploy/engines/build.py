@@ -26,6 +26,7 @@ from qdeploy.store.builder import Draft
 from qdeploy.store.facts import EngineFacts, PipelineFacts
 from qdeploy.store.hub import local_artifact
 from qdeploy.store.paths import default_output
+from qdeploy.store.work import full_disk_named
 from qdeploy.system.errors import CapabilityError, InvalidInputError, UsageError
 from qdeploy.system.machine import (
     BF16_INSTRUCTIONS,
@@ -272,7 +273,8 @@ def _convert(
     """
     if backend.build_options:
         build_options = build_options | {"precision": facts.engine_precision, "batch": facts.batch}
-    took = backend.build(graph, draft.content / facts.component, **build_options)
+    with full_disk_named(draft.content):
+        took = backend.build(graph, draft.content / facts.component, **build_options)
     for name in source.files:
         if not name.endswith((".onnx", ".onnx_data")):
             draft.copy(source.file(name), name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -59,7 +60,7 @@ def build(
     _name_deterministically(model)
     folder.mkdir(parents=True, exist_ok=True)
     names = _statistics(model)
-    openvino.save_model(model, folder / MODEL, compress_to_fp16=False)
+    save(model, folder / MODEL)
     _keep_in_f32(folder / MODEL, names)
 
 
@@ -79,7 +80,21 @@ def build_component(onnx_path: Path, folder: Path, precision: str) -> None:
         ) from error
     _name_deterministically(model)
     folder.mkdir(parents=True, exist_ok=True)
-    openvino.save_model(model, folder / MODEL, compress_to_fp16=precision != "f32")
+    save(model, folder / MODEL, compress_to_fp16=precision != "f32")
+
+
+def save(model: Any, file: Path, compress_to_fp16: bool = False) -> None:
+    """Write an IR.
+
+    Raises:
+        OSError: no space is left: what OpenVINO says of a write that failed names no reason.
+    """
+    try:
+        import_silently("openvino").save_model(model, file, compress_to_fp16=compress_to_fp16)
+    except RuntimeError as error:
+        if "iostream" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise
 
 
 def _adapted(onnx_path: Path, scratch: Path) -> Path:

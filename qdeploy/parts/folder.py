@@ -25,7 +25,7 @@ from types import TracebackType
 from qdeploy.parts.leases import Lease, is_alive, join, take
 from qdeploy.store.bounded_json import read_json_object
 from qdeploy.store.files import explained_os_errors, sync, write_text
-from qdeploy.store.work import is_full
+from qdeploy.store.work import full_disk_named
 from qdeploy.system.errors import InvalidInputError, UsageError
 from qdeploy.system.hashing import sha256_file
 
@@ -111,7 +111,8 @@ class PartFolder:
             try:
                 partial.mkdir(parents=True)
                 began = time.perf_counter()
-                self._fill(number, partial, make)
+                with full_disk_named(self.folder):
+                    make(number, partial)
                 took = round(time.perf_counter() - began, 3)
                 hashes = {}
                 for file in sorted(partial.iterdir()):
@@ -128,16 +129,6 @@ class PartFolder:
                         raise
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
-
-    def _fill(self, number: int, partial: Path, make: Callable[[int, Path], None]) -> None:
-        try:
-            make(number, partial)
-        except OSError:
-            raise
-        except Exception as error:
-            if is_full(self.folder):  # runtimes report a full disk in words of their own
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
-            raise
 
     def files(self, number: int) -> dict[str, Path] | None:
         """The files of a part by name; None, and no part, if they are not as they were written.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -59,3 +62,23 @@ def check_space(output: Path, needed: int) -> None:
 def is_full(output: Path) -> bool:
     """Whether the disk of ``output`` is full."""
     return shutil.disk_usage(output.parent).free < LEAST_SPACE
+
+
+@contextmanager
+def full_disk_named(path: Path) -> Iterator[None]:
+    """Within, an error of a library on a full disk is an `OSError` that says so: each reports it in words of its own.
+
+    Args:
+        path: what is written, or a folder beside it.
+
+    Raises:
+        OSError: no space is left; looked at before temporary files are gone again.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        if is_full(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise

@@ -249,20 +249,6 @@ def test_an_empty_folder_is_as_good_as_none(tmp_path: Path) -> None:
 # -- a system that refuses ---------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 kB; skipped where mounting is not permitted."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounting is not permitted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 def test_a_full_disk_is_explained_and_finished_steps_are_kept(small_disk: Path) -> None:
     output, counted = small_disk / "out", Counted()
 
