@@ -100,7 +100,7 @@ class TensorRTEngine(Engine):
 
 
 class TensorRTRTXEngine(TensorRTEngine):
-    """A plan of TensorRT for RTX; arguments and errors as of `TensorRTEngine`."""
+    """A plan of TensorRT for RTX; arguments and errors as for `TensorRTEngine`."""
 
     backend = RTX.backend
     flavour = RTX

@@ -72,7 +72,7 @@ def choose_targets(flavour: Flavour, asked: str | None, graph: Graph, gpu: Gpu |
         Compute capabilities, ascending; empty for a library that builds for this machine's GPU alone.
 
     Raises:
-        UsageError, CapabilityError: as of `parse_gpus` and `check_targets`.
+        UsageError, CapabilityError: see `parse_gpus` and `check_targets`.
     """
     if not flavour.targets:
         return ()

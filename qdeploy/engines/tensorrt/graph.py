@@ -7,7 +7,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from qdeploy.export.graph.nodes import FLOAT4
 from qdeploy.system.errors import InvalidInputError
 
 # Quantized types by the name of the member of ``onnx.TensorProto``, and those that TensorRT has on GPUs.
@@ -60,6 +59,8 @@ def read_graph(path: Path, refuse: bool = True) -> Graph:
         InvalidInputError: it is no ONNX graph, or quantized in a way that TensorRT has no kernels for.
     """
     import onnx
+
+    from qdeploy.export.graph.nodes import FLOAT4
 
     try:
         model = onnx.load(path, load_external_data=False)

@@ -102,7 +102,7 @@ def report(layers: Sequence[Mapping[str, Any]], planned: Mapping[str, str]) -> d
     """Which of the planned layers really run in low bits.
 
     Args:
-        layers: as of `parse_layers`.
+        layers: see `parse_layers`.
         planned: the type that each node was quantized to multiply in, by its name.
 
     Returns:
@@ -140,8 +140,8 @@ def wide_results(
     """Low-bit products that write float32, and why: four bytes an element where 16 bits take two.
 
     Args:
-        layers: as of `parse_layers`.
-        planned: as of `report`.
+        layers: see `parse_layers`.
+        planned: see `report`.
         per_channel: names of the nodes whose weights have a scale for each output channel.
 
     Returns:

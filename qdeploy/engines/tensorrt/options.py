@@ -22,7 +22,7 @@ class Options:
     Attributes:
         precision: what is not quantized is computed in.
         batch: batch size that the default profile is tuned for.
-        shapes: optimization profiles, as of `qdeploy.engines.tensorrt.profiles`; derived from the graph if None.
+        shapes: optimization profiles (see `qdeploy.engines.tensorrt.profiles`); derived from the graph if None.
         timing_cache: file that remembers the timings of kernels between builds.
         workspace: GiB that kernels may use for scratch; TensorRT's own limit, all of the GPU, if None.
         refit: weights can be replaced without a build.

@@ -32,7 +32,7 @@ def bytes_moved(layers: Sequence[Mapping[str, Any]], batch: int) -> dict[str, An
     """Count the bytes of a call.
 
     Args:
-        layers: as of `qdeploy.engines.tensorrt.inspector.parse_layers`.
+        layers: see `qdeploy.engines.tensorrt.inspector.parse_layers`.
         batch: what an axis of open size counts as. In a plan for several shapes, an open axis can be the product of
             batch and tokens; the count is then too low, and ``exact`` says so.
 

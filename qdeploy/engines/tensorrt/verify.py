@@ -29,7 +29,7 @@ class BuildVerdict:
         targets: the GPUs that it was asked to compile for.
         built: whether it built an engine.
         reason: why not.
-        report: as of `qdeploy.engines.tensorrt.inspector.report`, and ``float32_results``; empty if not built.
+        report: see `qdeploy.engines.tensorrt.inspector.report`, and ``float32_results``; empty if not built.
         kernels: number of kernels; 0 if not built.
         products: the plan's matrix products, as ``type -> type of the result``.
     """
@@ -78,7 +78,7 @@ def verify(
     Args:
         source: an ONNX file, or an ONNX bundle, whose denoiser is meant.
         gpu: GPUs to compile for.
-        shapes: profiles, as of `qdeploy.engines.tensorrt.profiles.parse_shapes`; one batch of 1 to 2 if None.
+        shapes: profiles (see `qdeploy.engines.tensorrt.profiles.parse_shapes`); one batch of 1 to 2 if None.
         backend: the library, a name of `qdeploy.engines.tensorrt.flavour.FLAVOURS`.
         minutes: limit of time; none if None.
 

@@ -38,7 +38,7 @@ class BuildRequest:
         backend: the library, a name of `FLAVOURS`.
         source: the graph as it was exported, for its inputs and outputs.
         graph: the graph in the types to compute in.
-        profiles: as of `qdeploy.engines.tensorrt.profiles.describe`.
+        profiles: see `qdeploy.engines.tensorrt.profiles.describe`.
         options: the build's options.
         targets: compute capabilities to compile for.
         gpu: the GPU of this machine, if any.
