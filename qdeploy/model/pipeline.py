@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from qdeploy.model.folder import COMPONENTS
 from qdeploy.model.media import Media, read_media
 from qdeploy.model.sampling import Sampling
-from qdeploy.system.errors import InvalidInputError, UsageError
+from qdeploy.system.errors import CapabilityError, InvalidInputError, UsageError
 
 _BINNED = (32, 64, 128, 256)  # sizes of latents that PixArt's pipelines have aspect ratios for
 
@@ -47,6 +48,7 @@ def generate(
         UsageError: prompts are missing, or an option is unknown to the pipeline.
         InvalidInputError: the pipeline cannot make images of that size, made something unknown, or did not call the
             denoiser that it was given.
+        CapabilityError: the pipeline needs a package that is not installed.
     """
     known = inspect.signature(pipeline.__call__).parameters
     arguments: dict[str, Any] = {
@@ -82,6 +84,13 @@ def generate(
     with _must_be_called(pipeline):
         try:
             result = pipeline(**arguments)
+        except NameError as error:  # pipelines import what is optional for others where it is installed
+            package = str(error.name)
+            if isinstance(error, UnboundLocalError) or find_spec(package) is not None:
+                raise
+            raise CapabilityError(
+                f"{type(pipeline).__name__} needs the package {package}: pip install {package}"
+            ) from error
         except (ValueError, RuntimeError, TypeError, IndexError, AttributeError, ImportError) as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InvalidInputError(f"{type(pipeline).__name__} cannot sample as asked: {first}") from error

@@ -60,7 +60,7 @@ _variant(
     transformers.flux_folder,
     {"image": 16},
     **MIDDLE,
-    arguments={"_auto_resize": False},
+    arguments={"_auto_resize": False, "max_area": 256},
 )
 _variant("PixArtSigmaPipeline", transformers.pixart_folder, guidance=3.0)
 _variant(
