@@ -250,21 +250,27 @@ def test_pairs_of_another_code_type_stay_two() -> None:
     keeps_away(SharedQuantizers(), graph(text))
 
 
-def test_pairs_with_a_computed_scale_stay_two() -> None:
-    keeps_away(
-        SharedQuantizers(),
-        graph(
-            """
-            agraph (float[2,3] x, float s) => (float[2,3] y, float[2,3] z)
-            <int8 n = {0}> {
-                a = QuantizeLinear (x, s, n)
-                y = DequantizeLinear (a, s, n)
-                c = QuantizeLinear (x, s, n)
-                z = DequantizeLinear (c, s, n)
-            }
-            """
-        ),
-    )
+COMPUTED = """
+agraph (float[2,3] x, float s, float t) => (float[2,3] y, float[2,3] z)
+<int8 n = {0}> {
+    a = QuantizeLinear (x, s, n)
+    b = DequantizeLinear (a, s, n)
+    c = QuantizeLinear (x, SECOND, n)
+    d = DequantizeLinear (c, SECOND, n)
+    y = Relu (b)
+    z = Neg (d)
+}
+"""
+
+
+def test_pairs_with_two_computed_scales_stay_two() -> None:
+    keeps_away(SharedQuantizers(), graph(COMPUTED.replace("SECOND", "t")))
+
+
+def test_pairs_with_one_computed_scale_become_one() -> None:
+    model = graph(COMPUTED.replace("SECOND", "s"))
+    fires(SharedQuantizers(), model)
+    assert operators(model) == ["QuantizeLinear", "DequantizeLinear", "Relu", "Neg"]
 
 
 def test_pairs_along_other_axes_stay_two() -> None:
