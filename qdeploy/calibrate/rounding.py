@@ -66,11 +66,12 @@ class SoftRounding(nn.Module):
         self.format = number_format
         self.register_buffer("scale", over_weight(scale, weight.shape))
         self.register_buffer("zero_point", over_weight(zero_point, weight.shape).to(weight.dtype))
-        steps, gap = weight / self.scale, torch.ones(())
+        steps = weight / self.scale
+        gap = steps.new_ones(())
         if number_format.floating:
             steps = steps.clamp(number_format.qmin, number_format.qmax)
             gap = spacing(steps, number_format)
-        self.register_buffer("gap", gap.to(steps))
+        self.register_buffer("gap", gap)
         self.register_buffer("floor", (steps / self.gap).floor() * self.gap)
         self.v = nn.Parameter(inverse_rectified_sigmoid((steps - self.floor) / self.gap))
 

@@ -155,6 +155,7 @@ def test_a_set_of_one_image_cannot_be_checked(bundle: Bundle, model: Path, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ["scenes", "digits-dit"])
 def test_shipped_models_reach_forty_decibels(name: str, tmp_path: Path) -> None:
     found = find_zoo_model(name)
