@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,25 @@ if TYPE_CHECKING:
 _RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD = re.compile(rf"(?P<path>.*)\.(?P<layer>{'|'.join(_RENAMED)})\.(?P<what>weight|bias)")
 _LORA = re.compile(r"(^|\.)(lora_\w+|base_layer)(\.|$)")
+
+
+@contextmanager
+def without_parameters() -> Iterator[None]:
+    """Within, modules are made whose parameters have a shape alone; buffers have their values."""
+    from torch import nn
+
+    register = nn.Module.register_parameter
+
+    def without(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = without  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def fill(denoiser: nn.Module, files: Sequence[Path], folder: Path) -> None:

@@ -7,8 +7,6 @@ of its ``forward``), so that U-Nets and transformers are the same to the rest of
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from qdeploy.model.call import time_parameter
 from qdeploy.model.download import download
-from qdeploy.model.fill import fill
+from qdeploy.model.fill import fill, without_parameters
 from qdeploy.model.networks import find_network_class
-from qdeploy.model.pipeline_index import INDEX, NEVER_LOADED, read_index
+from qdeploy.model.pipeline_index import INDEX, NEVER_LOADED, PipelineIndex, read_index
 from qdeploy.model.requirements import require_libraries
 from qdeploy.model.weights import WeightFiles, find_weights, variants_needed
 from qdeploy.model.zoo import find_zoo_model
@@ -259,9 +257,7 @@ def open_model(source: str | Path) -> Model:
         for component in COMPONENTS:
             if component in index.components and (path / component / "config.json").is_file():
                 return Model(path, component, variant or None)
-        raise InvalidInputError(
-            f"{path} is a diffusers pipeline without a denoiser ({' or '.join(COMPONENTS)})"
-        )
+        raise InvalidInputError(_no_denoiser(path, index))
     if (path / "config.json").is_file() and "_class_name" in read_json(path / "config.json"):
         return Model(path, "", variant or None)
     raise InvalidInputError(
@@ -269,30 +265,21 @@ def open_model(source: str | Path) -> Model:
     )
 
 
+def _no_denoiser(path: Path, index: PipelineIndex) -> str:
+    for component in COMPONENTS:
+        if component in index.components:
+            return (
+                f"{path} is incomplete: {INDEX} names the component {component}, and there is no "
+                f"{component}/config.json"
+            )
+    return f"{path} is a diffusers pipeline without a denoiser ({' or '.join(COMPONENTS)})"
+
+
 def open_if_there(source: str | None) -> Model | None:
     """The model that an artifact notes as its source; None if it is not there any more."""
     if source is None or not (Path(source).exists() or Path(source.partition("@")[0]).exists()):
         return None
     return open_model(source)
-
-
-@contextmanager
-def without_parameters() -> Iterator[None]:
-    """Within, modules are made whose parameters have a shape alone; buffers have their values."""
-    from torch import nn
-
-    register = nn.Module.register_parameter
-
-    def without(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None:
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = without  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -38,9 +38,9 @@ def resolve_recipe(preset: str | Path | Recipe | None = None, **given: Any) -> R
         values.pop("stages", None)
     values |= chosen
     values.pop("description", None)
-    unknown = values.keys() - {each.name for each in fields(Recipe)}
-    if unknown:
-        raise InvalidInputError(f"the recipe has an unknown entry {sorted(unknown)[0]!r}")
+    known = [each.name for each in fields(Recipe)]
+    for surplus in sorted(values.keys() - set(known)):
+        raise InvalidInputError(unknown("entry of the recipe", surplus, known))
     recipe = Recipe(**values)
     return recipe if not options else replace(recipe, stages=with_options(recipe.stages, options))
 

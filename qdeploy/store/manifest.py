@@ -84,7 +84,10 @@ def read_manifest(path: Path) -> Manifest:
         InvalidInputError: there is none that this version can read.
     """
     if not path.exists():
-        raise InvalidInputError(f"{path} does not exist")
+        raise InvalidInputError(
+            f"{path} does not exist: what is needed here is the folder of an artifact, as `qdeploy collect`, "
+            "`calibrate`, `export` and `build-engine` write it"
+        )
     if not is_artifact(path):
         raise InvalidInputError(f"{path} is not a qdeploy artifact: it has no {MANIFEST}")
     try:

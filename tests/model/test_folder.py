@@ -9,6 +9,7 @@ import torch
 
 from qdeploy.model.folder import open_model
 from qdeploy.model.inputs import denoise, example_inputs
+from qdeploy.system.errors import InvalidInputError
 from tests.helpers import tiny_unet
 from tests.models import tiny_dit
 
@@ -45,3 +46,13 @@ def test_changing_a_loaded_network_leaves_its_file_alone(tmp_path: Path) -> None
         for parameter in model.load().parameters():
             parameter.zero_()
     assert open_model(tmp_path).sha256 == before
+
+
+def test_a_folder_whose_denoiser_was_not_copied_is_incomplete(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(
+        '{"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}'
+    )
+    with pytest.raises(
+        InvalidInputError, match=r"names the component unet, and there is no unet/config\.json"
+    ):
+        open_model(tmp_path)

@@ -140,6 +140,13 @@ def test_a_missing_file_and_an_unknown_preset_are_refused(tmp_path: Path) -> Non
         resolve_recipe("w1a1")
 
 
+def test_a_misspelled_entry_is_refused_with_the_entry_that_was_meant(tmp_path: Path) -> None:
+    with pytest.raises(
+        InvalidInputError, match=r"unknown entry of the recipe 'metod' \(did you mean 'method'\?\)"
+    ):
+        resolve_recipe(written(tmp_path / "bad.yaml", "metod: qdiffusion"))
+
+
 def test_unsigned_activations_run_where_the_target_says_so() -> None:
     for target in ("openvino", "onnxruntime"):
         assert not resolve_recipe(activations="uint8", target=target).simulated()

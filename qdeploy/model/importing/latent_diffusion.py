@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qdeploy.model.fill import fill_tensors
-from qdeploy.model.folder import without_parameters
+from qdeploy.model.fill import fill_tensors, without_parameters
 from qdeploy.model.importing.checkpoint_file import read_checkpoint
 from qdeploy.model.importing.ldm_config import LatentDiffusionConfig, read_config
 from qdeploy.model.importing.ldm_names import autoencoder_tensors, unet_tensors
