@@ -58,7 +58,7 @@ class Newcomer:
         self.home = folder / "home"
         self.home.mkdir(parents=True)
         self.clone = folder / "clone"
-        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(self.clone)], check=True)
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(self.clone)], check=True)  # noqa: S607
         subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)
 
     def run(self, line: str, place: Path) -> tuple[int, float, str]:
@@ -67,7 +67,7 @@ class Newcomer:
         path = f"{self.folder / 'venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"
         began = time.monotonic()
         done = subprocess.run(
-            ["bash", "-c", line.replace("'qdeploy[", f"'{self.clone}[")],
+            ["bash", "-c", line.replace("'qdeploy[", f"'{self.clone}[")],  # noqa: S607
             cwd=self.clone if "./tools/" in line else place,
             env=kept | {"HOME": str(self.home), "PATH": path},
             capture_output=True,

@@ -75,7 +75,7 @@ def inspect(path: str, as_json: bool) -> None:
 @verb
 def methods(name: str | None, question: str | None, as_json: bool) -> None:
     """List methods, stages, presets, formats, coverages, efforts and targets; or explain one of them."""
-    from qdeploy.workflows.describe import as_text, explanation
+    from qdeploy.workflows.describe import explanation, overview
     from qdeploy.workflows.inspect import explain, methods
 
     if name and question is not None:
@@ -84,7 +84,7 @@ def methods(name: str | None, question: str | None, as_json: bool) -> None:
         _which(question, as_json)
         return
     words: dict[str, Any] = explain(name) if name else methods()
-    print_result(as_json, lambda: words, lambda: explanation(words) if name else as_text(words))
+    print_result(as_json, lambda: words, lambda: explanation(words) if name else overview(words))
 
 
 def _which(question: str, as_json: bool) -> None:

@@ -109,14 +109,21 @@ def explanation(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *(["", *([] if stages else ["recipe"]), *_recipe(recipe)] if recipe else [])])
 
 
-def as_text(value: Mapping[str, Any], indent: int = 0) -> str:
-    """A mapping as indented lines for people."""
-    lines = []
-    pad = "  " * indent
-    for key, item in value.items():
-        if isinstance(item, Mapping) and item:
-            lines += [f"{pad}{key}:", as_text(item, indent + 1)]
-        elif item not in (None, {}, []):
-            shown = ", ".join(map(str, item)) if isinstance(item, list | tuple) else item
-            lines.append(f"{pad}{key}: {shown}")
-    return "\n".join(lines)
+def overview(words: Mapping[str, Any]) -> str:
+    """The result of `qdeploy.workflows.inspect.methods` for people: a line on what is chosen first, names of the rest."""
+    lines: list[str] = []
+    for group in ("presets", "methods", "targets", "efforts", "coverages"):
+        lines += [group, *_entries(words[group]), ""]
+    for group in ("stages", "formats"):
+        lines += [group, *_wrapped(", ".join(words[group]), "  "), ""]
+    return "\n".join(
+        [*lines, "qdeploy methods NAME explains one of them, qdeploy methods --which 'dit cpu 4-bit' chooses"]
+    )
+
+
+def _entries(entries: Mapping[str, Any]) -> Iterator[str]:
+    width = max(len(name) for name in entries)
+    for name, entry in entries.items():
+        start = f"  {name:{width}}  "
+        text = entry if isinstance(entry, str) else f"{entry['description']} ({entry['paper']})"
+        yield from _wrapped(text, start, " " * len(start))
