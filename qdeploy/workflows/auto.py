@@ -1,7 +1,7 @@
 """The verb ``auto``: from a model to a checked, measured engine and its report, by one command.
 
-It runs the other verbs in their order. A ladder of recipes, the fastest engine first, is climbed until one meets
-the bound on quality. Every step is an ordinary artifact in the output folder, so that an interrupted run
+It runs the other verbs in their order, `preflight` first. A ladder of recipes, the fastest engine first, is climbed
+until one meets the bound on quality. Every step is an ordinary artifact in the output folder, so that an interrupted run
 continues, and each can be made or changed by hand: `commands` lists what to type for that.
 """
 
@@ -218,6 +218,7 @@ def auto(
     )  # fmt: skip
     if explain:
         return AutoCommands(tuple(run.commands(ladder)))
+    run.preflight()
     with explained_os_errors(run.output):
         run.output.mkdir(parents=True, exist_ok=True)
     data = run.collect()

@@ -17,6 +17,7 @@ from qdeploy.model.sampling import CHECKING, Sampling
 from qdeploy.store.artifact import Bundle, CalibrationFolder, Checkpoint, EngineFolder
 from qdeploy.system.errors import UsageError
 from qdeploy.system.machine import has_bf16, int8_sums_saturate, machine
+from qdeploy.system.progress import say
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,17 @@ class Steps:
     def keep(self) -> int:
         """Denoiser calls of each trajectory to calibrate and to check on."""
         return min(KEEP, self.sampling.steps)
+
+    def preflight(self) -> None:
+        """Try everything once before hours are spent; an earlier run that got further has tried it."""
+        from qdeploy.workflows.preflight import preflight
+
+        if self.output.exists():
+            return
+        found = preflight(self.model, self.sampling)
+        say(found.table())
+        if found.error is not None:
+            raise found.error
 
     def collect(self) -> CalibrationFolder:
         from qdeploy.calibration_set.collect import collect
@@ -158,6 +170,7 @@ class Steps:
         ):
             asked += [word for text in texts or () for word in (flag, text)]
         amount = ["--samples", str(self.calibration_samples), "--keep", str(self.keep)]
+        yield _line("preflight", source, *asked)
         yield _line("collect", source, "-o", out / "set", *amount, *asked)
         for rung in ladder:
             name = out / rung.recipe

@@ -110,7 +110,7 @@ def explanation(result: Mapping[str, Any]) -> str:
 
 
 def overview(words: Mapping[str, Any]) -> str:
-    """The result of `qdeploy.workflows.inspect.methods` for people: a line on what is chosen first, names of the rest."""
+    """The result of `qdeploy.workflows.inspect.methods` for people: a line on each preset, names of the rest."""
     lines: list[str] = []
     for group in ("presets", "methods", "targets", "efforts", "coverages"):
         lines += [group, *_entries(words[group]), ""]

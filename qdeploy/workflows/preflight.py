@@ -58,10 +58,12 @@ class PreflightResult:
     Attributes:
         path: the model's folder.
         findings: in the order of the steps.
+        error: why the first step that does not work does not; None if all do.
     """
 
     path: Path
     findings: list[StepResult]
+    error: QDeployError | None = None
 
     @property
     def passed(self) -> bool:
@@ -71,7 +73,7 @@ class PreflightResult:
     @property
     def problem(self) -> str | None:
         """Why the first step that does not work does not; None if all do."""
-        return next((finding.detail for finding in self.findings if finding.works is False), None)
+        return None if self.error is None else str(self.error)
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of ``qdeploy preflight --json``."""
@@ -129,18 +131,18 @@ class _Preflight:
             ("structure", self._structure),
             ("trace into ONNX", self._trace),
         ]
-        broken = False
+        failure: QDeployError | None = None
         for name, step in steps:
-            if broken:
+            if failure is not None:
                 self.findings.append(StepResult(name, None, "the step before does not work"))
                 continue
             began = time.perf_counter()
             try:
                 works, detail = True, step()
             except QDeployError as error:
-                works, detail, broken = False, str(error), True
+                works, detail, failure = False, str(error), error
             self.findings.append(StepResult(name, works, detail, time.perf_counter() - began))
-        return PreflightResult(self.model.path, self.findings)
+        return PreflightResult(self.model.path, self.findings, failure)
 
     def _load(self) -> str:
         self.denoiser = self.model.load()

@@ -14,7 +14,8 @@ from click.testing import Result
 from qdeploy.model.card import CARD
 from qdeploy.sampling.pipeline_folder import load_pipeline
 from qdeploy.store.artifact import EngineFolder, open_artifact
-from qdeploy.workflows import auto_steps
+from qdeploy.system.errors import InvalidInputError
+from qdeploy.workflows import auto_steps, preflight
 
 FEW = (
     "--steps", "4", "--scheduler", "ddim", "--calibration-samples", "2", "--samples", "2", "--rounds", "1",
@@ -36,8 +37,9 @@ def test_one_command_makes_what_its_explanation_says(
     assert explained.exit_code == 0, explained.stderr
     assert not (tmp_path / "by-hand").exists()
     commands = [shlex.split(line) for line in explained.stdout.splitlines()]
-    assert [words[1] for words in commands[:5]] == ["collect", "calibrate", "export", "build-engine", "check"]
-    for words in commands[:3]:
+    verbs = ["preflight", "collect", "calibrate", "export", "build-engine", "check"]
+    assert [words[1] for words in commands[:6]] == verbs
+    for words in commands[:4]:
         assert qdeploy(*words[1:]).exit_code == 0
 
     done = qdeploy("auto", ddpm, "-o", tmp_path / "auto", *FEW, "--min-psnr", "20", "--json")
@@ -106,3 +108,17 @@ def test_a_pipeline_that_needs_prompts_says_so(
     done = qdeploy("auto", stable_diffusion, "-o", tmp_path / "auto")
     assert done.exit_code == 2
     assert "needs prompts" in done.stderr
+
+
+def test_a_model_that_preflight_refuses_costs_no_calibration(
+    qdeploy: Callable[..., Result], ddpm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise InvalidInputError("this network branches on its input")
+
+    monkeypatch.setattr(preflight, "trace", refuse)
+    done = qdeploy("auto", ddpm, "-o", tmp_path / "auto", *FEW)
+    assert done.exit_code == 5
+    assert re.search(r"trace into ONNX +fails", done.stderr)
+    assert done.stderr.splitlines()[-1] == "qdeploy: this network branches on its input"
+    assert not (tmp_path / "auto").exists()
