@@ -1,8 +1,8 @@
 """The verb ``auto``: from a model to a checked, measured engine and its report, by one command.
 
 It runs the other verbs in their order, `preflight` first. A ladder of recipes, the fastest engine first, is climbed
-until one meets the bound on quality. Every step is an ordinary artifact in the output folder, so that an interrupted run
-continues, and each can be made or changed by hand: `commands` lists what to type for that.
+until one meets the bound on quality. Every step is an ordinary artifact in the output folder, so that an interrupted
+run continues, and each can be made or changed by hand: `commands` lists what to type for that.
 """
 
 from __future__ import annotations
