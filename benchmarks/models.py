@@ -83,6 +83,24 @@ def model_folder(shape: str, folder: Path) -> Path:
     return path
 
 
+def store_in(folder: Path, name: str) -> Path:
+    """Store the weights of all components of a folder in another type, such as ``bfloat16``."""
+    from safetensors.torch import load_file, save_file
+
+    for file in folder.rglob("*.safetensors"):
+        tensors = load_file(file)
+        if any(
+            tensor.dtype.is_floating_point and str(tensor.dtype) != f"torch.{name}"
+            for tensor in tensors.values()
+        ):
+            stored = {
+                key: tensor.to(getattr(torch, name)) if tensor.dtype.is_floating_point else tensor
+                for key, tensor in tensors.items()
+            }
+            save_file(stored, file, {"format": "pt"})
+    return folder
+
+
 def _make(shape: str) -> Any:
     import diffusers
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks.scale --shape sd15 --output runs/scale
     python -m benchmarks.scale --shape sdxl --stages model export-fp32
+    python -m benchmarks.scale --stored bfloat16 --output runs/scale-bf16  # as most models are published
 
 Every stage is the command line in a process of its own. Peak memory is the process's high-water mark as the
 system tells it (VmHWM), which counts pages of files that are mapped; "own" is without those, sampled ten times a
@@ -22,6 +23,7 @@ from pathlib import Path
 from resource import RUSAGE_CHILDREN, getrusage
 from typing import Any
 
+from qdeploy.model.folder import open_model
 from qdeploy.store.files import write_json, write_text
 from qdeploy.system.tables import MISSING, Table, number
 
@@ -44,7 +46,9 @@ COLUMNS = (
 INTERVAL = 0.1
 
 
-def commands(shape: str, folder: Path, images: int, steps: int, recipe: list[str]) -> dict[str, list[str]]:
+def commands(
+    shape: str, folder: Path, images: int, steps: int, recipe: list[str], stored: str
+) -> dict[str, list[str]]:
     """The command line of every stage; paths are those in ``folder``."""
     from benchmarks.models import PROMPTS
 
@@ -52,16 +56,16 @@ def commands(shape: str, folder: Path, images: int, steps: int, recipe: list[str
     write_text(prompts, "\n".join(PROMPTS) + "\n")
     model, places = str(folder / shape), {stage: str(folder / f"{shape}-{stage}") for stage in STAGES}
     qdeploy = [sys.executable, "-m", "qdeploy.cli"]
-    sampled = ["--scheduler", "ddim", "--inference-steps", str(steps), "--guidance", "1"]
-    make = f"model_folder({shape!r}, Path({str(folder)!r}))"
+    sampled = ["--scheduler", "ddim", "--steps", str(steps), "--guidance", "1"]
+    make = f"store_in(model_folder({shape!r}, Path({str(folder)!r})), {stored!r})"
     return {
         "model": [
             *(sys.executable, "-c"),
-            f"from pathlib import Path; from benchmarks.models import model_folder; {make}",
+            f"from pathlib import Path; from benchmarks.models import model_folder, store_in; {make}",
         ],
         "collect": [
             *(*qdeploy, "collect", model, "-o", places["collect"], "--samples", str(images)),
-            *("--steps", str(steps), "--batch", "1", "--prompts", str(prompts), *sampled),
+            *("--keep", str(steps), "--batch", "1", "--prompts", str(prompts), *sampled),
         ],
         "calibrate": [
             *(*qdeploy, "calibrate", model, "-o", places["calibrate"], "--effort", "fast"),
@@ -154,6 +158,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=("cifar", "sd15", "pixart", "sdxl"), default="sd15")
     parser.add_argument("--images", type=int, default=1, help="images of the calibration set")
     parser.add_argument("--steps", type=int, default=8, help="denoiser calls of each image, all kept")
+    parser.add_argument("--stored", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--recipe", default="--method minmax", help="options of `qdeploy calibrate`")
     parser.add_argument("--stages", nargs="*", choices=STAGES, default=STAGES[:-1])
     parser.add_argument("--output", type=Path, default=Path("runs/scale"))
@@ -164,7 +169,7 @@ def main() -> None:
     file = folder / f"{arguments.shape}-scale.json"
     rows: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     recipe = shlex.split(arguments.recipe)
-    todo = commands(arguments.shape, folder, arguments.images, arguments.steps, recipe)
+    todo = commands(arguments.shape, folder, arguments.images, arguments.steps, recipe, arguments.stored)
     for stage in arguments.stages:
         if rows.get(stage, {}).get("code") == 0:
             continue
@@ -175,10 +180,8 @@ def main() -> None:
         write_json(file, rows)
         if row["code"] not in (0, 3):  # 3: a threshold was missed, which stops nothing
             break
-    weights = sum(
-        path.stat().st_size for path in (folder / arguments.shape).rglob("diffusion_pytorch_model*")
-    )
-    weights -= sum(path.stat().st_size for path in (folder / arguments.shape / "vae").glob("diffusion*"))
+    denoiser = open_model(folder / arguments.shape)
+    weights = 4 * sum(parameter.numel() for parameter in denoiser.load().parameters())
     table = [cells(stage, rows[stage], weights) for stage in STAGES if stage in rows]
     write_text(folder / f"{arguments.shape}-scale.md", Table(COLUMNS, table).markdown())
     print(Table(COLUMNS, table).text())
