@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from qdeploy.evaluate.benchmark import benchmark
     from qdeploy.evaluate.check import check
     from qdeploy.evaluate.report_page.run import report
+    from qdeploy.export.gguf import export_gguf
     from qdeploy.export.lint.run import lint
     from qdeploy.export.run import export
     from qdeploy.mixed.sensitivity import sensitivity
@@ -109,6 +110,7 @@ __all__ = [
     "demo",
     "doctor",
     "export",
+    "export_gguf",
     "import_checkpoint",
     "import_model",
     "init",
@@ -177,6 +179,7 @@ _NAMES = {
     "qdeploy.evaluate.benchmark": ("benchmark",),
     "qdeploy.evaluate.check": ("check",),
     "qdeploy.evaluate.report_page.run": ("report",),
+    "qdeploy.export.gguf": ("export_gguf",),
     "qdeploy.export.lint.run": ("lint",),
     "qdeploy.export.run": ("export",),
     "qdeploy.mixed.sensitivity": ("sensitivity",),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 _EXPORT = Verb("qdeploy.export.run", "export")
+_GGUF = Verb("qdeploy.export.gguf", "export_gguf")
 _BUILD = Verb("qdeploy.engines.build", "build_engine")
 _PUSH = Verb("qdeploy.store.hub", "push")
 _SIGN = Verb("qdeploy.store.sign", "sign")
@@ -51,6 +52,17 @@ def export(source: str, no_components: bool, as_json: bool, **options: Any) -> N
         say("--no-components is now called --no-pipeline: the old word goes with the next version")
         options["components"] = False
     report_made(_EXPORT.call(source, **options), began, as_json)
+
+
+@click.command("export-gguf")
+@click.argument("checkpoint")
+@click.option("-o", "--output", required=True, help="File to write, named *.gguf.")
+@_GGUF.option("overwrite", "Replace a file that is there.")
+@verb
+def export_gguf(checkpoint: str, as_json: bool, **options: Any) -> None:
+    """Write a checkpoint's weights as a GGUF file, which diffusers loads."""
+    made = _GGUF.call(checkpoint, **options)
+    print_result(as_json, made.to_json, made.as_text)
 
 
 def _tensorrt(function: F) -> F:
