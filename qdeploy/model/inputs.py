@@ -87,7 +87,8 @@ def example_inputs(model: Model, rows: int, seed: int = 0) -> dict[str, Tensor]:
     channels = config.get("in_channels")
     if not isinstance(size, int) or not isinstance(channels, int):
         raise InvalidInputError(
-            f"{model.folder} does not say its sample size: pass a calibration set, whose inputs fit"
+            f"{model.folder} does not say its sample size: pass a calibration set, whose inputs fit; the smallest is "
+            f"made by `qdeploy collect {model.path} -o set --samples 1 --steps 4 --keep 2`"
         )
     names = list(inspect.signature(model.denoiser_class().forward).parameters)
     steps = torch.linspace(1, 999, rows).round().long()
