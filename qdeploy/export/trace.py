@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from qdeploy.export.complex_numbers import complex_as_real
+from qdeploy.export.slice_pairs import quick_slice_pairs
 from qdeploy.model.call import time_parameter
 from qdeploy.model.inputs import denoise
 from qdeploy.quant import nvfp4
@@ -103,7 +104,7 @@ def export_program(
     dynamic = [dict.fromkeys(known, torch.export.Dim.AUTO) for known in named.values()]
     by_position = isinstance(module, _Call)
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), torch.no_grad(), quick_slice_pairs():
             traced = torch.export.export(
                 module.eval(),
                 tuple(inputs.values()),

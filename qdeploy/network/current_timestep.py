@@ -33,9 +33,20 @@ class CurrentTimestep:
     """
 
     def __init__(self) -> None:
-        self.now: Tensor | None = None
+        self._found: dict[tuple[float, ...], Tensor] = {}
+        self.now = None
         self.check: Callable[[float], None] | None = None
         self.single = False
+
+    @property
+    def now(self) -> Tensor | None:
+        """The timesteps of the running call."""
+        return self._now
+
+    @now.setter
+    def now(self, timesteps: Tensor | None) -> None:
+        self._now = timesteps
+        self._found.clear()
 
     def __deepcopy__(self, memo: Any) -> CurrentTimestep:
         return self  # a copied quantizer still asks that of the network that it is in
@@ -50,18 +61,25 @@ class CurrentTimestep:
         finally:
             self.now = before
 
-    def index(self, edges: Tensor) -> Tensor:
+    def index(self, edges: Tensor, known: tuple[float, ...] | None = None) -> Tensor:
         """Which entry each row uses: the number of edges below its timestep.
 
         Args:
             edges: [K - 1], ascending.
+            known: their values, if a tracer has no others to compare: whoever names the same ones in the same call
+                gets the same tensor, so that a traced graph looks the timestep up once and not in every layer.
 
         Returns:
             [B] int64 in ``[0, K - 1]``; at an edge the lower entry.
         """
+        if known is not None and known in self._found:
+            return self._found[known]
         assert self.now is not None, "nothing is running: it is set by the network's own forward"
         now = self.now[:1] if self.single else self.now
-        return (now[:, None] > edges).sum(1)
+        index = (now[:, None] > edges).sum(1)
+        if known is not None:
+            self._found[known] = index
+        return index
 
 
 def attach_current_timestep(denoiser: nn.Module) -> CurrentTimestep:

@@ -48,6 +48,7 @@ class ActivationQuantizer(nn.Module):
             self.register_buffer(name, None)
         self.axis: int | None = None
         self.current_timestep: CurrentTimestep | None = None
+        self.known_edges: tuple[float, ...] | None = None
         self.enabled = True
 
     def set(
@@ -113,6 +114,7 @@ class ActivationQuantizer(nn.Module):
             what = "a zero point that moves" if moves else "a scale for each input channel"
             raise CapabilityError(f"{what} is not possible in a static integer kernel: this is a simulation")
         self.frozen = self.fixed_zero_point.to(stored)
+        self.known_edges = tuple(self.edges.tolist())
         self.nominal = _nominal(self.scale)
         self.to_nominal, self.from_nominal = self.nominal / self.scale, self.scale / self.nominal
 
@@ -156,7 +158,7 @@ class ActivationQuantizer(nn.Module):
             return values.view(shape)
         assert self.current_timestep is not None, "scales that depend on the timestep need the current one"
         shape[0] = -1
-        chosen = values.view(shape).index_select(0, self.current_timestep.index(self.edges))
+        chosen = values.view(shape).index_select(0, self.current_timestep.index(self.edges, self.known_edges))
         if len(chosen) > 1 and len(chosen) != len(x):  # rows that were folded into the first axis, in order
             chosen = chosen.repeat_interleave(len(x) // len(chosen), 0)
         return chosen

@@ -148,3 +148,16 @@ def test_every_timestep_of_a_call_is_checked_before_anything_runs() -> None:
     assert asked == [3.0, 7.0]
     with pytest.raises(ValueError, match="out of range"):
         net(torch.zeros(2), torch.tensor([3, 1000]))
+
+
+def test_who_names_the_same_edges_in_one_call_gets_the_same_tensor() -> None:
+    current, edges = CurrentTimestep(), torch.tensor([5.0])
+    with current.at(torch.tensor([3.0])):
+        first = current.index(edges, (5.0,))
+        assert current.index(edges.clone(), (5.0,)) is first
+        assert current.index(torch.tensor([1.0]), (1.0,)).tolist() == [1]
+        assert current.index(edges).tolist() == first.tolist() == [0]
+        with current.at(torch.tensor([7.0])):
+            assert current.index(edges, (5.0,)).tolist() == [1]
+    with current.at(torch.tensor([8.0])):
+        assert current.index(edges, (5.0,)).tolist() == [1]
