@@ -219,7 +219,7 @@ def main() -> None:
     case = Case(
         given.shape,
         str(folder),
-        str(model_folder(given.shape, given.output.resolve())),
+        str(model_folder(given.shape, given.output.resolve() / "models")),
         SIZES[given.shape],
         GUIDANCE,
         given.threads,

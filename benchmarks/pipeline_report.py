@@ -11,7 +11,7 @@ from qdeploy.engines.timing import quantile
 from qdeploy.evaluate.intervals import of_mean
 from qdeploy.system.tables import MISSING, Table
 
-OURS = "qdeploy W8A8"
+OURS = ("qdeploy W8A8, decoder too", "qdeploy W8A8")  # the first that took part is what others are divided by
 
 
 def tables(found: Mapping[str, Any]) -> str:
@@ -26,7 +26,8 @@ def _steps(found: Mapping[str, Any]) -> list[str]:
 
 
 def _speeds(found: Mapping[str, Any], steps: str) -> str:
-    own = found["rows"].get(OURS, {}).get("steps", {}).get(steps)
+    ours = next((name for name in OURS if name in found["rows"]), None)
+    own = found["rows"][ours]["steps"][steps] if ours else None
     rows = []
     for name, row in sorted(found["rows"].items(), key=lambda item: mean(item[1]["steps"][steps]["cpu_s"])):
         each = row["steps"][steps]
@@ -34,13 +35,21 @@ def _speeds(found: Mapping[str, Any], steps: str) -> str:
             [
                 name,
                 _with_interval(each["cpu_s"]),
-                MISSING if own is None or name == OURS else _ratio(each["cpu_s"], own["cpu_s"]),
+                MISSING if own is None or name == ours else _ratio(each["cpu_s"], own["cpu_s"]),
                 f"{median(each['s']):.2f}",
                 f"{quantile(each['s'], 0.95):.2f}",
                 *(f"{each[key]:.1f}" if key in each else MISSING for key in ("psnr_db", "sqnr_db")),
             ]
         )
-    head = ["pipeline", "CPU s an image", f"times {OURS}", "s, p50", "s, p95", "PSNR dB", "SQNR dB"]
+    head = [
+        "pipeline",
+        "CPU s an image",
+        f"times {ours or 'qdeploy'}",
+        "s, p50",
+        "s, p95",
+        "PSNR dB",
+        "SQNR dB",
+    ]
     count = len(next(iter(found["rows"].values()))["steps"][steps]["s"])
     return f"## {steps} steps\n\n{count} images each; 95 % intervals.\n\n{Table(head, rows).markdown()}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,7 @@ def prepare(case: Case, form: str) -> None:
 
 
 def older_model(case: Case) -> Path:
-    """The model with its text encoder's weights under the names that transformers 4 knows.
+    """The model with its text encoder's weights and its tokenizer as transformers 4 knows them.
 
     It would fill a text encoder that transformers 5 has saved with random weights, and only warn.
     """
@@ -51,6 +52,12 @@ def older_model(case: Case) -> Path:
         prefix, weights = "text_model.", load_file(file)
         named = {name if name.startswith(prefix) else prefix + name: x for name, x in weights.items()}
         save_file(named, file, metadata={"format": "pt"})
+        words = place.with_suffix(".part") / "tokenizer"
+        if not (words / "vocab.json").is_file():
+            told = json.loads((words / "tokenizer.json").read_text())["model"]
+            (words / "vocab.json").write_text(json.dumps(told["vocab"]))
+            pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in told["merges"]]
+            (words / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs]) + "\n")
         place.with_suffix(".part").rename(place)
     return place
 

@@ -1,4 +1,4 @@
-"""qdeploy's pipeline folders on OpenVINO: full precision, W8A8, and W8A8 with a decoder of its own precision."""
+"""qdeploy's pipeline folders on OpenVINO: full precision, W8A8, and W8A8 with more than that in int8."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from functools import partial
 
 from benchmarks.pipelines import Case, Contender, Opened, diffusers_like
 
-FLOAT_BUNDLE, BUNDLE = "float-onnx", "w8a8-onnx"
-ENGINE = "qdeploy-w8a8"
+FLOAT_BUNDLE, ENGINE = "float-onnx", "qdeploy-w8a8"
+COVERAGES = {"": "portable", "-attention": "portable-attention"}
 
 
 def prepare_float_bundle(case: Case) -> None:
@@ -27,7 +27,7 @@ def _prepare_float(case: Case) -> None:
     )
 
 
-def _prepare(case: Case, vae: str | None) -> None:
+def _prepare(case: Case, attention: str = "", vae: str | None = None) -> None:
     from qdeploy.calibration_set.collect import collect
     from qdeploy.engines.build import build_engine
     from qdeploy.export.run import export
@@ -49,16 +49,17 @@ def _prepare(case: Case, vae: str | None) -> None:
         finder = {"method": "minmax", "activations": "uint8", "target": "openvino"}
     checkpoint = calibrate(
         case.model,
-        case.place("w8a8"),
+        case.place(f"w8a8{attention}"),
+        coverage=COVERAGES[attention],
         weights=case.weights,
         calibration=data,
         effort="fast",
         **finder,  # type: ignore[arg-type]
     )
-    bundle = export(checkpoint, case.place(BUNDLE))
+    bundle = export(checkpoint, case.place(f"w8a8{attention}-onnx"))
     build_engine(
         bundle,
-        case.place(ENGINE if vae is None else f"{ENGINE}-vae-{vae}"),
+        case.place(f"{ENGINE}{attention}" if vae is None else f"{ENGINE}{attention}-vae-{vae}"),
         backend="openvino",
         precision=case.precision,
         threads=case.threads,
@@ -82,7 +83,7 @@ CONTENDERS = [
         "qdeploy W8A8",
         partial(_open, folder=ENGINE),
         ENGINE,
-        partial(_prepare, vae=None),
+        _prepare,
         quantized=True,
     ),
     Contender(
@@ -90,6 +91,14 @@ CONTENDERS = [
         partial(_open, folder=f"{ENGINE}-vae-w8a8"),
         f"{ENGINE}-vae-w8a8",
         partial(_prepare, vae="w8a8"),
+        quantized=True,
+        after="qdeploy W8A8",
+    ),
+    Contender(
+        "qdeploy W8A8, attention and decoder too",
+        partial(_open, folder=f"{ENGINE}-attention-vae-w8a8"),
+        f"{ENGINE}-attention-vae-w8a8",
+        partial(_prepare, attention="-attention", vae="w8a8"),
         quantized=True,
         after="qdeploy W8A8",
     ),

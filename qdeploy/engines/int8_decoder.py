@@ -1,7 +1,8 @@
 """An autoencoder's decoder at W8A8: ``--components vae=w8a8``.
 
 ONNX Runtime's static quantization, with ranges from latents of the calibration set. Layers whose rounding costs
-most stay in float, as few as reach `FLOOR_DB`. Weights have seven bits, so that no processor's sums overflow.
+most stay in float, as few as reach `FLOOR_DB`. Weights have seven bits, so that no processor's sums overflow; what
+transposed convolutions read is signed, since OpenVINO's kernels of those know no zero point.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from qdeploy.system.progress import say, track
 
 W8A8 = "w8a8"
 FLOOR_DB = 40.0
-_LAYERS = ("Conv", "MatMul", "Gemm")
+_LAYERS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 _LEAST_IMAGES, _MOST_IMAGES = 2, 16
 _SIDE = 16  # rows and columns of latents to rank layers on: decoders take any size
 
@@ -129,6 +130,7 @@ class _Work:
         self.graph, self.scratch = graph, output.with_name("some-layers.onnx")
         model = onnx.load(graph)
         self.nodes = [node.name for node in model.graph.node if node.op_type in _LAYERS]
+        self.signed = {node.input[0] for node in model.graph.node if node.op_type == "ConvTranspose"}
         self.input: str = model.graph.input[0].name
         with _quiet():
             calibrator = create_calibrator(
@@ -143,6 +145,7 @@ class _Work:
         from onnxruntime.quantization import QuantType
         from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
+        signed = {"quant_type": QuantType.QInt8, "symmetric": True}
         with _quiet():
             quantizer = QDQQuantizer(
                 onnx.load(self.graph),
@@ -154,7 +157,11 @@ class _Work:
                 nodes_to_quantize=list(layers),
                 nodes_to_exclude=[],
                 op_types_to_quantize=list(_LAYERS),
-                extra_options={"ActivationSymmetric": False, "WeightSymmetric": True},
+                extra_options={
+                    "ActivationSymmetric": False,
+                    "WeightSymmetric": True,
+                    "TensorQuantOverrides": {name: [dict(signed)] for name in self.signed},
+                },
             )
             quantizer.quantize_model()
             quantizer.model.save_model_to_file(str(output))

@@ -80,7 +80,9 @@ def build_component(onnx_path: Path, folder: Path, precision: str) -> None:
         ) from error
     _name_deterministically(model)
     folder.mkdir(parents=True, exist_ok=True)
+    names = _statistics(model)
     save(model, folder / MODEL, compress_to_fp16=precision != "f32")
+    _keep_in_f32(folder / MODEL, names)
 
 
 def save(model: Any, file: Path, compress_to_fp16: bool = False) -> None:

@@ -26,6 +26,7 @@ from qdeploy.export.passes.sunk_transpositions import SunkTranspositions
 from qdeploy.export.passes.transposed_keys import TransposedKeys
 from qdeploy.export.passes.transposed_weights import TransposedWeights
 from qdeploy.export.passes.unsigned_codes import UnsignedCodes
+from qdeploy.export.passes.upsampled_convolutions import UpsampledConvolutions
 from qdeploy.system.plugins import PASSES as GROUP
 from qdeploy.system.plugins import objects
 
@@ -45,6 +46,9 @@ CHANNELS_LAST: tuple[type[InPlacePass], ...] = (
     ChannelwiseNorms,
     SharedComputations,
 )
+
+# The same for halves of autoencoders, which are float when they are rewritten.
+AUTOENCODER: tuple[type[InPlacePass], ...] = (UpsampledConvolutions, *CHANNELS_LAST)
 
 PASSES: dict[str, tuple[type[InPlacePass], ...]] = {
     "portable": _COMMON,

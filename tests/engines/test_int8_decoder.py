@@ -94,6 +94,30 @@ def test_codes_have_seven_bits_and_layers_in_float_are_as_they_were(
             assert np.abs(codes.astype(int)).max() <= 64
 
 
+def test_what_a_transposed_convolution_reads_has_no_zero_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenVINO computes it in float otherwise."""
+    small_decoder(tmp_path / "plain.onnx", 3)
+    model = onnx.load(tmp_path / "plain.onnx")
+    middle = next(node for node in model.graph.node if node.name == "conv.1")
+    middle.op_type = "ConvTranspose"
+    onnx.save(model, tmp_path / "float.onnx")
+    latents = np.random.default_rng(1).standard_normal((4, 4, 8, 8), dtype=np.float32)
+    monkeypatch.setattr(int8_decoder, "FLOOR_DB", 1.0)
+    found = quantize_decoder(tmp_path / "float.onnx", latents, tmp_path / "int8" / "model.onnx")
+    assert (found.layers, found.floats) == (3, ())
+    graph = onnx.load(tmp_path / "int8" / "model.onnx").graph
+    stored = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
+    made_by = {output: node for node in graph.node for output in node.output}
+    for node in graph.node:
+        if node.op_type in ("Conv", "ConvTranspose"):
+            zero = stored[made_by[node.input[0]].input[2]]
+            assert zero.dtype == (np.int8 if node.name == "conv.1" else np.uint8)
+            assert node.name != "conv.1" or zero == 0
+            assert np.abs(stored[made_by[node.input[1]].input[0]].astype(int)).max() <= 64
+
+
 def test_a_decoder_that_does_not_come_near_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

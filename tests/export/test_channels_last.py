@@ -91,8 +91,18 @@ def test_a_constant_image_stays_finite(form: type[ChannelwiseNorms]) -> None:
     assert np.isfinite(after).all()
 
 
-def test_it_keeps_away_from_unknown_sizes_and_from_older_graphs() -> None:
-    keeps_away(ChannelwiseNorms(), norm_graph("N,8,H,W"))
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("size", [(5, 3), (16, 16)])
+def test_pixels_that_only_a_call_knows_are_counted_then(
+    form: type[ChannelwiseNorms], size: tuple[int, int]
+) -> None:
+    x = (RANDOM.normal(size=(3, 8, *size)) + 1).astype(np.float32)
+    fires(form(), norm_graph("N,8,H,W"), {"x": x})
+    fires(form(), norm_graph("N,8,H,3"), {"x": x[..., :3]})
+
+
+def test_it_keeps_away_from_unknown_channels_and_from_older_graphs() -> None:
+    keeps_away(ChannelwiseNorms(), norm_graph("2,C,5,3"))
     keeps_away(ChannelwiseNorms(), norm_graph(head=18))
 
 

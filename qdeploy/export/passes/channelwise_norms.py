@@ -13,6 +13,7 @@ from onnx_ir.passes import InPlacePass, PassResult
 from qdeploy.export.graph import constant
 from qdeploy.export.graph.writer import Writer
 
+_INT64 = ir.DataType.INT64
 OPSET = 21  # from here on, gamma and beta are per channel
 
 
@@ -36,10 +37,10 @@ class ChannelwiseNorms(InPlacePass):
     by a thousandth.
 
     1. The node is a GroupNormalization of opset 21, with one gamma and beta for each channel, in float32.
-    2. The channels and all axes behind them have known sizes; gamma and beta are constants.
-    3. Then the node is replaced.
+    2. The number of channels and of axes is known; gamma and beta are constants.
+    3. Then the node is replaced. Sizes that only a call knows are counted then.
 
-    It does not fire where a size is unknown, nor where the output is an output of the graph.
+    It does not fire where the output is an output of the graph.
     """
 
     norms = True
@@ -66,8 +67,8 @@ class ChannelwiseNormsByMeans(ChannelwiseNorms):
     norms = False
 
 
-def _sizes(node: ir.Node) -> list[int] | None:
-    """Channels, and the sizes of the axes behind them."""
+def _sizes(node: ir.Node) -> list[int | ir.SymbolicDim] | None:
+    """Channels, and the sizes of the axes behind them, whether they are known or not."""
     x = node.inputs[0]
     if node.op_type != "GroupNormalization" or node.outputs[0].is_graph_output():
         return None
@@ -75,14 +76,14 @@ def _sizes(node: ir.Node) -> list[int] | None:
         return None
     if x.dtype not in (None, ir.DataType.FLOAT) or any(constant(v) is None for v in node.inputs[1:3]):
         return None
-    sizes = [size for size in list(x.shape)[1:] if isinstance(size, int)]
-    if len(sizes) != x.shape.rank() - 1 or constant(node.inputs[1]).shape != (sizes[0],):
-        return None
-    return sizes
+    sizes = list(x.shape)[1:]
+    return sizes if constant(node.inputs[1]).shape == (sizes[0],) else None
 
 
-def _replace(model: ir.Model, node: ir.Node, sizes: list[int], norms: bool) -> None:
+def _replace(model: ir.Model, node: ir.Node, sizes: list[int | ir.SymbolicDim], norms: bool) -> None:
     channels, *space = sizes
+    assert isinstance(channels, int)
+    known = [size for size in space if isinstance(size, int)]
     groups = node.attributes["num_groups"].as_int()
     epsilon = node.attributes.get_float("epsilon", 1e-5)
     members = channels // groups
@@ -112,7 +113,14 @@ def _replace(model: ir.Model, node: ir.Node, sizes: list[int], norms: bool) -> N
     mean = over_group("ReduceMean", x)
     if norms:
         norm = over_group("ReduceL2", x)
-        square = op("Mul", op("Mul", norm, norm), number(1 / (members * prod(space))))
+        square = op("Mul", norm, norm)
+        if len(known) == len(space):
+            square = op("Mul", square, number(1 / (members * prod(known))))
+        else:
+            shape = write.node("Shape", x, shape=(len(space),), dtype=_INT64, start=2)
+            pixels = write.node("ReduceProd", shape, shape=(), dtype=_INT64, keepdims=0)
+            count = write.node("Cast", pixels, shape=(), to=ir.DataType.FLOAT)
+            square = op("Div", square, op("Mul", count, number(members), shape=()))
     else:
         square = over_group("ReduceMean", op("Mul", x, x, shape=list(x.shape)))
     # rounding may leave a variance of nearly 0 below it
