@@ -160,13 +160,13 @@ class Race:
     def compare(self) -> None:
         """SQNR and PSNR of each contender's pictures to those of full precision in torch."""
         for name, row in self.rows.items():
+            if name == FULL or FULL not in self.rows:
+                continue
             for steps, found in row["steps"].items():
                 pairs = [
                     [_pixels(self.picture(each, int(steps), number)) for each in (FULL, name)]
                     for number in range(len(found["s"]))
                 ]
-                if name == FULL or FULL not in self.rows:
-                    continue
                 error = np.mean([np.square(full - own).mean() for full, own in pairs])
                 power = np.mean([full.var() for full, _ in pairs])
                 found["psnr_db"] = float(10 * math.log10(255**2 / max(error, 1e-9)))

@@ -103,14 +103,14 @@ def _adapted(onnx_path: Path, scratch: Path) -> Path:
     """A file with the graph in the form that runs fastest here; the file itself if that is it already."""
     import onnx_ir as ir
 
-    from qdeploy.export.lower import CHANNELS_LAST, adapt
+    from qdeploy.export.lower import AS_BUILT, adapt
     from qdeploy.export.passes.narrow_sums import NarrowSums
 
     try:
         graph = ir.load(onnx_path)
     except Exception:  # OpenVINO's own message will state what is wrong
         return onnx_path
-    if not adapt(graph, (*CHANNELS_LAST, NarrowSums) if int8_sums_saturate() else CHANNELS_LAST):
+    if not adapt(graph, (*AS_BUILT, NarrowSums) if int8_sums_saturate() else AS_BUILT):
         return onnx_path
     stored = (value.const_value for value in graph.graph.initializers.values())
     for location in {str(tensor.location) for tensor in stored if isinstance(tensor, ir.ExternalTensor)}:

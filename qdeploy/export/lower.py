@@ -47,8 +47,8 @@ CHANNELS_LAST: tuple[type[InPlacePass], ...] = (
     SharedComputations,
 )
 
-# The same for halves of autoencoders, which are float when they are rewritten.
-AUTOENCODER: tuple[type[InPlacePass], ...] = (UpsampledConvolutions, *CHANNELS_LAST)
+# The same, and what changes layers that are float: for engines alone, since a bundle names a network's own layers.
+AS_BUILT: tuple[type[InPlacePass], ...] = (UpsampledConvolutions, *CHANNELS_LAST)
 
 PASSES: dict[str, tuple[type[InPlacePass], ...]] = {
     "portable": _COMMON,
