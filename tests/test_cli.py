@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from qdeploy.store.artifact import open_artifact
 from qdeploy.store.manifest import MANIFEST, read_manifest
 from qdeploy.system.errors import InvalidInputError
 from qdeploy.system.hashing import sha256_of
+from qdeploy.workflows import preflight
 from tests.models import stable_diffusion_folder
 
 Run = Callable[..., Result]
@@ -526,3 +528,23 @@ def test_methods_lists_what_recipes_know(qdeploy: Run) -> None:
     words = json.loads(qdeploy("methods", "--json").stdout)
     assert {"minmax", "qdiffusion"} <= words["methods"].keys()
     assert words["stages"].keys() >= {"weight-ranges", "round-weights", "learn-scales"}
+
+
+def test_a_dry_run_finds_what_would_fail_after_the_calibration(
+    qdeploy: Run, ddpm: Path, artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise InvalidInputError("this network branches on its input")
+
+    tried = qdeploy("collect", ddpm, "-o", tmp_path / "set", "--steps", "4", "--keep", "2", "--dry-run")
+    assert tried.exit_code == 0, tried.stderr
+    assert re.search(r"trace into ONNX +works", tried.stderr)
+    monkeypatch.setattr(preflight, "trace", refuse)
+    for words in (
+        ("collect", ddpm, "-o", tmp_path / "set", "--steps", "4", "--keep", "2"),
+        ("calibrate", ddpm, "-o", tmp_path / "out", "--calibration", artifacts / "set"),
+    ):
+        done = qdeploy(*words, "--dry-run")
+        assert done.exit_code == 5
+        assert done.stderr.splitlines()[-1] == "qdeploy: this network branches on its input"
+    assert list(tmp_path.iterdir()) == []

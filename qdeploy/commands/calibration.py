@@ -17,6 +17,7 @@ from qdeploy.commands.base import report_made, verb
 from qdeploy.commands.options import Verb, place_options, sampling_of, sampling_options
 from qdeploy.model.sampling import COLLECTING
 from qdeploy.system.errors import InvalidInputError, UsageError
+from qdeploy.system.progress import say
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -25,7 +26,7 @@ _RECORD = Verb("qdeploy.calibration_set.record", "record")
 _RUNNING = {
     "seed": "Where all randomness comes from.  [default: 0]",
     "device": "Torch device.",
-    "dry_run": "Say what it would cost, and stop.",
+    "dry_run": "Try everything once, say what it would cost, and stop.",
     "overwrite": "Replace another artifact at the output.",
 }
 _OF_SCRIPTS = ("keep", "samples", "seed", "device", "overwrite")
@@ -83,7 +84,24 @@ def collect(
         kept = {name: options[name] for name in ("keep", "samples", "seed", "overwrite")}
         report_made(_IMPORT.call(model, from_qdiffusion, output, **kept), began, as_json)
         return
-    report_made(_COLLECT.call(model, output, **sampling_of(options)), began, as_json)
+    given = sampling_of(options)
+    made = _COLLECT.call(model, output, **given)
+    if given["dry_run"]:
+        _try_the_rest(model, given)
+    report_made(made, began, as_json)
+
+
+def _try_the_rest(model: str, given: dict[str, Any]) -> None:
+    """Try what comes after a collection, too, and say what works.
+
+    Raises:
+        QDeployError: what does not.
+    """
+    known = {each.name for each in fields(COLLECTING)}
+    found = _PREFLIGHT.call(model, **{name: value for name, value in given.items() if name in known})
+    say(found.table())
+    if found.error is not None:
+        raise found.error
 
 
 def _record(

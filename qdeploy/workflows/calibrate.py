@@ -36,6 +36,7 @@ from qdeploy.system.estimate import Estimate
 from qdeploy.system.machine import int8_sums_saturate
 from qdeploy.system.progress import say
 from qdeploy.workflows.calibrated_facts import any_attention, by_reason, timestep_facts
+from qdeploy.workflows.preflight import check_traceable
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from qdeploy.mixed.plan import BudgetPlan
 
 PROBE_ROWS = 16
+LONG_S = 600  # what takes longer is tried whole before it begins
 
 
 class _Options(TypedDict, total=False):
@@ -140,7 +142,7 @@ def calibrate(
         seed: where all randomness comes from.
         device: torch device.
         max_memory: bytes that recorded activations may take in memory.
-        dry_run: say what it would cost, and stop.
+        dry_run: say what it would cost, make sure that the network can become a graph, and stop.
         overwrite: replace another artifact at ``output``.
 
     Returns:
@@ -210,6 +212,8 @@ def calibrate(
         say(
             "this processor has no VNNI, so engines compute 8-bit weights in floats here; int7 weights run in int8"
         )
+    if (dry_run or estimate.seconds > LONG_S) and not resolved.simulated():
+        check_traceable(session.denoiser, data.inputs([0], device=device))
     if dry_run:
         return estimate
     with draft:

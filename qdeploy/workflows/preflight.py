@@ -7,13 +7,13 @@ the network's structure is searched, and it is traced into ONNX.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qdeploy.calibration_set.survey import Survey, survey
 from qdeploy.export.trace import trace
@@ -25,6 +25,7 @@ from qdeploy.model.schedulers import scheduler_for
 from qdeploy.model.weights import stored_types
 from qdeploy.model.zoo import with_shipped_prompts
 from qdeploy.network.roles import Structure, find_structure
+from qdeploy.quant.modes import full_precision
 from qdeploy.system.errors import QDeployError
 from qdeploy.system.estimate import readable_size, readable_time
 
@@ -112,6 +113,20 @@ def preflight(
     model = model if isinstance(model, Model) else open_model(model)
     asked = (sampling or COLLECTING).changed(dict(options))
     return _Preflight(model, with_shipped_prompts(asked, model.path)).run()
+
+
+def check_traceable(denoiser: nn.Module, row: Mapping[str, Tensor]) -> None:
+    """Make sure that a network can become an ONNX graph, before hours are spent on its calibration.
+
+    Args:
+        denoiser: the network, quantized or not; it is traced in full precision.
+        row: inputs of one call.
+
+    Raises:
+        InvalidInputError: it cannot.
+    """
+    with full_precision(denoiser):
+        trace(denoiser, row)
 
 
 class _Preflight:
