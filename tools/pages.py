@@ -92,6 +92,13 @@ QUESTIONS = {
         "2026-11-29",
         _pipelines,
     ),
+    "from-prompt-to-png-in-the-shape-of-stable-diffusion": Question(
+        "pipeline-sd217.json",
+        "From prompt to PNG in the shape of Stable Diffusion: who is fastest?",
+        "python -m benchmarks.pipeline --shape sd217 --steps 4 20 --rounds 4 --one-at-a-time --without compiled",
+        "2026-11-29",
+        _pipelines,
+    ),
     "how-good-are-the-methods-on-digits": Question(
         "digits.json",
         "How good are the methods on digits?",
