@@ -134,7 +134,11 @@ def question_page(question: Question) -> str:
     """The page of one results file, with its command, machine and date."""
     content = json.loads((RESULTS / question.file).read_text(encoding="utf-8"))
     machine = content.get("machine")
-    where = f"{machine['cpu']}, {machine['cores']} cores, {', '.join(machine['features'])}" if machine else ""
+    where = (
+        f"{machine['cpu']}, {machine['cores']} core{'s' * (machine['cores'] > 1)}, {', '.join(machine['features'])}"
+        if machine
+        else ""
+    )
     library = content.get("library")
     facts = [
         f"- command: `{question.command}`",
