@@ -21,6 +21,26 @@ def tables(found: Mapping[str, Any]) -> str:
     return "\n\n".join([*parts, _processes(found), "\n".join(skipped)]).rstrip() + "\n"
 
 
+def headline(found: Mapping[str, Any], steps: str = "20") -> str:
+    """A Markdown table of few columns for the README: cost and quality of every pipeline."""
+    ours = next(name for name in OURS if name in found["rows"])
+    own = found["rows"][ours]["steps"][steps]["cpu_s"]
+    rows = []
+    for name, row in sorted(found["rows"].items(), key=lambda item: mean(item[1]["steps"][steps]["cpu_s"])):
+        each = row["steps"][steps]
+        rows.append(
+            [
+                name,
+                _with_interval(each["cpu_s"]),
+                MISSING if name == ours else _ratio(each["cpu_s"], own),
+                *(f"{each[key]:.1f}" if key in each else MISSING for key in ("psnr_db", "sqnr_db")),
+                f"{row['folder_mb']:.0f}",
+            ]
+        )
+    head = ["whole pipeline", "CPU s an image", "times the first", "PSNR dB", "SQNR dB", "MB on disk"]
+    return Table(head, rows).markdown()
+
+
 def _steps(found: Mapping[str, Any]) -> list[str]:
     return sorted({steps for row in found["rows"].values() for steps in row["steps"]}, key=int)
 

@@ -114,17 +114,6 @@ def test_a_new_file_is_missed_in_the_design(tmp_path: Path, monkeypatch: pytest.
     assert "attic" not in before
 
 
-def test_the_readme_repeats_the_numbers_of_the_demo_page() -> None:
-    def rows(page: Path) -> list[str]:
-        return re.findall(
-            r"^\| (?:full precision|16-bit|8-bit \(W8A8\)|4-bit \(W4A8\)) .*$", page.read_text(), re.M
-        )
-
-    shown = rows(ROOT / "README.md")
-    assert len(shown) == 4
-    assert set(shown) <= set(rows(ROOT / "docs" / "benchmarks" / "the-demo.md"))
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_lead_to_files_that_exist(page: Path) -> None:
     targets = re.findall(r"\]\((?!https?:|#|mailto:)([^)\s#]+)", page.read_text())

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))
 _MADE = "<!-- python tools/pages.py writes this page -->\n\n"
+_TABLE, _END = "<!-- python tools/pages.py writes this table -->", "<!-- to here -->"
 
 
 class Question(NamedTuple):
@@ -205,6 +206,15 @@ def benchmark_index(text: str) -> str:
     return f"{start}\n\n## From results files\n\n{listed}\n"
 
 
+def readme(text: str) -> str:
+    """The README with its table of pipelines, from their results file."""
+    from benchmarks.pipeline_report import headline
+
+    content = json.loads((RESULTS / "pipeline-sd217.json").read_text(encoding="utf-8"))
+    before, _, rest = text.partition(_TABLE)
+    return f"{before}{_TABLE}\n{headline(content)}{_END}{rest.partition(_END)[2]}"
+
+
 def pages() -> dict[Path, str]:
     """Every page that is made, by its file."""
     index = DOCS / "benchmarks" / "index.md"
@@ -214,6 +224,7 @@ def pages() -> dict[Path, str]:
         DOCS / "which-preset.md": which_page(),
         DOCS / "api.md": api_page(),
         index: benchmark_index(index.read_text(encoding="utf-8")),
+        ROOT / "README.md": readme((ROOT / "README.md").read_text(encoding="utf-8")),
     }
 
 
