@@ -21,7 +21,7 @@ from tests.plugins import install
 from tools import tree
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -84,7 +84,9 @@ def test_the_worked_package_in_contributing_is_found_and_passes_its_tests(
     assert resolve_recipe(method="percentile").stages[2].options == {"factor": 1.1}
     shown = qdeploy("methods")
     assert shown.exit_code == 0
-    assert {"percentile", "widen"} <= set(re.findall(r"\w+", shown.stdout))
+    assert {"percentile", "widen", "brightness", "Doubled"} <= set(re.findall(r"\w+", shown.stdout))
+    for name in ("brightness", "my_package.doubled.Doubled"):
+        assert qdeploy("methods", name).exit_code == 0
     namespace: dict[str, Any] = {}
     exec(worked_package, namespace)
     tests = [value for name, value in namespace.items() if name.startswith("test_")]

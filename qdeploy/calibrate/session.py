@@ -19,12 +19,14 @@ from qdeploy.network.current_timestep import current_timestep_of
 from qdeploy.network.roles import Layer, Structure
 from qdeploy.quant.layer import QuantizedLayer, quantized_layers
 from qdeploy.quant.modes import full_precision, weights_only
-from qdeploy.quant.state import code_shapes, read_state, write_state
+from qdeploy.quant.quantizers import WeightQuantizer
+from qdeploy.quant.state import code_shapes, quantizers, read_state, write_state
 from qdeploy.recipe.effort import Effort, find_effort
 from qdeploy.recipe.recipe import Recipe
 from qdeploy.store.artifact import RANGES
 from qdeploy.store.builder import Draft
 from qdeploy.store.facts import RangeFacts
+from qdeploy.system.errors import CapabilityError
 
 if TYPE_CHECKING:
     from qdeploy.calibration_set.dataset import CalibrationSet
@@ -72,6 +74,7 @@ class Session:
     component: str = "unet"
     prediction_type: str = "epsilon"
     left: dict[str, str] = field(default_factory=dict)
+    _begun: set[str] = field(default_factory=set, repr=False)
 
     @property
     def effort(self) -> Effort:
@@ -144,21 +147,40 @@ class Session:
         """Do a step that changes quantizers below ``prefix``, or take over its result from the journal.
 
         Args:
-            name: of the step, unique within its stage.
+            name: of the step, unique within its stage; the path of its layer or unit, where it is for one.
             compute: does it; what it returns, a JSON value, is kept too.
             prefix: of the paths of quantizers that it changes.
 
         Returns:
             What ``compute`` returned, in this run or in the one that was stopped.
+
+        Raises:
+            CapabilityError: the stage uses a name twice, or gives a weight's scales another shape than its format's.
         """
+        step = f"{self.stage}-{name}"
+        if step in self._begun:
+            raise CapabilityError(
+                f"stage {self.stage} does two steps under the name {name!r}: the second would take over the result "
+                "of the first; name each by what it is for, such as its layer's path"
+            )
+        self._begun.add(step)
 
         def computed() -> tuple[dict[str, Tensor], T]:
             value = compute()
+            self._check_shapes(prefix)
             return read_state(self.denoiser, prefix), value
 
-        state, value = self.draft.step_with_value(f"{self.stage}-{name}", computed)
+        state, value = self.draft.step_with_value(step, computed)
         write_state(self.denoiser, state, code_shapes(self.denoiser), prefix)
         return value
+
+    def _check_shapes(self, prefix: str) -> None:
+        for name, quantizer in quantizers(self.denoiser, prefix):
+            if isinstance(quantizer, WeightQuantizer) and quantizer.scale.shape != quantizer.shape:
+                raise CapabilityError(
+                    f"stage {self.stage} gives {name} scales of shape {list(quantizer.scale.shape)}: "
+                    f"{quantizer.format.name} takes {list(quantizer.shape)} there"
+                )
 
     def problem(self, unit: str, student: Callable[[], Any]) -> Any:
         """Context manager: the reconstruction problem of a unit, its inputs from the ``student`` mode."""

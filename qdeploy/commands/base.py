@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import click
 
 from qdeploy.system.errors import Planned, QDeployError
+from qdeploy.system.plugins import other_module
 from qdeploy.system.progress import verbosity
 from qdeploy.system.suggest import did_you_mean
 
@@ -48,7 +49,9 @@ class Commands(click.Group):
         except Exception as error:
             if debug:
                 raise
-            _fail(f"internal error: {type(error).__name__}: {error} (--debug shows where)", 1)
+            where = other_module(error)
+            what = f"error in {where}, which is not part of qdeploy" if where else "internal error"
+            _fail(f"{what}: {type(error).__name__}: {error} (--debug shows where)", 1)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -74,7 +74,7 @@ def inspect(path: str, as_json: bool) -> None:
 @click.option("--which", "question", help="Which preset for a model, processor and wish: 'dit cpu 4-bit'.")
 @verb
 def methods(name: str | None, question: str | None, as_json: bool) -> None:
-    """List methods, stages, presets, formats, coverages, efforts and targets; or explain one of them."""
+    """List methods, stages, presets, formats, coverages, efforts, targets and metrics; or explain one."""
     from qdeploy.workflows.describe import explanation, overview
     from qdeploy.workflows.inspect import explain, methods
 

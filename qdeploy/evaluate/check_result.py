@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qdeploy.evaluate.metrics.base import other_metrics
 from qdeploy.evaluate.over_time import timestep_table
 from qdeploy.evaluate.thresholds import THRESHOLDS, look_up, parity_floor, rows_out_of_parity
 from qdeploy.store.artifact import Artifact, EngineFolder
@@ -77,6 +78,7 @@ class CheckResult:
             fd = quality["fd_local"]
             rows.append((f"FD-local, {fd['count']} images", number(fd["subject"], 3)))
             rows.append(("  of the reference", number(fd["reference"], 3)))
+        rows += [(name, _shown(quality[name])) for name in other_metrics() if name in quality]
         if self.speed is not None:
             low, high = self.speed["quartiles"]
             ratio = f"{self.speed['ratio']:.2f}x, half of all rounds from {low:.2f}x to {high:.2f}x"
@@ -94,6 +96,15 @@ class CheckResult:
         if self.pictures:
             parts.append(f"pictures: {', '.join(map(str, self.pictures))}")
         return "\n".join([*parts, verdict])
+
+
+def _shown(value: Any) -> str:
+    """The result of another package's metric in a cell: the number, or what it calls its value or its mean."""
+    if isinstance(value, Mapping):
+        value = value.get("value", value.get("mean"))
+    if isinstance(value, str):
+        return value
+    return number(value, 4) if isinstance(value, int | float) else "in --json"
 
 
 def judge(

@@ -6,6 +6,7 @@ what is measured is the same, bit for bit, however many processes there were and
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import cached_property, partial
@@ -16,14 +17,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qdeploy.evaluate.metric_context import MetricContext
-from qdeploy.evaluate.metrics.base import MergingMeter, Meter, metrics
+from qdeploy.evaluate.metrics.base import MergingMeter, Meter, code_of_metrics, metrics, other_metrics
 from qdeploy.evaluate.paired_sample import Pair, read_pair, tensors_of
 from qdeploy.parts.folder import PartFolder
 from qdeploy.parts.plan import Job
 from qdeploy.store.files import save_tensors
 from qdeploy.store.paths import cache_folder
 from qdeploy.system.devices import kind_of
+from qdeploy.system.errors import CapabilityError
 from qdeploy.system.hashing import sha256_of
+from qdeploy.system.progress import say
 from qdeploy.version import __version__
 
 if TYPE_CHECKING:
@@ -40,8 +43,26 @@ def meters_of(context: MetricContext) -> dict[str, Meter]:
 
 
 def results_of(meters: Mapping[str, Meter]) -> dict[str, Any]:
-    """What was measured, by name."""
+    """What was measured, by name.
+
+    Raises:
+        CapabilityError: a metric of another package gives what JSON has no word for.
+    """
     values = {name: meter.result() for name, meter in meters.items()}
+    for name, package in other_metrics().items():
+        try:
+            json.dumps(values.get(name), allow_nan=False)
+        except ValueError:
+            say(
+                f"the metric {name!r} of {package} gives {values[name]!r}, which JSON cannot hold: it is left out"
+            )
+            del values[name]
+        except TypeError as error:
+            value = values[name]
+            raise CapabilityError(
+                f"the metric {name!r} of {package} gives {value!r} of type {type(value).__name__}: its result is to "
+                "be a number or a text of Python, or a list or dict of those; None leaves it out"
+            ) from error
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -69,7 +90,10 @@ class QualityParts:
         device: str = "cpu",
     ) -> None:
         self._pair, self._context = pair, context
-        request = sha256_of([__version__, identity, context.identity, sorted(self.meters)])
+        code = code_of_metrics()
+        request = sha256_of(
+            [__version__, identity, context.identity, sorted(self.meters), *([code] if code else [])]
+        )
         place = cache_folder() / "evaluations" / request[:32]
         self.job = Job(
             "check", place, request, count, output, arguments, self.make, device, "sampling in pairs"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, Sequential
 from onnx_ir.passes.common import (
@@ -27,8 +29,10 @@ from qdeploy.export.passes.transposed_keys import TransposedKeys
 from qdeploy.export.passes.transposed_weights import TransposedWeights
 from qdeploy.export.passes.unsigned_codes import UnsignedCodes
 from qdeploy.export.passes.upsampled_convolutions import UpsampledConvolutions
+from qdeploy.system.errors import CapabilityError
 from qdeploy.system.plugins import PASSES as GROUP
 from qdeploy.system.plugins import objects
+from qdeploy.system.progress import say
 
 _COMMON: tuple[type[InPlacePass], ...] = (
     SplitShortcut,
@@ -69,7 +73,11 @@ PASSES: dict[str, tuple[type[InPlacePass], ...]] = {
 
 def lower(model: ir.Model, target: str) -> ir.Model:
     """Rewrite a traced graph for a target; the numbers in it stay the same."""
-    adapt(model, (*PASSES[target], *registered_passes(target)))
+    rewrites = registered_passes(target)
+    adapt(model, PASSES[target])
+    for rewrite in rewrites:
+        changed = adapt(model, (rewrite,))
+        say(f"pass {path_of(rewrite)}: {'changed the graph' if changed else 'found nothing to change'}")
     return Names()(model).model
 
 
@@ -79,14 +87,31 @@ def registered_passes(target: str) -> list[type[InPlacePass]]:
     A pass names its targets in ``targets``, a tuple of names of `qdeploy.recipe.targets`.
 
     Raises:
-        CapabilityError: a package registers one that cannot be imported.
+        CapabilityError: a package registers one that cannot be imported, or that names no target or an unknown one.
     """
+    return [rewrite for rewrite in other_passes() if target in rewrite.targets]
 
-    def wanted(value: object) -> bool:
-        is_pass = isinstance(value, type) and issubclass(value, InPlacePass)
-        return is_pass and target in getattr(value, "targets", ())
 
-    return [each.value for each in objects(GROUP, wanted)]
+def other_passes() -> list[type[Any]]:
+    """All passes of other packages, for any target.
+
+    Raises:
+        CapabilityError: as of `registered_passes`.
+    """
+    found = objects(GROUP, lambda value: isinstance(value, type) and issubclass(value, InPlacePass))
+    for package, rewrite in found:
+        targets = getattr(rewrite, "targets", ())
+        if not isinstance(targets, tuple | list) or not targets or not set(targets) <= PASSES.keys():
+            raise CapabilityError(
+                f"the pass {path_of(rewrite)} of {package} has targets {targets!r}: give it a tuple of some of "
+                f"{', '.join(PASSES)}"
+            )
+    return [each.value for each in found]
+
+
+def path_of(rewrite: type[InPlacePass]) -> str:
+    """A pass in messages and requests: its module and its name."""
+    return f"{rewrite.__module__}.{rewrite.__qualname__}"
 
 
 def adapt(model: ir.Model, rewrites: tuple[type[InPlacePass], ...]) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 from qdeploy.export.any_size import plan_sizes, prove_sizes, trace_sizes
 from qdeploy.export.components import has_components, write_components
 from qdeploy.export.graph import save
-from qdeploy.export.lower import PASSES, lower, registered_passes
+from qdeploy.export.lower import PASSES, lower, path_of, registered_passes
 from qdeploy.export.probe_inputs import probe_of
 from qdeploy.export.provenance import describe, findings
 from qdeploy.export.time_table import TimeTable, needs_table, plan_table, tabulate
@@ -39,6 +39,7 @@ from qdeploy.store.probe import PROBE
 from qdeploy.store.timesteps import on_grid
 from qdeploy.system.errors import CapabilityError, UsageError
 from qdeploy.system.estimate import readable_size
+from qdeploy.system.plugins import code_of
 from qdeploy.system.progress import say
 
 
@@ -217,8 +218,8 @@ def _dynamic_group(denoiser: nn.Module) -> int | None:
 
 def _passes(target: str) -> dict[str, Any]:
     """Passes of other packages, which decide the graph too."""
-    found = [f"{each.__module__}.{each.__qualname__}" for each in registered_passes(target)]
-    return {"passes": found} if found else {}
+    found = registered_passes(target)
+    return {"passes": [path_of(each) for each in found], "code": code_of(found)} if found else {}
 
 
 def _asked(table: TimeTable | None, sizes: SizesFacts | None) -> dict[str, Any]:

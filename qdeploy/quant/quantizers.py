@@ -181,6 +181,7 @@ class WeightQuantizer(nn.Module):
         scale: [C] steps per output channel; [C, blocks] where blocks of input features have their own, in nvfp4 as
             of `qdeploy.quant.nvfp4.two_level_scales`.
         zero_point: codes of zero, shaped like ``scale``.
+        shape: that ``scale`` is to have.
         codes: quantized weights, once rounding is decided; until then None, and the weight is rounded to
             nearest.
         rounding: a module that computes the (soft) weight while rounding is being learned; else None.
@@ -197,6 +198,7 @@ class WeightQuantizer(nn.Module):
         super().__init__()
         self.format = number_format
         shape = (channels, features // number_format.block) if number_format.block else (channels,)
+        self.shape = torch.Size(shape)
         self.register_buffer("scale", torch.ones(shape))
         self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
         for name in ("codes", "frozen", "block_scale", "tensor_scale"):

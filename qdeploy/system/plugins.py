@@ -11,15 +11,19 @@ What qdeploy brings itself comes first in each group, and is loaded in the same 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from pkgutil import iter_modules
+from traceback import walk_tb
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from qdeploy.system.errors import CapabilityError
+from qdeploy.system.hashing import sha256_file
 
 METHODS, METRICS, PASSES = "qdeploy.methods", "qdeploy.metrics", "qdeploy.passes"
 ENGINES, LINT_RULES = "qdeploy.engines", "qdeploy.lint_rules"
@@ -92,6 +96,32 @@ def objects(group: str, wanted: Callable[[Any], bool]) -> list[Registered]:
         for each in _objects(value)
         if wanted(each)
     ]
+
+
+def code_of(objects: Iterable[Any]) -> dict[str, str]:
+    """The code of other packages that defines some classes or functions: the SHA-256 of each module's file, by name.
+
+    Requests and caches name it, so that a stage, pass or metric that was edited is run again. For what this package
+    brings its version stands; scripts and notebooks are left out.
+    """
+    names = {each.__module__ for each in objects}
+    files = {
+        name: getattr(sys.modules.get(name), "__file__", None)
+        for name in sorted(names)
+        if name != "__main__" and name.partition(".")[0] != "qdeploy"
+    }
+    return {name: sha256_file(Path(file)) for name, file in files.items() if file and Path(file).is_file()}
+
+
+def other_module(error: BaseException) -> str | None:
+    """The module of another package that raised an error or called what raised it, innermost first; else None."""
+    packages = {
+        entry.module.partition(".")[0]
+        for group in (METHODS, METRICS, PASSES, ENGINES, LINT_RULES)
+        for entry in entry_points(group=group)
+    }
+    called = [str(frame.f_globals.get("__name__", "")) for frame, _ in walk_tb(error.__traceback__)]
+    return next((name for name in reversed(called) if name.partition(".")[0] in packages), None)
 
 
 def _objects(value: Any) -> Iterator[Any]:

@@ -116,6 +116,7 @@ class Steps:
 
     def check(self, engine: EngineFolder) -> dict[str, Any]:
         from qdeploy.evaluate.check import check
+        from qdeploy.evaluate.metrics.base import code_of_metrics
 
         sampling = replace(self.sampling, seed=CHECKING.seed)
 
@@ -129,7 +130,15 @@ class Steps:
                 min_psnr=self.min_psnr,
             ).to_json()
 
-        key = [engine.sha256, self.model.sha256, repr(sampling), self.samples, self.min_psnr]
+        code = code_of_metrics()
+        key = [
+            engine.sha256,
+            self.model.sha256,
+            repr(sampling),
+            self.samples,
+            self.min_psnr,
+            *([code] if code else []),
+        ]
         return cached_result(self.output / "measured" / f"check-{engine.path.name}.json", key, measure)
 
     def benchmark(self, engines: list[EngineFolder]) -> dict[str, Any]:

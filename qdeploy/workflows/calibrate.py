@@ -34,6 +34,7 @@ from qdeploy.system.devices import check_device
 from qdeploy.system.errors import UsageError
 from qdeploy.system.estimate import Estimate
 from qdeploy.system.machine import int8_sums_saturate
+from qdeploy.system.plugins import code_of
 from qdeploy.system.progress import say
 from qdeploy.workflows.calibrated_facts import any_attention, by_reason, timestep_facts
 from qdeploy.workflows.preflight import check_traceable
@@ -178,7 +179,8 @@ def calibrate(
     check_device(device)
     source = model_of(model)
     data: CalibrationSet | ExampleRows
-    made_from, asked = {"model": source.sha256}, {}
+    made_from: dict[str, str] = {"model": source.sha256}
+    asked: dict[str, Any] = {}
     if calibration is None and not limits and not resolved.needs_rows:
         data = ExampleRows(source, seed=resolved.seed)
     else:
@@ -192,6 +194,8 @@ def calibrate(
         made_from["sensitivity"] = planned.sensitivity
         say(planned.table())
     output = Path(output) if output else default_output(source.path, resolved.precision.lower())
+    if code := code_of(type(stage) for stage in resolved.stages):
+        asked = {**asked, "code": code}
     draft = Draft(
         output, Checkpoint, made_from, resolved.to_json(), resolved.seed, asked, overwrite=overwrite
     )

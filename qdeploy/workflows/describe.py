@@ -114,7 +114,9 @@ def overview(words: Mapping[str, Any]) -> str:
     lines: list[str] = []
     for group in ("presets", "methods", "targets", "efforts", "coverages"):
         lines += [group, *_entries(words[group]), ""]
-    for group in ("stages", "formats"):
+    for group in ("stages", "formats", "metrics", "passes"):
+        if not words[group]:
+            continue
         lines += [group, *_wrapped(", ".join(words[group]), "  "), ""]
     return "\n".join(
         [*lines, "qdeploy methods NAME explains one of them, qdeploy methods --which 'dit cpu 4-bit' chooses"]

@@ -99,7 +99,9 @@ def _inspect_model(source: str) -> dict[str, Any]:
 
 
 def methods() -> dict[str, Any]:
-    """The words that recipes and options know, with a line on each."""
+    """The words that recipes and options know, with a line on each; metrics, and passes of other packages."""
+    from qdeploy.evaluate.metrics.base import metrics
+    from qdeploy.export.lower import other_passes, path_of
     from qdeploy.recipe.coverage import COVERAGES
     from qdeploy.recipe.effort import EFFORTS
     from qdeploy.recipe.formats import FORMATS, NONE
@@ -129,6 +131,14 @@ def methods() -> dict[str, Any]:
             for name, effort in EFFORTS.items()
         },
         "targets": {name: target.description for name, target in TARGETS.items()},
+        "metrics": {name: metric.description for name, metric in metrics().items()},
+        "passes": {
+            path_of(each): {
+                "description": (each.__doc__ or "").strip().partition("\n")[0],
+                "targets": list(each.targets),
+            }
+            for each in other_passes()
+        },
     }
 
 
@@ -151,7 +161,7 @@ def explain(name: str) -> dict[str, Any]:
             entry |= _preset(name)
         if group == "stages":
             entry["options"] = _options(name)
-        return {"name": name, "kind": group.removesuffix("s"), **entry}
+        return {"name": name, "kind": "pass" if group == "passes" else group.removesuffix("s"), **entry}
     near = did_you_mean(name, [word for words in known.values() for word in words])
     raise UsageError(f"unknown word {name!r}{near}: `qdeploy methods` lists all of them")
 

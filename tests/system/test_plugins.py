@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
 import pytest
 from click.testing import Result
 
+from qdeploy import calibrate
 from qdeploy.engines.registry import backends
 from qdeploy.evaluate.metrics.base import metrics
 from qdeploy.export.lint.rule import rules
@@ -18,7 +20,7 @@ from qdeploy.export.lower import lower, registered_passes
 from qdeploy.recipe.resolve import resolve_recipe
 from qdeploy.recipe.stages import methods, stages
 from qdeploy.system import plugins
-from qdeploy.system.errors import CapabilityError
+from qdeploy.system.errors import CapabilityError, UsageError
 from tests.plugins import install
 
 STAGE = """
@@ -49,6 +51,7 @@ class Signed(InPlacePass):
         return PassResult(model, modified=bool(found))
 """
 RULE = """
+from qdeploy.evaluate.quality_parts import results_of
 from qdeploy.export.lint.rule import rule
 
 @rule("OV900", "I", "a graph has a name", "else nobody knows it", "INF")
@@ -79,6 +82,45 @@ def test_a_pass_registers_for_its_targets_and_runs(tmp_path: Path, monkeypatch: 
     assert [node.op_type for node in lower(ir.from_proto(graph), "portable").graph] == ["Relu"]
     assert registered_passes("openvino") == []
     assert [node.op_type for node in lower(ir.from_proto(graph), "openvino").graph] == ["Abs"]
+
+
+@pytest.mark.parametrize(("op", "said"), [("Abs", "changed the graph"), ("Neg", "found nothing to change")])
+def test_a_pass_is_seen(
+    op: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(tmp_path, monkeypatch, {"qdeploy.passes": {"signed": "my_package.signed"}}, signed=PASS)
+    text = f'<ir_version: 10, opset_import: ["" : 21]> g (float[2] x) => (float[2] y) {{ y = {op} (x) }}'
+    lower(ir.from_proto(onnx.parser.parse_model(text)), "portable")
+    assert capsys.readouterr().err == f"pass my_package.signed.Signed: {said}\n"
+
+
+def test_a_stage_that_was_edited_is_another_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ddpm: Path
+) -> None:
+    source = STAGE.replace("    times: int", "    rows = False\n    times: int")
+    install(tmp_path, monkeypatch, {"qdeploy.methods": {"idle": "my_package.idle"}}, idle=source)
+
+    def made(overwrite: bool = False) -> Any:
+        chosen = ["nothing", "weight-ranges"]
+        return calibrate(
+            ddpm, tmp_path / "out", stages=chosen, weights="int8", activations="none", overwrite=overwrite
+        )
+
+    first = made()
+    assert made().manifest.request == first.manifest.request
+    file = tmp_path / "my_package-site-packages" / "my_package" / "idle.py"
+    file.write_text(f"{source}\n# edited")
+    with pytest.raises(UsageError, match="holds another artifact"):
+        made()
+    again = made(overwrite=True)
+    assert again.sha256 == first.sha256  # the content is what counts, and that is the same
+    assert again.manifest.request != first.manifest.request
+
+
+def test_code_of_this_package_is_told_by_its_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plugins.code_of(stages().values()) == {}
+    install(tmp_path, monkeypatch, {"qdeploy.methods": {"idle": "my_package.idle"}}, idle=STAGE)
+    assert plugins.code_of(stages().values()).keys() == {"my_package.idle"}
 
 
 def test_a_lint_rule_registers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from qdeploy.evaluate.metric_context import MetricContext
 from qdeploy.evaluate.paired_sample import Pair
 from qdeploy.model.folder import Model
-from qdeploy.system.plugins import METRICS, named
+from qdeploy.system.plugins import METRICS, code_of, named, objects
 
 
 class Meter(Protocol):
@@ -77,3 +77,14 @@ def metrics() -> dict[str, Metric]:
         CapabilityError: a package registers one that cannot be imported.
     """
     return named(METRICS, lambda value: isinstance(value, Metric), "metric")
+
+
+def other_metrics() -> dict[str, str]:
+    """The packages that register metrics, this one excepted, by the metric's name."""
+    found = objects(METRICS, lambda value: isinstance(value, Metric))
+    return {each.value.name: each.package for each in found if each.package != "qdeploy"}
+
+
+def code_of_metrics() -> dict[str, str]:
+    """The code of the metrics of other packages (see `qdeploy.system.plugins.code_of`)."""
+    return code_of(metric.begin or metric.start for metric in metrics().values())

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qdeploy.evaluate.cached_json import cached_result
+from qdeploy.evaluate.metrics.base import code_of_metrics
 from qdeploy.evaluate.quality import QualityPlan, Trajectories
 from qdeploy.evaluate.report_page.kernel_times import kernel_times
 from qdeploy.evaluate.report_page.layer_errors import layer_errors
@@ -92,6 +93,7 @@ def checks_of(
             sorted(other.sha256 for other in subject.before.values()),
             reference.sha256 if reference else None,
             repr(plan) if device == "cpu" else f"{plan!r} {kind_of(device)}",
+            *([code] if (code := code_of_metrics()) else []),
         ]
         found[subject.name] = _remembered(folder / f"check-{number}.json", key, measure)
     return {subject.name: found[subject.name] for subject in given.subjects if subject.name in found}
