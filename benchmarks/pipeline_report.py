@@ -56,8 +56,8 @@ def _speeds(found: Mapping[str, Any], steps: str) -> str:
                 name,
                 _with_interval(each["cpu_s"]),
                 MISSING if own is None or name == ours else _ratio(each["cpu_s"], own["cpu_s"]),
-                f"{median(each['s']):.2f}",
-                f"{quantile(each['s'], 0.95):.2f}",
+                _seconds(median(each["s"])),
+                _seconds(quantile(each["s"], 0.95)),
                 *(f"{each[key]:.1f}" if key in each else MISSING for key in ("psnr_db", "sqnr_db")),
             ]
         )
@@ -76,7 +76,18 @@ def _speeds(found: Mapping[str, Any], steps: str) -> str:
 
 def _with_interval(values: Sequence[float]) -> str:
     ends = of_mean(values)
-    return f"{mean(values):.2f}" + ("" if ends is None else f" ({max(ends[0], 0):.2f} to {ends[1]:.2f})")
+    digits = _digits(mean(values))
+    shown = f"{mean(values):.{digits}f}"
+    return shown if ends is None else f"{shown} ({max(ends[0], 0):.{digits}f} to {ends[1]:.{digits}f})"
+
+
+def _digits(seconds: float) -> int:
+    """Digits behind the point: three that count, and two at least."""
+    return 2 if seconds >= 1 else 3 if seconds >= 0.1 else 4
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.{_digits(value)}f}"
 
 
 def _ratio(theirs: Sequence[float], ours: Sequence[float]) -> str:
