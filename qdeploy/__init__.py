@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from qdeploy.workflows.packaging.run import package
     from qdeploy.workflows.preflight import preflight
     from qdeploy.workflows.sweep import sweep
+    from qdeploy.workflows.tune import tune
     from qdeploy.workflows.work import work
 
 __all__ = [
@@ -129,6 +130,7 @@ __all__ = [
     "sensitivity",
     "sign",
     "sweep",
+    "tune",
     "verify",
     "work",
 ]
@@ -207,6 +209,7 @@ _NAMES = {
     "qdeploy.workflows.packaging.run": ("package",),
     "qdeploy.workflows.preflight": ("preflight",),
     "qdeploy.workflows.sweep": ("sweep",),
+    "qdeploy.workflows.tune": ("tune",),
     "qdeploy.workflows.work": ("work",),
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names}

@@ -24,7 +24,7 @@ from qdeploy.commands.deployment import (
     sign,
     verify,
 )
-from qdeploy.commands.evaluation import auto, benchmark, check, demo, report, sample
+from qdeploy.commands.evaluation import auto, benchmark, check, demo, report, sample, tune
 from qdeploy.commands.information import init, inspect, methods
 from qdeploy.commands.models import import_
 from qdeploy.commands.scale import sweep, work
@@ -45,6 +45,7 @@ for _command in (
     demo,
     init,
     auto,
+    tune,
     import_,
     preflight,
     collect,

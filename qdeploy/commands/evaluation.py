@@ -18,6 +18,7 @@ from qdeploy.system.progress import say
 
 _DEMO = Verb("qdeploy.workflows.demo", "demo")
 _AUTO = Verb("qdeploy.workflows.auto", "auto")
+_TUNE = Verb("qdeploy.workflows.tune", "tune")
 _SAMPLE = Verb("qdeploy.sampling.sample", "sample")
 _CHECK = Verb("qdeploy.evaluate.check", "check")
 _BENCHMARK = Verb("qdeploy.evaluate.benchmark", "benchmark")
@@ -56,6 +57,27 @@ def auto(model: str, as_json: bool, **options: Any) -> None:
     print_result(as_json, result.to_json, result.as_text)
     if not result.passed:
         raise CheckFailed("; ".join(result.chosen.failures))
+
+
+@click.command()
+@click.argument("model", shell_complete=complete.models)
+@_TUNE.option("output", "Folder of everything that is made.", required=True)
+@_TUNE.option("min_psnr", "Least PSNR of images to those of full precision with many steps, in dB.")
+@_TUNE.option("schedulers", "A scheduler to try.  [default: ddim, dpm++, unipc]", "--try-scheduler")
+@_TUNE.option("try_steps", "A number of steps to try.  [default: 4, 6, 8, 12, 16, 20, 24, 32]")
+@_TUNE.option("reference_steps", "Steps of the reference.")
+@_TUNE.option("backend", "openvino, onnxruntime or tensorrt.", "--for", "--backend")
+@_TUNE.option("calibration_samples", "Images to calibrate on.")
+@_TUNE.option("samples", "Images to compare.")
+@_TUNE.option("effort", "Of the calibration: fast, balanced, thorough or best.")
+@sampling_options(replace(COLLECTING, steps=50), steps="Sampling steps of the calibration set.")
+@verb
+def tune(model: str, as_json: bool, **options: Any) -> None:
+    """Scheduler, steps, precision and placement by measured quality and seconds; exit code 3 if none will do."""
+    result = _TUNE.call(model, **sampling_of(options))
+    print_result(as_json, result.to_json, result.table)
+    if not result.passed:
+        raise CheckFailed(f"no trial has a PSNR of {result.min_psnr:g} dB")
 
 
 @click.command()
