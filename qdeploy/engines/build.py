@@ -38,6 +38,7 @@ from qdeploy.system.machine import (
     int8_sums_saturate,
 )
 from qdeploy.system.progress import say
+from qdeploy.system.suggest import unknown
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -225,7 +226,7 @@ def check_precision(backend: Backend, precision: str) -> None:
         CapabilityError: the backend or the processor lacks it.
     """
     if precision not in PRECISIONS:
-        raise UsageError(f"unknown engine precision {precision!r}: choose from {', '.join(PRECISIONS)}")
+        raise UsageError(unknown("engine precision", precision, PRECISIONS))
     if precision not in backend.precisions:
         able = " or ".join(backend.precisions)
         raise CapabilityError(f"{backend.name} computes in {able} only, not in {precision}")

@@ -20,6 +20,7 @@ from qdeploy.quant.feature_table import STORAGES, FeatureTable
 from qdeploy.quant.layer import QuantizedLayer, quantized_layers, replace_module
 from qdeploy.store.facts import TimestepFacts, TimeTableFacts
 from qdeploy.system.errors import UsageError
+from qdeploy.system.suggest import unknown
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,7 @@ def plan_table(
         UsageError: the storage or the schedule is unknown, or the model does not state its timesteps.
     """
     if storage not in STORAGES:
-        raise UsageError(
-            f"unknown storage {storage!r} of a time table: choose from none, {', '.join(STORAGES)}"
-        )
+        raise UsageError(unknown("storage of a time table", storage, ("none", *STORAGES)))
     span = None if limits is None else limits.range
     if rows == "all" and limits is not None and span is not None:
         return TimeTable(storage, torch.tensor(limits.calibrated).unique(), "its calibration set")

@@ -9,6 +9,7 @@ from typing import Any
 from qdeploy.model.sampling import Sampling
 from qdeploy.model.timesteps import with_eta, with_timesteps
 from qdeploy.system.errors import CapabilityError, InvalidInputError, UsageError
+from qdeploy.system.suggest import unknown
 
 SHORT_NAMES = {
     "ddpm": "DDPMScheduler",
@@ -66,9 +67,7 @@ def make_scheduler(name: str | None, current: Any) -> Any:
             f"the scheduler {name} cannot be used: {' '.join(str(error).split())}"
         ) from error
     if found is None or not known:
-        raise UsageError(
-            f"unknown scheduler {name!r}: choose from {', '.join(SHORT_NAMES)}, or name a diffusers class"
-        )
+        raise UsageError(unknown("scheduler", name, SHORT_NAMES, ", or name a diffusers class"))
     if _is_flow(type(current)) and not _is_flow(found):
         raise UsageError(
             f"{name} cannot replace {type(current).__name__}: the model is a flow; pass --scheduler "

@@ -13,6 +13,7 @@ from qdeploy.network.current_timestep import CurrentTimestep
 from qdeploy.quant.ranges import to_scale
 from qdeploy.recipe.formats import Format, int8
 from qdeploy.system.errors import UsageError
+from qdeploy.system.suggest import unknown
 
 STORAGES = ("auto", "fp32", "fp16", "int8")
 EXACT = 1e-3  # relative error of every row up to which ``auto`` takes fp16: 60 dB
@@ -79,9 +80,7 @@ class FeatureTable(nn.Module):
                 raise UsageError("the temporal features exceed what fp16 holds: store them as fp32 or int8")
             return cls(half, edges, current)
         if storage != "fp32":
-            raise UsageError(
-                f"unknown storage {storage!r} of a time table: choose from {', '.join(STORAGES)}"
-            )
+            raise UsageError(unknown("storage of a time table", storage, STORAGES))
         return cls(features.float(), edges, current)
 
     def values(self, rows: Tensor | None = None) -> Tensor:

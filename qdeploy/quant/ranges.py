@@ -11,6 +11,7 @@ from qdeploy.quant.nvfp4 import tensor_scale, two_level_scales
 from qdeploy.quant.operators import to_grid
 from qdeploy.recipe.formats import Format
 from qdeploy.system.errors import UsageError
+from qdeploy.system.suggest import unknown
 
 SHRINKS = tuple(1 - 0.01 * i for i in range(80))
 _AT_ONCE = (
@@ -101,4 +102,4 @@ def check_finder(name: str, finders: Mapping[str, object]) -> None:
         UsageError: ``name`` is not among ``finders``.
     """
     if name not in finders:
-        raise UsageError(f"unknown range finder {name!r}: choose from {', '.join(finders)}")
+        raise UsageError(unknown("range finder", name, finders))

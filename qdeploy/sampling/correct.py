@@ -12,6 +12,7 @@ from qdeploy.sampling.correction import EVERY, GUARD, Corrected, OnlineCorrectio
 from qdeploy.store.artifact import DenoiserArtifact
 from qdeploy.store.correction_table import check_prediction, read_correction
 from qdeploy.system.errors import UsageError
+from qdeploy.system.suggest import unknown
 
 CORRECTIONS = ("none", "table", "online")
 
@@ -39,7 +40,7 @@ def read_choice(name: str) -> CorrectionChoice:
     """
     kind, colon, numbers = name.partition(":")
     if kind not in CORRECTIONS:
-        raise UsageError(f"unknown correction {name!r}: choose from {', '.join(CORRECTIONS)}")
+        raise UsageError(unknown("correction", name, CORRECTIONS))
     if not colon:
         return CorrectionChoice(kind)
     every, _, guard = numbers.partition(",")

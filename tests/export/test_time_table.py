@@ -148,7 +148,7 @@ def test_rows_are_all_of_training_or_a_schedules(ddpm: Path) -> None:
 @pytest.mark.parametrize(
     ("storage", "rows", "words"),
     [
-        ("fp8", "all", "unknown storage 'fp8'"),
+        ("fp8", "all", "unknown storage of a time table 'fp8'"),
         ("fp32", "nonsense", "'nonsense'"),
         ("fp32", "ddim:", "'ddim:'"),
         ("fp32", "ddim:0", "'ddim:0'"),

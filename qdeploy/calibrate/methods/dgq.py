@@ -53,6 +53,7 @@ from qdeploy.recipe.formats import Format, parse_format
 from qdeploy.recipe.stages import ACTIVATION_SCALES, WEIGHT_SCALES, Method, Stage
 from qdeploy.system.errors import UsageError
 from qdeploy.system.progress import say
+from qdeploy.system.suggest import unknown
 
 FORMS = ("auto", "fold", "split")
 HELD = 0.8  # of a step: if the paper's are narrower than this, a deployable form is said to lack zero points
@@ -115,7 +116,7 @@ class GroupChannels(Stage):
         """
         super().__post_init__()
         if self.form not in FORMS:
-            raise UsageError(f"unknown form {self.form!r} of group-channels: choose from {', '.join(FORMS)}")
+            raise UsageError(unknown("form of group-channels", self.form, FORMS))
 
     def run(self, session: Session) -> None:
         """Fold or split the weights of layers, and write the report of groups."""

@@ -31,6 +31,7 @@ from qdeploy.quant.patches import AXES, PIXELS, ROWS, SIMULATED
 from qdeploy.recipe.stages import ACTIVATION_SCALES, Stage
 from qdeploy.system.errors import UsageError
 from qdeploy.system.progress import say
+from qdeploy.system.suggest import unknown
 
 ALONG = ("auto", ROWS, PIXELS)
 
@@ -67,9 +68,7 @@ class GroupPatches(Stage):
         """
         super().__post_init__()
         if self.along not in ALONG:
-            raise UsageError(
-                f"unknown dimension {self.along!r} of group-patches: choose from {', '.join(ALONG)}"
-            )
+            raise UsageError(unknown("dimension of group-patches", self.along, ALONG))
 
     def run(self, session: Session) -> None:
         """Give convolutions quantizers along their patches."""

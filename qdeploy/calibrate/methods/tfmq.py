@@ -37,6 +37,7 @@ from qdeploy.recipe.formats import int8
 from qdeploy.recipe.stages import ROUNDINGS, WEIGHT_SCALES, Method, Stage
 from qdeploy.system.errors import UsageError
 from qdeploy.system.progress import say
+from qdeploy.system.suggest import unknown
 
 MODES = ("selected", "block", "cache")
 
@@ -191,9 +192,7 @@ class TemporalSelection(Stage):
         """
         super().__post_init__()
         if self.mode not in MODES:
-            raise UsageError(
-                f"unknown mode {self.mode!r} of temporal-selection: choose from {', '.join(MODES)}"
-            )
+            raise UsageError(unknown("mode of temporal-selection", self.mode, MODES))
 
     def run(self, session: Session) -> None:
         """Replace features by tables where those are closer, and write the report."""

@@ -17,6 +17,7 @@ from qdeploy.engines.selftest.graphs import CHANNELS, FORMATS, PATTERNS, SIZE, G
 from qdeploy.engines.spec import EngineSpec
 from qdeploy.system.errors import QDeployError, UsageError
 from qdeploy.system.progress import track
+from qdeploy.system.suggest import unknown
 from qdeploy.system.tables import Table
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def selftest(
     check_precision(chosen, precision)
     for name in formats or ():
         if name not in FORMATS:
-            raise UsageError(f"unknown format {name!r}: choose from {', '.join(FORMATS)}")
+            raise UsageError(unknown("format", name, FORMATS))
     kinds = [FORMATS[name] for name in formats or _formats_of(chosen)]
     todo = [
         (pattern, kind)

@@ -28,6 +28,7 @@ from qdeploy.recipe.targets import find_target
 from qdeploy.store.artifact import Bundle, is_artifact, open_artifact
 from qdeploy.store.files import explained_os_errors
 from qdeploy.system.errors import InvalidInputError, QDeployError, UsageError
+from qdeploy.system.suggest import unknown
 
 _ROUNDS = 8  # a fix can make room for another; more than this many never happened
 
@@ -60,7 +61,7 @@ def lint(
         InvalidInputError: the file is no ONNX graph, or its weights are not there.
     """
     if engine not in ENGINES:
-        raise UsageError(f"unknown engine {engine!r}: choose from {', '.join(ENGINES)}")
+        raise UsageError(unknown("engine", engine, ENGINES))
     target = target or _own_target(Path(source))
     find_target(target)
     scope = Scope(
