@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.roundings_report import FIGURES, table
 from qdeploy.calibrate.methods.gptq import GPTQ
 from qdeploy.calibrate.methods.minmax import ActivationRanges, WeightRanges
 from qdeploy.calibrate.methods.qdiffusion import AdaRound
@@ -34,11 +35,26 @@ from qdeploy.quant.checkpoint import load_checkpoint
 from qdeploy.quant.modes import weights_only
 from qdeploy.recipe.stages import Stage
 from qdeploy.store.files import write_json
-from qdeploy.system.tables import Table
 from qdeploy.workflows.calibrate import calibrate
 
-ROUNDINGS: dict[str, tuple[Stage, ...]] = {"nearest": (), "GPTQ": (GPTQ(),), "AdaRound, fast": (AdaRound(),)}
-FIGURES = ("median", "pooled", "worst")
+CLOSED = GPTQ(full_inputs=True, samples=64)
+ROUNDINGS: dict[str, tuple[str, tuple[Stage, ...]]] = {
+    "nearest": ("fast", ()),
+    "GPTQ": ("fast", (GPTQ(),)),
+    "GPTQ, full-precision inputs": ("fast", (GPTQ(full_inputs=True),)),
+    "GPTQ, full-precision inputs, 64 vectors, 96 rows": ("fast,rows=96", (CLOSED,)),
+    "GPTQ, full-precision inputs, then learned": (
+        "fast",
+        (GPTQ(full_inputs=True), AdaRound(refine=True, lr=0.03)),
+    ),
+    "GPTQ, full-precision inputs, 64 vectors, then learned, early stop": (
+        "fast",
+        (CLOSED, AdaRound(refine=True, lr=0.03, settle=0.01)),
+    ),
+    "AdaRound, fast, early stop": ("fast", (AdaRound(settle=0.01),)),
+    "AdaRound, fast": ("fast", (AdaRound(),)),
+    "AdaRound, balanced": ("balanced", (AdaRound(),)),
+}
 
 
 def decibels(signal: float, noise: float) -> float:
@@ -63,10 +79,18 @@ def predictions(network: torch.nn.Module, data: CalibrationSet) -> Tensor:
         return torch.cat([denoise(network, data.inputs(part.tolist())) for part in parts])
 
 
-def measure(model: str, output: Path, wanted: list[str], seed: int, held_images: int) -> list[dict[str, Any]]:
+def measure(
+    model: str,
+    output: Path,
+    wanted: list[str],
+    seed: int,
+    held_images: int,
+    images: int = 64,
+    steps: int = 50,
+) -> list[dict[str, Any]]:
     """One record for each way of rounding."""
-    sampling = replace(COLLECTING, steps=50, scheduler="ddim", batch=32, seed=1000 * seed)
-    data = collect(model, output / f"{model}-set-{seed}", sampling, keep=20, samples=64)
+    sampling = replace(COLLECTING, steps=steps, scheduler="ddim", batch=32, seed=1000 * seed)
+    data = collect(model, output / f"{model}-set-{seed}", sampling, keep=20, samples=images)
     unseen_images = replace(sampling, seed=77_000)
     held = collect(model, output / f"{model}-held", unseen_images, keep=20, samples=held_images)
     unseen = CalibrationSet.open(held.path)
@@ -74,11 +98,12 @@ def measure(model: str, output: Path, wanted: list[str], seed: int, held_images:
     reference = predictions(open_model(model).load().float().eval(), unseen)
     records = []
     for name in wanted:
-        stages = [WeightRanges("lp"), *ROUNDINGS[name], ActivationRanges("lp")]
+        effort, rounding = ROUNDINGS[name]
+        stages = [WeightRanges("lp"), *rounding, ActivationRanges("lp")]
         place = output / f"{model}-{name.replace(', ', '-').lower()}-{seed}"
         began = time.process_time()
         checkpoint = calibrate(
-            model, place, weights="int4", activations="int8", effort="fast", stages=stages, calibration=data,
+            model, place, weights="int4", activations="int8", effort=effort, stages=stages, calibration=data,
             seed=seed,
         )  # fmt: skip
         took = time.process_time() - began
@@ -102,24 +127,6 @@ def measure(model: str, output: Path, wanted: list[str], seed: int, held_images:
     return records
 
 
-def table(records: list[dict[str, Any]]) -> Table:
-    """The records side by side."""
-    columns = ["model", "roundings", "CPU s", "W4A8: median / pooled / worst dB", "weights alone"]
-    rows = [
-        [
-            record["model"],
-            record["rounding"],
-            f"{record['cpu_seconds']:.0f}",
-            *(
-                " / ".join(f"{record[kind][figure]:.1f}" for figure in FIGURES)
-                for kind in ("W4A8", "weights alone")
-            ),
-        ]
-        for record in records
-    ]
-    return Table(columns, rows)
-
-
 def main() -> None:
     """Measure and write ``results.json``, or print what was kept."""
     parser = argparse.ArgumentParser(
@@ -131,6 +138,8 @@ def main() -> None:
     parser.add_argument("--roundings", nargs="+", choices=ROUNDINGS, default=list(ROUNDINGS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--held-images", type=int, default=32)
+    parser.add_argument("--images", type=int, default=64, help="that rows are collected from, 20 of each")
+    parser.add_argument("--steps", type=int, default=50, help="of sampling, 20 or more")
     arguments = parser.parse_args()
     if arguments.kept:
         print(table(read_json(Path(arguments.kept[-1]))["results"]).markdown())
@@ -138,8 +147,9 @@ def main() -> None:
     torch.set_num_threads(1)
     arguments.output.mkdir(parents=True, exist_ok=True)
     records = measure(
-        arguments.model, arguments.output, arguments.roundings, arguments.seed, arguments.held_images
-    )
+        arguments.model, arguments.output, arguments.roundings, arguments.seed, arguments.held_images,
+        arguments.images, arguments.steps,
+    )  # fmt: skip
     write_json(arguments.output / "results.json", {"results": records})
     print(table(records).text())
 

@@ -68,6 +68,18 @@ def _pipelines(content: Mapping[str, Any]) -> str:
     return tables(content)
 
 
+def _terrain(content: Mapping[str, Any]) -> str:
+    from benchmarks.terrain_report import tables
+
+    return tables(content)
+
+
+def _roundings(content: Mapping[str, Any]) -> str:
+    from benchmarks.roundings_report import table
+
+    return table(content["results"]).markdown()
+
+
 def _builds(content: Mapping[str, Any]) -> str:
     rows = [
         [
@@ -114,6 +126,20 @@ QUESTIONS = {
         "2026-11-26",
         _methods,
     ),
+    "what-breaks-w8a8-on-terrain": Question(
+        "terrain.json",
+        "What breaks W8A8 on terrain, a network of others, and what mends it?",
+        "python -m benchmarks.terrain --folder runs/terrain --why",
+        "2026-11-29",
+        _terrain,
+    ),
+    "roundings-quality-against-time": Question(
+        "roundings.json",
+        "Roundings: quality against time",
+        "python -m benchmarks.roundings --model digits",
+        "2026-11-29",
+        _roundings,
+    ),
     "what-do-weights-in-blocks-give": Question(
         "blocks-digits-dit.json",
         "What do weights in blocks give on a CPU?",
@@ -132,7 +158,7 @@ QUESTIONS = {
 
 
 def question_page(question: Question) -> str:
-    """The page of one results file, with its command, machine and date."""
+    """The page of one results file, with its command, machine and date, and what the file beside it says of it."""
     content = json.loads((RESULTS / question.file).read_text(encoding="utf-8"))
     machine = content.get("machine")
     where = (
@@ -147,7 +173,9 @@ def question_page(question: Question) -> str:
         f"- measured: {question.date}; file: `benchmarks/results/{question.file}`",
         *([f"- {content['note']}"] if "note" in content else []),
     ]
-    return "\n".join([_MADE + f"# {question.title}\n", *facts, "", question.table(content)])
+    findings = (RESULTS / question.file).with_suffix(".md")
+    rest = ["", findings.read_text(encoding="utf-8").rstrip()] if findings.is_file() else []
+    return "\n".join([_MADE + f"# {question.title}\n", *facts, "", question.table(content), *rest])
 
 
 def which_page() -> str:

@@ -88,6 +88,7 @@ def optimize(
     p: float,
     penalty: Callable[[int], Tensor | None] = lambda iteration: None,
     cosine: bool = False,
+    stop: Callable[[int], bool] = lambda iteration: False,
 ) -> None:
     """Adam on ``parameters`` against the unit's output error plus a penalty.
 
@@ -101,6 +102,7 @@ def optimize(
         p: exponent of the output error.
         penalty: a further loss term for an iteration number (from 0).
         cosine: let the learning rate fall to 0 along a cosine; constant otherwise.
+        stop: whether to stop after the step of an iteration number.
     """
     optimizer = torch.optim.Adam(parameters, lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations) if cosine else None
@@ -115,3 +117,5 @@ def optimize(
         optimizer.step()
         if schedule is not None:
             schedule.step()
+        if stop(iteration):
+            return

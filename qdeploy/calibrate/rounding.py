@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from qdeploy.calibrate.early_stop import EarlyStop
 from qdeploy.calibrate.reconstruct import Problem, optimize
 from qdeploy.quant.layer import QuantizedLayer
 from qdeploy.quant.operators import code_type, over_weight, spacing
@@ -18,6 +19,7 @@ from qdeploy.quant.quantizers import WeightQuantizer
 from qdeploy.recipe.formats import Format
 
 ZETA, GAMMA = 1.1, -0.1
+NEAR = 0.2  # how far from a decided code its weight begins, in gaps
 PAPER_STEPS, PAPER_LR = 20000, 1e-3  # of BRECQ, Q-Diffusion and TFMQ-DM
 
 
@@ -54,6 +56,8 @@ class SoftRounding(nn.Module):
         scale: [C] steps, or [C, blocks].
         zero_point: codes of zero, shaped like ``scale``.
         number_format: the grid.
+        codes: [C, ...] integers decided before: each weight then chooses between its code and the next one towards
+            it, and begins near its code.
     """
 
     floor: Tensor
@@ -61,7 +65,14 @@ class SoftRounding(nn.Module):
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, weight: Tensor, scale: Tensor, zero_point: Tensor, number_format: Format) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        number_format: Format,
+        codes: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.format = number_format
         self.register_buffer("scale", over_weight(scale, weight.shape))
@@ -72,8 +83,16 @@ class SoftRounding(nn.Module):
             steps = steps.clamp(number_format.qmin, number_format.qmax)
             gap = spacing(steps, number_format)
         self.register_buffer("gap", gap)
-        self.register_buffer("floor", (steps / self.gap).floor() * self.gap)
-        self.v = nn.Parameter(inverse_rectified_sigmoid((steps - self.floor) / self.gap))
+        floor = (steps / self.gap).floor() * self.gap
+        if codes is None:
+            share = (steps - floor) / self.gap
+        else:
+            decided = codes.to(weight.dtype) - self.zero_point
+            up = decided > steps
+            floor = torch.where(up, decided - self.gap, decided)
+            share = torch.where(up, 1 - NEAR, NEAR).to(weight.dtype)
+        self.register_buffer("floor", floor)
+        self.v = nn.Parameter(inverse_rectified_sigmoid(share))
 
     def h(self) -> Tensor:
         """The share of the way up that each weight takes, in [0, 1]."""
@@ -112,10 +131,12 @@ def learn_rounding(
     generator: torch.Generator,
     weight: float,
     warmup: float,
+    settle: float | None = None,
 ) -> float:
     """Learn and decide the rounding of some weights together.
 
-    The decision is kept only if rows that were not learned from agree that it beats rounding to nearest.
+    The decision is kept only if rows that were not learned from agree that it beats what was there: rounding to
+    nearest, or the codes that are decided already.
 
     Args:
         problem: computes the error that the weights lead to.
@@ -126,14 +147,18 @@ def learn_rounding(
         generator: chooses the rows.
         weight: lambda, the weight of the regulariser.
         warmup: share of the steps without it.
+        settle: stop once the held-out error of the roundings, decided as they are, has not fallen by this share in
+            two tenths of the steps, and keep the best of them; None takes all steps, and the last.
 
     Returns:
-        Held-out error as a share of that of rounding to nearest; 1 if that was kept.
+        Held-out error as a share of that of what was there; 1 if that was kept.
     """
-    nearest = problem.judged(p=2)
+    before = problem.judged(p=2)
+    kept = [quantizer.codes for quantizer, _ in pairs]
     learned = []
-    for quantizer, part in pairs:
-        rounding = SoftRounding(part, quantizer.scale, quantizer.zero_point, quantizer.format)
+    for (quantizer, part), codes in zip(pairs, kept, strict=True):
+        start = None if quantizer.format.floating else codes
+        rounding = SoftRounding(part, quantizer.scale, quantizer.zero_point, quantizer.format, start)
         quantizer.rounding = rounding
         learned.append(rounding)
 
@@ -143,12 +168,29 @@ def learn_rounding(
             return None
         return weight * torch.stack([regularizer(rounding.h(), beta) for rounding in learned]).sum()
 
-    optimize(problem, [rounding.v for rounding in learned], steps, batch, lr, generator, 2, penalty)
-    for (quantizer, _), rounding in zip(pairs, learned, strict=True):
-        quantizer.codes, quantizer.rounding = rounding.codes(), None
-    reached = problem.judged(p=2)
-    if reached > nearest:
-        for quantizer, part in pairs:
-            quantizer.codes = quantizer.nearest(part)
+    def decide(codes: Sequence[Tensor]) -> float:
+        """Held-out error of decided codes, which stay."""
+        for (quantizer, _), own in zip(pairs, codes, strict=True):
+            quantizer.codes, quantizer.rounding = own, None
+        return problem.judged(p=2)
+
+    def judge() -> tuple[float, list[Tensor]]:
+        codes = [rounding.codes() for rounding in learned]
+        error = decide(codes)
+        for (quantizer, _), rounding in zip(pairs, learned, strict=True):
+            quantizer.rounding = rounding
+        return error, codes
+
+    parameters = [rounding.v for rounding in learned]
+    if settle is None:
+        optimize(problem, parameters, steps, batch, lr, generator, 2, penalty)
+        reached = decide([rounding.codes() for rounding in learned])
+    else:
+        stop = EarlyStop(judge, settle, max(1, steps // 10), round(warmup * steps))
+        optimize(problem, parameters, steps, batch, lr, generator, 2, penalty, stop=stop)
+        reached = decide(stop.best or judge()[1])
+    if reached > before:
+        for (quantizer, part), codes in zip(pairs, kept, strict=True):
+            quantizer.codes = quantizer.nearest(part) if codes is None else codes
         return 1.0
-    return reached / nearest if nearest else 1.0
+    return reached / before if before else 1.0

@@ -69,11 +69,12 @@ class AttentionQuantizers(nn.Module):
     ) -> Tensor:
         """``softmax(q k^T scale + mask) v`` with quantized operands; shapes [B, heads, tokens, d].
 
-        The scale is applied after the product, as Stable Diffusion's attention does.
+        The scale is applied after the product, as Stable Diffusion's attention does; so are the factors of a group of
+        timesteps, for an engine multiplies integers.
         """
         kept = key[..., : int(self.start), :]
         query, key, value = (
-            quantizer.restore(quantizer(x))
+            quantizer(x) if self._late(quantizer) else quantizer.restore(quantizer(x))
             for quantizer, x in (
                 (self.query, query),
                 (self.key, key[..., int(self.start) :, :]),
@@ -95,17 +96,28 @@ class AttentionQuantizers(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
     ) -> Tensor:
         """What is left to do with quantized operands."""
-        logits = query @ key.transpose(-2, -1) * scale
+        logits = query @ key.transpose(-2, -1)
+        for quantizer in filter(self._late, (self.query, self.key)):
+            logits = quantizer.restore(logits)
+        logits = logits * scale
         if mask is not None:
             logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
         if is_causal:
             past = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
             logits = logits.masked_fill(~past, -torch.inf)
-        probabilities = self.probabilities.restore(self.probabilities(logits.softmax(-1)))
+        probabilities = self.probabilities(logits.softmax(-1))
+        if not self._late(self.probabilities):
+            probabilities = self.probabilities.restore(probabilities)
         if self.start:
             return split_start(probabilities, value)
         output: Tensor = probabilities @ value
+        for quantizer in filter(self._late, (self.probabilities, self.value)):
+            output = quantizer.restore(output)
         return output
+
+    def _late(self, quantizer: nn.Module) -> bool:
+        """Whether a quantizer's factor is one for all tokens, so that it may wait until after the product."""
+        return isinstance(quantizer, ActivationQuantizer) and quantizer.axis is None and not self.start
 
 
 def _many(query: Tensor, key: Tensor) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qdeploy.calibrate import rounding as rounding_module
 from qdeploy.calibrate.methods import qdiffusion
+from qdeploy.calibrate.methods.gptq import GPTQ, round_layer
 from qdeploy.calibrate.reconstruct import UnitProblem
 from qdeploy.calibrate.rounding import (
     PAPER_LR,
@@ -20,6 +21,7 @@ from qdeploy.calibrate.rounding import (
     rectified_sigmoid,
     regularizer,
 )
+from qdeploy.calibrate.second_moments import Moments, read_vectors
 from qdeploy.quant.layer import QuantizedLayer
 from qdeploy.quant.operators import per_channel
 from qdeploy.quant.quantizers import WeightQuantizer
@@ -236,3 +238,57 @@ def test_gradients_reach_only_weights_that_are_not_clipped() -> None:
     far = (weight / per_channel(rounding.scale.flatten(), 4)).abs() > 8.5
     assert far.any()
     assert torch.all(rounding.v.grad[far] == 0)
+
+
+# -- on from roundings that are decided, and no longer than it pays ------------------------------------------
+
+
+def rounded_by_gptq(number_format: Format, split: tuple[int, ...] = ()) -> tuple[UnitProblem, QuantizedLayer]:
+    problem, layer = correlated_problem(number_format, split)
+    moments = Moments(layer, False)
+    moments.add(read_vectors(layer, problem.inputs.tensors[0], 4096, torch.Generator().manual_seed(0)), None)
+    round_layer(layer, moments, GPTQ())
+    return problem, layer
+
+
+def refined(problem: UnitProblem, layer: QuantizedLayer, steps: int, settle: float | None) -> float:
+    return qdiffusion.round_unit(
+        bare_session(), problem, [layer], "unit", steps, 0.01, 0.01, 0.2, settle=settle, refine=True
+    )
+
+
+@pytest.mark.parametrize("settle", [None, 0.0, 0.01])
+def test_refining_never_leaves_a_unit_worse_than_gptq_left_it(settle: float | None) -> None:
+    problem, layer = rounded_by_gptq(int4)
+    before = problem.judged(p=2)
+    gain = refined(problem, layer, 200, settle)
+    assert gain <= 1
+    assert problem.judged(p=2) == pytest.approx(gain * before)
+    assert layer.weight_quantizers[0].rounding is None
+
+
+@pytest.mark.parametrize("number_format", [int4, uint4], ids=lambda f: f.name)
+def test_a_refined_rounding_begins_at_the_codes_and_may_go_one_code_towards_the_weight(
+    number_format: Format,
+) -> None:
+    _, layer = rounded_by_gptq(number_format)
+    ((quantizer, weight),) = layer.weight_pairs()
+    assert quantizer.codes is not None
+    rounding = SoftRounding(weight, quantizer.scale, quantizer.zero_point, number_format, quantizer.codes)
+    assert torch.equal(rounding.codes(), quantizer.codes)
+    exact = weight / rounding.scale + rounding.zero_point
+    codes = quantizer.codes.float()
+    other = 2 * rounding.floor + 1 + 2 * rounding.zero_point - codes
+    assert torch.all((other - codes).abs() == 1)
+    assert torch.all((other - codes) * (exact - codes) >= 0)
+
+
+def test_learning_stops_when_held_out_rows_gain_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    plain = rounding_module.annealed_beta
+    monkeypatch.setattr(
+        rounding_module, "annealed_beta", lambda step, *rest: taken.append(step) or plain(step, *rest)
+    )
+    problem, layer = rounded_by_gptq(int4)
+    refined(problem, layer, 200, settle=0.9)  # nothing gains nine tenths: over after the warm-up
+    assert len(taken) < 100

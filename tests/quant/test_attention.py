@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.calibrate.methods import minmax
+from qdeploy.network.current_timestep import CurrentTimestep
 from qdeploy.quant import attention
 from qdeploy.quant.attention import AttentionQuantizers, quantize_attention
 from qdeploy.quant.modes import full_precision
@@ -88,6 +89,37 @@ def test_q_k_v_and_the_softmax_output_are_quantized_and_the_scale_comes_after_th
     p_hat = (p * 255).round().clamp(0, 255) / 255
     assert torch.allclose(quantizers.attend(q, k, v), p_hat @ v_hat, atol=1e-5)
     assert not torch.allclose(p, p_hat, atol=1e-5)
+
+
+def test_factors_of_groups_of_timesteps_come_after_the_products_which_are_of_integers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    q, k, v = operands()
+    grouped, current = ready(q, k, v), CurrentTimestep()
+    for quantizer in grouped.children():
+        assert isinstance(quantizer, ActivationQuantizer)
+        banks = torch.stack([quantizer.scale, 3 * quantizer.scale])
+        quantizer.set(banks, torch.tensor(0), torch.tensor([500.0]))
+        quantizer.current_timestep = current
+    multiplied: list[tuple[Tensor, Tensor]] = []
+    plain = Tensor.__matmul__
+
+    def seen(a: Tensor, b: Tensor) -> Tensor:
+        multiplied.append((a, b))
+        return plain(a, b)
+
+    for timestep, factor in ((10.0, 1.0), (900.0, 3.0)):
+        single = ready(q, k, v)
+        for quantizer in single.children():
+            quantizer.scale = factor * quantizer.scale  # type: ignore[assignment, operator]
+        with current.at(torch.tensor([timestep])), monkeypatch.context() as patch:
+            patch.setattr(Tensor, "__matmul__", seen)
+            found = grouped.attend(q, k, v)
+        assert torch.allclose(found, single.attend(q, k, v), atol=1e-5)
+    nominal = (grouped.query, grouped.key, grouped.probabilities, grouped.value)
+    for quantizer, operand in zip(2 * nominal, (x for pair in multiplied for x in pair), strict=True):
+        codes = operand / quantizer.scale.log().mean().exp()  # type: ignore[operator, union-attr]
+        assert torch.allclose(codes, codes.round(), atol=1e-3)
 
 
 def test_probabilities_of_zero_and_one_are_codes_of_an_unsigned_grid(tmp_path: Path) -> None:

@@ -39,14 +39,17 @@ from qdeploy.system.progress import say, track
 class AdaRound(Stage):
     """Learn the rounding of every weight, unit by unit (AdaRound, Nagel et al., ICML 2020, arXiv 2004.10568).
 
-    Weights whose rounding an earlier stage has decided stay as they are: TFMQ-DM keeps its temporal
-    information block out of the blocks that it reaches into (section 3.1).
+    Weights whose rounding an earlier stage has decided stay as they are, unless it is to be refined: TFMQ-DM keeps
+    its temporal information block out of the blocks that it reaches into (section 3.1).
 
     Attributes:
         weight: lambda, the weight of the rounding regulariser.
         warmup: share of the steps without regulariser.
         lr: Adam's learning rate; 0 chooses the paper's 1e-3, raised where there are fewer steps.
         steps: of the optimiser for each unit; None leaves it to the effort.
+        settle: a unit is done once its held-out error has not fallen by this share in two tenths of the steps, and
+            the best is kept; None for all steps.
+        refine: learn on from the roundings that an earlier stage, such as ``gptq``, has decided.
     """
 
     name = "round-weights"
@@ -58,16 +61,20 @@ class AdaRound(Stage):
     warmup: float = 0.2
     lr: float = 0.0
     steps: int | None = None
+    settle: float | None = None
+    refine: bool | None = None
 
     def __post_init__(self) -> None:
         """Check the options.
 
         Raises:
-            UsageError: fewer than one step.
+            UsageError: fewer than one step, or an impossible share.
         """
         super().__post_init__()
         if self.steps is not None and self.steps < 1:
             raise UsageError(f"the steps of round-weights must be at least 1, not {self.steps}")
+        if self.settle is not None and not 0 <= self.settle < 1:
+            raise UsageError(f"settle of round-weights must be from 0 to 1, not {self.settle}")
 
     def run(self, session: Session) -> None:
         """Decide the codes of all weights."""
@@ -77,13 +84,15 @@ class AdaRound(Stage):
 
             def compute(unit: str = unit, layers: list[Layer] = layers) -> None:
                 modules = session.quantized(layers)
-                if not undecided(modules):
+                if not (self.refine or undecided(modules)):
                     return
                 with session.weights_only(), session.problem(unit, nullcontext) as problem:
                     gain = round_unit(
-                        session, problem, modules, f"round/{unit}", steps, rate, self.weight, self.warmup
-                    )
-                say(f"  {unit}: {gain:.2f} times the error of rounding to nearest", level=2)
+                        session, problem, modules, f"round/{unit}", steps, rate, self.weight, self.warmup,
+                        settle=self.settle, refine=bool(self.refine),
+                    )  # fmt: skip
+                before = "the roundings that were there" if self.refine else "rounding to nearest"
+                say(f"  {unit}: {gain:.2f} times the error of {before}", level=2)
 
             session.once(f"{number:04d}", compute, prefix=unit)
 
@@ -101,17 +110,21 @@ def round_unit(
     rate: float,
     weight: float,
     warmup: float,
+    *,
+    settle: float | None = None,
+    refine: bool = False,
 ) -> float:
-    """Round one unit; returns the ratio of its held-out error to that of rounding to nearest."""
+    """Round one unit; returns the ratio of its held-out error to that of what was there before."""
     return learn_rounding(
         problem,
-        undecided(layers),
+        [pair for layer in layers for pair in layer.weight_pairs()] if refine else undecided(layers),
         steps=steps,
         batch=session.effort.batch,
         lr=rate,
         generator=session.generator(name),
         weight=weight,
         warmup=warmup,
+        settle=settle,
     )
 
 
