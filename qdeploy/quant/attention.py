@@ -111,8 +111,8 @@ class AttentionQuantizers(nn.Module):
         if self.start:
             return split_start(probabilities, value)
         output: Tensor = probabilities @ value
-        for quantizer in filter(self._late, (self.probabilities, self.value)):
-            output = quantizer.restore(output)
+        for last in filter(self._late, (self.probabilities, self.value)):
+            output = last.restore(output)
         return output
 
     def _late(self, quantizer: nn.Module) -> bool:
