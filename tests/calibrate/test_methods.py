@@ -58,9 +58,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Session:
     stock: Any = qdiffusion.round_unit
     errors: list[tuple[float, float]] = []
 
-    def spy(session: Session, problem: UnitProblem, *rest: Any) -> float:
+    def spy(session: Session, problem: UnitProblem, *rest: Any, **options: Any) -> float:
         nearest = problem.judged(2)
-        gain = float(stock(session, problem, *rest))
+        gain = float(stock(session, problem, *rest, **options))
         errors.append((nearest, problem.judged(2)))
         return gain
 
@@ -238,9 +238,11 @@ def rounded(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., None]], 
     def install(look: Callable[..., None]) -> None:
         stock: Any = qdiffusion.round_unit
 
-        def spy(session: Session, problem: UnitProblem, layers: Any, name: str, *rest: Any) -> float:
+        def spy(
+            session: Session, problem: UnitProblem, layers: Any, name: str, *rest: Any, **options: Any
+        ) -> float:
             look(session, problem, name.removeprefix("round/"))
-            return float(stock(session, problem, layers, name, *rest))
+            return float(stock(session, problem, layers, name, *rest, **options))
 
         monkeypatch.setattr(qdiffusion, "round_unit", spy)
 
