@@ -171,6 +171,7 @@ def running_triton(
     command = [
         str(home / "bin" / "tritonserver"), f"--model-repository={repository}",
         f"--backend-directory={backend.parent}", "--exit-on-error=true",
+        "--model-control-mode=explicit", "--load-model=sd",
         *(f"--{name}-address=127.0.0.1" for name in ("http", "grpc", "metrics")),
         f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}",
     ]  # fmt: skip
@@ -209,7 +210,7 @@ def test_triton_answers_with_the_pictures_of_sample(
     triton: Path, stable_diffusion_engine: EngineFolder, expected: Path, tmp_path: Path
 ) -> None:
     made = package(stable_diffusion_engine, tmp_path / "models", server="triton", name="sd")
-    with running_triton(triton, made.path / "pipeline", tmp_path) as (server, http, grpc, metrics, log):
+    with running_triton(triton, made.path / "pipeline", tmp_path) as (server, http, grpc, metrics, _):
         before = executions(metrics)
         assert_all_right(run(triton, _CLIENT, "http", f"127.0.0.1:{http}", expected))
         succeeded, ran = (now - then for now, then in zip(executions(metrics), before, strict=True))
@@ -225,16 +226,16 @@ def test_triton_answers_with_the_pictures_of_sample(
         assert killed
         for process in killed:
             os.kill(process, 9)
-        for _ in range(20):  # the request that notices fails, and Triton starts another worker
-            try:
-                told = run(triton, _CLIENT, "http", f"127.0.0.1:{http}", expected)
-            except AssertionError:
-                time.sleep(1)
-                continue
-            assert_all_right(told)
-            break
-        else:
-            raise AssertionError(f"no answer any more:\n{log.read_text(errors='replace')[-3000:]}")
+        # Triton starts no other worker (server issue 8604), but lives, and loads the model anew when it is asked to.
+        with pytest.raises(AssertionError, match="is not healthy"):
+            run(triton, _CLIENT, "http", f"127.0.0.1:{http}", expected)
+        for verb in ("unload", "load"):
+            place = f"http://127.0.0.1:{http}/v2/repository/models/sd/{verb}"
+            with urllib.request.urlopen(
+                urllib.request.Request(place, b"{}", method="POST"), timeout=300
+            ) as answer:
+                assert answer.status == 200
+        assert_all_right(run(triton, _CLIENT, "http", f"127.0.0.1:{http}", expected))
         assert server.poll() is None
 
 
@@ -243,7 +244,8 @@ def test_triton_with_arrays_that_it_reads_wrong_is_refused(
 ) -> None:
     if int(np.__version__.partition(".")[0]) < 2:
         pytest.skip("needs NumPy 2")
-    python = environment("triton-numpy2", TRITON[:1], tmp_path_factory.getbasetemp())
+    packages = ("--no-deps", TRITON[0], f"numpy=={np.__version__}")
+    python = environment("triton-numpy2", packages, tmp_path_factory.getbasetemp())
     made = package(stable_diffusion_engine, tmp_path / "models", server="triton", name="sd")
     with (
         pytest.raises(AssertionError, match=r"reads NumPy 2\S* wrong"),

@@ -65,7 +65,8 @@ def _triton(subject: PackagedEngine) -> dict[str, str]:
             "Triton Inference Server",
             [
                 f"pip install 'qdeploy=={__version__}' 'tritonclient[http]'",
-                "tritonserver --model-repository=pipeline --http-address=127.0.0.1 --grpc-address=127.0.0.1 "
+                "tritonserver --model-repository=pipeline --model-control-mode=explicit "
+                f"--load-model={subject.name} --http-address=127.0.0.1 --grpc-address=127.0.0.1 "
                 "--metrics-address=127.0.0.1",
             ],
             "The first command is for the Python that Triton runs models with: inside of a container "
@@ -73,7 +74,11 @@ def _triton(subject: PackagedEngine) -> dict[str, str]:
             "`numpy<2`, and the model refuses to load without it.\n\n`pipeline/` holds the whole pipeline, on "
             f"Triton's Python backend: requests are batched up to {subject.batch} images. `denoiser/` holds the "
             "network alone for the runtime's own backend of Triton, for programs that have a sampler of their own; "
-            "Triton completes its configuration from the file.\n",
+            "Triton completes its configuration from the file.\n\nA worker that dies, for want of memory say, is not "
+            "started again by Triton 24.06 and later: requests fail with status 500, and the routes of health "
+            "still say 200. Probe with a request, and load the model again:\n\n```console\n"
+            f"curl -X POST http://127.0.0.1:8000/v2/repository/models/{subject.name}/unload\n"
+            f"curl -X POST http://127.0.0.1:8000/v2/repository/models/{subject.name}/load\n```\n",
         ),
     }
 
