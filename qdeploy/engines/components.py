@@ -125,8 +125,10 @@ def build_components(
         for folder in folders:
             precision = (plan.precision or {})[name]
             graph = plain_graph(source.file(f"{folder}/{GRAPH}"), draft.work / "graphs" / folder)
-            if backend.autoencoder_passes and folder != name:
-                graph = rewritten(graph, backend.autoencoder_passes, draft.work / "rewritten" / folder)
+            if backend.rewrites_autoencoders and folder != name:
+                from qdeploy.export.lower import AS_BUILT
+
+                graph = rewritten(graph, AS_BUILT, draft.work / "rewritten" / folder)
             if precision == W8A8:
                 precision = "f32"  # of weights that are in no integer layer
                 if folder.endswith("_decoder") and calibration is not None:

@@ -15,7 +15,6 @@ from qdeploy.engines.openvino_graph import MODEL, build, build_component
 from qdeploy.engines.openvino_shapes import DEVICES, ShapedModel, shared
 from qdeploy.engines.openvino_timestep import take_fractional_timesteps
 from qdeploy.engines.registry import Backend
-from qdeploy.export.lower import AS_BUILT
 from qdeploy.system.errors import CapabilityError, InvalidInputError, UsageError
 from qdeploy.system.machine import WIDE, has_bf16, int8_sums_saturate
 from qdeploy.system.telemetry import import_silently
@@ -214,5 +213,5 @@ BACKEND = Backend(
     any_size=True,
     build_component=build_component,
     load_component=OpenVINOComponent,
-    autoencoder_passes=AS_BUILT,
+    rewrites_autoencoders=True,
 )

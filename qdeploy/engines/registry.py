@@ -23,8 +23,6 @@ from qdeploy.system.telemetry import import_silently
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from onnx_ir.passes import InPlacePass
-
     from qdeploy.engines.base import Engine
     from qdeploy.engines.component import EngineComponent
     from qdeploy.engines.spec import EngineSpec
@@ -60,7 +58,8 @@ class Backend:
         build_component: writes the runtime's files for the ``model.onnx`` of a text encoder or an autoencoder
             into a folder, for a precision; None where only denoisers are built.
         load_component: opens what that wrote: folder, precision, threads.
-        autoencoder_passes: rewrites of the graphs of autoencoders, before they are quantized and built.
+        rewrites_autoencoders: whether it runs graphs of autoencoders faster when `qdeploy.export.lower.AS_BUILT` has
+            rewritten them, before they are quantized and built.
     """
 
     name: str
@@ -82,7 +81,7 @@ class Backend:
     any_size: bool = False
     build_component: Callable[[Path, Path, str], None] | None = None
     load_component: Callable[[Path, str, int | None], EngineComponent] | None = None
-    autoencoder_passes: tuple[type[InPlacePass], ...] = ()
+    rewrites_autoencoders: bool = False
 
     def why_not_here(self) -> str | None:
         """Why this machine cannot run the engines that it builds; None if it can."""

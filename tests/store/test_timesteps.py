@@ -84,8 +84,8 @@ def watched(denoiser: nn.Module) -> Iterator[list[tuple[float, set[int]]]]:
         given = args[1] if len(args) > 1 else kwargs["timestep"]
         calls.append((float(torch.as_tensor(given).flatten()[0]), set()))
 
-    def spy(self: CurrentTimestep, edges: Tensor) -> Tensor:
-        found = stock(self, edges)
+    def spy(self: CurrentTimestep, edges: Tensor, *known: Any) -> Tensor:
+        found = stock(self, edges, *known)
         calls[-1][1].update(found.tolist())
         return found
 

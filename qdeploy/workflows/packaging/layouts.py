@@ -76,7 +76,7 @@ def _triton(subject: PackagedEngine) -> dict[str, str]:
             "network alone for the runtime's own backend of Triton, for programs that have a sampler of their own; "
             "Triton completes its configuration from the file.\n\nA worker that dies, for want of memory say, is not "
             "started again by Triton 24.06 and later: requests fail with status 500, and the routes of health "
-            "still say 200. Probe with a request, and load the model again:\n\n```console\n"
+            "still say 200. Probe with a request, and load the model again:\n\n```shell\n"
             f"curl -X POST http://127.0.0.1:8000/v2/repository/models/{subject.name}/unload\n"
             f"curl -X POST http://127.0.0.1:8000/v2/repository/models/{subject.name}/load\n```\n",
         ),
