@@ -42,7 +42,7 @@ test: setup  ## the test suite
 test-slow: setup  ## what takes minutes: every family of models, engines of every form
 	$(BIN)/python -m pytest -n 2 -m "slow and not field"
 
-test-field: setup  ## servers, guides, imported models from file to picture: half an hour, not in CI
+test-field: setup  ## guides, imported models from file to picture: half an hour, not in CI
 	$(BIN)/python -m pytest -n 2 -m field
 
 lint: setup  ## style, types, and the direction of imports

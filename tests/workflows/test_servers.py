@@ -25,7 +25,7 @@ from qdeploy.store.artifact import EngineFolder
 from qdeploy.workflows.packaging.run import package
 from tests.environments import ROOT, environment, run
 
-pytestmark = [pytest.mark.slow, pytest.mark.field, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 # Triton 2.51 (24.10) lies in this wheel, with its Python backend alone; its model needs NumPy 1.
 TRITON = ("nvidia-pytriton==0.7.0", "tritonclient[grpc,http]==2.73.0", "numpy<2")
