@@ -1,4 +1,4 @@
-"""The demo's pieces: stages that are remembered, a table that tells what it has. (The whole takes minutes.)"""
+"""The demo's pieces: stages that are remembered, a table that tells what it has; and the whole on a tiny model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qdeploy.model.folder import open_model
 from qdeploy.recipe.resolve import presets
 from qdeploy.system.progress import verbosity
 from qdeploy.system.tables import MISSING
-from qdeploy.workflows.demo import DemoRun, variants
+from qdeploy.workflows.demo import DemoRun, demo, variants
 from tests.helpers import pretend_processor
 
 
@@ -131,3 +131,13 @@ def test_the_table_has_a_row_for_each_engine() -> None:
     assert result.to_json()["seconds"] == 1.0
     assert "W8A8" in result.table
     assert result.markdown().startswith("| engine |")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_it_ends_with_a_row_for_each_engine(ddpm: Path, tmp_path: Path) -> None:
+    made = demo(tmp_path / "demo", model=ddpm, backend="openvino", samples=2, rounds=1)
+    rows = [line.split("|")[1].strip() for line in made.markdown().splitlines()[2:] if line.startswith("|")]
+    assert rows[0] == "full precision"
+    assert rows[-2:] == ["8-bit (W8A8)", "4-bit (W4A8)"]
+    assert (tmp_path / "demo" / "report.html").is_file()
