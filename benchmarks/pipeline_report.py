@@ -24,19 +24,10 @@ def tables(found: Mapping[str, Any]) -> str:
 def headline(found: Mapping[str, Any], steps: str = "20") -> str:
     """A Markdown table of few columns for the README: cost and quality of every pipeline."""
     ours = next(name for name in OURS if name in found["rows"])
-    own = found["rows"][ours]["steps"][steps]["cpu_s"]
-    rows = []
-    for name, row in sorted(found["rows"].items(), key=lambda item: mean(item[1]["steps"][steps]["cpu_s"])):
-        each = row["steps"][steps]
-        rows.append(
-            [
-                name,
-                _with_interval(each["cpu_s"]),
-                MISSING if name == ours else _ratio(each["cpu_s"], own),
-                *(f"{each[key]:.1f}" if key in each else MISSING for key in ("psnr_db", "sqnr_db")),
-                f"{row['folder_mb']:.0f}",
-            ]
-        )
+    rows = [
+        [*_cost(found, name, steps, ours), *_quality(row["steps"][steps]), f"{row['folder_mb']:.0f}"]
+        for name, row in _by_cost(found, steps)
+    ]
     head = ["whole pipeline", "CPU s an image", "times the first", "PSNR dB", "SQNR dB", "MB on disk"]
     return Table(head, rows).markdown()
 
@@ -45,22 +36,29 @@ def _steps(found: Mapping[str, Any]) -> list[str]:
     return sorted({steps for row in found["rows"].values() for steps in row["steps"]}, key=int)
 
 
+def _by_cost(found: Mapping[str, Any], steps: str) -> list[tuple[str, Any]]:
+    """The pipelines, the one of least processor time first."""
+    return sorted(found["rows"].items(), key=lambda item: mean(item[1]["steps"][steps]["cpu_s"]))
+
+
+def _cost(found: Mapping[str, Any], name: str, steps: str, ours: str | None) -> list[str]:
+    """A pipeline's name, its processor time, and how many times ours that is."""
+    took = {each: found["rows"][each]["steps"][steps]["cpu_s"] for each in (name, ours) if each}
+    ratio = MISSING if ours is None or name == ours else _ratio(took[name], took[ours])
+    return [name, _with_interval(took[name]), ratio]
+
+
+def _quality(each: Mapping[str, Any]) -> list[str]:
+    return [f"{each[key]:.1f}" if key in each else MISSING for key in ("psnr_db", "sqnr_db")]
+
+
 def _speeds(found: Mapping[str, Any], steps: str) -> str:
     ours = next((name for name in OURS if name in found["rows"]), None)
-    own = found["rows"][ours]["steps"][steps] if ours else None
     rows = []
-    for name, row in sorted(found["rows"].items(), key=lambda item: mean(item[1]["steps"][steps]["cpu_s"])):
+    for name, row in _by_cost(found, steps):
         each = row["steps"][steps]
-        rows.append(
-            [
-                name,
-                _with_interval(each["cpu_s"]),
-                MISSING if own is None or name == ours else _ratio(each["cpu_s"], own["cpu_s"]),
-                _seconds(median(each["s"])),
-                _seconds(quantile(each["s"], 0.95)),
-                *(f"{each[key]:.1f}" if key in each else MISSING for key in ("psnr_db", "sqnr_db")),
-            ]
-        )
+        clock = (_seconds(median(each["s"])), _seconds(quantile(each["s"], 0.95)))
+        rows.append([*_cost(found, name, steps, ours), *clock, *_quality(each)])
     head = [
         "pipeline",
         "CPU s an image",

@@ -18,7 +18,7 @@ from qdeploy.recipe.resolve import resolve_recipe
 from qdeploy.recipe.stages import check_stages, find_method
 from qdeploy.system.errors import UsageError
 from tests.plugins import install
-from tools import tree
+from tools import tree, try_pages
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -29,13 +29,8 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    lines = [
-        line
-        for page in PAGES
-        for block in blocks(page, "console")
-        for line in block.replace("\\\n", " ").splitlines()
-    ]
-    return [line.split("#")[0].strip() for line in lines if line.startswith("qdeploy ")]
+    found = [line for page in PAGES for line, _ in try_pages.commands(page)]
+    return [line for line in found if line.startswith("qdeploy ")]
 
 
 def test_the_documents_show_commands() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -11,22 +10,15 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from tests.test_docs import blocks
-from tools import pages
+from tools import pages, try_pages
 
-GUIDES = Path(__file__).parent.parent / "docs" / "guides"
+GUIDES = try_pages.GUIDES
 
 
 def lines(page: str) -> list[tuple[list[str], int]]:
-    """The commands of a page, and the exit code that a comment announces: 0 if none does."""
-    found = []
-    for block in blocks(GUIDES / f"{page}.md", "console"):
-        for line in block.splitlines():
-            if line.startswith("pip install"):  # is done
-                continue
-            code = re.search(r"# exit (\d)", line)
-            found.append((shlex.split(line, comments=True)[1:], int(code[1]) if code else 0))
-    return found
+    """The commands of a page, those that install excepted, and the exit code that a comment announces."""
+    found = try_pages.commands(GUIDES / f"{page}.md")
+    return [(shlex.split(line)[1:], code) for line, code in found if line.startswith("qdeploy ")]
 
 
 @pytest.mark.slow

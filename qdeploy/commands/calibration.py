@@ -17,7 +17,6 @@ from qdeploy.commands.base import report_made, verb
 from qdeploy.commands.options import Verb, place_options, sampling_of, sampling_options
 from qdeploy.model.sampling import COLLECTING
 from qdeploy.system.errors import InvalidInputError, UsageError
-from qdeploy.system.progress import say
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -98,10 +97,7 @@ def _try_the_rest(model: str, given: dict[str, Any]) -> None:
         QDeployError: what does not.
     """
     known = {each.name for each in fields(COLLECTING)}
-    found = _PREFLIGHT.call(model, **{name: value for name, value in given.items() if name in known})
-    say(found.table())
-    if found.error is not None:
-        raise found.error
+    _PREFLIGHT.call(model, **{name: value for name, value in given.items() if name in known}).require()
 
 
 def _record(

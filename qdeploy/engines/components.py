@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
@@ -13,16 +12,13 @@ from qdeploy.engines.int8_decoder import W8A8, latents_of, quantize_decoder
 from qdeploy.engines.openvino_tokenizers import convert_tokenizers
 from qdeploy.engines.registry import Backend
 from qdeploy.export.graph.external import plain_graph
-from qdeploy.export.lower import adapt
+from qdeploy.export.lower import AS_BUILT, adapt
 from qdeploy.store.artifact import Artifact, Bundle, EngineFolder
 from qdeploy.store.builder import Draft
 from qdeploy.store.facts import PipelineFacts
 from qdeploy.system.errors import CapabilityError, InvalidInputError, UsageError
 from qdeploy.system.machine import has_bf16
 from qdeploy.system.progress import say
-
-if TYPE_CHECKING:
-    from onnx_ir.passes import InPlacePass
 
 GRAPH = "model.onnx"
 
@@ -126,9 +122,7 @@ def build_components(
             precision = (plan.precision or {})[name]
             graph = plain_graph(source.file(f"{folder}/{GRAPH}"), draft.work / "graphs" / folder)
             if backend.rewrites_autoencoders and folder != name:
-                from qdeploy.export.lower import AS_BUILT
-
-                graph = rewritten(graph, AS_BUILT, draft.work / "rewritten" / folder)
+                graph = rewritten(graph, draft.work / "rewritten" / folder)
             if precision == W8A8:
                 precision = "f32"  # of weights that are in no integer layer
                 if folder.endswith("_decoder") and calibration is not None:
@@ -142,12 +136,12 @@ def build_components(
         convert_tokenizers(draft.content)
 
 
-def rewritten(graph: Path, passes: tuple[type[InPlacePass], ...], folder: Path) -> Path:
-    """A copy of a graph in a runtime's own form; the graph itself where no pass fires."""
+def rewritten(graph: Path, folder: Path) -> Path:
+    """A copy of a graph after `qdeploy.export.lower.AS_BUILT`; the graph itself where no pass fires."""
     import onnx_ir as ir
 
     model = ir.load(graph)
-    if not adapt(model, passes):
+    if not adapt(model, AS_BUILT):
         return graph
     folder.mkdir(parents=True, exist_ok=True)
     ir.save(model, folder / GRAPH, external_data=f"{GRAPH}.data")

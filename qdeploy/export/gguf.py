@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.quant.checkpoint import checkpoint_model, load_checkpoint
-from qdeploy.quant.layer import OF_LAYERS, QuantizedLayer, quantized_layers
+from qdeploy.quant.layer import QuantizedLayer, quantized_layers
 from qdeploy.quant.operators import over_weight
 from qdeploy.quant.quantizers import WeightQuantizer
 from qdeploy.store.artifact import Artifact, Checkpoint, open_artifact
@@ -33,6 +33,15 @@ if TYPE_CHECKING:
 BLOCK = 32
 ARCHITECTURE = "diffusers"  # names of tensors are those of diffusers
 _HALF = torch.finfo(torch.float16)
+# What a layer may do to its input, or beside its product, by the attribute that is set then.
+_CHANGES = {
+    "table": "a table of the timestep",
+    "smoothing": "smoothed inputs",
+    "rotation": "rotated inputs",
+    "branch_down": "a low-rank branch",
+    "shift": "shifted inputs",
+    "order": "reordered inputs",
+}
 
 
 @dataclass(frozen=True)
@@ -140,13 +149,7 @@ def export_gguf(
 
 def _changed_input(layer: QuantizedLayer) -> str | None:
     """What a layer does beside multiplying its input by its weight; None if nothing."""
-    words = {"smoothing": "smoothed inputs", "rotation": "rotated inputs", "shift": "shifted inputs"}
-    words |= {"branch_down": "a low-rank branch", "order": "reordered inputs"}
-    if layer.table is not None:
-        return "a table of the timestep"
-    return next(
-        (words[name] for name in OF_LAYERS if name in words and getattr(layer, name) is not None), None
-    )
+    return next((words for name, words in _CHANGES.items() if getattr(layer, name) is not None), None)
 
 
 def _add_tensors(

@@ -18,9 +18,8 @@ from qdeploy.model.zoo import with_shipped_prompts
 from qdeploy.sampling.pipeline_folder import is_pipeline_folder
 from qdeploy.store.artifact import EngineFolder
 from qdeploy.store.files import explained_os_errors, write_json
-from qdeploy.system.errors import UsageError
 from qdeploy.system.progress import say
-from qdeploy.workflows.auto_steps import KEEP, Rung, Steps, engine_for
+from qdeploy.workflows.auto_steps import KEEP, Rung, Steps, check_bound, engine_for
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -206,8 +205,7 @@ def auto(
         CapabilityError: the backend is not installed.
         InvalidInputError: the model cannot be used.
     """
-    if not 0 < min_psnr <= 100:
-        raise UsageError(f"the least PSNR of images is a number of dB from 0 to 100, not {min_psnr}")
+    check_bound(min_psnr)
     name, precision, ladder = engine_for(backend)
     changes, _ = with_old_names(dict(options), KEEP)
     source = open_model(model)

@@ -17,7 +17,6 @@ from qdeploy.model.sampling import CHECKING, Sampling
 from qdeploy.store.artifact import Bundle, CalibrationFolder, Checkpoint, EngineFolder
 from qdeploy.system.errors import UsageError
 from qdeploy.system.machine import has_bf16, int8_sums_saturate, machine
-from qdeploy.system.progress import say
 
 
 @dataclass(frozen=True)
@@ -74,10 +73,7 @@ class Steps:
 
         if self.output.exists():
             return
-        found = preflight(self.model, self.sampling)
-        say(found.table())
-        if found.error is not None:
-            raise found.error
+        preflight(self.model, self.sampling).require()
 
     def collect(self) -> CalibrationFolder:
         from qdeploy.calibration_set.collect import collect
@@ -202,6 +198,16 @@ class Steps:
         engine = f"{out / ladder[0].recipe}-engine"
         yield _line("benchmark", engine)
         yield _line("report", engine, "--reference", source, "-o", out / "report.html", *asked)
+
+
+def check_bound(min_psnr: float) -> None:
+    """Make sure that images can have this PSNR.
+
+    Raises:
+        UsageError: it is no number of dB from 0 to 100.
+    """
+    if not 0 < min_psnr <= 100:
+        raise UsageError(f"the least PSNR of images is a number of dB from 0 to 100, not {min_psnr}")
 
 
 def engine_for(backend: str) -> tuple[str, str, tuple[Rung, ...]]:

@@ -195,7 +195,7 @@ def calibrate(
         say(planned.table())
     output = Path(output) if output else default_output(source.path, resolved.precision.lower())
     if code := code_of(type(stage) for stage in resolved.stages):
-        asked = {**asked, "code": code}
+        asked["code"] = code
     draft = Draft(
         output, Checkpoint, made_from, resolved.to_json(), resolved.seed, asked, overwrite=overwrite
     )

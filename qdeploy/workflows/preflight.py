@@ -28,6 +28,7 @@ from qdeploy.network.roles import Structure, find_structure
 from qdeploy.quant.modes import full_precision
 from qdeploy.system.errors import QDeployError
 from qdeploy.system.estimate import readable_size, readable_time
+from qdeploy.system.progress import say
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -75,6 +76,16 @@ class PreflightResult:
     def problem(self) -> str | None:
         """Why the first step that does not work does not; None if all do."""
         return None if self.error is None else str(self.error)
+
+    def require(self) -> None:
+        """Say what was found, and go on only if everything works.
+
+        Raises:
+            QDeployError: what the first step that does not work has raised.
+        """
+        say(self.table())
+        if self.error is not None:
+            raise self.error
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of ``qdeploy preflight --json``."""

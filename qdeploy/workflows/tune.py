@@ -15,8 +15,8 @@ from qdeploy.store.files import explained_os_errors, write_json
 from qdeploy.system.errors import CheckFailed, InvalidInputError, UsageError
 from qdeploy.system.progress import say, track
 from qdeploy.system.tables import Table
-from qdeploy.workflows.auto_steps import Steps, engine_for
-from qdeploy.workflows.tune_steps import FLOAT, INT8, PLACED, WITH_DECODER, Bench, Trial, check_folder
+from qdeploy.workflows.auto_steps import Steps, check_bound, engine_for
+from qdeploy.workflows.tune_steps import FLOAT, INT8, PLACED, WITH_DECODER, Bench, Trial
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -152,7 +152,7 @@ def tune(
         f"about {calls} steps of the denoiser, and those of the calibration"
     )
     with explained_os_errors(work.output):
-        check_folder(work.output)
+        (work.output / "measured").mkdir(parents=True, exist_ok=True)
     bench = Bench(work, reference_steps)
     reference = bench.reference()
     trials = bench.trials(FLOAT, schedules, reference, iter(track([None] * len(schedules), "in float")))
@@ -199,8 +199,7 @@ def _check(
     samples: int,
     calibration_samples: int,
 ) -> None:
-    if not 0 < min_psnr <= 100:
-        raise UsageError(f"the least PSNR of images is a number of dB from 0 to 100, not {min_psnr}")
+    check_bound(min_psnr)
     if not schedulers or not try_steps:
         raise UsageError("tune tries one scheduler or more, with one number of steps or more")
     for name, least in (("steps", min(try_steps)), ("reference steps", reference_steps)):

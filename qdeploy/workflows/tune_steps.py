@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -161,8 +160,3 @@ def _measured(pipeline: Any, sampling: Sampling, reference: Tensor) -> dict[str,
     error = float(torch.stack(errors).double().mean())
     psnr = LARGEST_DB if error <= 10 ** (-LARGEST_DB / 10) else -10 * float(torch.tensor(error).log10())
     return {"psnr_db": round(psnr, 2), "seconds": round(median(seconds), 5)}
-
-
-def check_folder(output: Path) -> None:
-    """Make the folder of everything that is made."""
-    (output / "measured").mkdir(parents=True, exist_ok=True)
