@@ -47,9 +47,19 @@ INTERVAL = 0.1
 
 
 def commands(
-    shape: str, folder: Path, images: int, steps: int, recipe: list[str], stored: str
+    shape: str, folder: Path, images: int, steps: int, recipe: list[str], stored: str, collected: bool = True
 ) -> dict[str, list[str]]:
-    """The command line of every stage; paths are those in ``folder``."""
+    """The command line of every stage; paths are those in ``folder``.
+
+    Args:
+        shape: of the network.
+        folder: where everything lies.
+        images: of the calibration set.
+        steps: denoiser calls of each image.
+        recipe: options of ``qdeploy calibrate``.
+        stored: type of the weights on disk.
+        collected: whether calibration takes a set.
+    """
     from benchmarks.models import PROMPTS
 
     prompts = folder / "prompts.txt"
@@ -69,7 +79,8 @@ def commands(
         ],
         "calibrate": [
             *(*qdeploy, "calibrate", model, "-o", places["calibrate"], "--effort", "fast"),
-            *("--calibration", places["collect"], *recipe),
+            *(("--calibration", places["collect"]) if collected else ()),
+            *recipe,
         ],
         "export": [
             *(*qdeploy, "export", places["calibrate"], "-o", places["export"], "--no-pipeline"),
@@ -169,7 +180,10 @@ def main() -> None:
     file = folder / f"{arguments.shape}-scale.json"
     rows: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     recipe = shlex.split(arguments.recipe)
-    todo = commands(arguments.shape, folder, arguments.images, arguments.steps, recipe, arguments.stored)
+    collected = "collect" in {*arguments.stages, *rows}
+    todo = commands(
+        arguments.shape, folder, arguments.images, arguments.steps, recipe, arguments.stored, collected
+    )
     for stage in arguments.stages:
         if rows.get(stage, {}).get("code") == 0:
             continue

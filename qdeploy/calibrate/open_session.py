@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from qdeploy.calibration_set.dataset import CalibrationSet
 from qdeploy.calibration_set.example_rows import ExampleRows
 from qdeploy.model.folder import Model
 from qdeploy.model.pipeline_index import read_index
+from qdeploy.model.unloaded import load_rest
 from qdeploy.network.roles import Structure, find_structure
 from qdeploy.quant.insert import left_in_float, quantize_structure
+from qdeploy.quant.layer import quantized_layers
 from qdeploy.recipe.recipe import Recipe
 from qdeploy.store.artifact import Artifact, CalibrationFolder
 from qdeploy.store.builder import Draft
@@ -52,19 +55,36 @@ def open_session(
     draft: Draft[Any],
     device: str,
     max_memory: int,
+    streamed: bool = False,
 ) -> Session:
     """A model loaded and quantized as a recipe says, ready for stages.
+
+    Args:
+        source: the model.
+        data: rows that stages find scales on.
+        recipe: resolved.
+        draft: the checkpoint in the making.
+        device: where the denoiser goes.
+        max_memory: bytes that recorded activations may take.
+        streamed: leave the weights of layers in the model's files, to be read one after the other; for recipes
+            whose stages look at no rows, on a CPU.
 
     Raises:
         InvalidInputError: the set does not belong to the model.
         UsageError: nothing would be quantized.
     """
-    denoiser = source.load(device)
-    data.check_fits(source, denoiser)
-    structure = find_structure(denoiser, data.inputs([0], device=device))
+    denoiser = source.load(device, streamed)
+    began = time.perf_counter()
+    if isinstance(data, ExampleRows):
+        with data.fitting(source):
+            structure = find_structure(denoiser, data.inputs([0], device=device))
+    else:
+        data.check_fits(source, denoiser)
+        structure = find_structure(denoiser, data.inputs([0], device=device))
+    pass_seconds = (time.perf_counter() - began) / 2  # of the two runs that the structure takes
     left = left_in_float(denoiser, structure, recipe)
     session = session_on(source, denoiser, structure, data, recipe, draft, device)
-    session.max_memory, session.left = max_memory, left
+    session.max_memory, session.left, session.pass_seconds = max_memory, left, pass_seconds
     check_groups(recipe.timestep_groups, data.timesteps[session.rows()])
     return session
 
@@ -96,7 +116,10 @@ def session_on(
         UsageError: nothing would be quantized.
     """
     layers = quantize_structure(denoiser, structure, recipe)
-    denoiser.eval().requires_grad_(False).to(device)
+    load_rest(denoiser, {layer.inner for layer in quantized_layers(denoiser).values()})
+    denoiser.eval().requires_grad_(False)
+    if device != "cpu":
+        denoiser.to(device)
     return Session(
         denoiser,
         structure,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from math import prod
 
 import torch
 
@@ -14,15 +15,19 @@ from qdeploy.system.estimate import Estimate
 from qdeploy.system.memory import peak_memory
 
 LONG_CALL = 2.0  # seconds
+# Seconds that a weight takes on one core: to be read, rounded and written; and to find a range by search.
+QUICK_WEIGHT, SEARCHED_WEIGHT = 2e-8, 2e-7
 
 
 def estimate_cost(session: Session) -> Estimate:
-    """Time and memory that the stages will take, from one timed batch.
+    """Time and memory that the stages will take, from one timed batch; of weights alone, from their number.
 
     The first call is slow, because memory and kernels are being prepared; where it takes seconds, that is little
     of them, and it is not repeated. A stage says how often it runs the network over all rows and how many
     training steps it makes per unit; all units together cost about three forward passes per step.
     """
+    if not session.recipe.needs_rows:
+        return _cost_of_weights(session)
     rows = session.rows()
     batch = session.inputs(rows[: session.batch])
     with torch.no_grad():
@@ -44,6 +49,17 @@ def estimate_cost(session: Session) -> Estimate:
     # What the batch took; then codes of a byte for each weight, and their packed copy until it is written.
     reached = peak_memory() or 5 * weights
     return Estimate(seconds, reached + 2 * weights + 2 * recorded)
+
+
+def _cost_of_weights(session: Session) -> Estimate:
+    """Of stages that look at weights alone: one layer after the other, then the probe's passes."""
+    counts = [sum(map(prod, layer.part_shapes())) for layer in quantized_layers(session.denoiser).values()]
+    passes = 2 * len(session.data) * session.pass_seconds
+    searched = sum(stage.cost(0, session.effort)[0] > 0 for stage in session.recipe.stages)
+    seconds = sum(counts) * (QUICK_WEIGHT + searched * SEARCHED_WEIGHT)
+    reached = peak_memory() or 0
+    # The packed codes, once more while they are written, and the largest layer in floats a few times.
+    return Estimate(passes + seconds, reached + 2 * sum(counts) + 16 * max(counts, default=0))
 
 
 def run_stages(session: Session) -> None:

@@ -57,6 +57,7 @@ class Session:
         component: the denoiser's name in its pipeline.
         prediction_type: what its output is (see `qdeploy.store.correction_table.prediction_type`).
         left: layers of the coverage that stay in float all the same: why, by path.
+        pass_seconds: about how long the network takes for one row.
     """
 
     denoiser: nn.Module
@@ -74,6 +75,7 @@ class Session:
     component: str = "unet"
     prediction_type: str = "epsilon"
     left: dict[str, str] = field(default_factory=dict)
+    pass_seconds: float = 0.0
     _begun: set[str] = field(default_factory=set, repr=False)
 
     @property

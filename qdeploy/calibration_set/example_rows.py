@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from qdeploy.model.inputs import denoise, example_inputs
+from qdeploy.model.inputs import denoise, example_inputs, rows_at_once
 from qdeploy.system.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from qdeploy.model.folder import Model
 
-ROWS = 16
+ROWS, FEWEST = 16, 2
 
 
 class ExampleRows:
@@ -24,14 +25,17 @@ class ExampleRows:
 
     Args:
         model: the model.
-        rows: how many.
+        rows: how many; by default `ROWS`, or fewer where the network takes few at once.
         seed: what they are drawn from.
 
     Raises:
         InvalidInputError: the model's configuration does not say what its inputs are.
     """
 
-    def __init__(self, model: Model, rows: int = ROWS, seed: int = 0) -> None:
+    def __init__(self, model: Model, rows: int | None = None, seed: int = 0) -> None:
+        if rows is None:
+            sample = next(iter(example_inputs(model, 1, seed).values()))
+            rows = min(ROWS, max(FEWEST, rows_at_once(sample)))
         self._inputs = example_inputs(model, rows, seed)
         self.timesteps = self._inputs["timestep"]
         self.images = torch.arange(rows)
@@ -65,10 +69,25 @@ class ExampleRows:
         Raises:
             InvalidInputError: it wants inputs that its configuration does not describe.
         """
+        with self.fitting(model), torch.no_grad():
+            denoise(denoiser, self.inputs([0], _device(denoiser)))
+
+    @contextmanager
+    def fitting(self, model: Model) -> Iterator[None]:
+        """Within, the network's first run with these inputs: a failure of it is theirs.
+
+        Raises:
+            InvalidInputError: it wants inputs that its configuration does not describe.
+        """
         try:
-            with torch.no_grad():
-                denoise(denoiser, self.inputs([0], next(denoiser.parameters()).device))
+            yield
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
             raise InvalidInputError(
                 f"inputs of a {model.class_name} cannot be drawn at random: pass a calibration set"
             ) from error
+
+
+def _device(denoiser: nn.Module) -> torch.device:
+    """Where a network is; weights that are read at each call are nowhere."""
+    there = (parameter.device for parameter in denoiser.parameters() if not parameter.is_meta)
+    return next(there, torch.device("cpu"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from torch import nn
@@ -12,7 +13,8 @@ from torch import nn
 from qdeploy.network.roles import Structure
 from qdeploy.quant.checkpoint import float_parameters
 from qdeploy.quant.layer import quantized_layers
-from qdeploy.quant.state import packed_bytes, read_state
+from qdeploy.quant.packing import packed_bytes
+from qdeploy.quant.state import read_state
 from qdeploy.recipe.formats import Format
 
 FLOAT_BITS = 32
@@ -63,7 +65,7 @@ def costs_of(denoiser: nn.Module, structure: Structure) -> Costs:
     Methods that add to a layer (factors, tables of features) add to its bytes too; they are not foreseen.
     """
     layers = quantized_layers(denoiser)
-    parts = {path: tuple(part.numel() for part in layer.weight_parts()) for path, layer in layers.items()}
+    parts = {path: tuple(map(prod, layer.part_shapes())) for path, layer in layers.items()}
     scales = sum(
         tensor.nbytes for name, tensor in read_state(denoiser).items() if not name.endswith(".codes")
     )

@@ -6,6 +6,7 @@ import time
 import uuid
 from dataclasses import replace
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,7 @@ def _harms(
     found = []
     for number, subject in enumerate(subjects):
         layer = layers[subject.path]
-        count = sum(part.numel() for part in subject.layer.weight_parts())
+        count = sum(map(prod, subject.layer.part_shapes()))
         harm = LayerHarm(
             layer.path, layer.unit, layer.reads, layer.macs, count, _by_format(subject, cheap[number])
         )

@@ -57,7 +57,11 @@ def fill(denoiser: nn.Module, files: Sequence[Path], folder: Path) -> None:
 
 
 def fill_tensors(
-    denoiser: nn.Module, tensors: Iterable[tuple[str, Tensor]], folder: Path, config: str = "its config.json"
+    denoiser: nn.Module,
+    tensors: Iterable[tuple[str, Tensor]],
+    folder: Path,
+    config: str = "its config.json",
+    left: Collection[str] = (),
 ) -> None:
     """As `fill`, with tensors that are read already.
 
@@ -66,6 +70,7 @@ def fill_tensors(
         tensors: names and tensors.
         folder: where they are from, for messages.
         config: where the network's configuration is from, for messages.
+        left: names in the network of tensors that are looked at and not put into it.
 
     Raises:
         InvalidInputError: the tensors are not those of the network, or hold NaN or Inf.
@@ -89,7 +94,8 @@ def fill_tensors(
         tensor = tensor.float() if tensor.is_floating_point() else tensor
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise InvalidInputError(f"the weights in {folder} hold NaN or Inf, first in {name}")
-        _assign(denoiser, name, tensor)
+        if name not in left:
+            _assign(denoiser, name, tensor)
         missing.discard(name)
     if missing or foreign:
         raise InvalidInputError(_mismatch(denoiser, folder, missing, foreign))

@@ -145,11 +145,16 @@ class Model:
             ) from error
         return denoiser.eval()
 
-    def load(self, device: str = "cpu") -> nn.Module:
+    def load(self, device: str = "cpu", streamed: bool = False) -> nn.Module:
         """The denoiser in float32 and evaluation mode, its weights verified.
 
         Weights are read one tensor after the other. On a CPU those that are stored in float32 stay in their file,
         mapped into memory: it takes what the network touches, and the system can take it back.
+
+        Args:
+            device: where to.
+            streamed: let layers read their weights from the files at each call, on a CPU (see
+                `qdeploy.model.unloaded`).
 
         Raises:
             InvalidInputError: weights are truncated, do not fit the class, or hold NaN or Inf.
@@ -159,6 +164,11 @@ class Model:
         if unread := self.weight_files.unread:
             say(f"not read: {', '.join(file.name for file in unread)} in {self.folder}")
         denoiser = self.build().float()
+        if streamed:
+            from qdeploy.model.unloaded import fill_but_weights
+
+            fill_but_weights(denoiser, self.weights, self.folder)
+            return denoiser.requires_grad_(False)
         fill(denoiser, self.weights, self.folder)
         return denoiser.to(device).requires_grad_(False)
 

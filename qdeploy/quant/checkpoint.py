@@ -62,7 +62,7 @@ def write_checkpoint(
             "reads": layer.reads,
             "split": list(modules[layer.path].split),
             "float_input": modules[layer.path].formats[1] is None,
-            "codes": [list(part.shape) for part in modules[layer.path].weight_parts()],
+            "codes": [list(shape) for shape in modules[layer.path].part_shapes()],
             **_own_formats(modules[layer.path], recipe, layer.path),
         }
         for layer in layers

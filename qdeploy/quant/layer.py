@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from qdeploy.model.unloaded import weight_of
 from qdeploy.network.tracer import WrappedLayer
 from qdeploy.quant.basis import low_rank, padded, rotate, shift_bias
 from qdeploy.quant.dynamic import DynamicQuantizer
@@ -74,14 +75,14 @@ class QuantizedLayer(WrappedLayer):
         self.formats = (weights, activations)
         self.dynamic: DynamicQuantizer | None = None
         self.bias_holds_shift = False
-        self.channels, self.features = self.weight.shape[:2]
+        self.channels, self.features = cast(Tensor, inner.weight).shape[:2]
         for name in OF_LAYERS:
             self.register_buffer(name, None)
         self.table: FeatureTable | None = None
         self.quantized = True
         self.cut(split)
         if activations is not None and activations.dynamic:
-            blocks = [quantizer.format.block for quantizer, _ in self.weight_pairs()]
+            blocks = [cast(WeightQuantizer, quantizer).format.block for quantizer in self.weight_quantizers]
             self.dynamic = DynamicQuantizer(activations, min(blocks))
 
     def cut(self, split: tuple[int, ...], order: Tensor | None = None) -> None:
@@ -139,7 +140,7 @@ class QuantizedLayer(WrappedLayer):
 
         Networks look at its dtype and device (the image projections of Kandinsky, T5's output layers).
         """
-        weight = cast("Tensor | None", self.inner.weight)
+        weight = weight_of(self.inner)
         return torch.empty(0, device=self.device) if weight is None else weight
 
     @property
@@ -167,6 +168,12 @@ class QuantizedLayer(WrappedLayer):
     def feature_axis(self) -> int:
         """The axis of the input that holds its channels."""
         return -1 if isinstance(self.inner, nn.Linear) else 1
+
+    def part_shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of `weight_parts`."""
+        inner = cast("nn.Linear | nn.Conv1d | nn.Conv2d", self.inner)
+        kernel = () if isinstance(inner, nn.Linear) else tuple(inner.kernel_size)
+        return [(self.channels, features, *kernel) for features in self.split or (self.features,)]
 
     def weight_parts(self) -> list[Tensor]:
         """The weight, cut along its input channels as the quantizers see it."""

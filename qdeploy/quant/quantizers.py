@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from qdeploy.network.current_timestep import CurrentTimestep
 from qdeploy.quant.nvfp4 import fake_quantize_nvfp4, float8_scales, tensor_scale, two_level_scales
 from qdeploy.quant.operators import code_type, dequantize_codes, over_weight, round_float, to_grid
+from qdeploy.quant.packing import fills_bytes, pack, packed_bytes, unpack
 from qdeploy.recipe.formats import Format
 from qdeploy.system.errors import CapabilityError, InvalidInputError
 
@@ -182,14 +183,14 @@ class WeightQuantizer(nn.Module):
             of `qdeploy.quant.nvfp4.two_level_scales`.
         zero_point: codes of zero, shaped like ``scale``.
         shape: that ``scale`` is to have.
-        codes: quantized weights, once rounding is decided; until then None, and the weight is rounded to
-            nearest.
+        held: quantized weights, several in a byte where whole ones fit, once rounding is decided; until then None,
+            and the weight is rounded to nearest.
         rounding: a module that computes the (soft) weight while rounding is being learned; else None.
     """
 
     scale: Tensor
     zero_point: Tensor
-    codes: Tensor | None
+    held: Tensor | None
     frozen: Tensor | None
     block_scale: Tensor | None
     tensor_scale: Tensor | None
@@ -201,9 +202,43 @@ class WeightQuantizer(nn.Module):
         self.shape = torch.Size(shape)
         self.register_buffer("scale", torch.ones(shape))
         self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
-        for name in ("codes", "frozen", "block_scale", "tensor_scale"):
+        for name in ("held", "frozen", "block_scale", "tensor_scale"):
             self.register_buffer(name, None)
         self.rounding: nn.Module | None = None
+        self._codes_shape: tuple[int, ...] = ()
+
+    @property
+    def codes(self) -> Tensor | None:
+        """The quantized weight [C, ...], once rounding is decided, in the type of its format."""
+        if self.held is None or not fills_bytes(self.format):
+            return self.held
+        return unpack(self.held, self.format, self._codes_shape)
+
+    @codes.setter
+    def codes(self, codes: Tensor | None) -> None:
+        self._codes_shape = () if codes is None else tuple(codes.shape)
+        self.held = pack(codes, self.format) if codes is not None and fills_bytes(self.format) else codes
+
+    def hold(self, stored: Tensor, shape: tuple[int, ...]) -> None:
+        """Take codes as they are stored; what is mapped from a file stays there.
+
+        Args:
+            stored: packed codes, as many as ``shape`` has places.
+            shape: [C, ...] of the codes.
+
+        Raises:
+            RuntimeError: there are more or fewer of them.
+        """
+        needed = packed_bytes(torch.Size(shape).numel(), self.format)
+        if stored.nbytes != needed:
+            raise RuntimeError(f"{stored.nbytes} bytes of codes instead of {needed}")
+        stored, self._codes_shape = stored.to(self.scale.device), shape
+        self.held = stored if fills_bytes(self.format) else unpack(stored, self.format, shape)
+
+    def stored_codes(self) -> Tensor:
+        """The codes as a checkpoint stores them (see `qdeploy.quant.packing`); rounding has to be decided."""
+        assert self.held is not None
+        return self.held if fills_bytes(self.format) else pack(self.held, self.format)
 
     def set(self, scale: Tensor, zero_point: Tensor) -> None:
         """Store ranges, shaped as they are. Codes that were decided on another grid are dropped."""
@@ -214,7 +249,7 @@ class WeightQuantizer(nn.Module):
     @property
     def decided(self) -> bool:
         """Whether it holds the quantized weight itself."""
-        return any(part is not None for part in (self.codes, self.frozen, self.rounding))
+        return any(part is not None for part in (self.held, self.frozen, self.rounding))
 
     def nearest(self, weight: Tensor) -> Tensor:
         """Codes of ``weight`` [C, ...] rounded to nearest, in the type that they are stored in."""
@@ -239,10 +274,11 @@ class WeightQuantizer(nn.Module):
             else:
                 traced = torch.ops.qdeploy.dequantize(self.frozen, self.scale)
             return traced
-        if self.codes is None:
+        codes = self.codes
+        if codes is None:
             assert weight is not None
-            return dequantize_codes(self.nearest(weight), self.scale, self.zero_point)
-        return dequantize_codes(self.codes, self.scale, self.zero_point)
+            codes = self.nearest(weight)
+        return dequantize_codes(codes, self.scale, self.zero_point)
 
     def freeze(self) -> None:
         """Compute with the exported operator from now on.
@@ -250,15 +286,17 @@ class WeightQuantizer(nn.Module):
         Integers become ``codes - zero_point`` in int8: the same weights for an int8 kernel, bit for bit. The
         codes themselves are let go.
         """
-        assert self.codes is not None
+        codes = self.codes
+        assert codes is not None
         if self.format.two_levels:
             self.block_scale, self.tensor_scale = float8_scales(self.scale)
         if self.format.floating:
-            self.frozen = self.codes.clone()
+            self.frozen = codes.clone()
+        elif self.format.symmetric:
+            self.frozen = codes.to(torch.int8)
         else:
-            self.frozen = (self.codes - over_weight(self.zero_point, self.codes.shape)).to(torch.int8)
-            if (
-                self.format.block
-            ):  # of a convolution of one pixel too, which is written as a product of matrices
-                self.frozen = self.frozen.flatten(1)
+            self.frozen = (codes - over_weight(self.zero_point, codes.shape)).to(torch.int8)
+        if self.frozen is not None and self.format.block and not self.format.floating:
+            # of a convolution of one pixel too, which is written as a product of matrices
+            self.frozen = self.frozen.flatten(1)
         self.codes = None

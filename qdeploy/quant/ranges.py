@@ -17,6 +17,7 @@ SHRINKS = tuple(1 - 0.01 * i for i in range(80))
 _AT_ONCE = (
     2**18
 )  # numbers of a small weight that are tried together: the overhead of operators outweighs them
+_TOGETHER = 2**20  # numbers of a large weight that are tried together: they fit a processor's cache
 _SMALLEST = torch.finfo(torch.float32).tiny * 2**10
 
 
@@ -55,7 +56,15 @@ def lp_weights(weight: Tensor, number_format: Format, p: float = 2.4) -> tuple[T
 
     The range is shrunk jointly by 1.00, 0.99, ..., 0.21 (Q-Diffusion's released code, its ``mse`` search).
     """
-    rows = _sharing(weight, number_format)
+    channels = max(1, _TOGETHER // max(1, weight[0].numel()))
+    if number_format.two_levels or channels >= len(weight):  # the level above blocks is of the whole weight
+        return _lp(_sharing(weight, number_format), number_format, p)
+    parts = [_lp(_sharing(part, number_format), number_format, p) for part in weight.split(channels)]
+    scales, zeros = zip(*parts, strict=True)
+    return torch.cat(scales), torch.cat(zeros)
+
+
+def _lp(rows: Tensor, number_format: Format, p: float) -> tuple[Tensor, Tensor]:
     low, high = rows.amin(-1), rows.amax(-1)
     best_scale, best_zero = block_scale(low, high, number_format)
     whole = tensor_scale(best_scale) if number_format.two_levels else None
@@ -66,13 +75,33 @@ def lp_weights(weight: Tensor, number_format: Format, p: float = 2.4) -> tuple[T
         scale = scale if whole is None else two_level_scales(scale, whole)
         hat = to_grid(rows, scale[..., None], zero[..., None], number_format)
         scores = (rows - hat).abs_().pow_(p).mean(-1)
+        smallest = scale[-1], zero[-1]
         first = scores.argmin(0, keepdim=True)  # the first of equal ones
         score, scale, zero = (values.gather(0, first)[0] for values in (scores, scale, zero))
         better = score < best
         best = torch.where(better, score, best)
         best_scale = torch.where(better, scale, best_scale)
         best_zero = torch.where(better, zero, best_zero)
+        if whole is None and _hopeless(rows.shape[-1], low, high, *smallest, number_format, best, p):
+            break
     return best_scale, best_zero
+
+
+def _hopeless(
+    count: int,
+    low: Tensor,
+    high: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    number_format: Format,
+    best: Tensor,
+    p: float,
+) -> bool:
+    """Whether no smaller range can beat the best: it clips the largest value further, which alone costs more."""
+    above = high - (number_format.qmax - zero) * scale
+    below = (number_format.qmin - zero) * scale - low
+    least = torch.maximum(above, below).clamp(min=0).pow(p) / count
+    return bool(((least > 1.001 * best) | (best == 0)).all())
 
 
 def block_scale(low: Tensor, high: Tensor, number_format: Format) -> tuple[Tensor, Tensor]:

@@ -24,12 +24,10 @@ from qdeploy.quant.attention import AttentionQuantizers
 from qdeploy.quant.feature_table import FeatureTable
 from qdeploy.quant.layer import OF_LAYERS, QuantizedLayer
 from qdeploy.quant.log_attention import LogQuantizer
-from qdeploy.quant.nvfp4 import from_nibbles, nibbles
 from qdeploy.quant.operators import code_type
 from qdeploy.quant.patches import PatchQuantizer
 from qdeploy.quant.quantizers import ActivationQuantizer, WeightQuantizer
 from qdeploy.quant.shared_inputs import by_quantizer
-from qdeploy.recipe.formats import Format, unsigned
 from qdeploy.system.errors import InvalidInputError
 
 Quantizer = ActivationQuantizer | WeightQuantizer
@@ -69,8 +67,8 @@ def read_state(denoiser: nn.Module, prefix: str = "") -> dict[str, Tensor]:
             state[f"{name}.axis"] = torch.tensor(quantizer.axis)
         if isinstance(quantizer, PatchQuantizer):
             state[f"{name}.patches"] = torch.tensor(True)
-        if isinstance(quantizer, WeightQuantizer) and quantizer.codes is not None:
-            state[f"{name}.codes"] = pack(quantizer.codes.cpu(), quantizer.format)
+        if isinstance(quantizer, WeightQuantizer) and quantizer.held is not None:
+            state[f"{name}.codes"] = quantizer.stored_codes().detach().cpu()
     for path, attention in _attentions(denoiser, prefix):
         if isinstance(attention.probabilities, LogQuantizer):
             settings = (attention.probabilities.bits, int(attention.probabilities.start))
@@ -138,12 +136,11 @@ def write_state(
             quantizer.set(scale, zero_point)
             if f"{name}.codes" in state:
                 try:
-                    codes = unpack(state[f"{name}.codes"], quantizer.format, shapes[name])
+                    quantizer.hold(state[f"{name}.codes"], shapes[name])
                 except (RuntimeError, KeyError, IndexError) as error:
                     raise InvalidInputError(
                         f"{name}.codes are not as many as its layer has weights"
                     ) from error
-                quantizer.codes = codes.to(quantizer.scale.device)
         else:
             edges = state.get(f"{name}.edges")
             axis = state.get(f"{name}.axis")
@@ -216,59 +213,11 @@ def _attentions(denoiser: nn.Module, prefix: str) -> list[tuple[str, AttentionQu
     return [(path.removesuffix("_quantizers"), module) for path, module in found]
 
 
-def pack(codes: Tensor, number_format: Format) -> Tensor:
-    """Codes as stored: those of less than 8 bits one after the other without gaps, low bits first.
-
-    Two codes of 4 bits are a byte, eight of 3 bits are three bytes. Codes of float4 are packed as their bits.
-    """
-    if number_format.bits >= 8:
-        return codes.to(code_type(number_format))
-    if number_format.floating:
-        return pack(nibbles(codes), unsigned(number_format.bits))
-    flat = (codes.flatten() - number_format.qmin).to(torch.uint8)
-    if (shifts := _whole(number_format)) is not None:
-        places = torch.nn.functional.pad(flat, (0, -flat.numel() % len(shifts))).view(-1, len(shifts))
-        return (places << shifts).sum(1, dtype=torch.uint8)
-    bits = (flat[:, None] >> torch.arange(number_format.bits, dtype=torch.uint8)) & 1
-    stream = torch.nn.functional.pad(bits.flatten(), (0, -bits.numel() % 8)).view(-1, 8)
-    return (stream << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
-
-
-def _whole(number_format: Format) -> Tensor | None:
-    """Where in a byte its codes begin; None where codes cross bytes. The common case, and a fraction of the work."""
-    if 8 % number_format.bits:
-        return None
-    return torch.arange(0, 8, number_format.bits, dtype=torch.uint8)
-
-
-def unpack(stored: Tensor, number_format: Format, shape: tuple[int, ...]) -> Tensor:
-    """Undo `pack`: codes of the given shape, in the type of their format."""
-    if number_format.floating and number_format.bits < 8:
-        return from_nibbles(unpack(stored, unsigned(number_format.bits), shape))
-    if number_format.floating:
-        return stored.view(shape)
-    if number_format.bits >= 8:
-        return stored.to(code_type(number_format)).view(shape)
-    count = torch.Size(shape).numel()
-    if (shifts := _whole(number_format)) is not None:
-        flat: Tensor = ((stored[:, None] >> shifts) & (2**number_format.bits - 1)).flatten()[:count]
-        return (flat.to(code_type(number_format)) + number_format.qmin).view(shape)
-    stream = ((stored[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()
-    bits = stream[: count * number_format.bits].view(count, number_format.bits).to(torch.int16)
-    codes = (bits << torch.arange(number_format.bits, dtype=torch.int16)).sum(1, dtype=torch.int16)
-    return (codes + number_format.qmin).to(code_type(number_format)).view(shape)
-
-
-def packed_bytes(count: int, number_format: Format) -> int:
-    """Bytes that so many codes take as stored."""
-    return -(-count * number_format.bits // 8)
-
-
 def code_shapes(denoiser: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shape of the codes of each weight quantizer, by name, from the weights themselves."""
+    """Shape of the codes of each weight quantizer, by name."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path, module in denoiser.named_modules():
         if isinstance(module, QuantizedLayer) and module.weight_quantizers:
-            for part, weight in enumerate(module.weight_parts()):
-                shapes[f"{path}.weight.{part}"] = tuple(weight.shape)
+            for part, shape in enumerate(module.part_shapes()):
+                shapes[f"{path}.weight.{part}"] = shape
     return shapes

@@ -201,7 +201,8 @@ def calibrate(
     )
     if not dry_run and (done := draft.finished()):
         return done
-    session = open_session(source, data, resolved, draft, device, max_memory)
+    streamed = isinstance(data, ExampleRows) and device == "cpu" and not dry_run
+    session = open_session(source, data, resolved, draft, device, max_memory, streamed)
     estimate = estimate_cost(session)
     say(
         f"calibrating {source.path.name}: {resolved.method} {resolved.precision}, {len(session.layers)} layers "
@@ -216,7 +217,7 @@ def calibrate(
         say(
             "this processor has no VNNI, so engines compute 8-bit weights in floats here; int7 weights run in int8"
         )
-    if (dry_run or estimate.seconds > LONG_S) and not resolved.simulated():
+    if (dry_run or (estimate.seconds > LONG_S and not streamed)) and not resolved.simulated():
         check_traceable(session.denoiser, data.inputs([0], device=device))
     if dry_run:
         return estimate

@@ -75,7 +75,9 @@ def prepared(output: Path, denoiser: nn.Module | None = None, **recipe: Any) -> 
             minmax.round_to_nearest(layer)
             for quantizer, _ in layer.weight_pairs():
                 assert quantizer.codes is not None
-                quantizer.codes[:, ::3] = (quantizer.codes[:, ::3] + 1).clamp(max=quantizer.format.qmax)
+                codes = quantizer.codes
+                codes[:, ::3] = (codes[:, ::3] + 1).clamp(max=quantizer.format.qmax)
+                quantizer.codes = codes
         session.stage = "2-align"
         yield session
 

@@ -24,15 +24,8 @@ from qdeploy.quant.checkpoint import load_checkpoint, write_checkpoint, write_pr
 from qdeploy.quant.layer import quantized_layers
 from qdeploy.quant.modes import full_precision
 from qdeploy.quant.operators import code_type, round_float
-from qdeploy.quant.state import (
-    code_shapes,
-    pack,
-    packed_bytes,
-    quantizers,
-    read_state,
-    unpack,
-    write_state,
-)
+from qdeploy.quant.packing import pack, packed_bytes, unpack
+from qdeploy.quant.state import code_shapes, quantizers, read_state, write_state
 from qdeploy.recipe.formats import FORMATS, Format, parse_format
 from qdeploy.store.artifact import Artifact
 from qdeploy.store.probe import PROBE

@@ -22,9 +22,9 @@ from qdeploy.quant.nvfp4 import (
     two_level_scales,
 )
 from qdeploy.quant.operators import FLOAT8, round_float, spacing
+from qdeploy.quant.packing import pack, packed_bytes, unpack
 from qdeploy.quant.quantizers import ActivationQuantizer, WeightQuantizer
 from qdeploy.quant.ranges import WEIGHT_FINDERS
-from qdeploy.quant.state import pack, packed_bytes, unpack
 from qdeploy.recipe.formats import fp8, nvfp4
 
 EVERY = torch.tensor([sign * code for sign in (1, -1) for code in CODES])

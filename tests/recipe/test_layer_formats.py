@@ -11,7 +11,8 @@ import torch
 from qdeploy.network.roles import find_structure
 from qdeploy.quant.insert import quantize_structure
 from qdeploy.quant.layer import quantized_layers
-from qdeploy.quant.state import packed_bytes, read_state
+from qdeploy.quant.packing import packed_bytes
+from qdeploy.quant.state import read_state
 from qdeploy.recipe.formats import FORMATS
 from qdeploy.recipe.layer_formats import parse_overrides
 from qdeploy.recipe.recipe import Recipe

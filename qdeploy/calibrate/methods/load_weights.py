@@ -12,7 +12,7 @@ from torch import Tensor
 from qdeploy.calibrate.session import Session
 from qdeploy.quant.layer import quantized_layers
 from qdeploy.quant.quantizers import WeightQuantizer
-from qdeploy.quant.state import code_shapes, quantizers, read_state, unpack
+from qdeploy.quant.state import code_shapes, quantizers, read_state
 from qdeploy.recipe.effort import Effort
 from qdeploy.recipe.recipe import Recipe
 from qdeploy.recipe.stages import ROUNDINGS, WEIGHT_SCALES, Stage
@@ -68,8 +68,7 @@ class LoadWeights(Stage):
                         f"{self.checkpoint} does not quantize {name}: calibrate with its coverage"
                     )
                 quantizer.set(stored[f"{name}.scale"], stored[f"{name}.zero_point"])
-                codes = unpack(stored[f"{name}.codes"], quantizer.format, shapes[name])
-                quantizer.codes = codes.to(quantizer.scale.device)
+                quantizer.hold(stored[f"{name}.codes"], shapes[name])
 
         session.once("weights", compute)
 
