@@ -83,7 +83,7 @@ def calibration_set(shape: str, model: Path, output: Path) -> Artifact:
     }
     file = output / f"{shape}.pt"
     torch.save(stacked, file)
-    return import_qdiffusion(model, file, place, steps=GROUPS, samples=images)
+    return import_qdiffusion(model, file, place, keep=GROUPS, samples=images)
 
 
 def checkpoint(shape: str, name: str, groups: int, output: Path) -> Path:

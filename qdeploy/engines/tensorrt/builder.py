@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qdeploy.engines.tensorrt.adapted import adapted
 from qdeploy.engines.tensorrt.child import Built, build_in_child
 from qdeploy.engines.tensorrt.flavour import TENSORRT, Flavour
 from qdeploy.engines.tensorrt.gpu_targets import check_products, choose_targets, set_targets
@@ -89,7 +90,7 @@ def build(
     trt = load_tensorrt(flavour)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        path = adapted(flavour, onnx_path, Path(scratch))
+        path = adapted(flavour, onnx_path, Path(scratch), options.precision)
         if options.precision != "f32":
             half = Path(scratch) / "model.onnx"
             halve(path, half, options.precision)
@@ -121,23 +122,6 @@ def build(
     write_json(folder / SIDECAR, sidecar)
     _inspect(trt, folder, gpu, flavour, built, found, profiles, targets)
     return {"seconds": built.seconds, "peak_bytes": built.peak_bytes}
-
-
-def adapted(flavour: Flavour, onnx_path: Path, scratch: Path) -> Path:
-    """A file with the graph in the form that becomes the fastest engine; the file itself if it has that form."""
-    if not flavour.scalar_weight_scales:
-        return onnx_path
-    import onnx_ir as ir
-
-    from qdeploy.export.lower import adapt
-    from qdeploy.export.passes.scalar_weight_scales import ScalarWeightScales
-
-    model = ir.load(onnx_path)
-    if not adapt(model, (ScalarWeightScales,)):
-        return onnx_path
-    path = scratch / "adapted.onnx"
-    ir.save(model, path, external_data=f"{path.name}_data")
-    return path
 
 
 def gpu_of(flavour: Flavour) -> Gpu | None:

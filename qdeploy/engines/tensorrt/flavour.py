@@ -27,7 +27,8 @@ class Flavour:
         targets: compute capabilities, as ``89``, that it compiles for without a GPU; empty where it builds for the
             GPU of the machine alone.
         default_targets: those that are built for where nothing is said and no GPU is there.
-        scalar_weight_scales: whether its quantized convolutions write 16 bits only where the weight has one scale.
+        rewrites: whether graphs are brought into the form that its compiler, Myelin, fuses best
+            (`qdeploy.engines.tensorrt.adapted`).
         default_precision: type of what is not quantized, where nothing is said.
     """
 
@@ -40,7 +41,7 @@ class Flavour:
     int8_convolutions: tuple[int, ...] = (0,)
     targets: tuple[int, ...] = ()
     default_targets: tuple[int, ...] = ()
-    scalar_weight_scales: bool = False
+    rewrites: bool = False
     default_precision: str = "f32"
 
 
@@ -63,7 +64,7 @@ RTX = Flavour(
     cuda={"tensorrt_rtx_cu13_libs": 13, "tensorrt_rtx_cu12_libs": 12},
     targets=(75, 80, 86, 89, 120, 121),
     default_targets=(86, 89, 120),
-    scalar_weight_scales=True,
+    rewrites=True,
     default_precision="f16",
 )
 FLAVOURS = {flavour.backend: flavour for flavour in (TENSORRT, RTX)}

@@ -27,7 +27,7 @@ class ScaledScores(InPlacePass):
         for node in list(model.graph):
             if node.op_type != "MatMul" or node.outputs[0].is_graph_output():
                 continue
-            scaled = [_scaled(value) for value in node.inputs]
+            scaled = [scaled_input(value) for value in node.inputs]
             if not any(scaled):
                 continue
             factor = np.float32(1)
@@ -40,8 +40,8 @@ class ScaledScores(InPlacePass):
         return PassResult(model, modified)
 
 
-def _scaled(value: ir.Value | None) -> tuple[ir.Value, np.float32] | None:
-    """The tensor and the factor whose product a value is."""
+def scaled_input(value: ir.Value | None) -> tuple[ir.Value, np.float32] | None:
+    """The tensor and the single number whose product a value is; None if it is no such product."""
     node = producer(value)
     if node is None or node.op_type != "Mul":
         return None

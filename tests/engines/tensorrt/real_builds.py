@@ -91,3 +91,28 @@ def int4_linear(path: Path, block: int = 64) -> Path:
         helper.make_node("Mul", ["y", "timestep"], ["out_sample"], name="by_t"),
     ]
     return save_graph(path, nodes, constants, ["batch", 16, 128], ["batch", 16, 64])
+
+
+def normed_conv(path: Path) -> Path:
+    """A group norm, as in front of attention, and a quantized convolution of one pixel behind it."""
+    codes = np.random.default_rng(0).integers(-100, 100, (64, 64, 1, 1))
+    constants = {
+        "gain": np.linspace(0.5, 1, 64, dtype=np.float32),
+        "bias": np.linspace(-1, 1, 64, dtype=np.float32),
+        "zero": helper.make_tensor("zero", TensorProto.INT8, [], [0]),
+        "weight": helper.make_tensor("weight", TensorProto.INT8, codes.shape, codes.flatten().tolist()),
+        "weight_scale": np.float32(0.01),
+        "scale": np.float32(0.02),
+    }
+    nodes = [
+        helper.make_node("Mul", ["sample", "timestep"], ["x"], name="by_t"),
+        helper.make_node(
+            "GroupNormalization", ["x", "gain", "bias"], ["n"], name="norm", num_groups=16, epsilon=1e-6
+        ),
+        helper.make_node("QuantizeLinear", ["n", "scale", "zero"], ["q"], name="q"),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["d"], name="dq"),
+        helper.make_node("DequantizeLinear", ["weight", "weight_scale"], ["w"], name="w_dq"),
+        helper.make_node("Conv", ["d", "w"], ["y"], name="conv"),
+        helper.make_node("Add", ["y", "x"], ["out_sample"], name="skip"),
+    ]
+    return save_graph(path, nodes, constants, [2, 64, 16, 16], [2, 64, 16, 16])

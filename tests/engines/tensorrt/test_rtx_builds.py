@@ -16,7 +16,12 @@ from qdeploy.engines.tensorrt_rtx import build
 from qdeploy.export.lint.run import lint
 from qdeploy.system.errors import CapabilityError, InvalidInputError, UsageError
 from tests.engines.tensorrt.bench import ADA
-from tests.engines.tensorrt.real_builds import built, int4_linear, quantized_conv
+from tests.engines.tensorrt.real_builds import (
+    built,
+    int4_linear,
+    normed_conv,
+    quantized_conv,
+)
 
 KINDS = {"int8": TensorProto.INT8, "fp8": TensorProto.FLOAT8E4M3FN}
 
@@ -61,13 +66,35 @@ def test_with_a_scale_for_each_channel_it_would_write_float32_and_the_report_wou
 ) -> None:
     graph = quantized_conv(tmp_path / "model.onnx")
     shapes = "sample:2x32x8x8"
-    plain = replace(RTX, scalar_weight_scales=False)
+    plain = replace(RTX, rewrites=False)
     before = built(graph, tmp_path / "before", shapes=shapes, flavour=plain)
     assert set(before["report"]["float32_results"]) == {"conv"}
     assert "output channel" in before["report"]["float32_results"]["conv"]
     after = built(graph, tmp_path / "after", shapes=shapes)
     assert after["report"]["float32_results"] == {}
     assert after["moved"]["total"] < before["moved"]["total"]
+
+
+def test_a_norm_in_front_of_attention_is_rounded_in_its_kernel(tmp_path: Path) -> None:
+    """No tensor of 16 bits is written for a kernel that does nothing but round."""
+    graph = normed_conv(tmp_path / "model.onnx")
+    before = built(graph, tmp_path / "before", flavour=replace(RTX, rewrites=False))
+    after = built(graph, tmp_path / "after")
+    moved = [found["moved"]["activations"]["f16"] for found in (before, after)]
+    assert moved[0] - moved[1] == 2 * 2 * (2 * 64 * 16 * 16)  # written and read, two bytes each
+    assert len(after["layers"]) == len(before["layers"]) - 1
+
+
+def test_in_bf16_the_norm_keeps_its_form_because_the_shift_would_cost_a_step(tmp_path: Path) -> None:
+    graph = normed_conv(tmp_path / "model.onnx")
+    layers = {
+        precision: [
+            layer["Name"] for layer in built(graph, tmp_path / precision, precision=precision)["layers"]
+        ]
+        for precision in ("f16", "bf16")
+    }
+    assert any("Relu" in name for name in layers["f16"])
+    assert not any("Relu" in name for name in layers["bf16"])
 
 
 def test_bytes_moved_are_exact_for_one_shape_and_flagged_for_several(tmp_path: Path) -> None:
