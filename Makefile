@@ -60,7 +60,7 @@ golden: setup  ## are all presets' artifacts byte-identical to those of the revi
 	$(BIN)/python tools/golden.py --base $(BASE)
 
 fuzz: setup  ## thousands of damaged artifacts, recipes, models and options: none may end in an internal error
-	$(BIN)/python -m tools.fuzz --count 5000 --seconds 3600
+	$(BIN)/python -m tools.fuzz --count 20000 --seconds 7200
 
 format: setup
 	$(BIN)/ruff format qdeploy tests benchmarks tools
