@@ -1,0 +1,171 @@
+"""A checkout of a reference repository made to run on a CPU, with the weights of a diffusers network.
+
+The code itself is untouched. Around it: what it sends to CUDA stays on the CPU, packages that its scripts import
+and its quantizers do not use are empty, and the network is its own class of DDIM's U-Net with our weights.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from qdeploy.model.compvis_paths import diffusers_paths
+
+# What the scripts import and the quantizers never call.
+EMPTY = (
+    "pytorch_lightning", "omegaconf", "linklink", "linklink.dist_helper", "torchvision", "torchvision.utils",
+    "ldm.models.diffusion.ddpm", "ldm.models.diffusion.ddim", "ldm.models.diffusion.plms",
+)  # fmt: skip
+
+
+class _Empty(ModuleType):
+    __path__: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+def import_from(checkout: Path, *modules: str, beside: tuple[str, ...] = ()) -> list[ModuleType]:
+    """Modules of a checkout; one checkout for each process, since they share names.
+
+    Args:
+        checkout: folder of the repository.
+        modules: their dotted names.
+        beside: folders of the checkout that have to be on the path, too.
+    """
+    for folder in (checkout, *(checkout / name for name in beside)):
+        sys.path.insert(0, str(folder))
+    for name in EMPTY:
+        try:
+            importlib.import_module(name)
+        except Exception:
+            sys.modules[name] = _Empty(name)
+    return [importlib.import_module(name) for name in modules]
+
+
+@contextmanager
+def on_the_cpu() -> Iterator[None]:
+    """What asks for CUDA gets the CPU."""
+    tensor_to, module_to = Tensor.to, nn.Module.to
+
+    def here(value: Any) -> Any:
+        cuda = isinstance(value, str | torch.device) and "cuda" in str(value)
+        return torch.device("cpu") if cuda else value
+
+    def redirected(to: Any) -> Any:
+        def moved(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return to(self, *map(here, args), **{key: here(value) for key, value in kwargs.items()})
+
+        return moved
+
+    with (
+        patch.object(Tensor, "to", redirected(tensor_to)),
+        patch.object(nn.Module, "to", redirected(module_to)),
+        patch.object(Tensor, "cuda", lambda self, *_, **__: self),
+        patch.object(nn.Module, "cuda", lambda self, *_, **__: self),
+        patch.object(torch.cuda, "empty_cache", lambda: None),
+    ):
+        yield
+
+
+def ddim_network(diffusion: ModuleType, ours: nn.Module) -> nn.Module:
+    """The checkout's U-Net of DDIM with the weights of a diffusers ``UNet2DModel`` of that family.
+
+    Args:
+        diffusion: the checkout's module ``ddim.models.diffusion``.
+        ours: the diffusers network.
+    """
+    config = ours.config
+    sizes = [config.sample_size // 2**level for level in range(len(config.block_out_channels))]
+    attends = [size for size, kind in zip(sizes, config.down_block_types, strict=True) if "Attn" in kind]
+    asked = Namespace(
+        model=Namespace(
+            ch=config.block_out_channels[0], out_ch=config.out_channels, num_res_blocks=config.layers_per_block,
+            ch_mult=[width // config.block_out_channels[0] for width in config.block_out_channels],
+            attn_resolutions=attends, dropout=config.dropout, in_channels=config.in_channels,
+            resamp_with_conv=True, type="simple",
+        ),
+        data=Namespace(image_size=config.sample_size, channels=config.in_channels),
+        diffusion=Namespace(num_diffusion_timesteps=1000),
+        split_shortcut=True,
+    )  # fmt: skip
+
+    def normalize(channels: int) -> nn.Module:
+        return nn.GroupNorm(config.norm_num_groups, channels, eps=config.norm_eps)
+
+    with patch.object(diffusion, "Normalize", normalize):
+        network: nn.Module = diffusion.Model(asked)
+    state, own = {}, ours.state_dict()
+    norms = {"norm": "group_norm", "norm_out": "conv_norm_out"}
+    for name, value in network.state_dict().items():
+        layer, _, kind = name.rpartition(".")
+        head, _, last = layer.rpartition(".")
+        if last in norms:
+            path = norms[last] if not head else f"{_place(f'{head}.q', ours).rpartition('.')[0]}.{norms[last]}"
+        else:
+            path = _place(layer, ours)
+        state[name] = own[f"{path}.{kind}"].reshape(value.shape)
+    network.load_state_dict(state)
+    return network.float().eval()
+
+
+def _place(layer: str, ours: nn.Module) -> str:
+    """Where a layer of DDIM's code is in the diffusers network."""
+    names = ["down.0.block.0.conv1", layer]  # the first tells whose names they are
+    if layer in ("conv_norm_out", "norm_out"):
+        return "conv_norm_out"
+    (place,) = diffusers_paths(names, ours)[layer]
+    return place.path
+
+
+def paths_of(network: nn.Module, ours: nn.Module, kinds: Any) -> dict[str, str]:
+    """The diffusers path of each of the checkout's layers of some kinds, by its name in the checkout's network."""
+    return {name: _place(name, ours) for name, layer in network.named_modules() if isinstance(layer, kinds)}
+
+
+class Untouched(nn.Module):
+    """Hides a layer from the quantizers, which replace convolutions and linear layers that they find."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.hidden = (layer,)
+        self.split = 0
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        """As the layer; how to split its channels does not matter."""
+        return self.hidden[0](x)  # type: ignore[no-any-return]
+
+
+def hide(network: nn.Module, names: Iterable[str]) -> None:
+    """Leave layers in float."""
+    for name in names:
+        head, _, last = name.rpartition(".")
+        setattr(network.get_submodule(head), last, Untouched(network.get_submodule(name)))
+
+
+class Passing(nn.Module):
+    """In the place of a quantizer: leaves values as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_bits = 16
+        self.level = 2**16
+        self.running_stat = False
+        self.delta = nn.Parameter(torch.zeros(()))
+        self.zero_point = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same values."""
+        return x

@@ -1,0 +1,24 @@
+"""What a calibration may cost, for both sides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bits and steps.
+
+    Attributes:
+        weight_bits: of asymmetric weights.
+        activation_bits: of asymmetric activations.
+        rounding: steps for each unit's roundings; 0 rounds to nearest.
+        scales: steps for each unit's activation scales.
+        batch: rows of a step.
+    """
+
+    weight_bits: int
+    activation_bits: int
+    rounding: int
+    scales: int
+    batch: int = 32

@@ -1,0 +1,85 @@
+"""Q-Diffusion's own code (github.com/Xiuyu-Li/q-diffusion) on DDIM's U-Net, in the order of its CIFAR-10 script."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.oracles.authors import Passing, ddim_network, hide, import_from, on_the_cpu, paths_of
+from benchmarks.oracles.budget import Budget
+
+Network = Callable[[Tensor, Tensor], Tensor]
+
+
+def quantize(
+    checkout: Path, ours: nn.Module, x: Tensor, t: Tensor, budget: Budget, quantized: set[str], attention: bool
+) -> Network:
+    """The quantized network: of inputs [N, C, H, W] and timesteps [N], the prediction.
+
+    Args:
+        checkout: folder of the repository.
+        ours: the diffusers network.
+        x: calibration inputs.
+        t: their timesteps.
+        budget: bits and steps.
+        quantized: diffusers paths of the layers that are quantized.
+        attention: the operands of attention, too.
+    """
+    modules = ("ddim.models.diffusion", "qdiff.quant_model", "qdiff.quant_layer", "qdiff.quant_block", "qdiff.block_recon",
+               "qdiff.layer_recon")  # fmt: skip
+    diffusion, model, layer, block, block_recon, layer_recon = import_from(checkout, *modules)
+    logging.getLogger("qdiff").setLevel(logging.WARNING)
+    network = ddim_network(diffusion, ours)
+    kinds = (nn.Conv2d, nn.Linear)
+    hide(network, [name for name, path in paths_of(network, ours, kinds).items() if path not in quantized])
+    weights = {"n_bits": budget.weight_bits, "channel_wise": True, "scale_method": "max"}
+    activations = {
+        "n_bits": budget.activation_bits, "symmetric": False, "channel_wise": False, "scale_method": "max",
+        "leaf_param": True,
+    }  # fmt: skip
+    with on_the_cpu():
+        found = model.QuantModel(
+            model=network, weight_quant_params=weights, act_quant_params=activations, sm_abit=8
+        ).eval()
+        if not attention:
+            for module in found.modules():
+                if isinstance(module, block.QuantAttnBlock):
+                    for letter in "qkvw":
+                        setattr(module, f"act_quantizer_{letter}", Passing())
+        found.set_quant_state(True, False)
+        with torch.no_grad():
+            found(x[:8], t[:8])
+
+        def reconstruct(inside: nn.Module, **how: object) -> None:
+            for child in inside.children():
+                if isinstance(child, layer.QuantModule):
+                    layer_recon.layer_reconstruction(found, child, **how)
+                elif isinstance(child, block.BaseQuantBlock):
+                    block_recon.block_reconstruction(found, child, **how)
+                else:
+                    reconstruct(child, **how)
+
+        data = (x, t)
+        reconstruct(
+            found, cali_data=data, batch_size=budget.batch, iters=budget.rounding, weight=0.01, asym=True,
+            b_range=(20, 2), warmup=0.2, act_quant=False, opt_mode="mse",
+        )  # fmt: skip
+        found.set_quant_state(True, True)
+        chosen = torch.randperm(len(x))
+        with torch.no_grad():
+            found(x[chosen[:64]], t[chosen[:64]])
+            found.set_running_stat(True)
+            for part in chosen.split(64):
+                found(x[part], t[part])
+            found.set_running_stat(False)
+        reconstruct(
+            found, cali_data=data, batch_size=budget.batch, iters=budget.scales, act_quant=True, opt_mode="mse",
+            lr=4e-4, p=2.4,
+        )  # fmt: skip
+        found.set_quant_state(True, True)
+        found.eval()
+    return lambda x, t: found(x, t)  # type: ignore[no-any-return]

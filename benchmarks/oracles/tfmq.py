@@ -1,0 +1,75 @@
+"""TFMQ-DM's own code (github.com/ModelTC/TFMQ-DM) on DDIM's U-Net, as its CIFAR-10 script calls it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.oracles.authors import Passing, ddim_network, hide, import_from, on_the_cpu, paths_of
+from benchmarks.oracles.budget import Budget
+from benchmarks.oracles.qdiffusion import Network
+
+
+def quantize(
+    checkout: Path, ours: nn.Module, x: Tensor, t: Tensor, budget: Budget, quantized: set[str], attention: bool
+) -> Network:
+    """The quantized network, with activation scales for each of the calibrated timesteps.
+
+    Args:
+        checkout: folder of the repository.
+        ours: the diffusers network.
+        x: calibration inputs, as many of each timestep, those of a timestep together.
+        t: their timesteps.
+        budget: bits and steps.
+        quantized: diffusers paths of the layers that are quantized.
+        attention: the operands of attention, too.
+    """
+    modules = ("ddim.models.diffusion", "quant.quant_model", "quant.quant_layer", "quant.quant_block", "quant.calibration",
+               "quant.reconstruction_util")  # fmt: skip
+    diffusion, model, layer, block, calibration, losses = import_from(
+        checkout, *modules, beside=("stable-diffusion",)
+    )
+    logging.getLogger("quant").setLevel(logging.WARNING)
+    network = ddim_network(diffusion, ours)
+    kinds = (nn.Conv2d, nn.Linear)
+    hide(network, [name for name, path in paths_of(network, ours, kinds).items() if path not in quantized])
+    weights = {"bits": budget.weight_bits, "channel_wise": True, "scaler": layer.Scaler.MSE}
+    activations = {
+        "bits": budget.activation_bits, "channel_wise": False, "scaler": layer.Scaler.MSE, "leaf_param": True
+    }  # fmt: skip
+    modes = [layer.QMODE.NORMAL.value, layer.QMODE.QDIFF.value]
+    tables: list[dict[str, Tensor]] = []
+    per_timestep = len(x) // len(t.unique())
+    with on_the_cpu():
+        found = model.QuantModel(
+            model=network, wq_params=weights, aq_params=activations, softmax_a_bit=8, aq_mode=modes
+        ).eval()
+        if not attention:
+            for module in found.modules():
+                if isinstance(module, block.QuantAttnBlock):
+                    for letter in "qkvw":
+                        setattr(module, f"aqtizer_{letter}", Passing())
+        with patch.object(torch, "save", lambda made, path: tables.append(made)):
+            calibration.cali_model(
+                qnn=found, use_aq=True, path="kept", running_stat=True, interval=per_timestep, w_cali_data=(x, t),
+                a_cali_data=(x, t), iters=budget.rounding, batch_size=budget.batch, w=0.01, asym=True, warmup=0.2,
+                opt_mode=losses.RLOSS.MSE, multi_gpu=False,
+            )  # fmt: skip
+        found.set_quant_state(use_wq=True, use_aq=True)
+        found.eval()
+    (kept,) = tables
+    scales = {float(t[i * per_timestep]): kept[f"act_{i}"] for i in range(len(t) // per_timestep)}
+
+    def run(x: Tensor, t: Tensor) -> Tensor:
+        result = torch.empty_like(x)
+        for timestep in t.unique():
+            own = t == timestep
+            found.load_state_dict(scales[float(timestep)], strict=False)
+            result[own] = found(x[own], t[own])
+        return result
+
+    return run
