@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 COMPONENTS = ("unet", "transformer", "prior", "decoder")
+MOST_TIMESTEPS = 1_000_000  # of training; models have 1,000
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,20 @@ class Model:
 
     @property
     def scheduler_config(self) -> dict[str, Any]:
-        """The configuration of the pipeline's scheduler; empty if there is none."""
+        """The configuration of the pipeline's scheduler; empty if there is none.
+
+        Raises:
+            InvalidInputError: it is for more timesteps than any model is trained with; a scheduler makes tables of
+                that length.
+        """
         file = self.path / "scheduler" / "scheduler_config.json"
-        return read_json(file) if file.is_file() else {}
+        config = read_json(file) if file.is_file() else {}
+        steps = config.get("num_train_timesteps", 1)
+        if not isinstance(steps, int) or not 1 <= steps <= MOST_TIMESTEPS:
+            raise InvalidInputError(
+                f"{file}: num_train_timesteps is a whole number from 1 to {MOST_TIMESTEPS}, not {steps!r:.60}"
+            )
+        return config
 
     def scheduler(self) -> Any:
         """The pipeline's scheduler.
@@ -97,7 +109,9 @@ class Model:
         """
         import diffusers
 
-        config = read_json(self.path / "scheduler" / "scheduler_config.json")
+        config = self.scheduler_config
+        if not config:
+            raise InvalidInputError(f"{self.path} has no scheduler")
         found = getattr(diffusers, str(config.get("_class_name")), None)
         if found is None:
             raise InvalidInputError(
@@ -188,6 +202,7 @@ class Model:
         index = read_index(self.path)
         assert index is not None
         require_libraries(index)
+        _ = self.scheduler_config  # refused before diffusers makes its tables
         diffusers.utils.logging.disable_progress_bar()
         parts: dict[str, Any] = {self.component: denoiser if denoiser is not None else self.load()}
         if NEVER_LOADED in index.components:

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """The known name that is nearest, to follow the given one in a sentence; empty if none is near."""
-    found = get_close_matches(given, list(known), n=1, cutoff=0.7)
+    found = get_close_matches(str(given), list(known), n=1, cutoff=0.7)  # a damaged file may hold anything
     return f" (did you mean {found[0]!r}?)" if found else ""
 
 

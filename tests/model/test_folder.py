@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from qdeploy.model.folder import open_model
 from qdeploy.model.inputs import denoise, example_inputs
 from qdeploy.system.errors import InvalidInputError
 from tests.helpers import tiny_unet
-from tests.models import tiny_dit
+from tests.models import ddpm_folder, tiny_dit
 
 
 @pytest.mark.parametrize("make", [tiny_unet, tiny_dit], ids=["unet", "transformer"])
@@ -56,3 +57,16 @@ def test_a_folder_whose_denoiser_was_not_copied_is_incomplete(tmp_path: Path) ->
         InvalidInputError, match=r"names the component unet, and there is no unet/config\.json"
     ):
         open_model(tmp_path)
+
+
+@pytest.mark.parametrize("steps", [2**31, 0, -1, 1.5, "1000", None, float("inf")])
+def test_a_scheduler_of_impossible_length_is_refused_before_it_makes_its_tables(
+    tmp_path: Path, steps: object
+) -> None:
+    folder = ddpm_folder(tmp_path / "model")
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_train_timesteps": steps}))
+    with pytest.raises(InvalidInputError, match="num_train_timesteps is a whole number"):
+        open_model(folder).pipeline()
+    with pytest.raises(InvalidInputError, match="num_train_timesteps is a whole number"):
+        open_model(folder).scheduler()
