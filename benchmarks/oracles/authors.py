@@ -113,7 +113,9 @@ def ddim_network(diffusion: ModuleType, ours: nn.Module) -> nn.Module:
         layer, _, kind = name.rpartition(".")
         head, _, last = layer.rpartition(".")
         if last in norms:
-            path = norms[last] if not head else f"{_place(f'{head}.q', ours).rpartition('.')[0]}.{norms[last]}"
+            path = (
+                norms[last] if not head else f"{_place(f'{head}.q', ours).rpartition('.')[0]}.{norms[last]}"
+            )
         else:
             path = _place(layer, ours)
         state[name] = own[f"{path}.{kind}"].reshape(value.shape)

@@ -16,7 +16,7 @@ Network = Callable[[Tensor, Tensor], Tensor]
 
 
 def quantize(
-    checkout: Path, ours: nn.Module, x: Tensor, t: Tensor, budget: Budget, quantized: set[str], attention: bool
+    checkout: Path, ours: nn.Module, x: Tensor, t: Tensor, budget: Budget, quantized: set[str] | None
 ) -> Network:
     """The quantized network: of inputs [N, C, H, W] and timesteps [N], the prediction.
 
@@ -26,16 +26,17 @@ def quantize(
         x: calibration inputs.
         t: their timesteps.
         budget: bits and steps.
-        quantized: diffusers paths of the layers that are quantized.
-        attention: the operands of attention, too.
+        quantized: diffusers paths of the layers that are quantized, without attention's products; None for what the
+            code itself quantizes.
     """
     modules = ("ddim.models.diffusion", "qdiff.quant_model", "qdiff.quant_layer", "qdiff.quant_block", "qdiff.block_recon",
                "qdiff.layer_recon")  # fmt: skip
     diffusion, model, layer, block, block_recon, layer_recon = import_from(checkout, *modules)
     logging.getLogger("qdiff").setLevel(logging.WARNING)
     network = ddim_network(diffusion, ours)
-    kinds = (nn.Conv2d, nn.Linear)
-    hide(network, [name for name, path in paths_of(network, ours, kinds).items() if path not in quantized])
+    if quantized is not None:
+        paths = paths_of(network, ours, (nn.Conv2d, nn.Linear))
+        hide(network, [name for name, path in paths.items() if path not in quantized])
     weights = {"n_bits": budget.weight_bits, "channel_wise": True, "scale_method": "max"}
     activations = {
         "n_bits": budget.activation_bits, "symmetric": False, "channel_wise": False, "scale_method": "max",
@@ -45,7 +46,7 @@ def quantize(
         found = model.QuantModel(
             model=network, weight_quant_params=weights, act_quant_params=activations, sm_abit=8
         ).eval()
-        if not attention:
+        if quantized is not None:
             for module in found.modules():
                 if isinstance(module, block.QuantAttnBlock):
                     for letter in "qkvw":

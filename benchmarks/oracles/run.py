@@ -62,13 +62,17 @@ def measured(network: qdiffusion.Network, x: Tensor, t: Tensor, reference: Tenso
 
 def main() -> None:
     """Measure what is asked, write it, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("method", choices=[*AUTHORS, "table"])
     parser.add_argument("--checkout", type=Path, help="folder of the authors' repository")
     parser.add_argument("--bits", default="w4a8", choices=["w4a8", "w8a8"])
     parser.add_argument("--coverage", default="portable", help="of ours; `paper` is the authors' own")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--rounding", type=int, default=500, help="steps for each unit's roundings; 0: to nearest")
+    parser.add_argument(
+        "--rounding", type=int, default=500, help="steps for each unit's roundings; 0: to nearest"
+    )
     parser.add_argument("--scales", type=int, default=100, help="steps for each unit's activation scales")
     parser.add_argument("--images", type=int, default=32, help="calibration images, 20 calls of each")
     parser.add_argument("--held-images", type=int, default=32)
@@ -141,9 +145,8 @@ def measure(who: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
         x, t = rows_of(CalibrationSet.open(data.path))
         budget = Budget(weight_bits, activation_bits, given.rounding, given.scales)
         began = time.process_time()
-        network = AUTHORS[given.method](
-            given.checkout, model, x, t, budget, layers, given.coverage == "paper"
-        )
+        paper = given.coverage == "paper"
+        network = AUTHORS[given.method](given.checkout, model, x, t, budget, None if paper else layers)
         seconds = time.process_time() - began
     record[given.bits] = measured(network, held_x, held_t, reference)
     return record | {"cpu_seconds": round(seconds), "peak_gb": round((peak_memory() or 0) / 1e9, 2)}

@@ -15,7 +15,7 @@ from benchmarks.oracles.qdiffusion import Network
 
 
 def quantize(
-    checkout: Path, ours: nn.Module, x: Tensor, t: Tensor, budget: Budget, quantized: set[str], attention: bool
+    checkout: Path, ours: nn.Module, x: Tensor, t: Tensor, budget: Budget, quantized: set[str] | None
 ) -> Network:
     """The quantized network, with activation scales for each of the calibrated timesteps.
 
@@ -25,8 +25,8 @@ def quantize(
         x: calibration inputs, as many of each timestep, those of a timestep together.
         t: their timesteps.
         budget: bits and steps.
-        quantized: diffusers paths of the layers that are quantized.
-        attention: the operands of attention, too.
+        quantized: diffusers paths of the layers that are quantized, without attention's products; None for what the
+            code itself quantizes.
     """
     modules = ("ddim.models.diffusion", "quant.quant_model", "quant.quant_layer", "quant.quant_block", "quant.calibration",
                "quant.reconstruction_util")  # fmt: skip
@@ -35,8 +35,9 @@ def quantize(
     )
     logging.getLogger("quant").setLevel(logging.WARNING)
     network = ddim_network(diffusion, ours)
-    kinds = (nn.Conv2d, nn.Linear)
-    hide(network, [name for name, path in paths_of(network, ours, kinds).items() if path not in quantized])
+    if quantized is not None:
+        paths = paths_of(network, ours, (nn.Conv2d, nn.Linear))
+        hide(network, [name for name, path in paths.items() if path not in quantized])
     weights = {"bits": budget.weight_bits, "channel_wise": True, "scaler": layer.Scaler.MSE}
     activations = {
         "bits": budget.activation_bits, "channel_wise": False, "scaler": layer.Scaler.MSE, "leaf_param": True
@@ -48,7 +49,7 @@ def quantize(
         found = model.QuantModel(
             model=network, wq_params=weights, aq_params=activations, softmax_a_bit=8, aq_mode=modes
         ).eval()
-        if not attention:
+        if quantized is not None:
             for module in found.modules():
                 if isinstance(module, block.QuantAttnBlock):
                     for letter in "qkvw":
