@@ -58,8 +58,8 @@ ROUNDINGS: dict[str, tuple[str, tuple[Stage, ...]]] = {
 
 
 def decibels(signal: float, noise: float) -> float:
-    """Signal to noise, in dB."""
-    return float(10 * torch.log10(torch.tensor(signal / noise)))
+    """Signal to noise, in dB; 200 at most."""
+    return float(10 * torch.log10(torch.tensor(signal / max(noise, 1e-20 * signal))))
 
 
 def figures(reference: Tensor, other: Tensor, timesteps: Tensor) -> dict[str, float]:

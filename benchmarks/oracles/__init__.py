@@ -1,1 +1,1 @@
-"""The methods' authors' own code, run beside ours on one model and one calibration set; nothing of it is kept here."""
+"""The methods' authors' own code beside ours, on one model and one calibration set; nothing of it is kept here."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 import importlib
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,23 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.model.compvis_paths import diffusers_paths
+
+Network = Callable[[Tensor, Tensor], Tensor]
+"""Of inputs [N, C, H, W] and timesteps [N], the prediction."""
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What the authors' code made.
+
+    Attributes:
+        network: the quantized network.
+        saved: what its script saves of it.
+    """
+
+    network: Network
+    saved: Mapping[str, Any]
+
 
 # What the scripts import and the quantizers never call.
 EMPTY = (

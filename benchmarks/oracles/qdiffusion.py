@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.oracles.authors import Passing, ddim_network, hide, import_from, on_the_cpu, paths_of
+from benchmarks.oracles.authors import (
+    Passing,
+    Quantized,
+    ddim_network,
+    hide,
+    import_from,
+    on_the_cpu,
+    paths_of,
+)
 from benchmarks.oracles.budget import Budget
-
-Network = Callable[[Tensor, Tensor], Tensor]
 
 
 def quantize(
     checkout: Path, ours: nn.Module, x: Tensor, t: Tensor, budget: Budget, quantized: set[str] | None
-) -> Network:
-    """The quantized network: of inputs [N, C, H, W] and timesteps [N], the prediction.
+) -> Quantized:
+    """The network quantized by the authors' code.
 
     Args:
         checkout: folder of the repository.
@@ -29,9 +34,10 @@ def quantize(
         quantized: diffusers paths of the layers that are quantized, without attention's products; None for what the
             code itself quantizes.
     """
-    modules = ("ddim.models.diffusion", "qdiff.quant_model", "qdiff.quant_layer", "qdiff.quant_block", "qdiff.block_recon",
-               "qdiff.layer_recon")  # fmt: skip
-    diffusion, model, layer, block, block_recon, layer_recon = import_from(checkout, *modules)
+    names = ("quant_model", "quant_layer", "quant_block", "block_recon", "layer_recon")
+    diffusion, model, layer, block, block_recon, layer_recon = import_from(
+        checkout, "ddim.models.diffusion", *(f"qdiff.{name}" for name in names)
+    )
     logging.getLogger("qdiff").setLevel(logging.WARNING)
     network = ddim_network(diffusion, ours)
     if quantized is not None:
@@ -83,4 +89,13 @@ def quantize(
         )  # fmt: skip
         found.set_quant_state(True, True)
         found.eval()
-    return lambda x, t: found(x, t)  # type: ignore[no-any-return]
+    saved = dict(found.state_dict())
+    for name, module in found.named_modules():
+        # The script makes parameters of these, so that they are saved.
+        if (
+            type(module).__name__ in ("AdaRoundQuantizer", "UniformAffineQuantizer")
+            and module.zero_point is not None
+        ):
+            saved[f"{name}.delta"] = torch.as_tensor(module.delta).detach()
+            saved[f"{name}.zero_point"] = torch.as_tensor(module.zero_point).float()
+    return Quantized(lambda x, t: found(x, t), saved)

@@ -4,17 +4,17 @@
     git clone https://github.com/Xiuyu-Li/q-diffusion
     python -m benchmarks.oracles.run qdiffusion --checkout q-diffusion --seeds 0 1 2
 
-Both see the same rows and are measured on the same calls of images that neither has seen: SQNR against full precision, median
-over timesteps, pooled, and of the worst timestep, with activations quantized and with weights alone. Seconds are of the
-processor, one thread. Results go to ``--output``; a row that is there already is not measured again.
+Both see the same rows and are measured on the same calls of images that neither has seen: SQNR against full
+precision, median over timesteps, pooled, and of the worst timestep. Seconds are of the processor, one thread.
+Results are added to ``--output``. What the authors' code saves is imported as a checkpoint of ours, and has to
+compute the same: its SQNR against the authors' network is kept, too.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.oracles import qdiffusion, tfmq
+from benchmarks.oracles.authors import Network, Quantized
 from benchmarks.oracles.budget import Budget
 from benchmarks.oracles.report import table
 from benchmarks.roundings import figures, predictions
@@ -36,8 +37,9 @@ from qdeploy.quant.modes import weights_only
 from qdeploy.store.files import write_json
 from qdeploy.system.memory import peak_memory
 from qdeploy.workflows.calibrate import calibrate
+from qdeploy.workflows.import_checkpoint import import_checkpoint
 
-AUTHORS: dict[str, Callable[..., qdiffusion.Network]] = {
+AUTHORS: dict[str, Callable[..., Quantized]] = {
     "qdiffusion": qdiffusion.quantize,
     "tfmq": tfmq.quantize,
 }
@@ -52,12 +54,23 @@ def rows_of(data: CalibrationSet) -> tuple[Tensor, Tensor]:
     return inputs["sample"][order], t[order]
 
 
-def measured(network: qdiffusion.Network, x: Tensor, t: Tensor, reference: Tensor) -> dict[str, float]:
-    """Figures of a network on held-out rows."""
+def outputs(network: Network, x: Tensor, t: Tensor) -> Tensor:
+    """Predictions for all rows."""
     with torch.no_grad():
-        parts = torch.arange(len(x)).split(64)
-        output = torch.cat([network(x[part], t[part]) for part in parts])
+        return torch.cat([network(x[part], t[part]) for part in torch.arange(len(x)).split(64)])
+
+
+def measured(output: Tensor, t: Tensor, reference: Tensor) -> dict[str, float]:
+    """Figures of predictions for held-out rows."""
     return {key: round(value, 1) for key, value in figures(reference, output, t).items()}
+
+
+def imported(saved: Mapping[str, Any], method: str, timesteps: list[float], place: Path) -> Network:
+    """The checkpoint that `qdeploy import-checkpoint` makes of what the authors' code saves."""
+    file = place.with_suffix(".pth")
+    torch.save(saved, file)
+    made = import_checkpoint(file, MODEL, place, method=method, timesteps=timesteps, overwrite=True)
+    return _as_function(load_checkpoint(made).eval())
 
 
 def main() -> None:
@@ -138,7 +151,7 @@ def measure(who: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
         record |= {"recipe": given.recipe or given.method, "groups": given.groups}
         network = _as_function(quantized)
         with weights_only(quantized):
-            record["weights alone"] = measured(network, held_x, held_t, reference)
+            record["weights alone"] = measured(outputs(network, held_x, held_t), held_t, reference)
     else:
         torch.manual_seed(seed)
         layers = {name for name, layer in quantized.named_modules() if isinstance(layer, QuantizedLayer)}
@@ -146,13 +159,18 @@ def measure(who: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
         budget = Budget(weight_bits, activation_bits, given.rounding, given.scales)
         began = time.process_time()
         paper = given.coverage == "paper"
-        network = AUTHORS[given.method](given.checkout, model, x, t, budget, None if paper else layers)
+        made = AUTHORS[given.method](given.checkout, model, x, t, budget, None if paper else layers)
         seconds = time.process_time() - began
-    record[given.bits] = measured(network, held_x, held_t, reference)
+        network = made.network
+        place = given.work / f"theirs-{given.method}-{given.bits}-{coverage}-{seed}"
+        descending = t.unique().flip(0).tolist()
+        again = outputs(imported(made.saved, given.method, descending, place), held_x, held_t)
+        record["imported"] = measured(again, held_t, outputs(network, held_x, held_t))
+    record[given.bits] = measured(outputs(network, held_x, held_t), held_t, reference)
     return record | {"cpu_seconds": round(seconds), "peak_gb": round((peak_memory() or 0) / 1e9, 2)}
 
 
-def _as_function(network: nn.Module) -> qdiffusion.Network:
+def _as_function(network: nn.Module) -> Network:
     return lambda x, t: network(sample=x, timestep=t).sample  # type: ignore[no-any-return]
 
 

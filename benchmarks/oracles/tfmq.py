@@ -9,14 +9,21 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from benchmarks.oracles.authors import Passing, ddim_network, hide, import_from, on_the_cpu, paths_of
+from benchmarks.oracles.authors import (
+    Passing,
+    Quantized,
+    ddim_network,
+    hide,
+    import_from,
+    on_the_cpu,
+    paths_of,
+)
 from benchmarks.oracles.budget import Budget
-from benchmarks.oracles.qdiffusion import Network
 
 
 def quantize(
     checkout: Path, ours: nn.Module, x: Tensor, t: Tensor, budget: Budget, quantized: set[str] | None
-) -> Network:
+) -> Quantized:
     """The quantized network, with activation scales for each of the calibrated timesteps.
 
     Args:
@@ -28,10 +35,9 @@ def quantize(
         quantized: diffusers paths of the layers that are quantized, without attention's products; None for what the
             code itself quantizes.
     """
-    modules = ("ddim.models.diffusion", "quant.quant_model", "quant.quant_layer", "quant.quant_block", "quant.calibration",
-               "quant.reconstruction_util")  # fmt: skip
+    names = ("quant_model", "quant_layer", "quant_block", "calibration", "reconstruction_util")
     diffusion, model, layer, block, calibration, losses = import_from(
-        checkout, *modules, beside=("stable-diffusion",)
+        checkout, "ddim.models.diffusion", *(f"quant.{name}" for name in names), beside=("stable-diffusion",)
     )
     logging.getLogger("quant").setLevel(logging.WARNING)
     network = ddim_network(diffusion, ours)
@@ -73,4 +79,4 @@ def quantize(
             result[own] = found(x[own], t[own])
         return result
 
-    return run
+    return Quantized(run, kept)
