@@ -80,6 +80,12 @@ def _roundings(content: Mapping[str, Any]) -> str:
     return table(content["results"]).markdown()
 
 
+def _oracles(content: Mapping[str, Any]) -> str:
+    from benchmarks.oracles.report import page
+
+    return page(content)
+
+
 def _builds(content: Mapping[str, Any]) -> str:
     rows = [
         [
@@ -132,6 +138,13 @@ QUESTIONS = {
         "python -m benchmarks.terrain --folder runs/terrain --why",
         "2026-11-29",
         _terrain,
+    ),
+    "held-against-the-authors-code": Question(
+        "oracles.json",
+        "Held against the authors' own code",
+        "python -m benchmarks.oracles.run qdiffusion --checkout q-diffusion --seeds 0 1 2",
+        "2026-11-29",
+        _oracles,
     ),
     "roundings-quality-against-time": Question(
         "roundings.json",

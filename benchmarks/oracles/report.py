@@ -2,23 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from statistics import mean
 from typing import Any
 
 from qdeploy.system.tables import Table
 
 FIGURES = ("median", "pooled", "worst")
+WHOSE = {"ours": "qdeploy", "theirs": "the authors'"}
 
 
 def table(records: list[dict[str, Any]]) -> Table:
-    """Ours and theirs side by side, by calibration."""
-    columns = ["method", "bits", "coverage", "seed", "whose", "median / pooled / worst dB", "CPU s"]
-    rows = [
-        [
-            record["method"], record["bits"], record["coverage"], str(record["seed"]),
-            "ours" if record["who"] == "ours" else "the authors'",
-            " / ".join(f"{record[record['bits']][figure]:.1f}" for figure in FIGURES),
-            f"{record['cpu_seconds']}",
-        ]
-        for record in sorted(records, key=lambda each: (each["method"], each["bits"], each["coverage"], each["seed"]))
+    """Ours and theirs side by side: means over calibrations, and their range."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for record in records:
+        steps = " + ".join(str(count) for count in record["steps"])
+        who = WHOSE[record["who"]] + (
+            f", `{record['recipe']}`" if record.get("recipe", record["method"]) != record["method"] else ""
+        )
+        key = (record["method"], record["bits"].upper(), record["coverage"], steps, who)
+        groups.setdefault(key, []).append(record)
+    head = [
+        "method", "bits", "layers", "steps a unit", "whose code", "calibrations", "median dB", "pooled dB", "worst dB",
+        "CPU s", "imported, dB",
     ]  # fmt: skip
-    return Table(columns, rows)
+    rows = []
+    for key, own in sorted(groups.items()):
+        found = [record[record["bits"]] for record in own]
+        imported = [record["imported"]["worst"] for record in own if "imported" in record]
+        rows.append(
+            [
+                *key,
+                str(len(own)),
+                *(_spread([each[figure] for each in found]) for figure in FIGURES),
+                f"{mean(record['cpu_seconds'] for record in own):.0f}",
+                f"{min(imported):.0f}" if imported else "",
+            ]
+        )
+    return Table(head, rows)
+
+
+def page(content: Mapping[str, Any]) -> str:
+    """The table as Markdown."""
+    return table(content["results"]).markdown()
+
+
+def _spread(values: list[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"

@@ -10,6 +10,10 @@ from typing import Any
 
 import pytest
 
+from qdeploy.recipe.resolve import presets, resolve_recipe
+
+PARTS = 3
+
 
 def run(folder: Path, *recipes: str) -> dict[str, Any]:
     """In a process of its own, since the pretend accelerator changes torch for good."""
@@ -41,13 +45,33 @@ def test_ranges_and_roundings_are_those_of_the_cpu(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_every_method_runs_there_and_copies_nothing_while_it_learns(tmp_path: Path) -> None:
-    learning = ("w4a8-qdiffusion-steady", "w4a8-tfmq", "w4a8-quest", "w8a8-qncd")
-    found = run(tmp_path, *learning, "w4a8-dgq", "w8a8-smoothquant", "fp8-minmax")
+@pytest.mark.parametrize("part", range(PARTS))
+def test_every_preset_runs_there_and_copies_nothing_while_it_learns(part: int, tmp_path: Path) -> None:
+    names = list(presets())[part::PARTS]
+    found = run(tmp_path, *names)
+    assert list(found) == names
     for recipe, result in found.items():
-        # Steps of learning amplify the last bits.
-        assert result["difference"] < (0.1 if recipe in learning else 1e-3), recipe
+        # Steps of learning and greedy searches amplify the last bits.
+        assert result["difference"] < (0.1 if learns(recipe) else 1e-3), recipe
         for place in result["to_host"] | result["to_device"]:
             assert not place.startswith(
                 ("calibrate/learning", "calibrate/rounding.py", "calibrate/tuning")
             ), place
+
+
+def learns(recipe: str) -> bool:
+    """Whether the result follows from steps of an optimiser or from choices between near alternatives."""
+    learning = {"round-weights", "gptq", "scale-salient", "migrate-outliers", "low-rank", "smooth"}
+    return any(stage.name in learning or "tune" in stage.name for stage in resolve_recipe(recipe).stages)
+
+
+@pytest.mark.slow
+def test_the_other_verbs_run_there_and_give_what_they_give_on_the_cpu(tmp_path: Path) -> None:
+    found = run(tmp_path, "verbs")
+    bounds = {"collect": 1e-5, "sample": 1e-3, "sensitivity": 0.02, "check": 1e-3}
+    assert {verb: result["difference"] < bounds[verb] for verb, result in found.items()} == dict.fromkeys(
+        bounds, True
+    )
+    # A call of the denoiser takes its inputs there and its prediction back, and nothing else.
+    assert sum(found["collect"]["to_host"].values()) < 100
+    assert all(result["to_device"] for result in found.values())

@@ -77,8 +77,8 @@ def stable_diffusion_folder(
     return saved(pipeline, path)
 
 
-def dit_folder(path: Path, *, size: int = 8, seed: int = 0) -> Path:
-    """A `DiTPipeline`: a class-conditional transformer on latents of ``size`` pixels, DDIM."""
+def dit_folder(path: Path, *, size: int = 8, head: int = 4, seed: int = 0) -> Path:
+    """A `DiTPipeline`: a class-conditional transformer with two heads, on latents of ``size`` pixels, DDIM."""
     from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
     with seeded(seed):
@@ -89,7 +89,7 @@ def dit_folder(path: Path, *, size: int = 8, seed: int = 0) -> Path:
             patch_size=2,
             num_layers=2,
             num_attention_heads=2,
-            attention_head_dim=4,
+            attention_head_dim=head,
             norm_num_groups=4,
             num_embeds_ada_norm=1000,  # the pipeline has 1000 wired in as the null class
         )
