@@ -128,6 +128,7 @@ class Recipe:
         Raises:
             InvalidInputError: something is missing or of another type.
         """
+        _check_kinds(value)
         recipe = object.__new__(cls)
         defaults = {each.name: each.default for each in fields(cls)}
         try:

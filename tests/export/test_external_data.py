@@ -130,3 +130,14 @@ def with_weights_beside(bundle: Artifact) -> Bundle:
     digest = sha256_file(bundle.path / name)
     reseal(bundle.path, lambda manifest: manifest["files"].update({name: digest}))
     return Bundle(bundle.path, read_manifest(bundle.path))
+
+
+def test_a_graph_whose_names_are_no_text_is_refused(tmp_path: Path) -> None:
+    graph = graph_with("weights", tmp_path / "model.onnx")
+    (tmp_path / "weights").write_bytes(bytes(16))
+    content = graph.read_bytes()
+    graph.write_bytes(content.replace(b"Add", b"A\xffd"))
+    with pytest.raises(InvalidInputError, match="names in it are no text"):
+        external_files(graph)
+    graph.write_bytes(content)
+    assert external_files(graph) == ["weights"]

@@ -246,3 +246,9 @@ def test_the_softmax_output_has_a_format_where_attention_is_quantized() -> None:
     for wrong in ({"softmax": "uint3", "coverage": "portable-attention"}, {"softmax": "none"}):
         with pytest.raises(UsageError):
             Recipe(**wrong)
+
+
+@pytest.mark.parametrize(("word", "given"), [("weights", []), ("activations", False), ("target", 10**20)])
+def test_an_artifacts_recipe_of_other_types_is_refused(word: str, given: object) -> None:
+    with pytest.raises(InvalidInputError, match=f"the recipe's {word} must be one word"):
+        Recipe.from_json({**resolve_recipe("w8a8-minmax").to_json(), word: given})

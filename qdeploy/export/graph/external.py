@@ -37,6 +37,8 @@ def locations(path: Path) -> list[str]:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # the parser's exceptions have no common base class
         raise InvalidInputError(f"{path} is damaged or no ONNX graph") from error
+    if any(isinstance(text, bytes) for text in _texts(model)):
+        raise InvalidInputError(f"{path} is damaged: names in it are no text")
     entries = (entry for tensor in _tensors(model) for entry in tensor.external_data)
     return sorted({entry.value for entry in entries if entry.key == "location"})
 
@@ -99,6 +101,25 @@ def plain_graph(graph: Path, work: Path) -> Path:
     for name in names:
         copy_file(contained(graph.parent, name), work / name)
     return work / graph.name
+
+
+def _texts(model: onnx.ModelProto) -> Iterator[str | bytes]:
+    """Names in a model; the parser leaves those as bytes that are not UTF-8."""
+    yield from (entry.domain for entry in model.opset_import)
+    for graph in (model.graph, *(attribute.g for node in _nodes(model.graph.node) for attribute in node.attribute)):
+        values = (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
+        yield from (value.name for value in values)
+    for node in (*_nodes(model.graph.node), *(inner for each in model.functions for inner in _nodes(each.node))):
+        yield from (node.op_type, node.domain, node.name, *node.input, *node.output)
+        yield from (attribute.name for attribute in node.attribute)
+
+
+def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _nodes(graph.node)
 
 
 def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
