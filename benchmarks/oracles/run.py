@@ -35,6 +35,7 @@ from qdeploy.quant.checkpoint import load_checkpoint
 from qdeploy.quant.layer import QuantizedLayer
 from qdeploy.quant.modes import weights_only
 from qdeploy.store.files import write_json
+from qdeploy.system.machine import machine
 from qdeploy.system.memory import peak_memory
 from qdeploy.workflows.calibrate import calibrate
 from qdeploy.workflows.import_checkpoint import import_checkpoint
@@ -105,7 +106,7 @@ def main() -> None:
             if given.only in (None, who) and (record := measure(who, seed, given)) is not None:
                 kept.append(record)
                 print(record, flush=True)
-                write_json(given.output, {"results": kept})
+                write_json(given.output, {"machine": machine(), "results": kept})
     print(table(kept).text())
 
 
