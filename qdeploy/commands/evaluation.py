@@ -88,6 +88,7 @@ def tune(model: str, as_json: bool, **options: Any) -> None:
 @_SAMPLE.option("model", "The model whose pipeline is used.  [default: the one the engine was made from]")
 @_SAMPLE.option("correction", _CORRECTION)
 @_SAMPLE.option("npz", "Also write images.npz, as the evaluation suite of ADM reads it.")
+@_SAMPLE.option("shards", "Images in tar files of at most so many, as webdataset reads them.")
 @sampling_options(SAMPLING)
 @_SAMPLE.option("device", "Torch device of the pipeline: cpu, cuda, cuda:N.")
 @_SAMPLE.option("overwrite", "Replace another artifact at the output.")

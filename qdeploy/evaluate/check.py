@@ -138,7 +138,9 @@ def check(
         _check_speed_measurable(opened.artifact, min_speedup)
     earlier = None if before is None else open_before(before, opened, own)
     resources = {"features": features, "real": real, "lpips": lpips, "clip": clip}
-    comparison = Comparison.of(opened, trajectories or model, plan, correction, resources, own)
+    comparison = Comparison.of(
+        opened, trajectories or model, plan, correction, resources, own, again=before is not None
+    )
     if trajectories is None and isinstance(reference, str | Path):
         sizes = {"samples": samples, "keep": keep, "correction": correction, "device": device}
         sources = {

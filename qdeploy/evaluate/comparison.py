@@ -10,7 +10,7 @@ from typing import Any
 from qdeploy.evaluate.metric_context import MetricContext
 from qdeploy.evaluate.metrics.sqnr import summary
 from qdeploy.evaluate.parity import RunnableArtifact
-from qdeploy.evaluate.quality import QualityPlan, Trajectories, measure_in_parts
+from qdeploy.evaluate.quality import KEPT_BYTES, QualityPlan, Trajectories, measure_in_parts
 from qdeploy.evaluate.quality_parts import QualityParts, quality_parts
 from qdeploy.model.folder import Model
 from qdeploy.model.origin import source_model
@@ -49,8 +49,19 @@ class Comparison:
         correction: str,
         resources: dict[str, str | Path | None],
         device: str,
+        again: bool = False,
     ) -> Comparison:
-        """The comparison that is asked for, checked before any work."""
+        """The comparison that is asked for, checked before any work.
+
+        Args:
+            subject: what is compared.
+            reference: with what.
+            plan: what is sampled.
+            correction: what takes mean errors out of predictions.
+            resources: of metrics, by name.
+            device: torch device.
+            again: whether another subject is compared with the same reference: its trajectories are kept.
+        """
         check_correction(correction, subject.artifact)
         model = reference.model if isinstance(reference, Trajectories) else reference
         plan = replace(plan, sampling=plan.sampling.like(subject.artifact.facts.sampled))
@@ -59,7 +70,8 @@ class Comparison:
         context = _metric_context(model, resources, plan.sampling.prompts)
         if model is not None:
             source_model(subject.artifact, model)
-        found = Trajectories(reference, plan, device) if isinstance(reference, Model) else reference
+        kept = KEPT_BYTES if again else 0
+        found = Trajectories(reference, plan, device, kept) if isinstance(reference, Model) else reference
         return cls(subject.artifact, found, correction, context)
 
     def parts(self, subject: RunnableArtifact) -> QualityParts:

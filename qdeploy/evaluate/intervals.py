@@ -53,14 +53,24 @@ def of_statistic(statistic: Callable[[Tensor], float], count: int) -> Interval |
         statistic: of the images whose numbers it is given.
         count: images; fewer than two groups of two give None.
     """
-    groups = min(GROUPS, count // 2)
+    groups = groups_of(count)
     if groups < 2:
         return None
     member = torch.arange(count) % groups
     left_out = [statistic((member != group).nonzero().flatten()) for group in range(groups)]
-    values = torch.tensor(left_out, dtype=torch.float64)
+    return of_left_out(statistic(torch.arange(count)), left_out)
+
+
+def groups_of(count: int) -> int:
+    """How many groups the jackknife makes of so many images; it takes two at least."""
+    return min(GROUPS, count // 2)
+
+
+def of_left_out(whole: float, left_out: Sequence[float]) -> Interval:
+    """The grouped jackknife's interval, from the statistic of all images and of those without each group."""
+    groups, values = len(left_out), torch.tensor(left_out, dtype=torch.float64)
     error = math.sqrt((groups - 1) / groups * float((values - values.mean()).square().sum()))
-    return _around(statistic(torch.arange(count)), error, groups - 1)
+    return _around(whole, error, groups - 1)
 
 
 def _around(middle: float, error: float, freedom: int) -> Interval:

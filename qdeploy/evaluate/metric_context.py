@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -45,7 +45,6 @@ class MetricContext:
     lpips: str | Path | None = None
     clip: str | Path | None = None
     prompts: Sequence[str] | None = None
-    _last: tuple[object, Features, Features] | None = field(default=None, repr=False, init=False)
 
     @cached_property
     def extractor(self) -> Extractor | None:
@@ -81,10 +80,8 @@ class MetricContext:
     def of(self, pair: Pair) -> tuple[Features, Features]:
         """Features of both sides of a pair, the reference's first; computed once for all metrics."""
         assert self.extractor is not None
-        if self._last is None or self._last[0] is not pair:
-            find = self.extractor.features
-            self._last = (pair, find(pair.expected_images), find(pair.images))
-        return self._last[1], self._last[2]
+        find = self.extractor.features
+        return pair.once(self.extractor, lambda: (find(pair.expected_images), find(pair.images)))
 
     @cached_property
     def real_features(self) -> Features | None:

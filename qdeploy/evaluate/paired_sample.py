@@ -5,12 +5,14 @@ Two denoisers sample from the same seeds: the reference in full precision, and t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+_T = TypeVar("_T")
 _PARTS = ("expected", "predicted", "expected_sample", "sample")
 
 
@@ -48,6 +50,13 @@ class Pair:
     expected_images: Tensor
     images: Tensor
     prompts: Sequence[str] | None = None
+    _found: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def once(self, key: object, compute: Callable[[], _T]) -> _T:
+        """What several metrics take from the pair, computed at its first use."""
+        if key not in self._found:
+            self._found[key] = compute()
+        return cast(_T, self._found[key])
 
 
 def tensors_of(pair: Pair) -> dict[str, Tensor]:

@@ -31,7 +31,6 @@ from qdeploy.system.progress import track
 # was collected with an ordinary seed is used in an evaluation.
 FIRST_SEED = 2**40
 SEEDS_APART = 2**20
-# Recorded trajectories are kept in memory up to this size, and recorded again beyond it.
 KEPT_BYTES = 2**30
 
 
@@ -95,19 +94,22 @@ class Trajectory:
 
 
 class Trajectories:
-    """The reference's trajectories, recorded at their first use and kept if they are not too large.
+    """The reference's trajectories, recorded at their first use and kept as far as there is room.
 
     Args:
         model: the full-precision model, with its pipeline.
         plan: what to sample.
         device: torch device of the pipeline.
+        kept_bytes: of trajectories that are kept for the next subject; those beyond are recorded again.
 
     Raises:
         InvalidInputError: the model has no pipeline that can be loaded.
     """
 
-    def __init__(self, model: Model, plan: QualityPlan, device: str = "cpu") -> None:
-        self.model, self.plan, self.device = model, plan, device
+    def __init__(
+        self, model: Model, plan: QualityPlan, device: str = "cpu", kept_bytes: int = KEPT_BYTES
+    ) -> None:
+        self.model, self.plan, self.device, self._kept_bytes = model, plan, device, kept_bytes
         self._denoiser = model.load(device)
         self.rest = pipeline_sha256(model) if model.has_pipeline else ""
         self.sample = sample_name(self._denoiser)
@@ -145,7 +147,7 @@ class Trajectories:
     def _reference(self, number: int) -> Trajectory:
         kept = self._kept.get(number)
         trajectory = kept or self._run(self._denoiser, self.plan.batches()[number], keep_inputs=True)
-        if sum(each.bytes for each in self._kept.values()) + trajectory.bytes <= KEPT_BYTES:
+        if sum(each.bytes for each in self._kept.values()) + trajectory.bytes <= self._kept_bytes:
             self._kept[number] = trajectory
         return trajectory
 

@@ -1,17 +1,20 @@
 """Prompt sets: one prompt per line, or captions as COCO's JSON holds them.
 
 Only the needed lines are read: a file of a million lines costs no more than one of a hundred, unless a random
-sample of it is requested.
+sample of it is requested. Where more than 5000 lines are needed they stay in the file, and are read when their images
+are made.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, overload
 
 from qdeploy.system.errors import InvalidInputError, UsageError
 from qdeploy.system.progress import say
@@ -21,7 +24,62 @@ LONGEST = 10_000  # characters; a longer line is no prompt
 LARGEST_JSON = 2**30
 
 
-def read_prompts(file: Path, limit: int | None = None, seed: int | None = None) -> list[str]:
+class PromptFile(Sequence[str]):
+    """The first prompts of a text file, which stay there: eight bytes of memory for each.
+
+    Args:
+        file: UTF-8 text with one prompt per line; empty lines are no prompts.
+        count: how many at most.
+        sha256: of the prompts, if they are known already.
+
+    Raises:
+        InvalidInputError: there is no such file, it is no text, holds no prompt, or others than are known.
+    """
+
+    def __init__(self, file: str | Path, count: int, sha256: str | None = None) -> None:
+        self.file, self._offsets, found = Path(file).resolve(), array("Q"), hashlib.sha256()
+        try:
+            with self.file.open("rb") as stream:
+                for offset, text in islice(_lines_with_offsets(self.file, stream), count):
+                    self._offsets.append(offset)
+                    found.update(f"{text}\n".encode())
+        except OSError as error:
+            raise InvalidInputError(f"{file} cannot be read: {error.strerror}") from error
+        self.sha256 = found.hexdigest()
+        if not self._offsets:
+            raise InvalidInputError(f"{file} holds no prompt")
+        if sha256 not in (None, self.sha256):
+            raise InvalidInputError(f"{file} holds other prompts than were planned with")
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    @overload
+    def __getitem__(self, number: int) -> str: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[str]: ...
+    def __getitem__(self, number: int | slice) -> str | list[str]:
+        """A prompt, or several: those lines are read now."""
+        if isinstance(number, slice):
+            return [self[each] for each in range(*number.indices(len(self)))]
+        with self.file.open("rb") as stream:
+            offset = self._offsets[number]
+            stream.seek(offset)
+            return stream.readline().decode("utf-8" if offset else "utf-8-sig").strip()
+
+    def __deepcopy__(self, known: Any) -> PromptFile:
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        """What determines it, without its place."""
+        return {"count": len(self), "sha256": self.sha256}
+
+    def arguments_json(self) -> dict[str, Any]:
+        """Its arguments in JSON's types."""
+        return {"file": str(self.file), **self.to_json()}
+
+
+def read_prompts(file: Path, limit: int | None = None, seed: int | None = None) -> Sequence[str]:
     """Prompts of a file, without empty lines.
 
     Args:
@@ -39,8 +97,10 @@ def read_prompts(file: Path, limit: int | None = None, seed: int | None = None) 
     if wanted < 1:
         raise UsageError(f"the number of prompts must be at least 1, not {wanted}")
     try:
+        coco = file.suffix.lower() == ".json"
+        if wanted > LIMIT and not coco and seed is None:
+            return PromptFile(file, wanted)
         with file.open("rb") as stream:
-            coco = file.suffix.lower() == ".json"
             prompts = iter(_captions(file)) if coco else _lines(file, stream)
             chosen = list(islice(prompts, wanted)) if seed is None else _sample(prompts, wanted, seed)
             more = seed is None and next(prompts, None) is not None
@@ -56,7 +116,13 @@ def read_prompts(file: Path, limit: int | None = None, seed: int | None = None) 
 
 
 def _lines(file: Path, stream: BinaryIO) -> Iterator[str]:
+    return (text for _, text in _lines_with_offsets(file, stream))
+
+
+def _lines_with_offsets(file: Path, stream: BinaryIO) -> Iterator[tuple[int, str]]:
+    begin = 0
     for number, line in enumerate(_bounded(file, stream), 1):
+        offset, begin = begin, begin + len(line)
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
         except UnicodeDecodeError as error:
@@ -64,7 +130,7 @@ def _lines(file: Path, stream: BinaryIO) -> Iterator[str]:
         if "\0" in text:
             raise InvalidInputError(f"{file} is no UTF-8 text: line {number} holds a null character")
         if text:
-            yield text
+            yield offset, text
 
 
 def _bounded(file: Path, stream: BinaryIO) -> Iterator[bytes]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
 from qdeploy.model.input_folder import InputFolder
+from qdeploy.model.prompts import PromptFile
 from qdeploy.model.timesteps import Timesteps, read_timesteps
 from qdeploy.store.facts import SampledFacts
 from qdeploy.system.errors import UsageError
@@ -33,7 +34,8 @@ class Sampling:
         steps: sampling steps; some schedulers call the denoiser more often.
         scheduler: a name of `qdeploy.model.schedulers`, or a diffusers class; the model's own if None.
         guidance: classifier-free guidance scale.
-        prompts: prompts or, for class-conditional models, class numbers; used in turn.
+        prompts: prompts or, for class-conditional models, class numbers; used in turn. Many may stay in a file
+            (`qdeploy.model.prompts.PromptFile`).
         negative_prompts: what images shall not show: one for all images, or as many as there are prompts.
         eta: DDIM's share of fresh noise in each step, 0 to 1.
         seed: image i is sampled from ``seed + i``.
@@ -81,8 +83,12 @@ class Sampling:
                 raise UsageError(f"{name} is a finite number, not {value}")
         if not 0 <= self.seed < LARGEST_SEED:
             raise UsageError(f"the seed must be a number from 0 to 2**63, not {self.seed}")
+        if isinstance(self.prompts, Mapping):  # of a plan
+            object.__setattr__(self, "prompts", PromptFile(**self.prompts))
         for name in ("prompts", "negative_prompts"):
             given = getattr(self, name)
+            if isinstance(given, PromptFile):
+                continue
             if isinstance(given, str):
                 given = (given,)
             if given is not None:
@@ -115,11 +121,19 @@ class Sampling:
         """What determines the images, with the content of the folder of inputs in place of its path."""
         value = asdict(self)
         inputs = None if self.folder is None else self.folder.sha256
-        return {**value, "inputs": inputs}
+        return {**value, "inputs": inputs, "prompts": self.prompts_json()}
+
+    def prompts_json(self) -> list[str] | dict[str, Any] | None:
+        """The prompts in JSON's types; of those that stay in a file their number and hash."""
+        if self.prompts is None:
+            return None
+        return self.prompts.to_json() if isinstance(self.prompts, PromptFile) else list(self.prompts)
 
     def arguments_json(self) -> dict[str, Any]:
         """Its fields in JSON's types: ``Sampling(**fields)`` is the same."""
         value = asdict(self)
+        if isinstance(self.prompts, PromptFile):
+            value["prompts"] = self.prompts.arguments_json()
         return {**value, "inputs": None if self.inputs is None else str(Path(self.inputs).resolve())}
 
     def prompts_of(self, images: Sequence[int]) -> list[str] | None:

@@ -24,12 +24,20 @@ from types import TracebackType
 
 from qdeploy.parts.leases import Lease, is_alive, join, take
 from qdeploy.store.bounded_json import read_json_object
-from qdeploy.store.files import explained_os_errors, sync, write_text
+from qdeploy.store.files import explained_os_errors, sync
 from qdeploy.store.work import full_disk_named
-from qdeploy.system.errors import InvalidInputError, UsageError
+from qdeploy.system.errors import CapabilityError, InvalidInputError, UsageError
 from qdeploy.system.hashing import sha256_file
+from qdeploy.system.progress import say
 
 PLAN, PART = "plan.json", "part.json"
+PATIENCE = 600.0  # seconds that a worker waits for storage that is away
+_LOOK = 0.2  # seconds between two looks at it
+# How the system says that storage is away, or was a moment ago.
+AWAY = {
+    *(errno.ENOENT, errno.ESTALE, errno.EIO, errno.ENOTCONN, errno.ENODEV, errno.ENXIO),
+    *(errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ECONNRESET),
+}
 
 
 class PartFolder:
@@ -40,15 +48,20 @@ class PartFolder:
         request: hash of what determines the parts.
         count: how many there are.
         output: what the work is for, in messages.
+        planned: whether there is a plan, by which it is seen that the storage is there.
     """
 
-    def __init__(self, folder: Path, request: str, count: int, output: Path | str) -> None:
+    def __init__(
+        self, folder: Path, request: str, count: int, output: Path | str, planned: bool = False
+    ) -> None:
         self.folder, self.request, self.count, self.output = folder, request, count, Path(output)
+        self.planned = planned
         self._lease: Lease | None = None
         self._done = False
 
     def __enter__(self) -> PartFolder:
         with explained_os_errors(self.output):
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._lease = join(self.folder / "present")
         self._lease.__enter__()
         return self
@@ -75,6 +88,35 @@ class PartFolder:
         """Whether some process makes or reads parts."""
         return any(is_alive(file) for file in (self.folder / "present").glob("[!.]*"))
 
+    def there(self) -> bool:
+        """Whether the plan can be seen: the storage of another machine may be away for a while."""
+        try:
+            return (self.folder / PLAN).is_file()
+        except OSError:
+            return False
+
+    def wait_for_storage(self, error: Exception) -> None:
+        """Wait until the plan can be seen again, `PATIENCE` seconds at most.
+
+        Args:
+            error: what has just failed; it is raised where there is no plan to wait for, or none lost.
+
+        Raises:
+            CapabilityError: the storage stays away.
+        """
+        cause = error if isinstance(error, OSError) else error.__cause__
+        passing = isinstance(cause, OSError) and cause.errno in AWAY
+        if not self.planned or (self.there() and not passing):
+            raise error
+        say(f"the storage of {self.folder} is away: waiting for it", level=2)
+        end = time.monotonic() + PATIENCE
+        while not self.there():
+            if time.monotonic() > end:
+                raise CapabilityError(
+                    f"the storage of {self.folder} has been away for {PATIENCE:g} s: finished parts are kept there"
+                ) from error
+            time.sleep(_LOOK)
+
     # -- parts ---------------------------------------------------------------------------------------------
 
     def path(self, number: int) -> Path:
@@ -83,7 +125,10 @@ class PartFolder:
 
     def has(self, number: int) -> bool:
         """Whether a part is there; `files` says whether it is as it was written."""
-        return (self.path(number) / PART).is_file()
+        try:
+            return (self.path(number) / PART).is_file()
+        except OSError:
+            return False
 
     def missing(self) -> list[int]:
         """Numbers of the parts that are not there, in order."""
@@ -107,9 +152,11 @@ class PartFolder:
         """
         place = self.path(number)
         partial = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
+        planned = self.there()
         with explained_os_errors(self.output):
             try:
-                partial.mkdir(parents=True)
+                place.parent.mkdir(exist_ok=True)
+                partial.mkdir()
                 began = time.perf_counter()
                 with full_disk_named(self.folder):
                     make(number, partial)
@@ -118,9 +165,11 @@ class PartFolder:
                 for file in sorted(partial.iterdir()):
                     sync(file)
                     hashes[file.name] = sha256_file(file)
-                write_text(
-                    partial / PART, json.dumps({"request": self.request, "files": hashes, "seconds": took})
-                )
+                described = {"request": self.request, "files": hashes, "seconds": took}
+                (partial / PART).write_text(json.dumps(described))
+                sync(partial / PART)
+                if planned and not self.there():  # what was written is on another disk, below the mount
+                    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(place))
                 try:
                     partial.rename(place)
                     sync(place.parent)
@@ -129,12 +178,17 @@ class PartFolder:
                         raise
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
+                if planned and not self.there():
+                    with suppress(OSError):  # empty folders, which would be in the storage's way
+                        for folder in (place.parent, self.folder, self.folder.parent):
+                            folder.rmdir()
 
     def files(self, number: int) -> dict[str, Path] | None:
         """The files of a part by name; None, and no part, if they are not as they were written.
 
         Raises:
             InvalidInputError: the part belongs to another plan.
+            UsageError: the storage is away.
         """
         place = self.path(number)
         try:
@@ -143,8 +197,12 @@ class PartFolder:
             foreign = described["request"] != self.request
             if not foreign and all(sha256_file(place / name) == sha256 for name, sha256 in hashes.items()):
                 return {name: place / name for name in hashes}
-        except (OSError, InvalidInputError, KeyError):
+        except (OSError, InvalidInputError, KeyError) as error:
             foreign = False
+            if self.planned and not self.there():
+                raise UsageError(
+                    f"the storage of {self.folder} is away: run the same command again, finished parts are kept there"
+                ) from error
         if foreign:
             raise InvalidInputError(
                 f"{place} is a part of another plan: remove it, and run the same command again"

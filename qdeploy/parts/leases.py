@@ -42,7 +42,7 @@ class Lease:
 
 def take(file: Path) -> Lease | None:
     """The lease of a name, for one process at a time; None while another one is alive."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(exist_ok=True)  # and no more: storage that is away must not be made anew beside it
     for _ in range(2):
         try:
             with file.open("x") as stream:

@@ -62,7 +62,7 @@ class Job:
 
     def parts(self) -> PartFolder:
         """Its finished parts."""
-        return PartFolder(self.folder, self.request, self.count, self.output)
+        return PartFolder(self.folder, self.request, self.count, self.output, self.arguments is not None)
 
     def write(self) -> Path:
         """Write the plan.

@@ -49,8 +49,7 @@ class Worker:
         try:
             if self.job is None:
                 self.job = open_job(self.folder)
-            parts = PartFolder(self.folder, self.job.request, self.job.count, self.job.output)
-            make_parts(self.job, parts, [number])
+            make_parts(self.job, self.job.parts(), [number])
         except QDeployError as error:
             if isinstance(error.__cause__, OSError):
                 raise OSError(str(error)) from None

@@ -12,6 +12,7 @@ from qdeploy.system.errors import Planned, UsageError
 from qdeploy.system.progress import track
 
 HERE, RAY, PLAN_ALONE = "here", "ray", "plan"
+_FAILURES = 3  # in a row, of storage that comes and goes
 _POLL = 0.2  # seconds between two looks at parts that other processes are making
 
 
@@ -77,20 +78,34 @@ def make_parts(job: Job, parts: PartFolder, numbers: Sequence[int], wait: bool =
     """
     left = [number for number in numbers if not parts.has(number)]
     bar = iter(range(len(left)) if job.shows_progress else track(range(len(left)), job.label))
+    failed = 0
     while left:
         idle = True
         for number in left:
-            if parts.has(number) or (claim := parts.claim(number)) is None:
+            try:
+                made_here = _made_alone(job, parts, number)
+            except Exception as error:
+                if (failed := failed + 1) > _FAILURES:
+                    raise
+                parts.wait_for_storage(error)
                 continue
-            with claim:
-                if not parts.has(number):
-                    next(bar, None)
-                    parts.keep(number, job.make)
-            idle = False
+            if made_here:
+                next(bar, None)
+                failed, idle = 0, False
         left = [number for number in left if not parts.has(number)]
-        if idle and not wait:
+        if idle and not wait and not failed:
             break
         if idle and left:
             time.sleep(_POLL)
     for _ in bar:
         pass
+
+
+def _made_alone(job: Job, parts: PartFolder, number: int) -> bool:
+    """Whether the part was made here: it was neither there, nor in the hands of another process."""
+    if parts.has(number) or (claim := parts.claim(number)) is None:
+        return False
+    with claim:
+        if not parts.has(number):
+            parts.keep(number, job.make)
+    return True

@@ -1,6 +1,7 @@
 """Files of what was sampled.
 
 images.safetensors      uint8 ``images`` [N, C, H, W];          00000.png ..., grid.png, images.npz if asked for
+                        (or shards of the PNGs, see `qdeploy.sampling.shards`)
 frames.safetensors      uint8 ``frames`` [N, F, C, H, W];       00000.gif ..., grid.png of the middle frames
 audio.safetensors       float32 ``audio`` [N, channels, samples]; 00000.wav ..., 16 bits
 embeddings.safetensors  float32 ``embeddings`` [N, ...]
@@ -53,7 +54,7 @@ def write_items(
     seed: int,
     prompts: Sequence[str] | None,
     described: dict[str, Any],
-) -> None:
+) -> list[Path]:
     """Write each result as people open it.
 
     Args:
@@ -64,23 +65,33 @@ def write_items(
         prompts: used in turns, if there are any.
         described: what else a PNG's text chunks say.
 
+    Returns:
+        The files, one for each result; none for embeddings.
+
     Raises:
         InvalidInputError: images have a number of channels that PNG does not know.
     """
+    files = []
     for number, value in zip(numbers, media.values, strict=True):
+        file = folder / f"{number:05d}"
         if media.kind == IMAGES:
             chunks = PngInfo()
             for key, text in {"seed": seed + number, **described}.items():
                 chunks.add_text(key, str(text))
             if prompts is not None:
                 chunks.add_text("prompt", prompts[number % len(prompts)])
-            _picture(value).save(folder / f"{number:05d}.png", pnginfo=chunks)
+            file = file.with_suffix(".png")
+            _picture(value).save(file, pnginfo=chunks)
         elif media.kind == FRAMES:
             frames = [_picture(frame) for frame in value]
-            file = folder / f"{number:05d}.gif"
+            file = file.with_suffix(".gif")
             frames[0].save(file, save_all=True, append_images=frames[1:], duration=FRAME_MS, loop=0)
         elif media.kind == AUDIO:
-            (folder / f"{number:05d}.wav").write_bytes(wav(value))
+            file = file.with_suffix(".wav")
+            file.write_bytes(wav(value))
+        if file.suffix:
+            files.append(file)
+    return files
 
 
 def write_grid(file: Path, kind: str, tensors: Sequence[Path]) -> None:

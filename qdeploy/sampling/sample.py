@@ -13,6 +13,7 @@ from qdeploy.model.in_memory import ModelSource, artifact_or_model
 from qdeploy.model.media import IMAGES, Media
 from qdeploy.model.pipeline import sample_images
 from qdeploy.model.pipeline_index import pipeline_sha256
+from qdeploy.model.prompts import PromptFile
 from qdeploy.model.sampling import SAMPLING, Sampling, SamplingOptions, renamed, sampled
 from qdeploy.model.timesteps import Timesteps
 from qdeploy.model.zoo import with_shipped_prompts
@@ -20,6 +21,7 @@ from qdeploy.parts.folder import PartFolder, link, parts_of
 from qdeploy.parts.plan import Job, named
 from qdeploy.parts.run import check_place
 from qdeploy.parts.verb import ArtifactInParts
+from qdeploy.sampling import shards as shard_files
 from qdeploy.sampling.correct import check_correction
 from qdeploy.sampling.media_files import GRID, NPZ, as_stored, file_of, write_grid, write_items, write_npz
 from qdeploy.sampling.source_pipeline import Source, open_pipeline, pipeline_of
@@ -52,6 +54,7 @@ def sample(
     model: ModelSource | None = None,
     correction: str = "none",
     npz: bool = False,
+    shards: int | None = None,
     overwrite: bool = False,
     device: str = "cpu",
     on: str = "here",
@@ -71,6 +74,8 @@ def sample(
         correction: ``table`` or ``online`` to subtract mean errors from predictions, or ``none``; ``online:4,3``
             estimates at every fourth call, with a guard of three standard deviations.
         npz: also write ``images.npz`` with one array [N, H, W, C], as the evaluation suite of ADM reads it.
+        shards: images in tar files of at most so many (or one batch), as webdataset reads them, in place of single
+            files (see `qdeploy.sampling.shards`).
         overwrite: replace another artifact at ``output``.
         device: torch device of the pipeline: ``cpu``, ``cuda`` or ``cuda:N``. An engine runs where it was built for.
         on: where parts are made (see `qdeploy.parts.run.made`).
@@ -94,7 +99,7 @@ def sample(
     renamed(given, "count", "samples")
     samples = given.pop("samples", samples)
     chosen = (sampling or SAMPLING).changed(given)
-    work = _plan(source, output, chosen, samples, model, correction, npz, overwrite, device)
+    work = _plan(source, output, chosen, samples, model, correction, npz, overwrite, device, shards)
     return work.carry_out(on, workers, worker_cpus)
 
 
@@ -113,10 +118,13 @@ def _plan(
     npz: bool = False,
     overwrite: bool = False,
     device: str = "cpu",
+    shards: int | None = None,
 ) -> _Work:
     """Open and check all inputs; nothing large is loaded, and nothing written."""
     if samples is not None and samples < 1:
         raise UsageError(f"samples must be at least 1, not {samples}")
+    if shards is not None and shards < 1:
+        raise UsageError(f"a shard holds 1 image at least, not {shards}")
     check_device(device)
     opened_by, model_by = named(source), None if model is None else named(model)
     if isinstance(source, str | Path) and not is_artifact(Path(source)) and is_on_hub(source):
@@ -130,11 +138,13 @@ def _plan(
     chosen = with_shipped_prompts(chosen, whole.path)
     if samples is None:
         samples = len(chosen.prompts) if chosen.prompts else _IMAGES
+    prompt_file = chosen.prompts if isinstance(chosen.prompts, PromptFile) else None
     asked: dict[str, Any] = {
         "count": samples,
         "steps": chosen.steps,
         "scheduler": chosen.scheduler,
-        "prompts": None if chosen.prompts is None else list(chosen.prompts),
+        "prompts": None if prompt_file else chosen.prompts_json(),
+        **({"prompt_file": prompt_file.to_json()} if prompt_file else {}),
         "guidance": chosen.guidance,
         "eta": chosen.eta,
         "height": chosen.height,
@@ -144,6 +154,7 @@ def _plan(
         **({"timesteps": _words(chosen.timesteps)} if chosen.timesteps else {}),
         **({} if correction == "none" else {"correction": correction}),
         **({"npz": True} if npz else {}),
+        **({"shards": shards} if shards else {}),
     }
     own = whole.path if source_of is None else source_of.path
     place = Path(output) if output else default_output(own, "samples")
@@ -160,6 +171,7 @@ def _plan(
         "model": model_by,
         "correction": correction,
         "npz": npz,
+        "shards": shards,
         "overwrite": overwrite,
         "device": device,
     }
@@ -252,19 +264,31 @@ class _Work(ArtifactInParts[Samples]):
         if stored.kind != IMAGES and "npz" in self.asked:
             raise UsageError(f"an .npz file is of images, and these are {stored.kind}")
         save_tensors({stored.kind: stored.values}, folder / file_of(stored.kind))
-        write_items(folder, stored, numbers, self.sampling.seed, self.asked["prompts"], self.settings)
+        seed = self.sampling.seed
+        items = write_items(folder, stored, numbers, seed, self.sampling.prompts, self.settings)
+        if "shards" in self.asked:
+            if not items:
+                raise UsageError(f"{stored.kind} are stored as tensors alone, in no shards")
+            own = self.sampling.prompts_of(numbers)
+            described: list[dict[str, Any]] = [{"seed": seed + number, **self.settings} for number in numbers]
+            for known, prompt in zip(described, own or (), strict=own is not None):
+                known["prompt"] = prompt
+            shard_files.pack(folder, items, described)
 
     def fill(self, parts: PartFolder) -> Samples:
         """The artifact of all parts; one batch at a time is in memory."""
-        tensors, content = [], self.draft.content
+        tensors, bodies, content = [], [], self.draft.content
         for files in parts.each(self.make):
             for name, file in files.items():
                 if file.suffix == ".safetensors":
                     tensors.append(file)
+                elif name == shard_files.BODY:
+                    bodies.append(file)
                 else:
                     link(file, content / name)
         kind = tensors[0].stem
         join_tensors(tensors, content / file_of(kind))
+        shard_files.join(bodies, content, max(1, self.asked.get("shards", 1) // self.sampling.batch))
         write_grid(content / GRID, kind, tensors)
         if "npz" in self.asked:
             write_npz(content / NPZ, tensors)

@@ -65,6 +65,13 @@ class CalibrationSetFacts(Facts, frozen=True, kw_only=True):
     range: RangeFacts | None = None
 
 
+class PromptFileFacts(Facts, frozen=True, kw_only=True):
+    """Prompts that are not listed, since there are many: how many, and the hash of their lines."""
+
+    count: Positive
+    sha256: Sha256
+
+
 class SamplesFacts(Facts, frozen=True, kw_only=True):
     """How images were made; the hash of what made them stands under its kind.
 
@@ -73,6 +80,7 @@ class SamplesFacts(Facts, frozen=True, kw_only=True):
         steps: of the sampling.
         scheduler: class of the scheduler.
         prompts: in turns.
+        prompt_file: in place of `prompts`, where there are too many to list.
         guidance: scale of classifier-free guidance; None for the pipeline's own.
         eta: share of fresh noise.
         height: of the images in pixels, if it was chosen.
@@ -87,6 +95,7 @@ class SamplesFacts(Facts, frozen=True, kw_only=True):
         arguments: further ones of the pipeline.
         timesteps: those that were chosen, as text.
         npz: whether the images are there as one array too.
+        shards: how many images a tar file holds at most, where they are in such files.
     """
 
     count: Positive
@@ -107,6 +116,8 @@ class SamplesFacts(Facts, frozen=True, kw_only=True):
     arguments: dict[str, Any] | None = None
     timesteps: Annotated[str, Meta(max_length=2**16)] | None = None
     npz: bool | None = None
+    shards: Positive | None = None
+    prompt_file: PromptFileFacts | None = None
 
 
 class AgreementFacts(Facts, frozen=True, kw_only=True):

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdeploy.evaluate import quality
 from qdeploy.evaluate.quality import FIRST_SEED, SEEDS_APART, QualityPlan, Trajectories, measure_quality
 from qdeploy.model import pipeline
 from qdeploy.model.folder import open_model
@@ -65,14 +64,11 @@ def test_sqnr_is_measured_on_the_reference_trajectory(ddpm: Path, small: Quality
     assert measured["psnr_db"] < 60
 
 
-def test_what_is_measured_does_not_depend_on_the_batch_or_on_memory(
-    ddpm: Path, small: QualityPlan, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_measured_does_not_depend_on_the_batch_or_on_memory(ddpm: Path, small: QualityPlan) -> None:
     model = open_model(ddpm)
     subject = Scaled(model.load(), 0.97)
     one = measure_quality(Trajectories(model, small), subject)
-    monkeypatch.setattr(quality, "KEPT_BYTES", 0)
-    forgetful = Trajectories(model, changed(small, batch=3))
+    forgetful = Trajectories(model, changed(small, batch=3), kept_bytes=0)
     other = measure_quality(forgetful, subject)
     assert one["psnr_db"] == pytest.approx(other["psnr_db"], abs=0.05)
     assert one["sqnr_db"]["median"] == pytest.approx(other["sqnr_db"]["median"], abs=0.05)

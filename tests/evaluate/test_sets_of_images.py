@@ -22,7 +22,7 @@ from qdeploy.evaluate.metric_context import MetricContext
 from qdeploy.evaluate.metrics.base import metrics
 from qdeploy.evaluate.metrics.frechet_features import frechet
 from qdeploy.evaluate.metrics.inception_score import inception_score
-from qdeploy.evaluate.metrics.kid import kid
+from qdeploy.evaluate.metrics.kid import KernelSums, kid
 from qdeploy.evaluate.metrics.lpips import BACKBONE, LINEAR, STAGES, Lpips
 from qdeploy.evaluate.metrics.precision_recall import share_within
 from qdeploy.evaluate.metrics.ssim import ssim
@@ -67,6 +67,20 @@ def test_kid_is_the_unbiased_mmd_of_the_cubic_kernel(features: tuple[Tensor, Ten
     assert kid(*features) == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.parametrize("paired", [True, False])
+def test_kid_without_a_group_follows_from_sums(
+    features: tuple[Tensor, Tensor], paired: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[KernelSums.__module__], "_BLOCK", 4)  # several blocks in a group
+    x, y = features[0][:50], features[1]
+    sums = KernelSums(x, y, paired, groups=7)
+    assert sums.distance() == pytest.approx(kid(x, y, paired), abs=1e-12)
+    for group in range(7):
+        rows = (torch.arange(50) % 7 != group).nonzero().flatten()
+        expected = kid(x[rows], y[rows] if paired else y, paired)
+        assert sums.distance(without=group) == pytest.approx(expected, abs=1e-12)
+
+
 def test_precision_counts_what_is_within_a_ball(features: tuple[Tensor, Tensor]) -> None:
     x, y = features
     hits = 0
@@ -79,6 +93,26 @@ def test_precision_counts_what_is_within_a_ball(features: tuple[Tensor, Tensor])
                 hits += 1
                 break
     assert share_within(x, y) == (hits, len(x))
+
+
+@pytest.mark.parametrize("kind", ["apart", "paired", "equal", "few values", "far from zero"])
+def test_matrix_products_find_the_same_neighbours(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[share_within.__module__], "_BLOCK", 2000)  # several blocks
+    x, y = noise(120, 6).double(), noise(90, 6, seed=1).double()
+    if kind == "paired":
+        y = x + 1e-3 * noise(120, 6, seed=1).double()
+    elif kind == "equal":
+        y = x
+    elif kind == "few values":  # many distances are equal, to each other and to radii
+        x, y = x.round(), y.round()
+    elif kind == "far from zero":
+        x, y = x + 1e4, y + 1e4
+
+    def direct(one: Tensor, other: Tensor) -> Tensor:
+        return torch.cdist(one, other, compute_mode="donot_use_mm_for_euclid_dist")
+
+    radii = direct(y, y).kthvalue(4).values
+    assert share_within(x, y) == (int((direct(x, y) <= radii).any(1).sum()), len(x))
 
 
 def test_the_inception_score_spans_from_one_to_the_number_of_classes() -> None:

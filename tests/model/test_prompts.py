@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from qdeploy.model.prompts import LIMIT, read_prompts
+from qdeploy.model.prompts import LIMIT, PromptFile, read_prompts
+from qdeploy.model.sampling import Sampling
 from qdeploy.system.errors import InvalidInputError, UsageError
 
 
@@ -48,6 +50,33 @@ def test_of_a_million_lines_no_more_are_read_than_wanted(
     assert f"the first {LIMIT} are used" in capsys.readouterr().err
     assert len(read_prompts(file, limit=LIMIT + 10)) == LIMIT + 10
     assert not capsys.readouterr().err
+
+
+def test_many_prompts_stay_in_their_file(tmp_path: Path) -> None:
+    lines = ["\ufeffzero", "", *(f"  größer als {number} " for number in range(1, 20000))]
+    file = written(tmp_path / "p.txt", "\n".join(lines))
+    many = read_prompts(file, limit=19990)
+    assert isinstance(many, PromptFile)
+    assert len(many) == 19990
+    assert many[0] == "zero"
+    assert many[-1] == many[19989] == "größer als 19989"
+    assert many[2:4] == ["größer als 2", "größer als 3"]
+    with pytest.raises(IndexError):
+        many[19990]
+    assert sys.getsizeof(many._offsets) < 10 * len(many)
+
+
+def test_a_plan_names_the_file_and_refuses_another_content(tmp_path: Path) -> None:
+    file = written(tmp_path / "p.txt", "".join(f"prompt {number}\n" for number in range(6000)))
+    sampling = Sampling(prompts=read_prompts(file, limit=5500))
+    written_down = json.loads(json.dumps(sampling.arguments_json()))
+    assert len(json.dumps(written_down)) < 2000
+    again = Sampling(**written_down)
+    assert again.prompts_of([5499, 5500]) == ["prompt 5499", "prompt 0"]
+    assert again.to_json() == sampling.to_json()
+    file.write_bytes(file.read_bytes().replace(b"prompt 7\n", b"prompt x\n"))
+    with pytest.raises(InvalidInputError, match="other prompts than were planned with"):
+        Sampling(**written_down)
 
 
 def test_a_sample_is_fair_and_the_same_for_the_same_seed(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ from qdeploy.parts.folder import PartFolder, check_alone, parts_of
 from qdeploy.parts.plan import Job, find_plan, open_job
 from qdeploy.parts.run import made, make_parts
 from qdeploy.sampling.media_files import write_npz
-from qdeploy.store.files import save_tensors
+from qdeploy.store.files import save_tensors, write_text
 from qdeploy.store.joined_tensors import join_tensors
 from qdeploy.system.errors import CapabilityError, InvalidInputError, Planned, UsageError
 
@@ -30,8 +31,8 @@ def write(number: int, folder: Path) -> None:
     (folder / "value").write_text(str(number**2))
 
 
-def job_in(folder: Path, count: int = 5) -> Job:
-    return Job("sample", folder, "a" * 64, count, folder.parent / "out", {}, write)
+def job_in(folder: Path, count: int = 5, planned: bool = False) -> Job:
+    return Job("sample", folder, "a" * 64, count, folder.parent / "out", {} if planned else None, write)
 
 
 def values(parts: PartFolder) -> list[str]:
@@ -146,6 +147,85 @@ def test_a_lease_ends_with_its_process(tmp_path: Path, monkeypatch: pytest.Monke
     assert leases.take(tmp_path / "lost") is not None
 
 
+class Storage:
+    """A disk that one worker sees by a link, which can be cut; the others see it by its own path."""
+
+    def __init__(self, folder: Path) -> None:
+        self.own, self.link = folder / "disk", folder / "mount"
+        self.own.mkdir()
+        self.link.symlink_to(self.own)
+
+    def cut(self) -> None:
+        self.link.unlink()
+
+    def mend(self) -> None:
+        shutil.rmtree(self.link, ignore_errors=True)  # a folder to mount on, if something has made one
+        self.link.symlink_to(self.own)
+
+
+@pytest.mark.parametrize("moment", ["before the claim", "while it is made", "after it was made"])
+def test_a_worker_that_is_cut_off_from_its_storage_waits_for_it(tmp_path: Path, moment: str) -> None:
+    storage, tries = Storage(tmp_path), []
+    job_in(storage.own / ".out.parts" / "plan", planned=True).write()
+    job = job_in(storage.link / ".out.parts" / "plan", planned=True)
+
+    def mend_soon() -> None:
+        storage.cut()
+        threading.Timer(0.6, storage.mend).start()
+
+    def make(number: int, folder: Path) -> None:
+        tries.append(number)
+        if number == 2 and tries.count(2) == 1:
+            if moment == "while it is made":
+                mend_soon()
+                write_text(folder / "value", "4")  # makes folders where there are none
+                return
+            if moment == "after it was made":
+                write(number, folder)
+                mend_soon()
+                return
+        write(number, folder)
+
+    job.make = make
+    if moment == "before the claim":
+        mend_soon()
+    make_parts(job, job.parts(), range(5))
+    with job_in(storage.own / ".out.parts" / "plan", planned=True).parts() as parts:
+        assert values(parts) == ["0", "1", "4", "9", "16"]
+    assert tries.count(2) == (1 if moment == "before the claim" else 2)
+
+
+def test_storage_that_stays_away_is_one_sentence_and_nothing_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qdeploy.parts.folder.PATIENCE", 0.3)
+    storage = Storage(tmp_path)
+    job_in(storage.own / "plans" / "plan", planned=True).write()
+    job = job_in(storage.link / "plans" / "plan", planned=True)
+    with job.parts() as parts:
+        make_parts(job, parts, [0, 1])
+        storage.cut()
+        with pytest.raises(CapabilityError, match=r"has been away for 0\.3 s: finished parts are kept"):
+            make_parts(job, parts, [2])
+        with pytest.raises(UsageError, match="is away: run the same command again"):
+            parts.files(0)
+        storage.mend()
+        assert parts.missing() == [2, 3, 4]
+
+
+def test_an_input_that_is_missing_is_no_storage_that_is_away(tmp_path: Path) -> None:
+    job, tries = job_in(tmp_path / "plan", planned=True), []
+
+    def make(number: int, folder: Path) -> None:
+        tries.append(number)
+        (tmp_path / "input").read_text()
+
+    job.make = make
+    with pytest.raises(UsageError, match="No such file"), made(job):
+        pass
+    assert len(tries) <= 4
+
+
 def test_another_request_for_the_same_output_waits_or_goes(tmp_path: Path) -> None:
     output = tmp_path / "out"
     one, other = (job_in(parts_of(output, name * 64)) for name in "ab")
@@ -159,7 +239,7 @@ def test_another_request_for_the_same_output_waits_or_goes(tmp_path: Path) -> No
 
 def test_plans_are_found_by_the_output_and_refused_where_they_do_not_fit(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    job = job_in(parts_of(output, "a" * 64))
+    job = job_in(parts_of(output, "a" * 64), planned=True)
     with pytest.raises(Planned) as planned, made(job, on="plan"):
         pass
     assert planned.value.folder == job.folder == find_plan(output) == find_plan(job.folder)

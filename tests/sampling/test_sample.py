@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from qdeploy.engines.build import build_engine
+from qdeploy.model.prompts import LIMIT, read_prompts
 from qdeploy.sampling import sample as module
 from qdeploy.sampling.sample import sample
 from qdeploy.store.artifact import Artifact, open_artifact
@@ -201,3 +203,52 @@ def test_images_as_one_array_for_the_evaluation_suite_of_adm(ddpm_engine: Artifa
         assert np.array_equal(arrays["arr_0"], images_of(artifact).permute(0, 2, 3, 1).numpy())
     again = sample(ddpm_engine, tmp_path / "again", npz=True, **FEW)
     assert again.sha256 == artifact.sha256
+
+
+def test_images_in_shards_hold_what_single_files_do(ddpm_engine: Artifact, tmp_path: Path) -> None:
+    single = sample(ddpm_engine, tmp_path / "single", **FEW)
+    packed = sample(ddpm_engine, tmp_path / "packed", shards=4, **FEW)
+    assert sorted(file.name for file in packed.path.glob("*.*")) == [
+        *("grid.png", "images.safetensors", "qdeploy.json", "shard-000000.tar", "shard-000001.tar"),
+    ]
+    found: dict[str, bytes] = {}
+    for shard, count in (("shard-000000.tar", 4), ("shard-000001.tar", 1)):
+        with tarfile.open(packed.file(shard)) as archive:
+            members = archive.getmembers()
+            assert len(members) == 2 * count
+            for member in members:
+                content = archive.extractfile(member)
+                assert content is not None
+                found[member.name] = content.read()
+    for number in range(5):
+        assert found[f"{number:05d}.png"] == single.file(f"{number:05d}.png").read_bytes()
+        assert json.loads(found[f"{number:05d}.json"])["seed"] == number
+    assert sample(ddpm_engine, tmp_path / "again", shards=4, **FEW).sha256 == packed.sha256
+    assert torch.equal(images_of(packed), images_of(single))
+
+
+def test_shards_have_prompts_as_files(stable_diffusion: Path, tmp_path: Path) -> None:
+    prompts = ["a red circle", "größer als\nzwei"]
+    made = sample(stable_diffusion, tmp_path / "made", shards=8, samples=3, steps=2, prompts=prompts)
+    with tarfile.open(made.file("shard-000000.tar")) as archive:
+        texts = [archive.extractfile(f"{number:05d}.txt") for number in range(3)]
+        assert [text.read().decode() for text in texts if text] == [*prompts, prompts[0]]
+
+
+def test_a_shard_of_nothing_is_refused(ddpm_engine: Artifact, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="1 image at least"):
+        sample(ddpm_engine, tmp_path / "samples", shards=0, **FEW)
+    assert not list(tmp_path.iterdir())
+
+
+def test_many_prompts_are_named_by_their_hash(stable_diffusion: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("".join(f"prompt {number}\n" for number in range(LIMIT + 1)))
+    many = read_prompts(file, LIMIT + 1)
+    made = sample(stable_diffusion, tmp_path / "made", samples=2, steps=2, prompts=many)
+    assert made.facts.prompts is None
+    assert made.facts.prompt_file is not None
+    assert made.facts.prompt_file.count == LIMIT + 1
+    assert made.path.joinpath("qdeploy.json").stat().st_size < 20_000
+    with Image.open(made.file("00001.png")) as picture:
+        assert picture.text["prompt"] == "prompt 1"

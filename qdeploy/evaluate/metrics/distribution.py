@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from qdeploy.evaluate.extractors import Features
-from qdeploy.evaluate.intervals import CONFIDENCE, of_statistic, rounded
+from qdeploy.evaluate.intervals import CONFIDENCE, Interval, of_statistic, rounded
 from qdeploy.evaluate.metric_context import MetricContext
 from qdeploy.evaluate.metrics.base import MergingMeter
 from qdeploy.evaluate.paired_sample import Pair
@@ -67,6 +67,14 @@ class SetMeter(MergingMeter):
 
         return torch.cat(self._kept[0]), torch.cat(self._kept[1])
 
+    def with_interval(self, made: Tensor, against: Tensor) -> tuple[float, Interval | None]:
+        """The distance of two sets and its jackknife's interval: seeds that both sides have are left out on both."""
+
+        def without(rows: Tensor) -> float:
+            return self._distance(made[rows], against[rows] if self.context.real is None else against)
+
+        return self._distance(made, against), of_statistic(without, len(made))
+
     def result(self) -> dict[str, Any] | None:
         expected, made = self.sides()
         if len(made) < 2:
@@ -74,14 +82,11 @@ class SetMeter(MergingMeter):
         real = self.context.real_features
         against = expected if real is None else self._chosen(real)
 
-        def without(rows: Tensor) -> float:
-            # Where both sides have the same seeds, they are left out on both.
-            return self._distance(made[rows], against[rows] if real is None else against)
-
+        distance, interval = self.with_interval(made, against)
         value = {
             "called": self.context.called(self._name),
-            "value": round(self._distance(made, against), self._digits),
-            "interval": rounded(of_statistic(without, len(made)), self._digits, self._least),
+            "value": round(distance, self._digits),
+            "interval": rounded(interval, self._digits, self._least),
             "confidence": CONFIDENCE,
             **self.context.description(len(made)),
         }

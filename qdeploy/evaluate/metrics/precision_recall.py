@@ -17,21 +17,45 @@ from qdeploy.evaluate.metrics.base import Metric
 from qdeploy.evaluate.metrics.distribution import SetMeter
 
 NEIGHBOUR = 3
-_BLOCK = 4096
+_BLOCK = 2**24  # distances that are held at a time
+_SPARE = 4  # neighbours more than are asked for, from which rounding cannot keep the right ones
+_ROUNDING = 1e-11  # of matrix products, by the largest squared norms
 
 
 def share_within(features: Tensor, balls: Tensor, neighbour: int = NEIGHBOUR) -> tuple[int, int]:
-    """How many features [N, D] are within some ball about ``balls`` [M, D], and N."""
+    """How many features [N, D] are within some ball about ``balls`` [M, D], and N.
+
+    Matrix products find who is near; distances that decide are computed from differences.
+    """
     x, centres = features.double(), balls.double()
-    radii = torch.cat(
-        [_distances(part, centres).kthvalue(neighbour + 1).values for part in centres.split(_BLOCK)]
-    )
-    within = sum(int((_distances(part, centres) <= radii).any(1).sum()) for part in x.split(_BLOCK))
+    squares = centres.square().sum(1)
+    rows = max(1, _BLOCK // len(centres))
+    near = min(len(centres), neighbour + 1 + _SPARE)
+    radii = []
+    for part in centres.split(rows):
+        found = _squared(part, centres, squares).topk(near, largest=False).indices
+        radii.append(_distances(part, centres, found).kthvalue(neighbour + 1).values)
+    radius = torch.cat(radii)
+    within = 0
+    for part in x.split(rows):
+        beyond = _squared(part, centres, squares).sub_(radius.square())
+        doubt = _ROUNDING * (float(squares.max()) + float(part.square().sum(1).max()))
+        sure = (beyond < -doubt).any(1)
+        within += int(sure.sum())
+        for row in (~sure).nonzero().flatten().tolist():
+            close = (beyond[row] <= doubt).nonzero().flatten()
+            within += bool((_distances(part[row : row + 1], centres, close[None])[0] <= radius[close]).any())
     return within, len(x)
 
 
-def _distances(x: Tensor, y: Tensor) -> Tensor:
-    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+def _squared(x: Tensor, y: Tensor, squares: Tensor) -> Tensor:
+    """Squared distances [N, M], but for rounding; ``squares`` are the squared norms of ``y``."""
+    return (x @ y.T).mul_(-2).add_(x.square().sum(1, keepdim=True)).add_(squares)
+
+
+def _distances(x: Tensor, y: Tensor, chosen: Tensor) -> Tensor:
+    """Distances of each x [N, D] to the y that are chosen for it [N, K]."""
+    return (x[:, None] - y[chosen]).square().sum(2).sqrt()
 
 
 class PrecisionRecallMeter(SetMeter):

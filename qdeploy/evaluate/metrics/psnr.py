@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from qdeploy.evaluate.metrics.base import MergingMeter, Metric
-from qdeploy.evaluate.metrics.paired import PairedMeter
+from qdeploy.evaluate.metrics.paired import PairedMeter, compared
 from qdeploy.evaluate.paired_sample import Pair
 from qdeploy.model.folder import Model
 
@@ -35,7 +34,7 @@ class PsnrMeter(MergingMeter):
         self._values: list[float] = []
 
     def observe(self, pair: Pair) -> dict[str, Tensor]:
-        return {"values": torch.tensor(psnr_db(pair.images, pair.expected_images), dtype=torch.float64)}
+        return {"values": compared(psnr_db, pair)}
 
     def merge(self, observed: Mapping[str, Tensor]) -> None:
         self._values += observed["values"].tolist()

@@ -14,7 +14,7 @@ from qdeploy.store.artifact import Samples
 from qdeploy.system.errors import InvalidInputError
 
 LARGEST = 256  # pixels of the longer side on the page
-_ALIKE = ("steps", "scheduler", "prompts", "guidance", "eta", "height", "width", "shape")
+_ALIKE = ("steps", "scheduler", "prompts", "prompt_file", "guidance", "eta", "height", "width", "shape")
 _SHARE = 0.995  # of all differences that are not brighter than white
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
