@@ -23,8 +23,8 @@ def table(records: list[dict[str, Any]]) -> Table:
         key = (record["method"], record["bits"].upper(), record["coverage"], steps, who)
         groups.setdefault(key, []).append(record)
     head = [
-        "method", "bits", "layers", "steps a unit", "whose code", "calibrations", "median dB", "pooled dB", "worst dB",
-        "CPU s", "imported, dB",
+        "method", "bits", "layers", "steps a unit", "whose code", "calibrations", "median dB", "pooled dB",
+        "worst dB", "CPU s", "imported, dB",
     ]  # fmt: skip
     rows = []
     for key, own in sorted(groups.items()):

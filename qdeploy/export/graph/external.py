@@ -106,10 +106,16 @@ def plain_graph(graph: Path, work: Path) -> Path:
 def _texts(model: onnx.ModelProto) -> Iterator[str | bytes]:
     """Names in a model; the parser leaves those as bytes that are not UTF-8."""
     yield from (entry.domain for entry in model.opset_import)
-    for graph in (model.graph, *(attribute.g for node in _nodes(model.graph.node) for attribute in node.attribute)):
+    for graph in (
+        model.graph,
+        *(attribute.g for node in _nodes(model.graph.node) for attribute in node.attribute),
+    ):
         values = (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
         yield from (value.name for value in values)
-    for node in (*_nodes(model.graph.node), *(inner for each in model.functions for inner in _nodes(each.node))):
+    for node in (
+        *_nodes(model.graph.node),
+        *(inner for each in model.functions for inner in _nodes(each.node)),
+    ):
         yield from (node.op_type, node.domain, node.name, *node.input, *node.output)
         yield from (attribute.name for attribute in node.attribute)
 
