@@ -1,6 +1,7 @@
 """Weights in blocks beside full precision and bf16: size, memory, load time, speed, and parity with the simulation.
 
     python -m benchmarks.blocks --shape digits-dit --shape pixart --output runs/blocks
+    python -m benchmarks.blocks --shape pixart-xl --presets w4-blocks --calls 5  # 611 million parameters
 
 For each model: engines of the float graph in f32 and bf16 on OpenVINO and in f32 on ONNX Runtime, and of the presets
 `w4-blocks` and `w8-weights` likewise. Each engine is opened and run in a process of its own, on one thread. "MB in
@@ -16,6 +17,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,7 +39,7 @@ COLUMNS = ("engine", "MB on disk", "MB in memory", "load s", "CPU ms", "beside b
 CALLS = 15
 
 
-def measure(engine: Path) -> dict[str, float]:
+def measure(engine: Path, calls: int) -> dict[str, float]:
     """Open an engine and run it: in a process that has done nothing else."""
     import torch
 
@@ -54,7 +56,7 @@ def measure(engine: Path) -> dict[str, float]:
         loaded(row)
         opened, held = time.process_time() - began, _resident()
         took = []
-        for _ in range(CALLS):
+        for _ in range(calls):
             began = time.process_time()
             loaded(row)
             took.append(time.process_time() - began)
@@ -67,11 +69,11 @@ def _resident() -> int:
     return int(line.split()[1]) * 1024
 
 
-def run(shape: str, folder: Path) -> list[dict[str, Any]]:
+def run(shape: str, folder: Path, presets: Sequence[str], calls: int) -> list[dict[str, Any]]:
     """Build and measure all engines of a model; those that are there already are measured again."""
     model, rows = model_folder(shape, folder), []
     bundles = {"float": export(model, folder / f"{shape}-float-onnx", components=False)}
-    for preset in PRESETS:
+    for preset in presets:
         checkpoint = calibrate(model, folder / f"{shape}-{preset}", recipe=preset)
         assert isinstance(checkpoint, Checkpoint)
         bundles[preset] = export(checkpoint, folder / f"{shape}-{preset}-onnx", components=False)
@@ -79,7 +81,15 @@ def run(shape: str, folder: Path) -> list[dict[str, Any]]:
         for backend, precision in RUNTIMES:
             place = folder / f"{shape}-{name}-{backend}-{precision}"
             engine = build_engine(bundle, place, backend=backend, precision=precision, threads=1)
-            command = [sys.executable, "-m", "benchmarks.blocks", "--measure", str(place)]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.blocks",
+                "--measure",
+                str(place),
+                "--calls",
+                str(calls),
+            ]
             told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             found: dict[str, Any] = json.loads(told.splitlines()[-1])
             measured = engine.measured
@@ -131,17 +141,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", action="append", help="digits-dit, scenes, pixart, sd15, ...")
+    parser.add_argument("--presets", nargs="+", default=list(PRESETS))
+    parser.add_argument("--calls", type=int, default=CALLS, help="that are timed, of each engine")
     parser.add_argument("--output", type=Path, default=Path("runs/blocks"))
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.measure:
-        print(json.dumps(measure(asked.measure)))
+        print(json.dumps(measure(asked.measure, asked.calls)))
         return
     asked.output.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
     pages = []
     for shape in asked.shape or ["digits-dit"]:
-        rows = run(shape, asked.output)
+        rows = run(shape, asked.output, asked.presets, asked.calls)
         results += rows
         pages.append(f"## {shape}\n\n{table(rows).markdown()}\n")
         write_json(asked.output / "blocks.json", {"machine": machine(), "results": results})

@@ -61,6 +61,8 @@ PIXART: dict[str, Any] = {
     "norm_eps": 1e-6,
     "use_additional_conditions": False,
 }
+# the same with all of its 28 blocks: 611 million parameters
+PIXART_XL: dict[str, Any] = {**PIXART, "num_layers": 28}
 ZOO = ("digits", "scenes", "digits-dit")
 UNETS = ("digits", "cifar", "sd15")  # the shapes of benchmarks that are not about conditions
 SHAPES = (*UNETS, "scenes", "digits-dit", "pixart")  # pipelines; `sdxl` is a denoiser alone
@@ -108,13 +110,14 @@ def _make(shape: str) -> Any:
         return diffusers.DDPMPipeline(diffusers.UNet2DModel(**CIFAR), diffusers.DDPMScheduler())
     if shape == "sdxl":
         return diffusers.UNet2DConditionModel(**SDXL)
-    if shape == "pixart":
+    if shape in ("pixart", "pixart-xl"):
+        config = PIXART if shape == "pixart" else PIXART_XL
         encoder, tokenizer = t5_text(PIXART["caption_channels"])
         return diffusers.PixArtAlphaPipeline(
             tokenizer=tokenizer,
             text_encoder=encoder,
             vae=autoencoder(),
-            transformer=diffusers.PixArtTransformer2DModel(**PIXART),
+            transformer=diffusers.PixArtTransformer2DModel(**config),
             scheduler=diffusers.DDIMScheduler(),
         )
     whole = shape == "sd217"  # for questions about pipelines: nothing is smaller than its class allows

@@ -166,7 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", choices=("cifar", "sd15", "pixart", "sdxl"), default="sd15")
+    parser.add_argument("--shape", choices=("cifar", "sd217", "sd15", "pixart", "sdxl"), default="sd15")
     parser.add_argument("--images", type=int, default=1, help="images of the calibration set")
     parser.add_argument("--steps", type=int, default=8, help="denoiser calls of each image, all kept")
     parser.add_argument("--stored", choices=("float32", "bfloat16", "float16"), default="float32")

@@ -62,6 +62,12 @@ def _blocks(content: Mapping[str, Any]) -> str:
     return _markdown(head, rows)
 
 
+def _few_bits(content: Mapping[str, Any]) -> str:
+    from benchmarks.four_bits_report import table
+
+    return table(content["results"]).markdown()
+
+
 def _pipelines(content: Mapping[str, Any]) -> str:
     from benchmarks.pipeline_report import tables
 
@@ -153,6 +159,13 @@ QUESTIONS = {
         "2026-11-29",
         _roundings,
     ),
+    "how-good-are-few-bits": Question(
+        "four-bits.json",
+        "How good are few bits: W8A8, W4A8, blocks and W4A4 over three calibrations?",
+        "python -m benchmarks.four_bits",
+        "2026-11-29",
+        _few_bits,
+    ),
     "what-do-weights-in-blocks-give": Question(
         "blocks-digits-dit.json",
         "What do weights in blocks give on a CPU?",
@@ -216,7 +229,8 @@ def which_page() -> str:
         '```console\nqdeploy methods --which "dit cpu 4-bit"\nqdeploy init digits-dit --for cpu --wish 4-bit\n```\n\n'
         f"{table}\n"
         "Means over calibrations, from [digits](benchmarks/how-good-are-the-methods-on-digits.md),\n"
-        "[scenes](benchmarks/how-good-are-the-methods-on-scenes.md) and\n"
+        "[scenes](benchmarks/how-good-are-the-methods-on-scenes.md),\n"
+        "[few bits](benchmarks/how-good-are-few-bits.md) and\n"
         "[blocks](benchmarks/what-do-weights-in-blocks-give.md).\n"
         "Processors and models differ: `qdeploy auto` measures on yours.\n"
     )

@@ -43,6 +43,7 @@ class Advice:
         wishes: ``speed``, ``size``, ``quality``, ``4-bit``, ``8-bit``.
         why: what it gives, in one sentence.
         measured: means over the calibrations of a results file: ``model``, ``run``, ``sqnr`` and ``psnr`` in dB.
+        few_bits: means over three calibrations: ``model``, ``recipe`` and ``sqnr`` in dB.
         blocks: sizes in MB and SQNR in dB of weights in blocks on ``digits-dit``.
         more: the page with further numbers.
     """
@@ -54,6 +55,7 @@ class Advice:
     why: str
     options: tuple[str, ...] = ()
     measured: tuple[Mapping[str, Any], ...] = ()
+    few_bits: tuple[Mapping[str, Any], ...] = ()
     blocks: Mapping[str, float] | None = None
     more: str = ""
 
@@ -64,6 +66,7 @@ class Advice:
             f"{each['model']}, {each['run']}: SQNR {each['sqnr']:.1f} dB, PSNR {each['psnr']:.1f} dB"
             for each in self.measured
         ]
+        lines += [f"{each['model']}, {each['recipe']}: SQNR {each['sqnr']:.1f} dB" for each in self.few_bits]
         if self.blocks:
             lines.append(
                 f"digits-dit: {self.blocks['disk_mb']:.1f} MB instead of {self.blocks['float_mb']:.1f}, "

@@ -37,6 +37,11 @@ def test_numbers_are_those_of_the_results_files(choice: Advice) -> None:
         values = [run["values"] for run in runs if run["run"] == each["run"]]
         assert each["sqnr"] == round(mean(value["SQNR dB, median"] for value in values), 1)
         assert each["psnr"] == round(mean(value["PSNR dB"] for value in values), 1)
+    for each in choice.few_bits:
+        runs = json.loads((RESULTS / "four-bits.json").read_text())["results"]
+        of_model = [run for run in runs if (run["model"], run["recipe"]) == (each["model"], each["recipe"])]
+        assert len(of_model) == 3
+        assert each["sqnr"] == round(mean(run["sqnr_db"] for run in of_model), 1)
     if choice.blocks:
         rows = json.loads((RESULTS / "blocks-digits-dit.json").read_text())["results"]
         plain, blocks = (
@@ -50,6 +55,22 @@ def test_numbers_are_those_of_the_results_files(choice: Advice) -> None:
         assert choice.blocks == {
             "disk_mb": blocks["disk_mb"], "float_mb": plain["disk_mb"], "sqnr": blocks["sqnr_db"]
         }  # fmt: skip
+
+
+def test_the_first_preset_of_four_bits_for_a_transformer_is_the_best_that_was_measured() -> None:
+    runs = json.loads((RESULTS / "four-bits.json").read_text())["results"]
+    own = [run for run in runs if run["model"] == "digits-dit" and run["recipe"] in presets()]
+    four = [
+        run["recipe"]
+        for run in own
+        if run["precision"].startswith("W4") and not run["precision"].endswith("A4")
+    ]
+    means = {name: mean(run["sqnr_db"] for run in own if run["recipe"] == name) for name in four}
+    blocks = {name: value for name, value in means.items() if "blocks" in name}
+    assert which("DiT 4-bit CPU quality")[0].preset == max(blocks, key=blocks.__getitem__)
+    assert (
+        max(blocks.values()) > max(means.values()) - 1
+    )  # the best of all, up to what calibrations differ by
 
 
 @pytest.mark.parametrize("processor", PROCESSORS)
