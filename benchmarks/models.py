@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.model_parts import autoencoder, clip_text, sd_autoencoder, t5_text
 from qdeploy.model.zoo import find_zoo_model
+from qdeploy.store.files import write_json
 
 # google/ddpm-cifar10-32's unet/config.json
 CIFAR: dict[str, Any] = {
@@ -45,6 +46,8 @@ SDXL: dict[str, Any] = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
+# the same network on images of 512 pixels: the weights are as many, the work a quarter
+SDXL_512: dict[str, Any] = {**SDXL, "sample_size": 64}
 # PixArt-alpha/PixArt-XL-2-256x256's transformer/config.json, with 8 of its 28 blocks
 PIXART: dict[str, Any] = {
     "sample_size": 32,
@@ -63,6 +66,7 @@ PIXART: dict[str, Any] = {
 }
 # the same with all of its 28 blocks: 611 million parameters
 PIXART_XL: dict[str, Any] = {**PIXART, "num_layers": 28}
+SHARD = 2**30  # bytes
 ZOO = ("digits", "scenes", "digits-dit")
 UNETS = ("digits", "cifar", "sd15")  # the shapes of benchmarks that are not about conditions
 SHAPES = (*UNETS, "scenes", "digits-dit", "pixart")  # pipelines; `sdxl` is a denoiser alone
@@ -72,7 +76,7 @@ PROMPTS = ("a large red circle", "a small blue square above a green ring")
 def model_folder(shape: str, folder: Path) -> Path:
     """A diffusers folder of that shape; made if it is not there yet.
 
-    ``sdxl`` is a denoiser alone, the others are pipelines.
+    ``sdxl`` and ``sdxl-512`` are a denoiser alone, in bfloat16; the others are pipelines in float32.
     """
     if shape in ZOO:
         found = find_zoo_model(shape)
@@ -81,8 +85,45 @@ def model_folder(shape: str, folder: Path) -> Path:
     path = folder / shape
     if not any((path / name).is_file() for name in ("model_index.json", "config.json")):
         torch.manual_seed(0)
-        _make(shape).save_pretrained(path)
+        if shape.startswith("sdxl"):
+            write_at_random(SDXL if shape == "sdxl" else SDXL_512, path)
+        else:
+            _make(shape).save_pretrained(path)
     return path
+
+
+def write_at_random(config: dict[str, Any], path: Path) -> None:
+    """A U-Net's folder with random weights in bfloat16, written in shards: the network is never in memory."""
+    import diffusers
+    from safetensors.torch import save_file
+
+    from qdeploy.model.fill import without_parameters
+
+    with without_parameters():
+        network = diffusers.UNet2DConditionModel(**config)
+    path.mkdir(parents=True)
+    network.save_config(path)
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    places: dict[str, int] = {}
+    for name, parameter in network.state_dict().items():
+        if sum(tensor.nbytes for tensor in shards[-1].values()) > SHARD:
+            save_file(shards[-1], path / _shard(len(shards)), {"format": "pt"})
+            shards[-1:] = [{}, {}]
+        made = torch.zeros(parameter.shape, dtype=torch.bfloat16)
+        if parameter.ndim > 1:
+            made.normal_(std=parameter[0].numel() ** -0.5)
+        elif name.endswith("weight"):
+            made.fill_(1)
+        shards[-1][name], places[name] = made, len(shards)
+    save_file(shards[-1], path / _shard(len(shards)), {"format": "pt"})
+    weights = {name: _shard(number) for name, number in places.items()}
+    write_json(
+        path / "diffusion_pytorch_model.safetensors.index.json", {"metadata": {}, "weight_map": weights}
+    )
+
+
+def _shard(number: int) -> str:
+    return f"diffusion_pytorch_model-{number:05d}.safetensors"
 
 
 def store_in(folder: Path, name: str) -> Path:
@@ -108,8 +149,6 @@ def _make(shape: str) -> Any:
 
     if shape == "cifar":
         return diffusers.DDPMPipeline(diffusers.UNet2DModel(**CIFAR), diffusers.DDPMScheduler())
-    if shape == "sdxl":
-        return diffusers.UNet2DConditionModel(**SDXL)
     if shape in ("pixart", "pixart-xl"):
         config = PIXART if shape == "pixart" else PIXART_XL
         encoder, tokenizer = t5_text(PIXART["caption_channels"])

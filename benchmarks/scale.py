@@ -25,6 +25,7 @@ from typing import Any
 
 from qdeploy.model.folder import open_model
 from qdeploy.store.files import write_json, write_text
+from qdeploy.system.machine import machine
 from qdeploy.system.tables import MISSING, Table, number
 
 STAGES = (*("model", "collect", "calibrate", "export", "build-engine", "check", "benchmark", "export-fp32"),)
@@ -41,9 +42,11 @@ COLUMNS = (
     "said before, GB",
     "of the weights",
     "own GB",
+    "GB on disk",
     "note",
 )
 INTERVAL = 0.1
+SHAPES = ("cifar", "sd217", "sd15", "pixart", "pixart-xl", "sdxl", "sdxl-512")
 
 
 def commands(
@@ -157,6 +160,7 @@ def cells(stage: str, row: dict[str, Any], weights: int) -> list[str]:
         f"{before['peak'] / 1e9:.2f}" if "peak" in before else MISSING,
         f"{row['peak'] / weights:.2f}x",
         f"{row['own'] / 1e9:.2f}",
+        f"{row['disk'] / 1e9:.2f}" if row.get("disk") else MISSING,
         "" if row["code"] == 0 else f"exit code {row['code']}: {row['last']}",
     ]
 
@@ -166,7 +170,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", choices=("cifar", "sd217", "sd15", "pixart", "sdxl"), default="sd15")
+    parser.add_argument(
+        "--shape",
+        choices=SHAPES,
+        default="sd15",
+    )
     parser.add_argument("--images", type=int, default=1, help="images of the calibration set")
     parser.add_argument("--steps", type=int, default=8, help="denoiser calls of each image, all kept")
     parser.add_argument("--stored", choices=("float32", "bfloat16", "float16"), default="float32")
@@ -190,16 +198,29 @@ def main() -> None:
         print(f"{arguments.shape}: {stage}", file=sys.stderr, flush=True)
         row = watched(todo[stage], folder / "logs" / f"{arguments.shape}-{stage}.txt")
         text = row.pop("said").strip()
+        made = folder / f"{arguments.shape}-{stage}"
+        row["disk"] = sum(file.stat().st_size for file in made.rglob("*") if file.is_file())
         rows[stage] = row | {"before": said_before(text), "last": (text.splitlines() or [""])[-1][:200]}
         write_json(file, rows)
         if row["code"] not in (0, 3):  # 3: a threshold was missed, which stops nothing
             break
     denoiser = open_model(folder / arguments.shape)
-    weights = 4 * sum(parameter.numel() for parameter in denoiser.load().parameters())
+    weights = sum(file.stat().st_size for file in denoiser.weights)
+    kept = {name: {key: value for key, value in row.items() if key != "last"} for name, row in rows.items()}
+    write_json(
+        folder / f"{arguments.shape}-result.json",
+        {
+            "machine": machine(),
+            "shape": arguments.shape,
+            "stored": arguments.stored,
+            "weights": weights,
+            "stages": kept,
+        },
+    )
     table = [cells(stage, rows[stage], weights) for stage in STAGES if stage in rows]
     write_text(folder / f"{arguments.shape}-scale.md", Table(COLUMNS, table).markdown())
     print(Table(COLUMNS, table).text())
-    print(f"weights: {weights / 1e9:.2f} GB in float32")
+    print(f"weights: {weights / 1e9:.2f} GB on disk, in {arguments.stored}")
 
 
 if __name__ == "__main__":
