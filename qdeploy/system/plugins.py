@@ -36,6 +36,7 @@ _OWN = (
     EntryPoint("tensorrt", "qdeploy.engines.tensorrt:BACKEND", ENGINES),
     EntryPoint("tensorrt-rtx", "qdeploy.engines.tensorrt_rtx:BACKEND", ENGINES),
     EntryPoint("onnxruntime-tensorrt", "qdeploy.engines.onnxruntime_tensorrt:BACKEND", ENGINES),
+    EntryPoint("onnxruntime-tensorrt-rtx", "qdeploy.engines.onnxruntime_tensorrt_rtx:BACKEND", ENGINES),
     EntryPoint("openvino", "qdeploy.engines.openvino:BACKEND", ENGINES),
     EntryPoint("onnxruntime", "qdeploy.engines.onnxruntime:BACKEND", ENGINES),
     EntryPoint("qdeploy", "qdeploy.export.lint.rules", LINT_RULES),

@@ -93,7 +93,7 @@ def build(
         path = adapted(flavour, onnx_path, Path(scratch), options.precision)
         if options.precision != "f32":
             half = Path(scratch) / "model.onnx"
-            halve(path, half, options.precision)
+            halve(path, half, options.precision, flavour.wide_scales)
             path = half
         found = products(path)
         check_products(flavour, version_of(trt), targets, found)

@@ -29,6 +29,7 @@ class Flavour:
         default_targets: those that are built for where nothing is said and no GPU is there.
         rewrites: whether graphs are brought into the form that its compiler, Myelin, fuses best
             (`qdeploy.engines.tensorrt.adapted`).
+        wide_scales: whether Q/DQ scales stay float32 between 16-bit tensors: it converts them back in any case.
         default_precision: type of what is not quantized, where nothing is said.
     """
 
@@ -42,6 +43,7 @@ class Flavour:
     targets: tuple[int, ...] = ()
     default_targets: tuple[int, ...] = ()
     rewrites: bool = False
+    wide_scales: bool = False
     default_precision: str = "f32"
 
 
@@ -65,6 +67,7 @@ RTX = Flavour(
     targets=(75, 80, 86, 89, 120, 121),
     default_targets=(86, 89, 120),
     rewrites=True,
+    wide_scales=True,
     default_precision="f16",
 )
 FLAVOURS = {flavour.backend: flavour for flavour in (TENSORRT, RTX)}

@@ -185,3 +185,55 @@ def test_bfloat16_is_rounded_to_even_as_torch_does(tmp_path: Path) -> None:
     full = torch.from_numpy(numpy_helper.to_array(weights["w_conv"]).copy())
     bits = torch.frombuffer(bytearray(halved["w_conv/bf16"].raw_data), dtype=torch.bfloat16)
     assert torch.equal(bits.view(full.shape), full.bfloat16())
+
+
+def quantizer_scales(path: Path) -> dict[str, set[int]]:
+    """Types of the scales of Q and DQ, by the operator that reads what they make."""
+    model = onnx.load(path)
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    found: dict[str, set[int]] = {"Conv": set(), "MatMul": set()}
+    for node in model.graph.node:
+        for maker in model.graph.node:
+            if (
+                maker.op_type == "DequantizeLinear"
+                and maker.output[0] in node.input
+                and node.op_type in found
+            ):
+                found[node.op_type].add(types[maker.input[1]])
+    return found
+
+
+def test_scales_of_convolutions_stay_float32_where_the_library_takes_them(tmp_path: Path) -> None:
+    """As the graph is built for TensorRT for RTX; a product of matrices keeps 16-bit scales."""
+    codes = np.random.default_rng(0).integers(-100, 100, (4, 4)).astype(np.int8)
+    constants = {
+        "step": np.float32(0.0123456789),
+        "conv_codes": codes.reshape(4, 4, 1, 1),
+        "conv_scale": np.float32(0.0123456789),
+        "codes": codes,
+        "scales": np.linspace(0.01, 0.02, 4, dtype=np.float32),
+        "zero": np.int8(0),
+    }
+    nodes = [
+        helper.make_node("QuantizeLinear", ["sample", "step", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "step", "zero"], ["d"]),
+        helper.make_node("DequantizeLinear", ["conv_codes", "conv_scale"], ["conv_w"]),
+        helper.make_node("Conv", ["d", "conv_w"], ["c"]),
+        helper.make_node("QuantizeLinear", ["c", "step", "zero"], ["cq"]),
+        helper.make_node("DequantizeLinear", ["cq", "step", "zero"], ["cd"]),
+        helper.make_node("DequantizeLinear", ["codes", "scales"], ["w"], axis=1),
+        helper.make_node("MatMul", ["cd", "w"], ["y"]),
+    ]
+    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 4, 4, 4]) for name in ("sample", "y")]
+    initializers = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "g", ports[:1], ports[1:], initializers)
+    opsets = [helper.make_opsetid("", 21)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "full.onnx")
+    halve(tmp_path / "full.onnx", tmp_path / "narrow.onnx", "f16")
+    halve(tmp_path / "full.onnx", tmp_path / "wide.onnx", "f16", wide_scales=True)
+    half, full = {TensorProto.FLOAT16}, {TensorProto.FLOAT}
+    assert quantizer_scales(tmp_path / "narrow.onnx") == {"Conv": half, "MatMul": half}
+    assert quantizer_scales(tmp_path / "wide.onnx") == {"Conv": full, "MatMul": half}
+    onnx.checker.check_model(onnx.load(tmp_path / "wide.onnx"), full_check=True)
+    assert onnx.load(tmp_path / "narrow.onnx").opset_import[0].version == 21
+    assert onnx.load(tmp_path / "wide.onnx").opset_import[0].version == 23

@@ -9,6 +9,7 @@ import pytest
 from onnx import TensorProto
 
 from qdeploy.engines.tensorrt.flavour import RTX, TENSORRT
+from qdeploy.engines.tensorrt.inspector import dtype
 from qdeploy.engines.tensorrt.plan import check_origin, read_sidecar
 from qdeploy.engines.tensorrt.validity import check_validity
 from qdeploy.engines.tensorrt.verify import verify
@@ -95,6 +96,16 @@ def test_in_bf16_the_norm_keeps_its_form_because_the_shift_would_cost_a_step(tmp
     }
     assert any("Relu" in name for name in layers["f16"])
     assert not any("Relu" in name for name in layers["bf16"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_convolution_with_float32_scales_writes_16_bits(kind: str, tmp_path: Path) -> None:
+    graph = quantized_conv(tmp_path / "model.onnx", KINDS[kind])
+    layers = built(graph, tmp_path / "engine", shapes="sample:2x32x8x8")["layers"]
+    (rounding,) = [layer for layer in layers if dtype(layer["Outputs"][0]) == kind]
+    assert [dtype(constant) for constant in rounding["Constants"]] == ["f32"]  # the step of the quantizer
+    (conv,) = [layer for layer in layers if layer["LayerType"] == "correlation"]
+    assert [dtype(output) for output in conv["Outputs"]] == ["f16"]
 
 
 def test_bytes_moved_are_exact_for_one_shape_and_flagged_for_several(tmp_path: Path) -> None:
