@@ -11,8 +11,10 @@ from qdeploy.engines.tensorrt.execution import Execution
 from qdeploy.engines.tensorrt.flavour import RTX, TENSORRT, Flavour
 from qdeploy.engines.tensorrt.inspector import kernels, read_layers
 from qdeploy.engines.tensorrt.plan import open_plan
+from qdeploy.engines.tensorrt.runtime_cache import RuntimeCache
 from qdeploy.engines.tensorrt.versions import load_tensorrt
-from qdeploy.system.gpu import require_gpu
+from qdeploy.store.paths import cache_folder
+from qdeploy.system.gpu import Gpu, require_gpu
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +47,7 @@ class TensorRTEngine(Engine):
         cuda = TorchCuda()
         self._plan = open_plan(self._trt, spec.component_folder, gpu, self.flavour)
         try:
-            self._execution = Execution(self._trt, self._plan, cuda)
+            self._execution = Execution(self._trt, self._plan, cuda, kept=self._kept_kernels(gpu))
         except BaseException:
             self._plan.close()
             raise
@@ -61,6 +63,14 @@ class TensorRTEngine(Engine):
             if self.ports[name].batched
         ]
         self._largest = max(heads, default=None)
+
+    def _kept_kernels(self, gpu: Gpu) -> RuntimeCache | None:
+        """The kernels of earlier runs, where the library compiles them on the GPU."""
+        if not self.flavour.targets:
+            return None
+        sidecar = self._plan.sidecar
+        file = cache_folder() / self.backend / f"{sidecar['plan_sha256'][:32]}-sm{gpu.sm}.kernels"
+        return RuntimeCache(self._trt, self._plan.engine, file, not sidecar["options"]["weight_streaming"])
 
     def _run(self, inputs: dict[str, Tensor]) -> Tensor:
         import torch

@@ -15,6 +15,7 @@ from qdeploy.engines.tensorrt.logger import last_errors, logger_of
 from qdeploy.engines.tensorrt.plan import Plan
 from qdeploy.engines.tensorrt.ports import read_ports
 from qdeploy.engines.tensorrt.profiles import choose_profile, describe
+from qdeploy.engines.tensorrt.runtime_cache import RuntimeCache
 from qdeploy.system.errors import InvalidInputError
 from qdeploy.system.progress import say
 
@@ -65,17 +66,26 @@ class Execution:
         plan: an open plan, which this does not close.
         cuda: the GPU's memory and streams.
         graphs: record each set of shapes as a CUDA graph and replay it.
+        kept: kernels kept from earlier runs, with which the library records graphs itself; None where it cannot.
 
     Raises:
         InvalidInputError: TensorRT cannot make a context, or an output's size is unknown beforehand.
     """
 
-    def __init__(self, trt: Any, plan: Plan, cuda: Cuda, graphs: bool = True) -> None:
+    def __init__(
+        self, trt: Any, plan: Plan, cuda: Cuda, graphs: bool = True, kept: RuntimeCache | None = None
+    ) -> None:
+        self._kept = kept
         self.logger, self.plan, self.cuda = logger_of(trt), plan, cuda
         self.ports = read_ports(trt, plan.engine)
         # Weights that stream make the call wait for copies, which no graph can record.
         self.graphs = graphs and not plan.sidecar["options"]["weight_streaming"]
-        self.context = plan.engine.create_execution_context()
+        engine = plan.engine
+        self.context = (
+            engine.create_execution_context()
+            if kept is None
+            else engine.create_execution_context(kept.config)
+        )
         if self.context is None:
             raise InvalidInputError(f"TensorRT cannot run the plan: {last_errors(self.logger)}")
         self._profile = 0
@@ -108,6 +118,8 @@ class Execution:
         """Free graphs and context; the engine and its runtime come after."""
         self.cuda.synchronize()
         self._captured.clear()
+        if self._kept is not None:
+            self._kept.save()
         self.context = None
 
     # -- one call ------------------------------------------------------------------------------------------
@@ -202,7 +214,9 @@ class Execution:
             self.cuda.copy(x, fixed[name])
         outputs = self._run(fixed, shapes)  # the first call after a change of shapes must not be recorded
         self.cuda.synchronize()
-        return _Captured(fixed, outputs, self.cuda.capture(self._execute))
+        # With fixed addresses, the library's own graph is replayed by a call like any other.
+        replay = self.cuda.capture(self._execute) if self._kept is None else self._execute
+        return _Captured(fixed, outputs, replay)
 
     # -- inputs --------------------------------------------------------------------------------------------
 

@@ -46,11 +46,16 @@ FILES = {
     "timing_cache.py": {"config", "cache"},
     "validity.py": {"runtime"},
     "gpu_targets.py": {"settings"},
+    "runtime_cache.py": {"engine", "config", "cache"},
 }
 # What only TensorRT for RTX has is looked up there.
 RTX_FILES = ("validity.py", "gpu_targets.py", "runtime_cache.py")
 trt: Any = tensorrt
-OTHER = {("plan.py", "parser"): "OnnxParserRefitter"}
+OTHER = {
+    ("plan.py", "parser"): "OnnxParserRefitter",
+    ("runtime_cache.py", "config"): "IRuntimeConfig",
+    ("runtime_cache.py", "cache"): "IRuntimeCache",
+}
 
 
 def problems(folder: Path) -> tuple[list[str], list[str]]:

@@ -10,7 +10,8 @@ CONTRACT = {
     "IBuilderConfig.builder_optimization_level =", "IExecutionContext.execute_async_v3(1)",
     "IOptimizationProfile.set_shape(4)", "OnnxParser.parse_from_file(1)", "ICudaEngine.get_tensor_dtype(1)",
     "IProgressMonitor.phase_start overridden with 3", "HardwareCompatibilityLevel.AMPERE_PLUS",
-    "OnnxParserRefitter.refit_from_file(1)", "ITimingCache.combine(2)", "Builder.__init__(1)",
+    "OnnxParserRefitter.refit_from_file(1)", "IRuntimeCache.deserialize(1)", "IRuntimeConfig.cuda_graph_strategy =",
+    "ICudaEngine.create_runtime_config", "ITimingCache.combine(2)", "Builder.__init__(1)",
 }  # fmt: skip
 
 

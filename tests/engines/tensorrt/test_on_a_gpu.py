@@ -115,3 +115,23 @@ def test_what_the_parser_refuses_is_told_with_its_node(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "bundle", unknown=True)
     with pytest.raises(QDeployError, match="Mystery"):
         build_engine(bundle, tmp_path / "engine", backend="tensorrt")
+
+
+def test_kernels_of_tensorrt_for_rtx_are_compiled_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not backends()["tensorrt-rtx"].available():
+        pytest.skip("needs TensorRT for RTX and a GPU that it supports")
+    monkeypatch.setenv("QDEPLOY_CACHE", str(tmp_path / "cache"))
+    bundle = write_bundle(tmp_path / "bundle")
+    folder = build_engine(bundle, tmp_path / "engine", backend="tensorrt-rtx", precision="f16", batch=2).path
+    inputs = example_inputs(2)
+    results = []
+    for _ in range(2):
+        with load_engine(folder) as engine:
+            results.append(engine(inputs))
+        (kept,) = (tmp_path / "cache" / "tensorrt-rtx").glob("*.kernels")
+        results.append(kept.read_bytes())
+    assert torch.equal(results[0], results[2])
+    assert results[1] == results[3]
+    assert "compiled again" not in capsys.readouterr().err
