@@ -32,6 +32,16 @@ CIFAR: dict[str, Any] = {
 SD15: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 # the same at half its width: 217 million parameters
 SD217: dict[str, Any] = {**SD15, "sample_size": 32, "block_out_channels": (160, 320, 640, 640)}
+# two of its four levels, with one block each, as a denoiser alone: 44 million parameters, for questions about kernels
+SD44: dict[str, Any] = {
+    **SD15,
+    "sample_size": 32,
+    "block_out_channels": (320, 640),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "mid_block_type": None,
+}
 # stable-diffusion-xl-base-1.0's unet/config.json, likewise
 SDXL: dict[str, Any] = {
     "sample_size": 128,
@@ -68,15 +78,16 @@ PIXART: dict[str, Any] = {
 PIXART_XL: dict[str, Any] = {**PIXART, "num_layers": 28}
 SHARD = 2**30  # bytes
 ZOO = ("digits", "scenes", "digits-dit")
-UNETS = ("digits", "cifar", "sd15")  # the shapes of benchmarks that are not about conditions
-SHAPES = (*UNETS, "scenes", "digits-dit", "pixart")  # pipelines; `sdxl` is a denoiser alone
+UNETS = ("digits", "cifar", "sd15", "sd44")  # the shapes of benchmarks that are not about conditions
+SHAPES = (*UNETS[:-1], "scenes", "digits-dit", "pixart")  # pipelines; `sdxl` and `sd44` are denoisers alone
 PROMPTS = ("a large red circle", "a small blue square above a green ring")
 
 
 def model_folder(shape: str, folder: Path) -> Path:
     """A diffusers folder of that shape; made if it is not there yet.
 
-    ``sdxl`` and ``sdxl-512`` are a denoiser alone, in bfloat16; the others are pipelines in float32.
+    ``sdxl`` and ``sdxl-512`` are a denoiser alone, in bfloat16, ``sd44`` is one in float32; the others are pipelines
+    in float32.
     """
     if shape in ZOO:
         found = find_zoo_model(shape)
@@ -149,6 +160,8 @@ def _make(shape: str) -> Any:
 
     if shape == "cifar":
         return diffusers.DDPMPipeline(diffusers.UNet2DModel(**CIFAR), diffusers.DDPMScheduler())
+    if shape == "sd44":
+        return diffusers.UNet2DConditionModel(**SD44)
     if shape in ("pixart", "pixart-xl"):
         config = PIXART if shape == "pixart" else PIXART_XL
         encoder, tokenizer = t5_text(PIXART["caption_channels"])

@@ -1,14 +1,22 @@
 """Engines by TensorRT for RTX of ONNX bundles: time, memory, size, low-bit share and bytes moved, without a GPU.
 
-    python benchmarks/rtx_builds.py onnx-digits-* --gpu sm86,sm89,sm120 -o benchmarks/results/rtx-builds.json
+    python -m benchmarks.rtx_builds digits-w8a8 digits-f32 --gpu sm86,sm89,sm120 -o benchmarks/results/rtx-builds.json
+    python -m benchmarks.rtx_builds digits-w8a8 --several -o benchmarks/results/rtx-builds.json
+    python -m benchmarks.rtx_builds sd15-w8a8 --builds 1 --gpu sm89 -o benchmarks/results/rtx-builds-large.json
 
-Each bundle is built twice for one shape; the two plans must be equal byte by byte.
+Each bundle is built for one shape, twice: the two plans must be equal byte by byte. ``--several`` builds for the
+default profile of several batch sizes instead, whose bytes are not exact. Rows of other bundles in the output stay.
+
+``kernels`` has the bytes of activations by what a kernel is: convolutions, linear layers, attention, norms (with
+whatever is fused into them), kernels that do nothing but round to low bits, those that do nothing but move, and other
+pointwise ones.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import tempfile
 from hashlib import sha256
 from pathlib import Path
@@ -18,6 +26,7 @@ from qdeploy.engines.tensorrt.builder import build
 from qdeploy.engines.tensorrt.flavour import RTX
 from qdeploy.engines.tensorrt.gpu_targets import NEEDS, parse_gpus
 from qdeploy.engines.tensorrt.graph import read_graph
+from qdeploy.engines.tensorrt.traffic import bytes_moved
 from qdeploy.engines.tensorrt.versions import load_tensorrt
 from qdeploy.export.lint.run import graph_file
 from qdeploy.store.files import write_json
@@ -33,7 +42,40 @@ def one_shape(graph: Path, batch: int) -> str:
     )
 
 
-def measure(bundle: Path, gpu: str, batch: int, builds: int) -> dict[str, Any]:
+# Myelin's names for operations, as they stand in the names of its kernels.
+_MOVES = "Move|Resh|Tran|Conc|Slic|Resi|Repl|Gath"
+_ROUNDS = re.compile(rf"({_MOVES}|Cast)*(Mul(MinMaxRoun)?Cast)({_MOVES})*")
+
+
+def kind_of(layer: dict[str, Any]) -> str:
+    """What a kernel is, by its name."""
+    name = layer["Name"]
+    operations = re.sub(r"_myl\d+_\d+$", "", name).removeprefix("__myl_")
+    if layer["LayerType"] == "correlation":
+        return "convolutions"
+    if layer["LayerType"] == "gemm" or re.match(r"Fc(?![a-z])", operations):
+        return "linear layers"
+    if "mha" in name:
+        return "attention"
+    if re.search("Gnor|Inor|Mean", operations):
+        return "norms"
+    if _ROUNDS.fullmatch(operations):
+        return "rounding alone"
+    return "moves alone" if re.fullmatch(f"({_MOVES}|Cast)*", operations) else "pointwise"
+
+
+def by_kernel(layers: list[dict[str, Any]], batch: int) -> dict[str, float]:
+    """Megabytes of activations by `kind_of` kernel."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for layer in layers:
+        groups.setdefault(kind_of(layer), []).append(layer)
+    return {
+        kind: round(sum(bytes_moved(group, batch)["activations"].values()) / 1e6, 3)
+        for kind, group in sorted(groups.items())
+    }
+
+
+def measure(bundle: Path, gpu: str, batch: int, builds: int, several: bool = False) -> dict[str, Any]:
     """Build a bundle's denoiser; two builds must agree."""
     graph = graph_file(bundle)
     least = max((NEEDS[kind] for kind in read_graph(graph).low_bit), default=0)
@@ -44,7 +86,7 @@ def measure(bundle: Path, gpu: str, batch: int, builds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(builds):
             folder = Path(scratch) / str(number)
-            shapes = one_shape(graph, batch) or None
+            shapes = None if several else one_shape(graph, batch) or None
             took = build(graph, folder, flavour=RTX, precision="f16", gpu=targets, shapes=shapes)
             plans.add(sha256((folder / "model.plan").read_bytes()).hexdigest())
             size = (folder / "model.plan").stat().st_size
@@ -64,7 +106,9 @@ def measure(bundle: Path, gpu: str, batch: int, builds: int) -> dict[str, Any]:
         "activations_mb": round(sum(found["moved"]["activations"].values()) / 1e6, 3),
         "moved_mb": round(found["moved"]["total"] / 1e6, 3),
         "moved": found["moved"],
-        "byte_identical": len(plans) == 1,
+        "kernels": by_kernel(found["layers"], batch),
+        "layers": len(found["layers"]),
+        "byte_identical": None if builds == 1 or several else len(plans) == 1,
     }
 
 
@@ -74,6 +118,7 @@ def main() -> None:
     parser.add_argument("--gpu", default="sm86,sm89,sm120")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--builds", type=int, default=2)
+    parser.add_argument("--several", action="store_true", help="build for the default profile of shapes")
     parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
     results: dict[str, Any] = {
@@ -81,20 +126,23 @@ def main() -> None:
         "batch": arguments.batch,
         "bundles": {},
     }
+    if arguments.output.is_file():
+        results["bundles"] = json.loads(arguments.output.read_text())["bundles"]
     print(
         "| bundle | targets | s | MB | engine MB | as planned | float32 results | activations MB | moved MB |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for bundle in arguments.bundles:
+        key = bundle.name + (", several shapes" if arguments.several else "")
         try:
-            found = measure(bundle, arguments.gpu, arguments.batch, arguments.builds)
+            found = measure(bundle, arguments.gpu, arguments.batch, arguments.builds, arguments.several)
         except QDeployError as error:
-            results["bundles"][bundle.name] = {"error": str(error)}
-            print(f"| {bundle.name} | {error} |", flush=True)
+            results["bundles"][key] = {"error": str(error)}
+            print(f"| {key} | {error} |", flush=True)
         else:
-            results["bundles"][bundle.name] = found
+            results["bundles"][key] = found
             cells = [
-                bundle.name, found["targets"], found["seconds"], found["peak_mb"], found["plan_mb"],
+                key, found["targets"], found["seconds"], found["peak_mb"], found["plan_mb"],
                 f"{found['as_planned']}/{found['planned']}", found["float32_results"], found["activations_mb"],
                 found["moved_mb"],
             ]  # fmt: skip

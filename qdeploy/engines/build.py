@@ -119,6 +119,7 @@ def build_engine(
         raise CapabilityError(
             f"{chosen.name} builds engines of one size: export {source.path} without --sizes"
         )
+    _check_dialect(chosen, source)
     rest = plan_components(chosen, source, pipeline, components, strict, calibration)
     latents = _latents_for(source, rest, calibration)
     quantized = source.facts.activations not in ("none", DYNAMIC)
@@ -216,6 +217,17 @@ def load_engine(path: str | Path | Artifact, *, threads: int | None = None) -> E
     artifact = path if isinstance(path, EngineFolder) else open_artifact(local_artifact(path), EngineFolder)
     facts = artifact.facts
     return find_backend(facts.backend).load(EngineSpec.of(artifact), threads or facts.threads)
+
+
+def _check_dialect(backend: Backend, bundle: Bundle) -> None:
+    """Refuse a quantized bundle of a target whose Q/DQ the backend cannot fuse."""
+    facts = bundle.facts
+    quantized = {facts.weights, facts.activations} != {"none"}
+    if quantized and facts.target and backend.dialects and facts.target not in backend.dialects:
+        raise CapabilityError(
+            f"{bundle.path} was made for the target {facts.target}, and {backend.name} reads "
+            f"{' and '.join(sorted(backend.dialects))}: calibrate for the target {max(backend.dialects)}"
+        )
 
 
 def check_precision(backend: Backend, precision: str) -> None:

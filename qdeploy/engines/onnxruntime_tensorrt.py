@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from qdeploy.engines import onnxruntime as plain
 from qdeploy.engines.base import UNKNOWN, Kernel
 from qdeploy.engines.registry import Backend
+from qdeploy.engines.tensorrt.flavour import DIALECTS
 from qdeploy.engines.tensorrt.graph import read_graph
 from qdeploy.engines.tensorrt.profiles import Profile, check_profiles, default_profile, parse_shapes
 from qdeploy.store.paths import cache_folder
@@ -140,6 +141,7 @@ BACKEND = Backend(
     package="onnxruntime",
     install="onnxruntime-gpu",
     lacks=frozenset({"nvfp4"}),
+    dialects=DIALECTS,
     build=build,
     load=ONNXRuntimeTensorRTEngine,
     precisions=("f32", "f16"),

@@ -19,7 +19,7 @@ from qdeploy.engines.base import UNKNOWN, Kernel, why
 from qdeploy.engines.onnxruntime_tensorrt import PROFILE, profile_strings
 from qdeploy.engines.registry import Backend
 from qdeploy.engines.tensorrt.adapted import adapted
-from qdeploy.engines.tensorrt.flavour import RTX
+from qdeploy.engines.tensorrt.flavour import DIALECTS, RTX
 from qdeploy.engines.tensorrt.graph import read_graph
 from qdeploy.engines.tensorrt.profiles import check_profiles, default_profile, parse_shapes
 from qdeploy.store.paths import cache_folder
@@ -168,6 +168,7 @@ BACKEND = Backend(
     package=PACKAGE,
     install="'qdeploy[onnxruntime-rtx]'",
     lacks=frozenset({"nvfp4"}),
+    dialects=DIALECTS,
     build=build,
     load=ONNXRuntimeTensorRTRTXEngine,
     precisions=("f16", "bf16", "f32"),

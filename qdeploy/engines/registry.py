@@ -48,6 +48,7 @@ class Backend:
             keywords where there are any.
         check: raises `CapabilityError` where the machine lacks something that the backend needs besides its package.
         lacks: number formats (`qdeploy.recipe.formats`) that it has no kernels for.
+        dialects: the targets whose quantized bundles it reads; empty for all.
         can_run: raises `CapabilityError` where the machine can build engines and cannot run them; None where every
             machine that builds also runs. Where it raises, an engine is built and not measured.
         limits: those of ``build_options`` that bound the build and leave the engine as it is.
@@ -74,6 +75,7 @@ class Backend:
     build_options: tuple[str, ...] = ()
     check: Callable[[], None] | None = None
     lacks: frozenset[str] = frozenset()
+    dialects: frozenset[str] = frozenset()
     narrow_sums: bool = False
     can_run: Callable[[], object] | None = None
     limits: tuple[str, ...] = ()

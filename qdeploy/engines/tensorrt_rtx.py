@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qdeploy.engines.registry import Backend
-from qdeploy.engines.tensorrt.flavour import RTX
+from qdeploy.engines.tensorrt.flavour import DIALECTS, RTX
 from qdeploy.engines.tensorrt.options import LIMITS, PRECISIONS, RTX_BUILD_OPTIONS
 from qdeploy.system.gpu import require_gpu
 
@@ -39,6 +39,7 @@ BACKEND = Backend(
     description="TensorRT for RTX on GeForce and RTX GPUs: int8, fp8, int4 and fp4; engines are built on any machine",
     package=RTX.module,
     install="'qdeploy[rtx]'",
+    dialects=DIALECTS,
     build=build,
     load=load,
     precisions=PRECISIONS,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qdeploy.engines.registry import Backend
+from qdeploy.engines.tensorrt.flavour import DIALECTS
 from qdeploy.engines.tensorrt.options import BUILD_OPTIONS, LIMITS, PRECISIONS
 from qdeploy.system.gpu import require_gpu
 
@@ -41,6 +42,7 @@ BACKEND = Backend(
     description="TensorRT on NVIDIA GPUs: int8 tensor cores, everything else in f32, f16 or bf16",
     package="tensorrt",
     install="'qdeploy[tensorrt]'",
+    dialects=DIALECTS,
     build=build,
     load=load,
     precisions=PRECISIONS,

@@ -70,4 +70,6 @@ RTX = Flavour(
     wide_scales=True,
     default_precision="f16",
 )
+# Targets whose quantized graphs they read: symmetric, in ONNX's own operators.
+DIALECTS = frozenset({"portable", "tensorrt"})
 FLAVOURS = {flavour.backend: flavour for flavour in (TENSORRT, RTX)}
