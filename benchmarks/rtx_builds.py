@@ -77,7 +77,9 @@ def by_kernel(layers: list[dict[str, Any]], batch: int) -> dict[str, float]:
 
 def measure(bundle: Path, gpu: str, batch: int, builds: int, several: bool = False) -> dict[str, Any]:
     """Build a bundle's denoiser; two builds must agree."""
-    graph = graph_file(bundle)
+    graph = bundle / "model.onnx"
+    if not graph.is_file():
+        graph = graph_file(bundle)
     least = max((NEEDS[kind] for kind in read_graph(graph).low_bit), default=0)
     targets = ",".join(f"sm{sm}" for sm in parse_gpus(gpu, RTX) if sm >= least)
     plans: set[str] = set()
