@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.four_bits_report import table
+from benchmarks.four_bits_report import draw, table
 from benchmarks.models import sampling
 from qdeploy.calibration_set.collect import collect
 from qdeploy.model.folder import read_json
@@ -85,6 +85,7 @@ def main() -> None:
             results.append(run(asked.model, recipe, seed, asked.effort, data, folder))
             write_json(file, {"machine": machine(), "results": results})
             say(f"{recipe}, seed {seed}: {results[-1]['sqnr_db']:.1f} dB")
+    draw(results, folder / "four-bits.png")
     print(table(results).markdown())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -22,6 +23,31 @@ def table(results: Iterable[Mapping[str, Any]]) -> Table:
         cost = f"{mean(each['cpu_s'] for each in own):.0f}"
         rows.append([own[0]["precision"], f"{model}, `{recipe}`", str(len(own)), *cells, cost])
     return Table(COLUMNS, rows)
+
+
+def draw(results: Iterable[Mapping[str, Any]], file: Path) -> None:
+    """SQNR of every calibration, by recipe: the median of the rows, and the worst."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    results = list(results)
+    names = list(dict.fromkeys(f"{each['precision']} {each['recipe']}" for each in results))
+    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.3 * len(names)), layout="constrained")
+    for key, mark, color, label in (
+        ("sqnr_db", "o", "C0", "median row"),
+        ("worst_db", "x", "C3", "worst row"),
+    ):
+        places = [names.index(f"{each['precision']} {each['recipe']}") for each in results]
+        axes.plot([each[key] for each in results], places, mark, color=color, label=label)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("SQNR of the prediction, dB")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
 
 
 def _interval(values: list[float]) -> str:

@@ -68,6 +68,18 @@ def _few_bits(content: Mapping[str, Any]) -> str:
     return table(content["results"]).markdown()
 
 
+def _branches(content: Mapping[str, Any]) -> str:
+    from benchmarks.branch_cost_report import table
+
+    return table(content["results"]).markdown()
+
+
+def _products(content: Mapping[str, Any]) -> str:
+    from benchmarks.block_products_report import table
+
+    return table(content["results"]).markdown()
+
+
 def _pipelines(content: Mapping[str, Any]) -> str:
     from benchmarks.pipeline_report import tables
 
@@ -165,6 +177,20 @@ QUESTIONS = {
         "python -m benchmarks.four_bits",
         "2026-11-29",
         _few_bits,
+    ),
+    "how-fast-are-products-in-blocks": Question(
+        "block-products.json",
+        "How fast are products in blocks, by precision and by group of activations?",
+        "python -m benchmarks.block_products",
+        "2026-11-29",
+        _products,
+    ),
+    "what-do-rotations-and-branches-cost": Question(
+        "branch-cost.json",
+        "What do rotations and low-rank branches cost in a call?",
+        "python -m benchmarks.branch_cost",
+        "2026-11-29",
+        _branches,
     ),
     "what-do-weights-in-blocks-give": Question(
         "blocks-digits-dit.json",
@@ -270,6 +296,13 @@ def readme(text: str) -> str:
     return f"{before}{_TABLE}\n{headline(content)}{_END}{rest.partition(_END)[2]}"
 
 
+def four_bits(text: str) -> str:
+    """The page about four bits with its table, from the results file."""
+    content = json.loads((RESULTS / "four-bits.json").read_text(encoding="utf-8"))
+    before, _, rest = text.partition(_TABLE)
+    return f"{before}{_TABLE}\n{_few_bits(content)}{_END}{rest.partition(_END)[2]}"
+
+
 def pages() -> dict[Path, str]:
     """Every page that is made, by its file."""
     index = DOCS / "benchmarks" / "index.md"
@@ -279,6 +312,7 @@ def pages() -> dict[Path, str]:
         DOCS / "which-preset.md": which_page(),
         DOCS / "api.md": api_page(),
         index: benchmark_index(index.read_text(encoding="utf-8")),
+        DOCS / "four-bits.md": four_bits((DOCS / "four-bits.md").read_text(encoding="utf-8")),
         ROOT / "README.md": readme((ROOT / "README.md").read_text(encoding="utf-8")),
     }
 
