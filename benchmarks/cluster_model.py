@@ -17,8 +17,10 @@ import json
 import math
 import random
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -200,6 +202,7 @@ def predict(measured: dict[str, Any]) -> dict[str, Any]:
         "note": "a model fed by measured times; `held` stands beside real runs, the rest is predicted",
         "machine": machine(),
         "times": asdict(times),
+        **{name: value for name, value in measured.items() if name not in ("times", "runs")},
         "held": held,
         "batch": {"images": IMAGES, "parts": parts, "storage_bytes_per_s": STORAGE, "rows": rows},
         "fleet": {"call": "seconds in proportion to the batch, of 16 at most", "rows": serving},
@@ -221,10 +224,12 @@ def measure(samples: int, batch: int, steps: int) -> dict[str, Any]:
             sample("digits", folder / "times", samples=4 * batch, on="plan", **options)
         except Planned as planned:
             job = open_job(planned.folder)
-        took = []
+        took, busy_parts = [], []
         with job.parts() as parts:
             for number in range(job.count):
+                began = time.process_time()
                 took.append(_seconds(lambda number=number: parts.keep(number, job.make)))  # type: ignore[misc]
+                busy_parts.append(time.process_time() - began)
             size = sum(file.stat().st_size for file in parts.path(1).iterdir())
         finish = (
             _seconds(lambda: sample("digits", folder / "times", samples=4 * batch, **options)) / job.count
@@ -235,20 +240,82 @@ def measure(samples: int, batch: int, steps: int) -> dict[str, Any]:
                 num_cpus=2, include_dashboard=False, object_store_memory=80 * 2**20, log_to_driver=False
             )
         )
-        one = _seconds(
-            lambda: sample("digits", folder / "one", samples=batch, on="ray", workers=1, **options)
-        )
+        with _Busy() as starting:
+            one = _seconds(
+                lambda: sample("digits", folder / "one", samples=batch, on="ray", workers=1, **options)
+            )
         load = max(0.0, one - part - finish)
         times = Times(round(load, 3), round(part, 3), round(finish, 3), size, batch)
         runs = []
         for workers in (1, 2):
             output = folder / f"images-{workers}"
-            seconds = _seconds(
-                lambda: sample("digits", output, samples=samples, on="ray", workers=workers, **options)  # noqa: B023
+            with _Busy() as busy:
+                seconds = _seconds(
+                    lambda: sample("digits", output, samples=samples, on="ray", workers=workers, **options)  # noqa: B023
+                )
+            runs.append(
+                {
+                    "workers": workers,
+                    "parts": -(-samples // batch),
+                    "seconds": round(seconds, 1),
+                    "processor_seconds": busy.seconds(),
+                }
             )
-            runs.append({"workers": workers, "parts": -(-samples // batch), "seconds": round(seconds, 1)})
+            print(runs[-1], flush=True)
         ray.shutdown()
-    return {"times": asdict(times), "runs": runs, "ray_start_seconds": round(init, 1)}
+    return {
+        "times": asdict(times),
+        "runs": runs,
+        "ray_start_seconds": round(init, 1),
+        "start_processor_seconds": starting.seconds(),
+        "speed_up": _speed_up(runs, load, starting.seconds()[0] - mean(busy_parts[1:])),
+    }
+
+
+class _Busy:
+    """Seconds of the processor that Ray's workers of this process take, looked at five times a second."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, float] = {}
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> _Busy:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        import psutil
+
+        while not self._end.wait(0.2):
+            for each in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    if "ray::Worker" in " ".join(each.cmdline()):
+                        used = each.cpu_times()
+                        self._found[each.pid] = used.user + used.system
+
+    def seconds(self) -> list[float]:
+        """Of each worker."""
+        return [round(used, 1) for used in self._found.values()]
+
+
+def _speed_up(runs: list[dict[str, Any]], load: float, load_busy: float) -> dict[str, float]:
+    """Of two workers over one, after start-up: of the clock, and of the busier worker's processor time.
+
+    The latter does not see what else the machine does.
+    """
+    one, two = runs
+    return {
+        "clock": round((one["seconds"] - load) / (two["seconds"] - load), 2),
+        "processor": round(
+            (max(one["processor_seconds"]) - load_busy) / (max(two["processor_seconds"]) - load_busy), 2
+        ),
+        "with_start_up": round(one["seconds"] / two["seconds"], 2),
+    }
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -10,8 +10,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from qdeploy.calibrate.reconstruct import add_up_gradients
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.tuning import Tuning
+from qdeploy.system.processes import own_share
 from qdeploy.system.progress import track
 
 SAVE_SECONDS = 60.0  # a stop loses about this much
@@ -64,9 +66,11 @@ def learn(
         size = min(session.effort.batch, len(rows))
         chosen = [rows[i] for i in torch.randint(len(rows), (size,), generator=generator).tolist()]
         optimizer.zero_grad(set_to_none=True)
-        for start in range(0, size, micro_batch):
-            part = chosen[start : start + micro_batch]
+        own = chosen[own_share()]
+        for start in range(0, len(own), micro_batch):
+            part = own[start : start + micro_batch]
             (loss(part) * (len(part) / size)).backward()
+        add_up_gradients(list(named.values()))
         optimizer.step()
         if time.monotonic() - saved >= SAVE_SECONDS and step + 1 < steps:
             session.draft.save(journal, _snapshot(optimizer, named, step + 1))

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten
 
 from qdeploy.calibrate.record_units import RecordedRows, UnitRun, to_device
 from qdeploy.network.current_timestep import CurrentTimestep
+from qdeploy.system.processes import add_up, are_together, is_main_process, of_the_first, own_share
 
 
 def output_error(output: Any, target: Any, p: float) -> Tensor:
@@ -103,19 +104,34 @@ def optimize(
         penalty: a further loss term for an iteration number (from 0).
         cosine: let the learning rate fall to 0 along a cosine; constant otherwise.
         stop: whether to stop after the step of an iteration number.
+
+    Where processes work together (`qdeploy.system.processes`), each takes a share of a step's rows, and gradients are
+    added up: the step is that of one process, but for rounding.
     """
     optimizer = torch.optim.Adam(parameters, lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations) if cosine else None
     for iteration in range(iterations):
         chosen = torch.randint(len(problem.learn), (min(batch, len(problem.learn)),), generator=generator)
-        loss = problem.error(problem.learn[chosen], p)
+        own = chosen[own_share()]
+        loss = problem.error(problem.learn[own], p) * (len(own) / len(chosen))
         extra = penalty(iteration)
-        if extra is not None:
+        if extra is not None and (is_main_process() or not are_together()):
             loss = loss + extra
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        add_up_gradients(parameters)
         optimizer.step()
         if schedule is not None:
             schedule.step()
-        if stop(iteration):
+        if of_the_first(stop(iteration)):
             return
+
+
+def add_up_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Sum gradients over the processes that work together."""
+    if not are_together():
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    add_up([parameter.grad for parameter in parameters if parameter.grad is not None])

@@ -27,6 +27,7 @@ from qdeploy.store.artifact import RANGES
 from qdeploy.store.builder import Draft
 from qdeploy.store.facts import RangeFacts
 from qdeploy.system.errors import CapabilityError
+from qdeploy.system.processes import of_the_first
 
 if TYPE_CHECKING:
     from qdeploy.calibration_set.dataset import CalibrationSet
@@ -170,7 +171,7 @@ class Session:
         def computed() -> tuple[dict[str, Tensor], T]:
             value = compute()
             self._check_shapes(prefix)
-            return read_state(self.denoiser, prefix), value
+            return of_the_first((read_state(self.denoiser, prefix), value))
 
         state, value = self.draft.step_with_value(step, computed)
         write_state(self.denoiser, state, code_shapes(self.denoiser), prefix)

@@ -163,6 +163,7 @@ def preflight(model: str, as_json: bool, **options: Any) -> None:
 @_CALIBRATE.option("budget", "Choose formats layer by layer: size=3.2MB, size=50%, macs=5%.")
 @_CALIBRATE.option("sensitivity", "For --budget: what `qdeploy sensitivity` wrote.")
 @_CALIBRATE.option("max_memory", "GiB for recorded activations.  [default: 4]", type=float)
+@_CALIBRATE.option("data_parallel", "Share steps with the other processes that torchrun started.")
 @_running(_CALIBRATE, *_RUNNING)
 @verb
 def calibrate(
@@ -170,13 +171,15 @@ def calibrate(
 ) -> None:
     """Quantize a model: integer weights and scales."""
     from qdeploy.mixed.result import budget_summary
+    from qdeploy.system.processes import is_main_process
 
     began = time.perf_counter()
     if max_memory is not None and not 0 < max_memory < inf:
         raise UsageError(f"--max-memory must be a number of GiB above 0, not {max_memory}")
     memory = None if max_memory is None else int(max_memory * 2**30)
     result = _CALIBRATE.call(model, max_memory=memory, options=stage_options(settings), **options)
-    report_made(result, began, as_json, budget_summary)
+    if is_main_process() or not options["data_parallel"]:
+        report_made(result, began, as_json, budget_summary)
 
 
 def stage_options(settings: Sequence[str]) -> dict[str, dict[str, Any]] | None:

@@ -44,15 +44,25 @@ def take(file: Path) -> Lease | None:
     """The lease of a name, for one process at a time; None while another one is alive."""
     file.parent.mkdir(exist_ok=True)  # and no more: storage that is away must not be made anew beside it
     for _ in range(2):
-        try:
-            with file.open("x") as stream:
-                stream.write(f"{socket.gethostname()} {os.getpid()}")
-            return Lease(file)
-        except FileExistsError:
-            if is_alive(file):
-                return None
-            file.unlink(missing_ok=True)
+        with _taking:
+            try:
+                with file.open("x") as stream:
+                    stream.write(f"{socket.gethostname()} {os.getpid()}")
+                _heart.add(file)
+                return Lease(file)
+            except FileExistsError:
+                if is_alive(file) and not _was_left(file):
+                    return None
+                file.unlink(missing_ok=True)
     return None
+
+
+def _was_left(file: Path) -> bool:
+    """Whether this very process gave a lease up, and could not remove it since storage was away."""
+    try:
+        return file.read_text().split() == [socket.gethostname(), str(os.getpid())] and file not in _heart
+    except FileNotFoundError:
+        return False
 
 
 def join(folder: Path) -> Lease:
@@ -110,6 +120,10 @@ class _Heart:
                 self._thread = threading.Thread(target=self._beat, daemon=True, name="qdeploy-leases")
                 self._thread.start()
 
+    def __contains__(self, file: Path) -> bool:
+        with self._guard:
+            return file in self._files
+
     def remove(self, file: Path) -> None:
         with self._guard:
             self._files.discard(file)
@@ -125,3 +139,4 @@ class _Heart:
 
 
 _heart = _Heart()
+_taking = threading.Lock()  # of leases, by the threads of this process

@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from qdeploy.parts.folder import PartFolder
+from qdeploy.parts.folder import AWAY, PartFolder
 from qdeploy.parts.plan import Job, open_job
 from qdeploy.parts.run import RAY, make_parts
 from qdeploy.system.devices import kind_of
@@ -51,7 +51,8 @@ class Worker:
                 self.job = open_job(self.folder)
             make_parts(self.job, self.job.parts(), [number])
         except QDeployError as error:
-            if isinstance(error.__cause__, OSError):
+            cause = error.__cause__
+            if isinstance(cause, OSError) and cause.errno in AWAY:
                 raise OSError(str(error)) from None
             return error.exit_code, str(error)
         return None

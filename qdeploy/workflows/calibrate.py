@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
@@ -23,19 +24,27 @@ from qdeploy.recipe.recipe import Recipe
 from qdeploy.recipe.resolve import resolve_recipe
 from qdeploy.recipe.stages import Stage
 from qdeploy.recipe.targets import find_target
-from qdeploy.store.artifact import CORRECTION, Artifact, Checkpoint
+from qdeploy.store.artifact import CORRECTION, Artifact, Checkpoint, open_artifact
 from qdeploy.store.builder import Draft
 from qdeploy.store.correction_table import correction_facts
 from qdeploy.store.facts import CheckpointFacts
 from qdeploy.store.manifest import Notes
 from qdeploy.store.measured import CheckpointMeasured
 from qdeploy.store.paths import default_output
-from qdeploy.system.devices import check_device
+from qdeploy.system.devices import check_device, own_device
 from qdeploy.system.errors import UsageError
 from qdeploy.system.estimate import Estimate
 from qdeploy.system.machine import int8_sums_saturate
 from qdeploy.system.plugins import code_of
+from qdeploy.system.processes import (
+    are_together,
+    is_main_process,
+    of_the_first,
+    process_count,
+    working_together,
+)
 from qdeploy.system.progress import say
+from qdeploy.workflows.calibrate_together import check_shareable, own_draft, run_together
 from qdeploy.workflows.calibrated_facts import any_attention, by_reason, timestep_facts
 from qdeploy.workflows.preflight import check_traceable
 
@@ -70,6 +79,7 @@ class _Options(TypedDict, total=False):
     device: str
     max_memory: int
     overwrite: bool
+    data_parallel: bool
 
 
 @overload
@@ -116,6 +126,7 @@ def calibrate(
     max_memory: int = 4 * 2**30,
     dry_run: bool = False,
     overwrite: bool = False,
+    data_parallel: bool = False,
 ) -> Checkpoint | Estimate:
     """Quantize a denoiser.
 
@@ -145,6 +156,9 @@ def calibrate(
         max_memory: bytes that recorded activations may take in memory.
         dry_run: say what it would cost, make sure that the network can become a graph, and stop.
         overwrite: replace another artifact at ``output``.
+        data_parallel: share the rows of each step of learning with the other processes that torchrun started, on a
+            GPU each with ``device="cuda"``. The result is that of one process but for rounding, and has an identity
+            of its own. Stages that learn nothing are done by all.
 
     Returns:
         The checkpoint; with ``dry_run`` the estimate.
@@ -177,6 +191,9 @@ def calibrate(
         seed=seed,
     )
     check_device(device)
+    if data_parallel:
+        check_shareable(resolved)
+        device = own_device(device)
     source = model_of(model)
     data: CalibrationSet | ExampleRows
     made_from: dict[str, str] = {"model": source.sha256}
@@ -196,13 +213,37 @@ def calibrate(
     output = Path(output) if output else default_output(source.path, resolved.precision.lower())
     if code := code_of(type(stage) for stage in resolved.stages):
         asked["code"] = code
+    if data_parallel:
+        asked["processes"] = process_count()
     draft = Draft(
         output, Checkpoint, made_from, resolved.to_json(), resolved.seed, asked, overwrite=overwrite
     )
-    if not dry_run and (done := draft.finished()):
-        return done
+    run = partial(_run, source, data, resolved, draft, planned, device, max_memory, dry_run)
+    if not data_parallel:
+        return run()
+    with working_together(device):
+        return run()
+
+
+def _run(
+    source: Model,
+    data: CalibrationSet | ExampleRows,
+    resolved: Recipe,
+    draft: Draft[Checkpoint],
+    planned: BudgetPlan | None,
+    device: str,
+    max_memory: int,
+    dry_run: bool,
+) -> Checkpoint | Estimate:
+    """The checkpoint, by this process or by those that work together."""
+    together = are_together()
+    if not dry_run:
+        done = draft.finished() if is_main_process() or not together else None
+        if of_the_first(done is not None):
+            return done or open_artifact(draft.output, Checkpoint)
     streamed = isinstance(data, ExampleRows) and device == "cpu" and not dry_run
-    session = open_session(source, data, resolved, draft, device, max_memory, streamed)
+    own = own_draft(draft) if together else draft
+    session = open_session(source, data, resolved, own, device, max_memory, streamed)
     estimate = estimate_cost(session)
     say(
         f"calibrating {source.path.name}: {resolved.method} {resolved.precision}, {len(session.layers)} layers "
@@ -221,9 +262,12 @@ def calibrate(
         check_traceable(session.denoiser, data.inputs([0], device=device))
     if dry_run:
         return estimate
+    write = partial(finish, session, source, data, Notes(source=source.source), planned=planned)
+    if together:
+        return run_together(session, draft, write)
     with draft:
         run_stages(session)
-        return finish(session, source, data, Notes(source=source.source), planned=planned)
+        return write()
 
 
 def finish(

@@ -19,12 +19,13 @@ import pytest
 from qdeploy.calibration_set.collect import collect
 from qdeploy.evaluate.check import check
 from qdeploy.mixed.sensitivity import sensitivity
+from qdeploy.parts import ray_workers
 from qdeploy.parts.folder import PartFolder
 from qdeploy.parts.plan import open_job
 from qdeploy.sampling.sample import sample
 from qdeploy.store.artifact import Artifact
 from qdeploy.store.paths import cache_folder
-from qdeploy.system.errors import InvalidInputError, Planned, QDeployError, UsageError
+from qdeploy.system.errors import CapabilityError, InvalidInputError, Planned, QDeployError, UsageError
 from qdeploy.workflows.work import work
 
 ROOT = Path(__file__).parents[2]
@@ -209,6 +210,22 @@ def test_two_workers_of_ray_one_of_them_killed(
     assert told(call(on="ray", workers=2)) == alone
     killer.join(timeout=10)
     assert len(killed) == 1
+
+
+@pytest.mark.slow
+def test_workers_of_another_version_or_on_another_disk_are_refused(
+    cluster: Any, ddpm: Path, ddpm_engine: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = calls(ddpm, ddpm_engine, tmp_path / "out")["sample"]
+    job = open_job(planned(call))
+    with monkeypatch.context() as patch:
+        patch.setattr(ray_workers, "__version__", "99.0")
+        with pytest.raises(CapabilityError, match=r"the workers run qdeploy .*, and this is 99\.0"):
+            call(on="ray", workers=1)
+    elsewhere = cluster.remote(ray_workers.Worker).remote(str(tmp_path / "not-mounted"))
+    with pytest.raises(CapabilityError, match="on a disk that all machines share"):
+        ray_workers._check(cluster, elsewhere, job)
+    assert there(job.folder) == 0
 
 
 @pytest.mark.slow

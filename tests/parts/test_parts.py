@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from qdeploy.parts import leases
 from qdeploy.parts.folder import PartFolder, check_alone, parts_of
 from qdeploy.parts.plan import Job, find_plan, open_job
+from qdeploy.parts.ray_workers import Worker
 from qdeploy.parts.run import made, make_parts
 from qdeploy.sampling.media_files import write_npz
 from qdeploy.store.files import save_tensors, write_text
@@ -89,6 +90,28 @@ def test_a_full_disk_is_one_sentence_and_no_part(tmp_path: Path) -> None:
         assert [path.name for path in (job.folder / "parts").iterdir()] == ["000000"]
 
 
+def test_a_worker_of_ray_tells_what_another_try_would_not_mend(tmp_path: Path) -> None:
+    def make(number: int, folder: Path) -> None:
+        if number == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if number == 2:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        write(number, folder)
+
+    worker = Worker(str(tmp_path / "plan"))
+    worker.job = job_in(tmp_path / "plan", planned=True)
+    worker.job.write()
+    worker.job.make = make
+    assert worker.make(0) is None
+    told = worker.make(1)
+    assert told is not None
+    assert told[0] == CapabilityError.exit_code
+    assert told[1].startswith("no space left for ")
+    with pytest.raises(OSError, match="Stale"):
+        worker.make(2)
+    assert worker.job.parts().missing() == [1, 2, 3, 4]
+
+
 def test_a_first_failure_leaves_nothing(tmp_path: Path) -> None:
     def broken(number: int, folder: Path) -> None:
         raise InvalidInputError("no")
@@ -137,6 +160,14 @@ def test_a_lease_ends_with_its_process(tmp_path: Path, monkeypatch: pytest.Monke
     mine = leases.take(tmp_path / "gone")
     assert mine is not None
     assert leases.take(tmp_path / "gone") is None
+    with mine:
+        (tmp_path / "gone").rename(tmp_path / "away")
+    (tmp_path / "away").rename(tmp_path / "gone")  # storage was away when it was given up
+    again = leases.take(tmp_path / "gone")
+    assert again is not None
+    with again:
+        assert leases.take(tmp_path / "gone") is None
+    assert not (tmp_path / "gone").exists()
     (tmp_path / "far").write_text("elsewhere 1")  # of another machine: by its last sign of life alone
     assert leases.take(tmp_path / "far") is None
     os.utime(tmp_path / "far", (0, 0))
