@@ -46,6 +46,11 @@ def quantize(model: ir.Model, kind: str) -> int:
         node.replace_input_with(0, _input(write, node.inputs[0], kind, inputs))
         axis = 0 if node.op_type == "Conv" else 1
         node.replace_input_with(1, _weight(write, constant(weight), axis, kind))
+    # Rewrites of the build name values after the node that they belong to, as was done here.
+    for number, node in enumerate(model.graph):
+        for place, value in enumerate(node.outputs):
+            if not value.is_graph_output():
+                value.name = f"value.{number}.{place}"
     return layers
 
 

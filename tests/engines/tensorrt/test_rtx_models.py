@@ -31,6 +31,20 @@ CASES = {
         {"int8": 30},
     ),
     "transformer, fp8": ("digits-dit", {"weights": "fp8", "activations": "fp8"}, "sm89,sm120", {"fp8": 30}),
+    "digits, table of timesteps": (
+        "digits",
+        {"weights": "int8", "activations": "int8", "time_table": "fp32"},
+        "sm86,sm89,sm120",
+        {"int8": 81},
+    ),
+    "scenes, W8A8": ("scenes", {"weights": "int8", "activations": "int8"}, "sm86,sm89,sm120", {"int8": 75}),
+    "scenes, fp8": ("scenes", {"weights": "fp8", "activations": "fp8"}, "sm89,sm120", {"fp8": 75}),
+    "transformer, W4A8": (
+        "digits-dit",
+        {"weights": "int4", "activations": "int8"},
+        "sm86,sm89,sm120",
+        {"int8": 30},
+    ),
     "digits, NVFP4 beside fp8": ("digits", {"recipe": "nvfp4-minmax"}, "sm120", {"fp4": 24, "fp8": 57}),
     "transformer, NVFP4": ("digits-dit", {"recipe": "nvfp4-minmax"}, "sm120", {"fp4": 30}),
     "transformer, int4 blocks": (
@@ -48,7 +62,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("sets")
     return {
         name: collect(name, folder / name, keep=5, samples=4, steps=10).path
-        for name in ("digits", "digits-dit")
+        for name in ("digits", "digits-dit", "scenes")
     }
 
 
@@ -56,11 +70,13 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("case", CASES)
 def test_every_planned_layer_is_low_bit_in_the_plan(case: str, sets: dict[str, Path], tmp_path: Path) -> None:
-    model, formats, gpu, kinds = CASES[case]
+    model, options, gpu, kinds = CASES[case]
+    formats = {name: value for name, value in options.items() if name != "time_table"}
     checkpoint = calibrate(
         model, tmp_path / "checkpoint", calibration=sets[model], method="minmax", target="tensorrt", **formats
     )
-    bundle = export(checkpoint, tmp_path / "onnx", components=False)
+    table = options.get("time_table", "none")
+    bundle = export(checkpoint, tmp_path / "onnx", components=False, time_table=table)
     engine = build_engine(bundle, tmp_path / "engine", backend="tensorrt-rtx", gpu=gpu)
     found = json.loads(next(engine.path.glob("*/layers.json")).read_text())
     report = found["report"]
