@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qdeploy.model.fill import current_name, fill_tensors
 from qdeploy.store.tensors import open_tensors
+from qdeploy.system.memory import give_back_freed
 
 _STREAMED = (nn.Linear, nn.Conv1d, nn.Conv2d)
 _ATTRIBUTE = "_weight_in_file"
+OFTEN = 2**28  # bytes read after which freed memory goes back to the system
+_since_freed = [0]
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,12 @@ class WeightInFile:
         with open_tensors(self.file) as opened:
             stored: Tensor = opened.get_tensor(self.name)
             narrow = stored.is_floating_point() and stored.dtype != torch.float32
-            return stored.float() if narrow else stored.clone()
+            tensor = stored.float() if narrow else stored.clone()
+        _since_freed[0] += tensor.nbytes
+        if _since_freed[0] > OFTEN:
+            _since_freed[0] = 0
+            give_back_freed()
+        return tensor
 
 
 def weight_of(layer: nn.Module) -> Tensor | None:
@@ -71,8 +79,8 @@ def fill_but_weights(denoiser: nn.Module, files: Sequence[Path], folder: Path) -
     tensors = ((source.name, source.read()) for source in sources)
     fill_tensors(denoiser, tensors, folder, left=places)
     for layer in places.values():
-        layer.register_forward_pre_hook(_load)
-        layer.register_forward_hook(_unload, always_call=True)
+        # Not by hooks, which run outside of the layer: a tracer would take the reading for a part of the network.
+        layer.__dict__["forward"] = partial(_forward, layer)
 
 
 def _names(file: Path) -> Iterator[str]:
@@ -90,16 +98,17 @@ def load_rest(denoiser: nn.Module, streamed: Collection[nn.Module]) -> None:
     for module in denoiser.modules():
         source: WeightInFile | None = module.__dict__.get(_ATTRIBUTE)
         if source is not None and module not in streamed:
-            del module.__dict__[_ATTRIBUTE]
+            del module.__dict__[_ATTRIBUTE], module.__dict__["forward"]
             module.weight = nn.Parameter(source.read(), requires_grad=False)
 
 
-def _load(layer: nn.Module, args: Any) -> None:
-    source: WeightInFile | None = layer.__dict__.get(_ATTRIBUTE)
-    if source is not None:
-        layer.weight = nn.Parameter(source.read(), requires_grad=False)
-
-
-def _unload(layer: nn.Module, args: Any, output: Any) -> None:
-    if _ATTRIBUTE in layer.__dict__ and isinstance(layer.weight, Tensor):
-        layer.weight = nn.Parameter(layer.weight.to("meta"), requires_grad=False)
+def _forward(layer: nn.Module, x: Tensor) -> Tensor:
+    """The layer's own forward, with its weight in place for as long as it runs."""
+    source: WeightInFile = layer.__dict__[_ATTRIBUTE]
+    described = layer._parameters["weight"]
+    layer._parameters["weight"] = nn.Parameter(source.read(), requires_grad=False)
+    try:
+        output: Tensor = type(layer).forward(layer, x)
+        return output
+    finally:
+        layer._parameters["weight"] = described

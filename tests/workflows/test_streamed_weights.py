@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from qdeploy.calibration_set.example_rows import ExampleRows
 from qdeploy.model.folder import Model, open_model
@@ -51,14 +51,14 @@ def test_streamed_weights_give_the_same_checkpoint(
 def test_few_layers_weights_are_in_memory_at_once(
     narrow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alive: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+    given: list[tuple[StorageWeakRef, int]] = []
     most, read = [0], WeightInFile.read
 
     def counted(self: WeightInFile) -> Tensor:
         tensor = read(self)
         if tensor.ndim > 1:
-            alive.add(tensor.untyped_storage())
-            most[0] = max(most[0], sum(storage.nbytes() for storage in alive))
+            given.append((StorageWeakRef(tensor.untyped_storage()), tensor.nbytes))
+            most[0] = max(most[0], sum(size for storage, size in given if not storage.expired()))
         return tensor
 
     monkeypatch.setattr(WeightInFile, "read", counted)
