@@ -98,6 +98,12 @@ def _roundings(content: Mapping[str, Any]) -> str:
     return table(content["results"]).markdown()
 
 
+def _verdicts(content: Mapping[str, Any]) -> str:
+    from benchmarks.verdicts_report import page
+
+    return page(content)
+
+
 def _oracles(content: Mapping[str, Any]) -> str:
     from benchmarks.oracles.report import page
 
@@ -156,6 +162,13 @@ QUESTIONS = {
         "python -m benchmarks.terrain --folder runs/terrain --why",
         "2026-11-29",
         _terrain,
+    ),
+    "what-the-papers-claim-over-three-calibrations": Question(
+        "verdicts.json",
+        "What the papers claim, over three calibrations",
+        "python -m benchmarks.verdicts --model digits",
+        "2026-11-29",
+        _verdicts,
     ),
     "held-against-the-authors-code": Question(
         "oracles.json",
