@@ -63,7 +63,7 @@ class OpenVINOEngine(Engine):
         require_device(core, target)
         try:
             model = core.read_model(spec.component_folder / MODEL)
-        except RuntimeError as error:
+        except (RuntimeError, UnicodeDecodeError) as error:
             raise InvalidInputError(f"OpenVINO cannot read {self.path}: {why(error)}") from error
         take_fractional_timesteps(model)
         # A model whose files have no hashes yet is being built, and measured as it was compiled.
@@ -117,7 +117,7 @@ class OpenVINOComponent(EngineComponent):
         core = openvino.Core()
         try:
             model = core.read_model(folder / MODEL)
-        except RuntimeError as error:
+        except (RuntimeError, UnicodeDecodeError) as error:
             raise InvalidInputError(f"OpenVINO cannot read {folder}: {why(error)}") from error
         self.shaped = ShapedModel(core, model, folder, compile_options(precision, threads))
         self.ports, self.outputs = self.shaped.ports, self.shaped.outputs

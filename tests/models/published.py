@@ -119,6 +119,10 @@ class Published:
         return path
 
 
+ENDS = ("conv_in", "conv_out")
+FIRST_OF_TIME = "time_embedding.linear_1"  # has learned roundings that are never used
+
+
 def published(
     model: Path,
     method: str,
@@ -130,6 +134,7 @@ def published(
     steps: int = 1,
     learned: bool = True,
     heads: int = 4,
+    left_out: bool = False,
     seed: int = 0,
 ) -> Published:
     """A quantized network of a model's weights.
@@ -144,12 +149,18 @@ def published(
         steps: tables of activations.
         learned: whether there are roundings.
         heads: of attentions whose q, k and v are one convolution.
+        left_out: shortcuts and layers that lower the resolution as torch has them, and those at the ends with scales
+            that are never used: what TFMQ-DM's script for DDIM's networks saves.
         seed: of the roundings and scales.
     """
     made, random = Published(), np.random.default_rng(seed)
     weight_word, bias_word, *words = WORDS[method]
     made.steps = [{} for _ in range(steps)] if WORDS[method] is WORDS["tfmq"] and activations else []
     for paths, name, weight, bias, rows in _layers(model, names, heads):
+        if left_out and (paths[0].endswith("conv_shortcut") or ".downsamplers." in paths[0]):
+            made.state[f"model.{name}.weight"] = torch.from_numpy(weight.copy())
+            made.state[f"model.{name}.bias"] = torch.from_numpy(np.asarray(bias).copy())
+            continue
         made.state[f"model.{name}.{weight_word}"] = torch.from_numpy(weight.copy())
         if bias is not None:
             made.state[f"model.{name}.{bias_word}"] = torch.from_numpy(bias.copy())
@@ -162,8 +173,12 @@ def published(
             made.state[f"{start}.delta"], made.state[f"{start}.zero_point"] = map(
                 torch.from_numpy, (delta, zero)
             )
+            if left_out and paths[0] in ENDS:
+                alpha = None
             if alpha is not None:
                 made.state[f"{start}.alpha"] = torch.from_numpy(alpha)
+            if left_out and paths[0] in (*ENDS, FIRST_OF_TIME):
+                continue
             for path, chosen in zip(paths, rows, strict=True):
                 made.codes.setdefault(path, []).append(codes[chosen])
             if not activations:

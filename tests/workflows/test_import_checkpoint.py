@@ -52,6 +52,16 @@ def test_codes_are_those_of_an_independent_computation(
     assert_same_codes(made, checkpoint)
 
 
+def test_layers_that_the_script_leaves_out_stay_in_float(ddpm: Path, tmp_path: Path) -> None:
+    """Met when TFMQ-DM's own code quantized `digits`: some layers have torch's names, and the ends unused scales."""
+    made = published(ddpm, "tfmq", names="ddim", left_out=True)
+    assert "model.conv_in.wqtizer.delta" in made.state
+    assert "model.down.0.downsample.conv.weight" in made.state
+    checkpoint = imported(made, "tfmq", ddpm, tmp_path)
+    assert_same_codes(made, checkpoint)
+    assert "conv_in" not in made.codes
+
+
 def test_nearest_rounding_where_nothing_was_learned(ddpm: Path, tmp_path: Path) -> None:
     made = published(ddpm, "dgq", learned=False)
     assert_same_codes(made, imported(made, "dgq", ddpm, tmp_path))

@@ -18,7 +18,7 @@ step i. Names begin with ``model.`` in both.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,30 +30,42 @@ from qdeploy.system.errors import InvalidInputError, UsageError
 from qdeploy.system.suggest import unknown
 
 OPERANDS = {"q": "query", "k": "key", "v": "value", "w": "probabilities"}
+PLAIN_WEIGHT, PLAIN_BIAS = "weight", "bias"  # of layers that a method's code leaves as torch has them
+FIRST_OF_TIME = ("temb.dense.0", "time_embed.0", "time_embedding.linear_1")
 _PREFIXES = ("model.diffusion_model.", "model.")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The words of a layout; of pairs the second is that of a split shortcut's second half."""
+    """The words of a layout; of pairs the second is that of a split shortcut's second half.
+
+    Attributes:
+        weights: quantizers of weights.
+        inputs: quantizers of activations.
+        weight: the weight of a quantized layer.
+        bias: its bias.
+        by_step: scales of activations are tables, one for each sampling step.
+        float_time: the first layer of the time path has roundings that are never used.
+    """
 
     weights: tuple[str, str]
     inputs: tuple[str, str]
     weight: str
     bias: str
     by_step: bool = False
+    float_time: bool = False
 
 
 _QDIFFUSION = Layout(
     ("weight_quantizer", "weight_quantizer_0"), ("act_quantizer", "act_quantizer_0"), "weight", "bias"
 )
-_TFMQ = Layout(("wqtizer", "wqtizer1"), ("aqtizer", "aqtizer1"), "w", "b", by_step=True)
+_TFMQ = Layout(("wqtizer", "wqtizer1"), ("aqtizer", "aqtizer1"), "w", "b", by_step=True, float_time=True)
 LAYOUTS = {
     "qdiffusion": _QDIFFUSION,
     "brecq": _QDIFFUSION,
     "quest": _QDIFFUSION,
     "tfmq": _TFMQ,
-    "dgq": _TFMQ,
+    "dgq": replace(_TFMQ, float_time=False),
 }
 
 
@@ -140,10 +152,13 @@ def read_published(path: Path, method: str) -> PublishedNetwork:
     entries = {_stripped(name): tensor for name, tensor in state.items()}
     for name, tensor in entries.items():
         owner, _, word = name.rpartition(".")
-        if word == layout.weight and tensor.ndim > 1:
-            network.layers[owner] = PublishedLayer(tensor, entries.get(f"{owner}.{layout.bias}"))
+        if word in (layout.weight, PLAIN_WEIGHT) and tensor.ndim > 1:
+            bias = entries.get(f"{owner}.{layout.bias}", entries.get(f"{owner}.{PLAIN_BIAS}"))
+            network.layers[owner] = PublishedLayer(tensor, bias)
     for owner, layer in network.layers.items():
         layer.weights = _weight_grids(entries, owner, layout, where)
+    if layout.by_step:
+        _leave_out_ends(network, layout)
     tables = [{_stripped(name): tensor for name, tensor in step.items()} for step in steps] or [entries]
     _read_inputs(network, tables, layout, where)
     if not any(layer.weights for layer in network.layers.values()):
@@ -152,6 +167,24 @@ def read_published(path: Path, method: str) -> PublishedNetwork:
             "another method?"
         )
     return network
+
+
+def _leave_out_ends(network: PublishedNetwork, layout: Layout) -> None:
+    """Take back the grids of layers that are saved and never used.
+
+    TFMQ-DM's and DGQ's code finds scales for the layers at both ends, then switches their quantization off, when it
+    calibrates and when it loads (``disable_out_quantization``): they are without roundings where others have some.
+    TFMQ-DM's switches off the first layer of the time path with them, although its roundings are learned.
+    """
+    learned = {
+        name: any(grid.alpha is not None for grid in each.weights) for name, each in network.layers.items()
+    }
+    unused = [name for name, layer in network.layers.items() if layer.weights and not learned[name]]
+    if any(learned.values()) and unused:
+        if layout.float_time:
+            unused += [name for name in FIRST_OF_TIME if name in network.layers]
+        for name in unused:
+            network.layers[name].weights.clear()
 
 
 def _parts(
