@@ -151,8 +151,8 @@ class Bench:
             waited = part_folder.PartFolder.wait_for_storage
 
             def counting(parts: Any, error: Exception) -> None:
-                waited(parts, error)
                 (self.folder / f"waited-{os.getpid()}").touch()
+                waited(parts, error)
 
             part_folder.PartFolder.wait_for_storage = counting  # type: ignore[method-assign]
             work(plan, part=part)
@@ -234,6 +234,11 @@ class Bench:
         def cut(storage: Path, plan: Path, victim: int) -> None:
             inside = ("nsenter", "-t", str(victim), "-m")
             _command(*inside, "mount", "-t", "tmpfs", "none", str(storage))
+            end = time.monotonic() + 60
+            while not (self.folder / f"waited-{victim}").exists() and time.monotonic() < end:
+                if _is_gone(victim):
+                    return
+                time.sleep(0.05)
             time.sleep(self.draw.uniform(0.5, 3))
             with suppress(subprocess.CalledProcessError):  # it may have ended
                 _command(*inside, "umount", "-l", str(storage))
@@ -263,6 +268,12 @@ class Bench:
         if code := ended(forked(run, self.log)):
             return f"exit code {code}: {self.log.read_text().strip().splitlines()[-1]}", 0
         return answer.read_text(), int(killed.read_text())
+
+
+def _is_gone(process: int) -> bool:
+    """Whether a child has ended; it may still be waited for."""
+    found = os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    return found is not None
 
 
 def _command(*words: str) -> None:
@@ -352,7 +363,7 @@ def main() -> None:
             }
             print(f"{verb}, {form}: {row[form]}", flush=True)
             if given.output:
-                write_json(given.output, {"machine": machine(), "times": given.times, "verbs": rows})
+                write_json(given.output, {"machine": machine(), "verbs": rows})
             for disk in bench.folder.glob("disk-*"):
                 shutil.rmtree(disk, ignore_errors=True)
     forms = [form for row in rows.values() for form in row.values() if isinstance(form, dict)]

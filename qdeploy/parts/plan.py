@@ -155,7 +155,7 @@ def open_job(folder: Path) -> Job:
         raise InvalidInputError(
             f"the model or its inputs are not those of the plan {folder}: copy the same ones to all machines"
         )
-    job.folder = folder
+    job.folder, job.arguments = folder, plan["arguments"]
     return job
 
 

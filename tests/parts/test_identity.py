@@ -80,6 +80,7 @@ def test_parts_in_any_order_by_shares_and_twice(
     call = calls(ddpm, ddpm_engine, tmp_path / "shared")[verb]
     folder = planned(call)
     job = open_job(folder)
+    assert job.parts().planned  # a worker waits for storage that is away
     numbers = [*range(4), 1]
     random.Random(3).shuffle(numbers)
     with job.parts() as parts:
