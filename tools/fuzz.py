@@ -21,7 +21,7 @@ from qdeploy.system.progress import verbosity
 from qdeploy.version import __version__
 from tests.fuzzing import LONGEST, MOST_MEMORY, Subjects, outcome
 
-PATIENCE = LONGEST + 60  # seconds until a process is killed that does not answer
+PATIENCE = 10 * LONGEST  # seconds by the clock until a process is killed that does not answer
 
 
 def _answer(connection: Connection, subjects: Subjects) -> None:
@@ -96,6 +96,9 @@ def outcomes(seeds: Iterator[int], subjects: Subjects, workers: int) -> Iterator
                 worker = Worker(subjects)
             else:
                 yield worker.seed, *found
+                if found[1] == "hang":  # it was interrupted anywhere, and may be left in any state
+                    worker.process.kill()
+                    worker = Worker(subjects)
             next_seed(worker)
 
 
