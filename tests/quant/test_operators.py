@@ -61,7 +61,10 @@ def test_values_within_the_range_move_by_half_a_step_at_most(
     x = torch.tensor(values)
     x_hat = quantized(x, grid)
     inside = (x >= low) & (x <= high)
-    half = (x / scale).abs() / 16 + 2.0**-9 if number_format.floating else 0.5  # three bits behind the point
+    half: float | Tensor = 0.5
+    if number_format.floating:  # of the code's own step, and of the step of the smallest codes
+        fraction, exponent = number_format.fraction, number_format.exponent
+        half = (x / scale).abs() / 2 ** (fraction + 1) + 2.0 ** (exponent - fraction) / 2
     assert torch.all(((x_hat - x).abs() <= scale * (half + 1e-3))[inside])
     assert torch.all((x_hat >= low) & (x_hat <= high))
 
