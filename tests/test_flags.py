@@ -75,7 +75,9 @@ def resolving(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
         def call(*arguments: Any, resolve: Any = resolve, **options: Any) -> None:
             given = {
-                key: value for key, value in options.items() if key not in ("overwrite", "device", "dry_run")
+                key: value
+                for key, value in options.items()
+                if key not in ("overwrite", "device", "dry_run", "data_parallel")
             }
             resolve(given)
             raise Reached

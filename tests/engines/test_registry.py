@@ -26,7 +26,7 @@ def test_backends_are_found_and_described() -> None:
 def test_every_backend_of_the_package_is_listed() -> None:
     package = Path(qdeploy.engines.__file__).parent
     defining = [path for path in package.rglob("*.py") if "\nBACKEND = Backend(" in path.read_text()]
-    assert len(backends()) == len(defining) == 5
+    assert len(backends()) == len(defining) == 6
 
 
 def test_the_list_of_backends_imports_them_alone() -> None:
