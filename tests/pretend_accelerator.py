@@ -36,7 +36,10 @@ _VIEWS = (
 _FACTORIES = (
     "arange", "arange.start", "arange.start_step", "linspace", "eye", "eye.m", "randperm", "randperm.generator",
 )  # fmt: skip
-_SIZED_BY_OUT = ("abs", "angle", "hardtanh", "logical_and", "logical_not", "logical_or", "logical_xor")
+_SIZED_BY_OUT = (
+    "abs", "angle", "bitwise_and.Scalar", "hardtanh", "logical_and", "logical_not", "logical_or", "logical_xor",
+    "remainder.Scalar",
+)  # fmt: skip
 # CUDA takes indices from the CPU, too; and these are copies between devices by definition.
 _MIXED = ("index", "index_put_", "index_put", "_index_put_impl_", "copy_", "_copy_from", "_to_copy")
 # Copies that autograd makes of saved results are plain tensors, but share the storage of the wrapper.

@@ -232,13 +232,13 @@ class WeightQuantizer(nn.Module):
         needed = packed_bytes(torch.Size(shape).numel(), self.format)
         if stored.nbytes != needed:
             raise RuntimeError(f"{stored.nbytes} bytes of codes instead of {needed}")
-        stored, self._codes_shape = stored.to(self.scale.device), shape
-        self.held = stored if fills_bytes(self.format) else unpack(stored, self.format, shape)
+        held = stored if fills_bytes(self.format) else unpack(stored.cpu(), self.format, shape)
+        self.held, self._codes_shape = held.to(self.scale.device), shape
 
     def stored_codes(self) -> Tensor:
         """The codes as a checkpoint stores them (see `qdeploy.quant.packing`); rounding has to be decided."""
         assert self.held is not None
-        return self.held if fills_bytes(self.format) else pack(self.held, self.format)
+        return self.held if fills_bytes(self.format) else pack(self.held.cpu(), self.format)
 
     def set(self, scale: Tensor, zero_point: Tensor) -> None:
         """Store ranges, shaped as they are. Codes that were decided on another grid are dropped."""

@@ -46,20 +46,24 @@ def on_both(run: Callable[[str], Tensor]) -> dict[str, Any]:
 
 
 def recipes(folder: Path, names: list[str]) -> dict[str, Any]:
-    """The predictions for the probe of each recipe's checkpoint; blocks of weights are those of a transformer."""
+    """The predictions for the probe of each recipe's checkpoint; blocks and branches are those of a transformer."""
     models = {"unet": ddpm_folder(folder / "unet"), "dit": dit_folder(folder / "dit", head=64)}
     sets = {
         name: qdeploy.collect(model, folder / f"{name}-set", **SETTINGS) for name, model in models.items()
     }
     found = {}
     for name in names:
-        format_of_weights = parse_format(resolve_recipe(name).weights)
-        kind = "dit" if format_of_weights is not None and format_of_weights.block else "unet"
+        recipe = resolve_recipe(name)
+        format_of_weights = parse_format(recipe.weights)
+        blocks = format_of_weights is not None and format_of_weights.block
+        kind = "dit" if blocks or any(stage.name == "low-rank" for stage in recipe.stages) else "unet"
 
-        def run(device: str, name: str = name, kind: str = kind) -> Tensor:
+        groups = None if recipe.timestep_groups == 1 else 2  # there are four timesteps
+
+        def run(device: str, name: str = name, kind: str = kind, groups: int | None = groups) -> Tensor:
             made = qdeploy.calibrate(
                 models[kind], folder / f"{name}-{device}", recipe=name, effort="fast", calibration=sets[kind],
-                device=device,
+                device=device, timestep_groups=groups,
             )  # fmt: skip
             return load_file(made.path / "probe.safetensors")["simulated"]
 
