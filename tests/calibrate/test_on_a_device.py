@@ -13,7 +13,7 @@ import pytest
 from qdeploy.recipe.resolve import presets, resolve_recipe
 
 PARTS = 3
-# Their operators (Cholesky's factors, attention by chunks) take strides of views, which the pretended accelerator lacks.
+# Operators of theirs (Cholesky, attention by chunks) take strides of views, which the pretended accelerator lacks.
 LEFT_OUT = ("w4a6-dgq-paper", "w4a8-gptq", "w4a8-gptq-learned", "w4a8-gptq-outliers")
 
 
