@@ -163,9 +163,9 @@ QUESTIONS = {
         "2026-11-29",
         _terrain,
     ),
-    "what-the-papers-claim-over-three-calibrations": Question(
+    "what-the-papers-claim-over-several-calibrations": Question(
         "verdicts.json",
-        "What the papers claim, over three calibrations",
+        "What the papers claim, over several calibrations",
         "python -m benchmarks.verdicts --model digits",
         "2026-11-29",
         _verdicts,
