@@ -52,12 +52,13 @@ def together(model: Path, data: Artifact, output: Path) -> subprocess.Popen[str]
 
 def finished(process: subprocess.Popen[str]) -> str:
     """What it said, if it ended well."""
-    said, _ = process.communicate(timeout=300)
+    said, _ = process.communicate(timeout=800)
     assert process.returncode == 0, said
     return said
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_processes_learn_what_one_does_but_for_rounding(
     ddpm: Path, data: Artifact, tmp_path: Path
 ) -> None:
@@ -105,6 +106,7 @@ else:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_steps_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
     (tmp_path / "steps.py").write_text(STEPS)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -117,6 +119,7 @@ def test_the_steps_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_processes_go_on_where_they_were_killed(ddpm: Path, data: Artifact, tmp_path: Path) -> None:
     finished(together(ddpm, data, tmp_path / "whole"))
     process = together(ddpm, data, tmp_path / "killed")
