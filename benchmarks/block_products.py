@@ -9,15 +9,15 @@ thread, medians of calls that take turns; beside them those of the float chain i
 from __future__ import annotations
 
 import argparse
-import time
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from torch import nn
 
 from benchmarks.block_products_report import table
+from benchmarks.turns import cpu_ms
 from qdeploy.engines.openvino import compile_options
 from qdeploy.export.graph import save
 from qdeploy.export.lower import lower
@@ -79,14 +79,8 @@ def main() -> None:
                 found = {"weights": name, "precision": precision, "group": group}
                 rows.append(found | {"sqnr_db": round(sqnr_by_row(output, exact)[0], 1)})
                 runs.append(compiled)
-    took: list[list[float]] = [[] for _ in rows]
-    for _ in range(asked.calls):
-        for own, compiled in zip(took, runs, strict=True):
-            began = time.process_time()
-            compiled([x.numpy()])
-            own.append(time.process_time() - began)
-    for row, own in zip(rows, took, strict=True):
-        row["cpu_ms"] = 1e3 * median(own)
+    for row, took in zip(rows, cpu_ms([partial(run, [x.numpy()]) for run in runs], asked.calls), strict=True):
+        row["cpu_ms"] = took
     write_json(asked.output / "block-products.json", {"machine": machine(), "results": rows})
     print(table(rows).markdown())
 

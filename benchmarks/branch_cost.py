@@ -11,10 +11,9 @@ graph to the simulation.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.branch_cost_report import table
+from benchmarks.turns import cpu_ms
 from qdeploy.calibrate.methods.svdquant import split_off
 from qdeploy.export.graph import save
 from qdeploy.export.lower import lower
@@ -99,14 +99,8 @@ def run(outputs: int, folder: Path, calls: int) -> list[dict[str, Any]]:
                 }
             )
             runners.append(call)
-    took: list[list[float]] = [[] for _ in rows]
-    for _ in range(calls):
-        for own, call in zip(took, runners, strict=True):
-            began = time.process_time()
-            call(x)
-            own.append(time.process_time() - began)
-    for row, own in zip(rows, took, strict=True):
-        row["cpu_ms"] = 1e3 * median(own)
+    for row, took in zip(rows, cpu_ms([partial(call, x) for call in runners], calls), strict=True):
+        row["cpu_ms"] = took
     return rows
 
 

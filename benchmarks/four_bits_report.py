@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from benchmarks.methods_report import draw_rows
 from qdeploy.evaluate.intervals import of_mean
 from qdeploy.system.tables import Table
 
@@ -27,27 +28,11 @@ def table(results: Iterable[Mapping[str, Any]]) -> Table:
 
 def draw(results: Iterable[Mapping[str, Any]], file: Path) -> None:
     """SQNR of every calibration, by recipe: the median of the rows, and the worst."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    results = list(results)
-    names = list(dict.fromkeys(f"{each['precision']} {each['recipe']}" for each in results))
-    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.3 * len(names)), layout="constrained")
-    for key, mark, color, label in (
-        ("sqnr_db", "o", "C0", "median row"),
-        ("worst_db", "x", "C3", "worst row"),
-    ):
-        places = [names.index(f"{each['precision']} {each['recipe']}") for each in results]
-        axes.plot([each[key] for each in results], places, mark, color=color, label=label)
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set_xlabel("SQNR of the prediction, dB")
-    axes.grid(axis="x", alpha=0.3)
-    axes.legend()
-    figure.savefig(file, dpi=120)
-    pyplot.close(figure)
+    points: dict[str, list[tuple[float, float]]] = {}
+    for each in results:
+        name = f"{each['precision']} {each['recipe']}"
+        points.setdefault(name, []).append((each["sqnr_db"], each["worst_db"]))
+    draw_rows(points, ("median row", "worst row"), file)
 
 
 def _interval(values: list[float]) -> str:

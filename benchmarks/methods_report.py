@@ -7,7 +7,7 @@ a share is of.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -108,20 +108,34 @@ def write_results(output: Path, results: Sequence[Result], note: str) -> None:
 
 def _draw(results: Sequence[Result], file: Path) -> None:
     """Median SQNR of every calibration, by row."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for result in results:
+        values = result["values"]
+        points.setdefault(result["run"], []).append((values["SQNR dB, median"], values["worst"]))
+    draw_rows(points, ("median over timesteps", "worst timestep"), file)
+
+
+def draw_rows(
+    points: Mapping[str, Sequence[tuple[float, float]]], labels: tuple[str, str], file: Path
+) -> None:
+    """A picture of SQNR in dB with a row for each name.
+
+    Args:
+        points: of each name, the middle and the worst value of every calibration.
+        labels: what the two are.
+        file: the picture.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = list(dict.fromkeys(result["run"] for result in results))
-    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.3 * len(names)), layout="constrained")
-    for place, name in enumerate(names):
-        values = [result["values"] for result in results if result["run"] == name]
-        for column, mark, color in (("SQNR dB, median", "o", "C0"), ("worst", "x", "C3")):
-            axes.plot([v[column] for v in values], [place] * len(values), mark, color=color)
-    axes.plot([], [], "o", color="C0", label="median over timesteps")
-    axes.plot([], [], "x", color="C3", label="worst timestep")
-    axes.set_yticks(range(len(names)), names)
+    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.3 * len(points)), layout="constrained")
+    for side, (mark, color) in enumerate((("o", "C0"), ("x", "C3"))):
+        values = [pair[side] for pairs in points.values() for pair in pairs]
+        places = [place for place, pairs in enumerate(points.values()) for _ in pairs]
+        axes.plot(values, places, mark, color=color, label=labels[side])
+    axes.set_yticks(range(len(points)), list(points))
     axes.invert_yaxis()
     axes.set_xlabel("SQNR of the prediction, dB")
     axes.grid(axis="x", alpha=0.3)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
+from qdeploy.evaluate.intervals import of_mean
 from qdeploy.system.tables import Table
 
 FIGURES = ("median", "pooled", "worst")
-# Student's t for intervals of 95 %, by the number of differences less one.
-T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}
 
 
 @dataclass(frozen=True)
@@ -71,16 +69,10 @@ def table(records: list[dict[str, Any]]) -> Table:
     return Table(head, rows)
 
 
-def page(content: Mapping[str, Any]) -> str:
-    """The table as Markdown."""
-    return table(content["results"]).markdown()
-
-
 def _means(records: list[dict[str, Any]]) -> str:
     return " / ".join(f"{mean(record[figure] for record in records):.1f}" for figure in FIGURES)
 
 
 def _interval(gains: list[float]) -> str:
-    if len(gains) == 1:
-        return f"{gains[0]:+.1f}"
-    return f"{mean(gains):+.1f} ± {T95[len(gains) - 1] * stdev(gains) / len(gains) ** 0.5:.1f}"
+    found = of_mean(gains)
+    return f"{mean(gains):+.1f}" + (f" ± {(found[1] - found[0]) / 2:.1f}" if found else "")

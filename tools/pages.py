@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +40,16 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
     return Table(head, rows).markdown()
 
 
+def _rows(module: str) -> Callable[[Mapping[str, Any]], str]:
+    """The table that a report of ``benchmarks`` makes of a file's results."""
+
+    def made(content: Mapping[str, Any]) -> str:
+        table: str = import_module(f"benchmarks.{module}").table(content["results"]).markdown()
+        return table
+
+    return made
+
+
 def _methods(content: Mapping[str, Any]) -> str:
     from benchmarks.methods_report import joined, table_of
 
@@ -62,24 +73,6 @@ def _blocks(content: Mapping[str, Any]) -> str:
     return _markdown(head, rows)
 
 
-def _few_bits(content: Mapping[str, Any]) -> str:
-    from benchmarks.four_bits_report import table
-
-    return table(content["results"]).markdown()
-
-
-def _branches(content: Mapping[str, Any]) -> str:
-    from benchmarks.branch_cost_report import table
-
-    return table(content["results"]).markdown()
-
-
-def _products(content: Mapping[str, Any]) -> str:
-    from benchmarks.block_products_report import table
-
-    return table(content["results"]).markdown()
-
-
 def _pipelines(content: Mapping[str, Any]) -> str:
     from benchmarks.pipeline_report import tables
 
@@ -90,24 +83,6 @@ def _terrain(content: Mapping[str, Any]) -> str:
     from benchmarks.terrain_report import tables
 
     return tables(content)
-
-
-def _roundings(content: Mapping[str, Any]) -> str:
-    from benchmarks.roundings_report import table
-
-    return table(content["results"]).markdown()
-
-
-def _verdicts(content: Mapping[str, Any]) -> str:
-    from benchmarks.verdicts_report import page
-
-    return page(content)
-
-
-def _oracles(content: Mapping[str, Any]) -> str:
-    from benchmarks.oracles.report import page
-
-    return page(content)
 
 
 def _builds(content: Mapping[str, Any]) -> str:
@@ -168,42 +143,42 @@ QUESTIONS = {
         "What the papers claim, over several calibrations",
         "python -m benchmarks.verdicts --model digits",
         "2026-11-29",
-        _verdicts,
+        _rows("verdicts_report"),
     ),
     "held-against-the-authors-code": Question(
         "oracles.json",
         "Held against the authors' own code",
         "python -m benchmarks.oracles.run qdiffusion --checkout q-diffusion --seeds 0 1 2",
         "2026-11-29",
-        _oracles,
+        _rows("oracles.report"),
     ),
     "roundings-quality-against-time": Question(
         "roundings.json",
         "Roundings: quality against time",
         "python -m benchmarks.roundings --model digits",
         "2026-11-29",
-        _roundings,
+        _rows("roundings_report"),
     ),
     "how-good-are-few-bits": Question(
         "four-bits.json",
         "How good are few bits: W8A8, W4A8, blocks and W4A4 over three calibrations?",
         "python -m benchmarks.four_bits",
         "2026-11-29",
-        _few_bits,
+        _rows("four_bits_report"),
     ),
     "how-fast-are-products-in-blocks": Question(
         "block-products.json",
         "How fast are products in blocks, by precision and by group of activations?",
         "python -m benchmarks.block_products",
         "2026-11-29",
-        _products,
+        _rows("block_products_report"),
     ),
     "what-do-rotations-and-branches-cost": Question(
         "branch-cost.json",
         "What do rotations and low-rank branches cost in a call?",
         "python -m benchmarks.branch_cost",
         "2026-11-29",
-        _branches,
+        _rows("branch_cost_report"),
     ),
     "what-do-weights-in-blocks-give": Question(
         "blocks-digits-dit.json",
@@ -304,16 +279,21 @@ def readme(text: str) -> str:
     """The README with its table of pipelines, from their results file."""
     from benchmarks.pipeline_report import headline
 
-    content = json.loads((RESULTS / "pipeline-sd217.json").read_text(encoding="utf-8"))
-    before, _, rest = text.partition(_TABLE)
-    return f"{before}{_TABLE}\n{headline(content)}{_END}{rest.partition(_END)[2]}"
+    return _with_table(
+        text, headline(json.loads((RESULTS / "pipeline-sd217.json").read_text(encoding="utf-8")))
+    )
 
 
 def four_bits(text: str) -> str:
     """The page about four bits with its table, from the results file."""
     content = json.loads((RESULTS / "four-bits.json").read_text(encoding="utf-8"))
+    return _with_table(text, _rows("four_bits_report")(content))
+
+
+def _with_table(text: str, table: str) -> str:
+    """A page with another table between its marks."""
     before, _, rest = text.partition(_TABLE)
-    return f"{before}{_TABLE}\n{_few_bits(content)}{_END}{rest.partition(_END)[2]}"
+    return f"{before}{_TABLE}\n{table}{_END}{rest.partition(_END)[2]}"
 
 
 def pages() -> dict[Path, str]:

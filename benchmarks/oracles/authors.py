@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,11 +150,6 @@ def _place(layer: str, ours: nn.Module) -> str:
     return place.path
 
 
-def paths_of(network: nn.Module, ours: nn.Module, kinds: Any) -> dict[str, str]:
-    """The diffusers path of each of the checkout's layers of some kinds, by its name in the checkout's network."""
-    return {name: _place(name, ours) for name, layer in network.named_modules() if isinstance(layer, kinds)}
-
-
 class Untouched(nn.Module):
     """Hides a layer from the quantizers, which replace convolutions and linear layers that they find."""
 
@@ -168,11 +163,21 @@ class Untouched(nn.Module):
         return self.hidden[0](x)  # type: ignore[no-any-return]
 
 
-def hide(network: nn.Module, names: Iterable[str]) -> None:
-    """Leave layers in float."""
-    for name in names:
-        head, _, last = name.rpartition(".")
-        setattr(network.get_submodule(head), last, Untouched(network.get_submodule(name)))
+def network_with(diffusion: ModuleType, ours: nn.Module, quantized: Collection[str] | None) -> nn.Module:
+    """`ddim_network`, of which some layers are hidden.
+
+    Args:
+        diffusion: the checkout's module ``ddim.models.diffusion``.
+        ours: the diffusers network.
+        quantized: diffusers paths of the layers that the code gets to see; all, if None.
+    """
+    network = ddim_network(diffusion, ours)
+    layers = [name for name, layer in network.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    for name in layers:
+        if quantized is not None and _place(name, ours) not in quantized:
+            head, _, last = name.rpartition(".")
+            setattr(network.get_submodule(head), last, Untouched(network.get_submodule(name)))
+    return network
 
 
 class Passing(nn.Module):
@@ -183,9 +188,25 @@ class Passing(nn.Module):
         self.n_bits = 16
         self.level = 2**16
         self.running_stat = False
-        self.delta = nn.Parameter(torch.zeros(()))
+        self.delta = torch.zeros(
+            (), requires_grad=True
+        )  # for optimisers alone: no parameter, so it is not saved
         self.zero_point = None
 
     def forward(self, x: Tensor) -> Tensor:
         """The same values."""
         return x
+
+
+def leave_attention(network: nn.Module, kind: type[nn.Module], word: str) -> None:
+    """Leave q, k, v and the softmax output in float.
+
+    Args:
+        network: quantized by the authors' code.
+        kind: its class of attentions.
+        word: what the names of its quantizers begin with.
+    """
+    for module in network.modules():
+        if isinstance(module, kind):
+            for letter in "qkvw":
+                setattr(module, f"{word}_{letter}", Passing())

@@ -12,7 +12,7 @@ class Budget:
     Attributes:
         weight_bits: of asymmetric weights.
         activation_bits: of asymmetric activations.
-        rounding: steps for each unit's roundings; 0 rounds to nearest.
+        rounding: steps for each unit's roundings.
         scales: steps for each unit's activation scales.
         batch: rows of a step.
     """

@@ -8,15 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.oracles.authors import (
-    Passing,
-    Quantized,
-    ddim_network,
-    hide,
-    import_from,
-    on_the_cpu,
-    paths_of,
-)
+from benchmarks.oracles.authors import Quantized, import_from, leave_attention, network_with, on_the_cpu
 from benchmarks.oracles.budget import Budget
 
 
@@ -39,10 +31,7 @@ def quantize(
         checkout, "ddim.models.diffusion", *(f"qdiff.{name}" for name in names)
     )
     logging.getLogger("qdiff").setLevel(logging.WARNING)
-    network = ddim_network(diffusion, ours)
-    if quantized is not None:
-        paths = paths_of(network, ours, (nn.Conv2d, nn.Linear))
-        hide(network, [name for name, path in paths.items() if path not in quantized])
+    network = network_with(diffusion, ours, quantized)
     weights = {"n_bits": budget.weight_bits, "channel_wise": True, "scale_method": "max"}
     activations = {
         "n_bits": budget.activation_bits, "symmetric": False, "channel_wise": False, "scale_method": "max",
@@ -53,10 +42,7 @@ def quantize(
             model=network, weight_quant_params=weights, act_quant_params=activations, sm_abit=8
         ).eval()
         if quantized is not None:
-            for module in found.modules():
-                if isinstance(module, block.QuantAttnBlock):
-                    for letter in "qkvw":
-                        setattr(module, f"act_quantizer_{letter}", Passing())
+            leave_attention(found, block.QuantAttnBlock, "act_quantizer")
         found.set_quant_state(True, False)
         with torch.no_grad():
             found(x[:8], t[:8])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from statistics import mean
 from typing import Any
 
@@ -40,11 +39,6 @@ def table(records: list[dict[str, Any]]) -> Table:
             ]
         )
     return Table(head, rows)
-
-
-def page(content: Mapping[str, Any]) -> str:
-    """The table as Markdown."""
-    return table(content["results"]).markdown()
 
 
 def _spread(values: list[float]) -> str:

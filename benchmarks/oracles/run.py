@@ -6,8 +6,8 @@
 
 Both see the same rows and are measured on the same calls of images that neither has seen: SQNR against full
 precision, median over timesteps, pooled, and of the worst timestep. Seconds are of the processor, one thread.
-Results are added to ``--output``. What the authors' code saves is imported as a checkpoint of ours, and has to
-compute the same: its SQNR against the authors' network is kept, too.
+Results are added to ``--output``. With ``--coverage paper``, what the authors' code saves is imported as a checkpoint
+of ours, and has to compute the same: its SQNR against the authors' network is kept, too.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from benchmarks.oracles import qdiffusion, tfmq
 from benchmarks.oracles.authors import Network, Quantized
 from benchmarks.oracles.budget import Budget
 from benchmarks.oracles.report import table
-from benchmarks.roundings import figures, predictions
+from benchmarks.roundings import figures
 from qdeploy.calibration_set.collect import collect
 from qdeploy.calibration_set.dataset import CalibrationSet
 from qdeploy.model.folder import open_model, read_json
 from qdeploy.model.sampling import COLLECTING
+from qdeploy.network.roles import find_structure
 from qdeploy.quant.checkpoint import load_checkpoint
-from qdeploy.quant.layer import QuantizedLayer
 from qdeploy.quant.modes import weights_only
+from qdeploy.recipe.coverage import covered, find_coverage
 from qdeploy.store.files import write_json
 from qdeploy.system.machine import machine
-from qdeploy.system.memory import peak_memory
 from qdeploy.workflows.calibrate import calibrate
 from qdeploy.workflows.import_checkpoint import import_checkpoint
 
@@ -61,17 +61,12 @@ def outputs(network: Network, x: Tensor, t: Tensor) -> Tensor:
         return torch.cat([network(x[part], t[part]) for part in torch.arange(len(x)).split(64)])
 
 
-def measured(output: Tensor, t: Tensor, reference: Tensor) -> dict[str, float]:
-    """Figures of predictions for held-out rows."""
-    return {key: round(value, 1) for key, value in figures(reference, output, t).items()}
-
-
 def imported(saved: Mapping[str, Any], method: str, timesteps: list[float], place: Path) -> Network:
     """The checkpoint that `qdeploy import-checkpoint` makes of what the authors' code saves."""
     file = place.with_suffix(".pth")
     torch.save(saved, file)
     made = import_checkpoint(file, MODEL, place, method=method, timesteps=timesteps, overwrite=True)
-    return _as_function(load_checkpoint(made).eval())
+    return as_function(load_checkpoint(made).eval())
 
 
 def main() -> None:
@@ -84,9 +79,7 @@ def main() -> None:
     parser.add_argument("--bits", default="w4a8", choices=["w4a8", "w8a8"])
     parser.add_argument("--coverage", default="portable", help="of ours; `paper` is the authors' own")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument(
-        "--rounding", type=int, default=500, help="steps for each unit's roundings; 0: to nearest"
-    )
+    parser.add_argument("--rounding", type=int, default=500, help="steps for each unit's roundings")
     parser.add_argument("--scales", type=int, default=100, help="steps for each unit's activation scales")
     parser.add_argument("--images", type=int, default=32, help="calibration images, 20 calls of each")
     parser.add_argument("--held-images", type=int, default=32)
@@ -96,82 +89,115 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/oracles"))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/oracles.json"))
     given = parser.parse_args()
-    kept = read_json(given.output)["results"] if given.output.exists() else []
+    content = read_json(given.output) if given.output.exists() else {"results": []}
+    kept = content["results"]
     if given.method == "table":
         print(table(kept).markdown())
         return
     torch.set_num_threads(1)
     for seed in given.seeds:
-        for who in ("ours", "theirs"):
-            if given.only in (None, who) and (record := measure(who, seed, given)) is not None:
-                kept.append(record)
-                print(record, flush=True)
-                write_json(given.output, {"machine": machine(), "results": kept})
+        rows = Rows(seed, given)
+        for who, side in (("ours", by_us), ("theirs", by_the_authors)):
+            if given.only in (None, who):
+                asked = {
+                    "method": given.method,
+                    "bits": given.bits,
+                    "coverage": given.coverage,
+                    "seed": seed,
+                    "who": who,
+                }
+                kept.append({**asked, "steps": [given.rounding, given.scales], **side(seed, rows, given)})
+                print(kept[-1], flush=True)
+                write_json(given.output, {**content, "machine": machine()})
     print(table(kept).text())
 
 
-def measure(who: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
-    """One calibration by one side."""
-    given.work.mkdir(parents=True, exist_ok=True)
-    sampling = replace(COLLECTING, steps=50, scheduler="ddim", batch=32, seed=1000 * seed)
-    data = collect(MODEL, given.work / f"set-{seed}-{given.images}", sampling, keep=20, samples=given.images)
-    unseen = collect(
-        MODEL, given.work / f"held-{given.held_images}", replace(sampling, seed=77_000), keep=20,
-        samples=given.held_images,
-    )  # fmt: skip
-    model = open_model(MODEL).load().float().eval()
-    held = CalibrationSet.open(unseen.path)
-    reference = predictions(model, held)
-    held_x, held_t = rows_of(held)
-    order = torch.argsort(held.timesteps.flatten().float(), descending=True, stable=True)
-    reference = reference[order]
-    weight_bits, activation_bits = int(given.bits[1]), int(given.bits[3])
-    coverage = f"{given.method}-paper" if given.coverage == "paper" else given.coverage
-    ours = given.work / f"ours-{given.method}-{given.bits}-{coverage}-{seed}-{given.rounding}-{given.groups}"
-    effort = f"fast,rows={20 * given.images},batch=32"
-    if given.rounding:
-        effort += f",rounding={given.rounding},scales={given.scales}"
+class Rows:
+    """What both sides calibrate on and are measured on, of one seed.
+
+    Args:
+        seed: of the calibration images; those that are held out are always the same.
+        given: the command line.
+    """
+
+    def __init__(self, seed: int, given: argparse.Namespace) -> None:
+        given.work.mkdir(parents=True, exist_ok=True)
+        sampling = replace(COLLECTING, steps=50, scheduler="ddim", batch=32)
+        self.set = collect(
+            MODEL, given.work / f"set-{seed}-{given.images}", replace(sampling, seed=1000 * seed), keep=20,
+            samples=given.images,
+        )  # fmt: skip
+        unseen = collect(
+            MODEL, given.work / f"held-{given.held_images}", replace(sampling, seed=77_000), keep=20,
+            samples=given.held_images,
+        )  # fmt: skip
+        self.model = open_model(MODEL).load().float().eval()
+        self.data = CalibrationSet.open(self.set.path)
+        self.held = rows_of(CalibrationSet.open(unseen.path))
+        self.reference = outputs(as_function(self.model), *self.held)
+
+    def measured(self, network: Network) -> dict[str, float]:
+        """Figures of a network on the held-out rows."""
+        return self.between(outputs(network, *self.held), self.reference)
+
+    def between(self, output: Tensor, reference: Tensor) -> dict[str, float]:
+        """Figures of predictions for the held-out rows against others."""
+        return {key: round(value, 1) for key, value in figures(reference, output, self.held[1]).items()}
+
+
+def by_us(seed: int, rows: Rows, given: argparse.Namespace) -> dict[str, Any]:
+    """Calibrate, and measure the simulation."""
+    coverage = coverage_of(given)
+    place = given.work / f"ours-{given.method}-{given.bits}-{coverage}-{seed}-{given.rounding}-{given.groups}"
     began = time.process_time()
     checkpoint = calibrate(
-        MODEL, ours, recipe=given.recipe, method=None if given.recipe else given.method,
-        weights=f"uint{weight_bits}", activations=f"uint{activation_bits}", coverage=coverage, target="simulated",
-        calibration=data, seed=seed, effort=effort,
-        timestep_groups=given.groups,
+        MODEL, place, recipe=given.recipe, method=None if given.recipe else given.method,
+        weights=f"uint{given.bits[1]}", activations=f"uint{given.bits[3]}", coverage=coverage, target="simulated",
+        calibration=rows.set, seed=seed, timestep_groups=given.groups,
+        effort=f"fast,rows={20 * given.images},batch=32,rounding={given.rounding},scales={given.scales}",
     )  # fmt: skip
     seconds = time.process_time() - began
     quantized = load_checkpoint(checkpoint).eval()
-    record: dict[str, Any] = {
-        "method": given.method,
-        "bits": given.bits,
-        "coverage": given.coverage,
-        "seed": seed,
-        "who": who,
-        "steps": [given.rounding, given.scales],
+    network = as_function(quantized)
+    with weights_only(quantized):
+        alone = rows.measured(network)
+    return {
+        "recipe": given.recipe or given.method,
+        "groups": given.groups,
+        "weights alone": alone,
+        given.bits: rows.measured(network),
+        "cpu_seconds": round(seconds),
     }
-    if who == "ours":
-        record |= {"recipe": given.recipe or given.method, "groups": given.groups}
-        network = _as_function(quantized)
-        with weights_only(quantized):
-            record["weights alone"] = measured(outputs(network, held_x, held_t), held_t, reference)
-    else:
-        torch.manual_seed(seed)
-        layers = {name for name, layer in quantized.named_modules() if isinstance(layer, QuantizedLayer)}
-        x, t = rows_of(CalibrationSet.open(data.path))
-        budget = Budget(weight_bits, activation_bits, given.rounding, given.scales)
-        began = time.process_time()
-        paper = given.coverage == "paper"
-        made = AUTHORS[given.method](given.checkout, model, x, t, budget, None if paper else layers)
-        seconds = time.process_time() - began
-        network = made.network
-        place = given.work / f"theirs-{given.method}-{given.bits}-{coverage}-{seed}"
-        descending = t.unique().flip(0).tolist()
-        again = outputs(imported(made.saved, given.method, descending, place), held_x, held_t)
-        record["imported"] = measured(again, held_t, outputs(network, held_x, held_t))
-    record[given.bits] = measured(outputs(network, held_x, held_t), held_t, reference)
-    return record | {"cpu_seconds": round(seconds), "peak_gb": round((peak_memory() or 0) / 1e9, 2)}
 
 
-def _as_function(network: nn.Module) -> Network:
+def by_the_authors(seed: int, rows: Rows, given: argparse.Namespace) -> dict[str, Any]:
+    """Let their code quantize, measure its network, and import what it saves where it is what their script writes."""
+    layers = None
+    if given.coverage != "paper":
+        structure = find_structure(rows.model, rows.data.inputs([0]))
+        layers = {layer.path for layer in covered(structure, find_coverage(given.coverage))}
+    budget = Budget(int(given.bits[1]), int(given.bits[3]), given.rounding, given.scales)
+    x, t = rows_of(rows.data)
+    torch.manual_seed(seed)
+    began = time.process_time()
+    made = AUTHORS[given.method](given.checkout, rows.model, x, t, budget, layers)
+    seconds = time.process_time() - began
+    theirs = outputs(made.network, *rows.held)
+    found = {given.bits: rows.between(theirs, rows.reference), "cpu_seconds": round(seconds)}
+    if layers is None:  # the file then is what their script writes
+        place = given.work / f"theirs-{given.method}-{given.bits}-{seed}"
+        again = outputs(imported(made.saved, given.method, t.unique().flip(0).tolist(), place), *rows.held)
+        found["imported"] = rows.between(again, theirs)
+    return found
+
+
+def coverage_of(given: argparse.Namespace) -> str:
+    """The name of our coverage."""
+    return f"{given.method}-paper" if given.coverage == "paper" else str(given.coverage)
+
+
+def as_function(network: nn.Module) -> Network:
+    """A diffusers network as the authors' are called."""
     return lambda x, t: network(sample=x, timestep=t).sample  # type: ignore[no-any-return]
 
 

@@ -9,15 +9,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from benchmarks.oracles.authors import (
-    Passing,
-    Quantized,
-    ddim_network,
-    hide,
-    import_from,
-    on_the_cpu,
-    paths_of,
-)
+from benchmarks.oracles.authors import Quantized, import_from, leave_attention, network_with, on_the_cpu
 from benchmarks.oracles.budget import Budget
 
 
@@ -40,10 +32,7 @@ def quantize(
         checkout, "ddim.models.diffusion", *(f"quant.{name}" for name in names), beside=("stable-diffusion",)
     )
     logging.getLogger("quant").setLevel(logging.WARNING)
-    network = ddim_network(diffusion, ours)
-    if quantized is not None:
-        paths = paths_of(network, ours, (nn.Conv2d, nn.Linear))
-        hide(network, [name for name, path in paths.items() if path not in quantized])
+    network = network_with(diffusion, ours, quantized)
     weights = {"bits": budget.weight_bits, "channel_wise": True, "scaler": layer.Scaler.MSE}
     activations = {
         "bits": budget.activation_bits, "channel_wise": False, "scaler": layer.Scaler.MSE, "leaf_param": True
@@ -56,10 +45,7 @@ def quantize(
             model=network, wq_params=weights, aq_params=activations, softmax_a_bit=8, aq_mode=modes
         ).eval()
         if quantized is not None:
-            for module in found.modules():
-                if isinstance(module, block.QuantAttnBlock):
-                    for letter in "qkvw":
-                        setattr(module, f"aqtizer_{letter}", Passing())
+            leave_attention(found, block.QuantAttnBlock, "aqtizer")
         with patch.object(torch, "save", lambda made, path: tables.append(made)):
             calibration.cali_model(
                 qnn=found, use_aq=True, path="kept", running_stat=True, interval=per_timestep, w_cali_data=(x, t),

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten
 
 from qdeploy.calibrate.record_units import RecordedRows, UnitRun, to_device
 from qdeploy.network.current_timestep import CurrentTimestep
-from qdeploy.system.processes import add_up, are_together, is_main_process, of_the_first, own_share
+from qdeploy.system.processes import add_up, are_together, leads, of_the_first, own_share
 
 
 def output_error(output: Any, target: Any, p: float) -> Tensor:
@@ -115,7 +115,7 @@ def optimize(
         own = chosen[own_share()]
         loss = problem.error(problem.learn[own], p) * (len(own) / len(chosen))
         extra = penalty(iteration)
-        if extra is not None and (is_main_process() or not are_together()):
+        if extra is not None and leads():
             loss = loss + extra
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -60,6 +60,41 @@ def profile_strings(profile: Profile) -> dict[str, str]:
     return {"min": join("least"), "opt": join("tuned"), "max": join("largest")}
 
 
+def kept_kernels(backend: str, folder: Path, suffix: str = "") -> Path:
+    """The cache folder of what a backend compiles of a graph, which an artifact's own folder must not hold.
+
+    Args:
+        backend: its name.
+        folder: of the graph.
+        suffix: what else it belongs to, such as the GPU.
+    """
+    parts = {name: folder / name for name in (plain.MODEL, plain.WEIGHTS) if (folder / name).is_file()}
+    cache = cache_folder() / backend / f"{sha256_files(parts)[:32]}{suffix}"
+    cache.mkdir(parents=True, exist_ok=True)
+    return cache
+
+
+def one_profile(backend: str, graph: Path, batch: int, shapes: str | None) -> dict[str, str]:
+    """The shapes that a graph is compiled for, in the provider's form.
+
+    Args:
+        backend: its name, for messages.
+        graph: the ONNX file.
+        batch: the number of samples to tune for, where no shapes are given.
+        shapes: as ``--shapes`` has them.
+
+    Raises:
+        UsageError: they do not fit the graph, or are several profiles.
+        InvalidInputError: the graph cannot be read.
+    """
+    inputs = read_graph(graph).inputs
+    profiles = [default_profile(inputs, batch)] if shapes is None else parse_shapes(shapes)
+    if len(profiles) != 1:
+        raise UsageError(f"{backend} takes one profile: leave out | in --shapes")
+    check_profiles(profiles, inputs)
+    return profile_strings(profiles[0])
+
+
 class ONNXRuntimeTensorRTEngine(plain.ONNXRuntimeEngine):
     """A graph on ONNX Runtime's TensorRT provider, inputs and outputs in the machine's memory.
 
@@ -72,12 +107,8 @@ class ONNXRuntimeTensorRTEngine(plain.ONNXRuntimeEngine):
 
     def __init__(self, spec: EngineSpec, threads: int | None = None) -> None:
         require()
-        folder = spec.component_folder
-        profile = json.loads((folder / PROFILE).read_text())
-        # Plans belong to a machine, and an artifact's folder must not change.
-        parts = {name: folder / name for name in (plain.MODEL, plain.WEIGHTS) if (folder / name).is_file()}
-        cache = cache_folder() / self.backend / f"{sha256_files(parts)[:32]}-sm{find_gpu().sm}"
-        cache.mkdir(parents=True, exist_ok=True)
+        profile = json.loads((spec.component_folder / PROFILE).read_text())
+        cache = kept_kernels(self.backend, spec.component_folder, f"-sm{find_gpu().sm}")
         self.providers = (
             (PROVIDER, provider_options(profile, cache)),
             "CUDAExecutionProvider",
@@ -104,11 +135,7 @@ def build(
     """
     from qdeploy.engines.tensorrt.half import halve
 
-    graph = read_graph(onnx_path)
-    profiles = [default_profile(graph.inputs, batch)] if shapes is None else parse_shapes(shapes)
-    if len(profiles) != 1:
-        raise UsageError("onnxruntime-tensorrt takes one profile: leave out | in --shapes")
-    check_profiles(profiles, graph.inputs)
+    profile = one_profile(ONNXRuntimeTensorRTEngine.backend, onnx_path, batch, shapes)
     folder.mkdir(parents=True, exist_ok=True)
     if precision == "f32":
         for name in (plain.MODEL, plain.WEIGHTS):
@@ -116,7 +143,7 @@ def build(
                 shutil.copyfile(onnx_path.parent / name, folder / name)
     else:
         halve(onnx_path, folder / plain.MODEL, precision)
-    (folder / PROFILE).write_text(json.dumps(profile_strings(profiles[0])))
+    (folder / PROFILE).write_text(json.dumps(profile))
 
 
 def require() -> None:

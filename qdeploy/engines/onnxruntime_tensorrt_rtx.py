@@ -11,21 +11,18 @@ from __future__ import annotations
 import json
 import tempfile
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qdeploy.engines import onnxruntime as plain
 from qdeploy.engines.base import UNKNOWN, Kernel, why
-from qdeploy.engines.onnxruntime_tensorrt import PROFILE, profile_strings
+from qdeploy.engines.onnxruntime_tensorrt import PROFILE, kept_kernels, one_profile
 from qdeploy.engines.registry import Backend
 from qdeploy.engines.tensorrt.adapted import adapted
 from qdeploy.engines.tensorrt.flavour import DIALECTS, RTX
-from qdeploy.engines.tensorrt.graph import read_graph
-from qdeploy.engines.tensorrt.profiles import check_profiles, default_profile, parse_shapes
-from qdeploy.store.paths import cache_folder
-from qdeploy.system.errors import CapabilityError, InvalidInputError, UsageError
+from qdeploy.system.errors import CapabilityError, InvalidInputError
 from qdeploy.system.gpu import require_gpu
-from qdeploy.system.hashing import sha256_files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,11 +63,8 @@ class ONNXRuntimeTensorRTRTXEngine(plain.ONNXRuntimeEngine):
 
     def __init__(self, spec: EngineSpec, threads: int | None = None) -> None:
         require()
-        folder = spec.component_folder
-        parts = {name: folder / name for name in (plain.MODEL, plain.WEIGHTS) if (folder / name).is_file()}
-        self._cache = cache_folder() / self.backend / sha256_files(parts)[:32]
-        self._cache.mkdir(parents=True, exist_ok=True)
-        self._profile: dict[str, str] = json.loads((folder / PROFILE).read_text())
+        self._cache = kept_kernels(self.backend, spec.component_folder)
+        self._profile: dict[str, str] = json.loads((spec.component_folder / PROFILE).read_text())
         super().__init__(spec, threads)
 
     def _load(self, options: Any) -> Any:
@@ -103,12 +97,7 @@ def build(
 
     from qdeploy.engines.tensorrt.half import halve
 
-    graph = read_graph(onnx_path)
-    default = default_profile(graph.inputs, batch)
-    profiles = ([default] if default else []) if shapes is None else parse_shapes(shapes)
-    if len(profiles) > 1:
-        raise UsageError("onnxruntime-tensorrt-rtx takes one profile: leave out | in --shapes")
-    check_profiles(profiles, graph.inputs)
+    profile = one_profile(ONNXRuntimeTensorRTRTXEngine.backend, onnx_path, batch, shapes)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         path = adapted(RTX, onnx_path, Path(scratch), precision)
@@ -116,8 +105,7 @@ def build(
             ir.save(ir.load(path), folder / plain.MODEL, external_data=plain.WEIGHTS)
         else:
             halve(path, folder / plain.MODEL, precision)
-    strings = profile_strings(profiles[0]) if profiles else {}
-    (folder / PROFILE).write_text(json.dumps(strings))
+    (folder / PROFILE).write_text(json.dumps(profile))
 
 
 def require() -> None:
@@ -146,7 +134,7 @@ def devices() -> list[Any]:
     found = _of_plugin(onnxruntime)
     if not found:
         try:
-            plugin = __import__(PACKAGE)
+            plugin = import_module(PACKAGE)
             onnxruntime.register_execution_provider_library(plugin.get_ep_name(), plugin.get_library_path())
         except Exception as error:  # a missing package, and ONNX Runtime's exceptions
             raise CapabilityError(f"ONNX Runtime cannot load NVIDIA's plugin: {why(error)}") from error

@@ -57,6 +57,11 @@ def are_together() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def leads() -> bool:
+    """Whether this process does what one alone does of those that work together; any that works alone does."""
+    return is_main_process() or not are_together()
+
+
 def own_share() -> slice:
     """Which of some rows are this process's: every N-th where N processes work together, else all."""
     return slice(process_rank(), None, process_count()) if are_together() else slice(None)

@@ -38,7 +38,7 @@ from qdeploy.system.machine import int8_sums_saturate
 from qdeploy.system.plugins import code_of
 from qdeploy.system.processes import (
     are_together,
-    is_main_process,
+    leads,
     of_the_first,
     process_count,
     working_together,
@@ -238,7 +238,7 @@ def _run(
     """The checkpoint, by this process or by those that work together."""
     together = are_together()
     if not dry_run:
-        done = draft.finished() if is_main_process() or not together else None
+        done = draft.finished() if leads() else None
         if of_the_first(done is not None):
             return done or open_artifact(draft.output, Checkpoint)
     streamed = isinstance(data, ExampleRows) and device == "cpu" and not dry_run

@@ -50,7 +50,7 @@ def test_ranges_and_roundings_are_those_of_the_cpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "part", [0, *(pytest.param(part, marks=pytest.mark.field) for part in range(1, PARTS))]
 )
-def test_presets_run_there_and_copies_nothing_while_it_learns(part: int, tmp_path: Path) -> None:
+def test_presets_run_there_and_copy_nothing_while_they_learn(part: int, tmp_path: Path) -> None:
     names = [name for name in presets() if name not in LEFT_OUT][part::PARTS]
     found = run(tmp_path, *names)
     assert list(found) == names

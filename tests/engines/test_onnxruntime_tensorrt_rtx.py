@@ -17,6 +17,7 @@ import pytest
 import torch
 from click.testing import Result
 
+from qdeploy.engines import onnxruntime_tensorrt as shared
 from qdeploy.engines import onnxruntime_tensorrt_rtx as module
 from qdeploy.engines.onnxruntime_tensorrt_rtx import ONNXRuntimeTensorRTRTXEngine, build
 from qdeploy.engines.registry import backends
@@ -96,7 +97,7 @@ def test_a_plugin_that_takes_a_part_alone_is_refused_and_nothing_runs_on_the_pro
     monkeypatch.setattr(module, "require", lambda: None)
     monkeypatch.setattr(module, "devices", lambda: cpu)
     monkeypatch.setattr(module, "provider_options", lambda profile, cache: {})
-    monkeypatch.setattr(module, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(shared, "cache_folder", lambda: tmp_path / "cache")
     spec = engine_of(graph, tmp_path / "engine", "f32")
     with pytest.raises(InvalidInputError, match=r"cannot run all of .*CPU"):
         ONNXRuntimeTensorRTRTXEngine(spec, 1)

@@ -106,49 +106,45 @@ def plain_graph(graph: Path, work: Path) -> Path:
 def _texts(model: onnx.ModelProto) -> Iterator[str | bytes]:
     """Names in a model; the parser leaves those as bytes that are not UTF-8."""
     yield from (entry.domain for entry in model.opset_import)
-    for graph in (
-        model.graph,
-        *(attribute.g for node in _nodes(model.graph.node) for attribute in node.attribute),
-    ):
-        values = (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
-        yield from (value.name for value in values)
-    for node in (
-        *_nodes(model.graph.node),
-        *(inner for each in model.functions for inner in _nodes(each.node)),
-    ):
+    for graph in _graphs(model):
+        for values in (graph.input, graph.output, graph.value_info, graph.initializer):
+            yield from (value.name for value in values)
+    for node in _nodes(model):
         yield from (node.op_type, node.domain, node.name, *node.input, *node.output)
         yield from (attribute.name for attribute in node.attribute)
 
 
-def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    for node in nodes:
-        yield node
-        for attribute in node.attribute:
-            for graph in (attribute.g, *attribute.graphs):
-                yield from _nodes(graph.node)
-
-
 def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Every tensor of a model: of its graph, of inner graphs, and of its functions."""
-    yield from _of_graph(model.graph)
-    for function in model.functions:
-        yield from _of_nodes(function.node)
-
-
-def _of_graph(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    yield from _of_nodes(graph.node)
-
-
-def _of_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
-    for node in nodes:
+    for graph in _graphs(model):
+        yield from graph.initializer
+        for sparse in graph.sparse_initializer:
+            yield from (sparse.values, sparse.indices)
+    for node in _nodes(model):
         for attribute in node.attribute:
             if attribute.HasField("t"):
                 yield attribute.t
             yield from attribute.tensors
-            if attribute.HasField("g"):
-                yield from _of_graph(attribute.g)
-            for graph in attribute.graphs:
-                yield from _of_graph(graph)
+
+
+def _graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
+    """The graph of a model, and the inner graphs of all nodes."""
+    yield model.graph
+    for node in _nodes(model):
+        yield from _inner(node)
+
+
+def _nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    """Every node of a model: of its graph, of inner graphs, and of its functions."""
+    left = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    while left:
+        node = left.pop()
+        yield node
+        left += (inner for graph in _inner(node) for inner in graph.node)
+
+
+def _inner(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs

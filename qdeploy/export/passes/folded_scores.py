@@ -10,7 +10,7 @@ from onnx_ir.passes import InPlacePass, PassResult
 
 from qdeploy.export.graph import constant, producer
 from qdeploy.export.graph.writer import Writer
-from qdeploy.export.passes.scaled_scores import scaled_input
+from qdeploy.export.passes.scaled_scores import scaled_input, take_factors
 
 _MOVES = ("Reshape", "Transpose")
 
@@ -34,26 +34,18 @@ class FoldedScores(InPlacePass):
         for node in list(model.graph):
             if node.op_type != "MatMul":
                 continue
-            scaled = [scaled_input(value) for value in node.inputs]
-            first = scaled[0][0] if scaled[0] is not None else node.inputs[0]
-            projection = _projection(first) if any(scaled) else None
-            if projection is None:
-                continue
-            factor = np.float32(1)
-            for position, found in enumerate(scaled):
-                if found is not None:
-                    node.replace_input_with(position, found[0])
-                    factor *= found[1]
-            _fold(model, projection, factor)
-            modified = True
+            scaled = scaled_input(node.inputs[0])
+            projection = _projection(node.inputs[0] if scaled is None else scaled[0])
+            if projection is not None and (factor := take_factors(node)) is not None:
+                _fold(model, projection, factor)
+                modified = True
         return PassResult(model, modified)
 
 
 @dataclass(frozen=True)
 class _Projection:
-    """A quantized linear layer: its MatMul, the DequantizeLinear of its weight, and the Add of its bias, if any."""
+    """A quantized linear layer: the DequantizeLinear of its weight, and the Add of its bias, if any."""
 
-    product: ir.Node
     weight: ir.Node
     add: ir.Node | None
 
@@ -73,11 +65,11 @@ def _projection(value: ir.Value | None) -> _Projection | None:
     weight = producer(node.inputs[1])
     if weight is None or weight.op_type != "DequantizeLinear" or len(weight.outputs[0].uses()) != 1:
         return None
-    return None if constant(weight.inputs[1]) is None else _Projection(node, weight, add)
+    return None if constant(weight.inputs[1]) is None else _Projection(weight, add)
 
 
 def _alone(value: ir.Value | None) -> ir.Node | None:
-    """What computes a value for one reader alone; a Mul by the factor that is about to go does not count."""
+    """What computes a value, if it has one reader alone."""
     if value is None or value.is_graph_output():
         return None
     return producer(value) if len(value.uses()) == 1 else None

@@ -27,17 +27,26 @@ class ScaledScores(InPlacePass):
         for node in list(model.graph):
             if node.op_type != "MatMul" or node.outputs[0].is_graph_output():
                 continue
-            scaled = [scaled_input(value) for value in node.inputs]
-            if not any(scaled):
-                continue
-            factor = np.float32(1)
-            for position, found in enumerate(scaled):
-                if found is not None:
-                    node.replace_input_with(position, found[0])
-                    factor *= found[1]
-            _scale_output(model, node, factor)
-            modified = True
+            if (factor := take_factors(node)) is not None:
+                _scale_output(model, node, factor)
+                modified = True
         return PassResult(model, modified)
+
+
+def take_factors(node: ir.Node) -> np.float32 | None:
+    """Let a node read its inputs without the numbers that they are multiplied by.
+
+    Returns:
+        The product of those numbers; None if there is none.
+    """
+    scaled = {
+        place: found for place, value in enumerate(node.inputs) if (found := scaled_input(value)) is not None
+    }
+    factor = np.float32(1)
+    for position, (value, by) in scaled.items():
+        node.replace_input_with(position, value)
+        factor *= by
+    return factor if scaled else None
 
 
 def scaled_input(value: ir.Value | None) -> tuple[ir.Value, np.float32] | None:
