@@ -107,7 +107,7 @@ def add_profiles(builder: Any, config: Any, network: Any, profiles: Sequence[Pro
         native = builder.create_optimization_profile()
         for name, shapes in wanted.items():
             native.set_shape(name, shapes.least, shapes.tuned, shapes.largest)
-        if not native or config.add_optimization_profile(native) == -1:
+        if config.add_optimization_profile(native) == -1:
             raise InvalidInputError(f"TensorRT refuses profile {number}: {describe([wanted])}")
 
 

@@ -1,4 +1,4 @@
-"""Our builder and runtime, executed through the real bindings over a recording library.
+"""Our runtime, executed through the real bindings over a recording library.
 
 Run as a program, because mistakes at this border end processes: it prints which scenes failed, and how many native
 calls were recorded. A scene is a function whose name begins with ``scene``.
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from qdeploy.system.progress import verbosity
-from tests.engines.tensorrt import scenes_of_building, scenes_of_running
+from tests.engines.tensorrt import scenes_of_running
 from tests.engines.tensorrt.stage import library, scratch
 
 
@@ -23,12 +23,7 @@ def main() -> None:
     verbosity.level = 0
     failed: dict[str, str] = {}
     recorded = 0
-    scenes = {
-        name: scene
-        for module in (scenes_of_building, scenes_of_running)
-        for name, scene in vars(module).items()
-        if name.startswith("scene_")
-    }
+    scenes = {name: scene for name, scene in vars(scenes_of_running).items() if name.startswith("scene_")}
     for name, scene in scenes.items():
         print("running", name, file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as folder:

@@ -3,13 +3,69 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import onnx
+
+from qdeploy.engines.tensorrt import builder as building
 from qdeploy.engines.tensorrt import plan as plans
+from qdeploy.engines.tensorrt.child import Built
 from qdeploy.engines.tensorrt.execution import Execution
 from qdeploy.engines.tensorrt.inspector import read_layers, report
-from tests.engines.tensorrt.bench import ADA, SHAPES, FakeCuda, inputs, plan_folder
+from qdeploy.engines.tensorrt.logger import create, logger_of
+from qdeploy.engines.tensorrt.worker import PLAN, BuildRequest
+from tests.engines.tensorrt.bench import ADA, SHAPES, FakeCuda, inputs, plan_folder, write_graph
 from tests.engines.tensorrt.stage import execution, in_order, library, opened, refused, scratch, trt
+
+# -- what a build does on a machine with a GPU ------------------------------------------------------------------
+
+
+def built(request: BuildRequest, folder: Path) -> Built:
+    """The child process's part, which test_builder.py and test_rtx_builds.py show of the real builder."""
+    (folder / PLAN).write_bytes(b"PLAN of a test")
+    return Built(folder / PLAN, None, 0.0, None)
+
+
+def whole(folder: Path, **build_options: Any) -> dict[str, Any]:
+    """Build from a file, as the command line does; the sidecar."""
+    write_graph(folder / "model.onnx")
+    with (
+        mock.patch.object(building, "require_gpu", return_value=ADA),
+        mock.patch.object(building, "build_in_child", built),
+        library.failing(),
+    ):
+        building.build(folder / "model.onnx", folder / "engine", **build_options)
+    return json.loads((folder / "engine" / "plan.json").read_text())
+
+
+def scene_a_build_on_a_gpu_leaves_a_plan_with_its_facts_and_what_the_inspector_tells() -> None:
+    sidecar = whole(scratch.path, batch=3)
+    assert sidecar["tensorrt"] == "11.4.0.106"
+    assert sidecar["gpu"]["capability"] == "8.9"
+    assert sidecar["profiles"] == "sample:1x4x8x8,3x4x8x8,6x4x8x8"
+    assert sidecar["plan_bytes"] == 14
+    layers = json.loads((scratch / "engine" / "layers.json").read_text())
+    assert layers["source"] == "engine inspector"
+    assert layers["layers"][0]["Name"] == "body.conv"
+    assert layers["bytes"] == {"activations": 6000, "weights": 5000}
+    in_order("Runtime.deserialize 14", "Inspector.getEngineInformation 1", "~Engine", "~Runtime")
+
+
+def scene_a_stripped_build_keeps_the_weights_of_the_half_graph() -> None:
+    whole(scratch.path, precision="f16", strip_plan=True)
+    kept = onnx.load(scratch / "engine" / "weights" / "model.onnx")
+    assert [tensor.data_type for tensor in kept.graph.initializer] == [onnx.TensorProto.FLOAT16]
+    in_order("Runtime.deserialize", "ParserRefitter.refitFromFile model.onnx")
+
+
+def scene_a_builder_that_cannot_start_is_a_missing_capability() -> None:
+    logger = logger_of(trt)
+    refused(lambda: create(trt.Builder, logger, logger=logger), "cannot start", code=4)
+
 
 # -- opening -----------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""What scenes share: the library, a scratch folder, and short ways to build, open and call.
+"""What scenes share: the library, a scratch folder, and short ways to open and call.
 
 Runs beside the stand-in alone, where ``tensorrt`` is the shim before the real bindings.
 """
@@ -13,13 +13,10 @@ from typing import Any
 import pytest
 import tensorrt as trt
 
-from qdeploy.engines.tensorrt import builder as building
 from qdeploy.engines.tensorrt import plan as plans
 from qdeploy.engines.tensorrt.execution import Execution
-from qdeploy.engines.tensorrt.options import Options
-from qdeploy.engines.tensorrt.profiles import parse_shapes
 from qdeploy.system.errors import QDeployError
-from tests.engines.tensorrt.bench import ADA, GRAPH, SHAPES, FakeCuda, Library, plan_folder
+from tests.engines.tensorrt.bench import ADA, FakeCuda, Library, plan_folder
 
 
 class Scratch:
@@ -33,14 +30,6 @@ class Scratch:
 
 library = Library(Path(os.environ["STAND_IN"]))
 scratch = Scratch()
-
-
-def build(failure: str = "", shapes: str = SHAPES, **options: Any) -> bytes:
-    with library.failing(failure):
-        plan = building.build_plan(
-            trt, Path("model.onnx"), GRAPH, parse_shapes(shapes), Options(**options), ADA
-        )
-        return bytes(memoryview(plan))
 
 
 def refused(call: Callable[[], object], *words: str, code: int = 5) -> None:

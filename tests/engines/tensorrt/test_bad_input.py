@@ -12,9 +12,10 @@ import pytest
 from qdeploy.engines.build import build_engine
 from qdeploy.engines.tensorrt import builder
 from qdeploy.engines.tensorrt.flavour import FLAVOURS, Flavour
+from qdeploy.engines.tensorrt.plan import TRUST
 from qdeploy.engines.tensorrt.versions import load_tensorrt
 from qdeploy.engines.tensorrt_rtx import build
-from qdeploy.system.errors import CapabilityError
+from qdeploy.system.errors import CapabilityError, UsageError
 from tests.engines.bundles import write_bundle
 from tests.engines.tensorrt.real_builds import int4_linear, quantized_conv
 
@@ -62,4 +63,24 @@ def test_int8_convolutions_of_versions_that_have_none(
 def test_int4_on_turing(tmp_path: Path) -> None:
     with pytest.raises(CapabilityError, match="int4 needs sm80 or newer, and sm75 was asked for"):
         build(int4_linear(tmp_path / "model.onnx"), tmp_path / "engine", precision="f16", gpu="sm75")
+    assert not (tmp_path / "engine").exists()
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS.values(), ids=FLAVOURS)
+def test_shapes_that_the_graph_does_not_take(flavour: Flavour, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="names 'latents', but the graph takes sample, timestep") as caught:
+        builder.build(
+            quantized_conv(tmp_path / "model.onnx"),
+            tmp_path / "engine",
+            flavour=flavour,
+            shapes="latents:1x4x8x8",
+        )
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "engine").exists()
+
+
+def test_code_in_a_plan_that_nobody_trusts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(TRUST, raising=False)
+    with pytest.raises(CapabilityError, match=f"set {TRUST}=1"):
+        builder.build(quantized_conv(tmp_path / "model.onnx"), tmp_path / "engine", version_compatible=True)
     assert not (tmp_path / "engine").exists()

@@ -1,4 +1,4 @@
-"""Builder and runtime executed through TensorRT's real bindings; see `scenarios.py`."""
+"""The runtime, executed through TensorRT's real bindings; see `scenarios.py`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ def played(stand_in: StandIn) -> dict[str, object]:
 
 def test_every_scenario_holds(played: dict[str, object]) -> None:
     assert played["failed"] == {}
-    assert len(played["scenes"]) >= 25
+    assert len(played["scenes"]) >= 20
 
 
 def test_the_calls_were_really_native(played: dict[str, object]) -> None:
-    assert played["recorded"] > 250
+    assert played["recorded"] > 150
 
 
 def test_the_whole_engine_holds(stand_in: StandIn) -> None:

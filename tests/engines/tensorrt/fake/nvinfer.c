@@ -1,10 +1,11 @@
-/* A recording stand-in for TensorRT's libraries, behind the real Python bindings.
+/* A recording stand-in for TensorRT's runtime, behind the real Python bindings. It has no builder: the real one of
+ * TensorRT for RTX needs no GPU, and tests build with it.
  *
  * The library's C++ classes are {vtable of destructors, pointer to an implementation}; the bindings call slot n of
  * the implementation's vtable. Every slot that is not overridden below writes its class and number into the log and
  * returns 1. Overridden ones play a small engine: two inputs, one output, one failure at a time as the test asks.
- * Slot numbers were found by calling each method of the bindings and reading the log. Parsers and their errors are
- * plain virtual classes: the object is its own implementation.
+ * Slot numbers were found by calling each method of the bindings and reading the log. The parser that refits is a
+ * plain virtual class: the object is its own implementation.
  */
 #include <stdarg.h>
 #include <stdint.h>
@@ -22,7 +23,6 @@ typedef struct { int32_t count; int32_t pad; int64_t size[8]; } Dims;
 static char journal[1 << 18];
 static size_t used;
 static char failing[64];      /* what goes wrong, "" for nothing */
-static int changed;           /* dynamic */
 static Dims given[2];         /* shapes of the inputs that a context was told */
 static int known[2], bound[3];
 static void *memory_of[3];
@@ -36,7 +36,7 @@ static void note(const char *format, ...) {
 }
 const char *fake_journal(void) { return journal; }
 void fake_reset(const char *failure) {
-    used = 0; journal[0] = 0; changed = 0;
+    used = 0; journal[0] = 0;
     memset(known, 0, sizeof known); memset(bound, 0, sizeof bound);
     snprintf(failing, sizeof failing, "%s", failure);
 }
@@ -67,14 +67,14 @@ static Slot *table_of(const char *kind);
 static Object *make(const char *kind) {
     Impl *impl = calloc(1, 256);
     impl->table = table_of(kind); impl->kind = kind;
-    if (!strncmp(kind, "Parser", 6)) { note("+%s\n", kind); return (Object *)impl; }
+    if (!strcmp(kind, "ParserRefitter")) { note("+%s\n", kind); return (Object *)impl; }
     Object *object = calloc(1, 256);
     object->table = destructors; object->impl = impl; object->kind = kind; impl->face = object;
     note("+%s\n", kind);
     return object;
 }
 
-/* -- tensors: sample [-1,4,8,8] f32, timestep [] f32 or i64, out_sample like sample ---------------------------- */
+/* -- tensors: sample [-1,4,8,8] f32, timestep [], out_sample like sample, all f32 --------------------------------- */
 static const char *names[] = { "sample", "timestep", "out_sample" };
 static int find(const char *name) {
     for (int i = 0; i < 3; i++) if (!strcmp(names[i], name)) return i;
@@ -84,70 +84,7 @@ static Dims shape(int tensor, int64_t batch) {
     Dims dims = { tensor == 1 ? 0 : 4, 0, { batch, 4, 8, 8 } };
     return dims;
 }
-enum { FLOAT = 0, HALF = 1, INT64 = 8 };
-static long type_of(int tensor) {
-    if (tensor == 0 && fails("half input")) return HALF;
-    return tensor == 1 && fails("wrong type") ? INT64 : FLOAT;
-}
-
-static long tensor_name(Impl *self) { return (long)names[(long)self->kind[6] - '0']; }
-static long tensor_type(Impl *self) { return type_of(self->kind[6] - '0'); }
-static Dims *tensor_shape(Dims *out, Impl *self) { *out = shape(self->kind[6] - '0', -1); return out; }
 static long zero() { return 0; }
-
-/* -- building ------------------------------------------------------------------------------------------------- */
-static long network(Impl *self, long flags) { note("Builder.createNetwork %lx\n", flags); return fails("no network") ? 0 : (long)make("Network"); }
-static long config(Impl *self) { return (long)make("Config"); }
-static long profile(Impl *self) { return (long)make("Profile"); }
-static long build(Impl *self, Object *net, Object *conf) {
-    note("Builder.build %s %s\n", net->kind, conf->kind);
-    if (fails("no plan")) { complain("no tactic for node body.conv"); return 0; }
-    return (long)make("HostMemory");
-}
-static const char plan[] = "PLAN made by a fake";
-static long plan_data(Impl *self) { return (long)plan; }
-static long plan_size(Impl *self) { return sizeof plan - 1; }
-static long bytes(Impl *self) { return 2; /* DataType::kINT8 */ }
-static const char timings[] = "timings";
-static long cache_data(Impl *self) { return (long)timings; }
-static long cache_size(Impl *self) { return sizeof timings - 1; }
-static long inputs(Impl *self) { return 2; }
-static long input(Impl *self, int index) { return (long)make(index ? "Tensor1" : "Tensor0"); }
-static long output(Impl *self, int index) { return (long)make("Tensor2"); }
-static long one(Impl *self) { return 1; }
-static long flag(Impl *self, int number) { note("Config.setFlag %d\n", number); return 1; }
-static long pool(Impl *self, int kind, size_t bytes) { note("Config.setMemoryPoolLimit %d %zu\n", kind, bytes); return 1; }
-static long level(Impl *self, int value) { note("Config.setBuilderOptimizationLevel %d\n", value); return 1; }
-static long verbosity(Impl *self, int value) { note("Config.setProfilingVerbosity %d\n", value); return 1; }
-static long compatible(Impl *self, int value) { note("Config.setHardwareCompatibilityLevel %d\n", value); return 1; }
-static long aux(Impl *self, int value) { note("Config.setMaxAuxStreams %d\n", value); return 1; }
-static long add_profile(Impl *self, Object *p) { note("Config.addOptimizationProfile\n"); return fails("bad profile") ? -1 : 0; }
-static long create_cache(Impl *self, const void *blob, size_t size) { note("Config.createTimingCache %zu\n", size); return (long)make("TimingCache"); }
-static long set_cache(Impl *self, Object *cache, int ignore) { note("Config.setTimingCache %d\n", ignore); return !fails("foreign cache") || changed++; }
-static long get_cache(Impl *self) { return (long)make("TimingCache"); }
-static long combine(Impl *self, Object *other, int ignore) { note("TimingCache.combine %d\n", ignore); return 1; }
-static long serialize(Impl *self) { return (long)make("CacheMemory"); }
-static long dimensions(Impl *self, const char *name, int which, const Dims *dims) {
-    note("Profile.setDimensions %s %d", name, which);
-    for (int i = 0; i < dims->count; i++) note("%c%ld", i ? 'x' : ' ', (long)dims->size[i]);
-    note("\n");
-    return 1;
-}
-static long valid(Impl *self) { return !fails("invalid profile"); }
-static long monitor(Impl *self, void *m) { note("Config.setProgressMonitor %d\n", m != 0); return 1; }
-
-static long parse_file(Impl *self, const char *path) {
-    const char *slash = strrchr(path, '/');
-    note("Parser.parseFromFile %s%s\n", *path == '/' ? "/" : "", slash ? slash + 1 : path);
-    return !fails("parse");
-}
-static long errors(Impl *self) { return fails("parse") ? 1 : 0; }
-static long error(Impl *self, int index) { return (long)make("ParserError"); }
-static long error_code(Impl *self) { return 8; } /* UNSUPPORTED_NODE */
-static long error_text(Impl *self) { return (long)"no importer is registered for op Mystery"; }
-static long error_node(Impl *self) { return 3; }
-static long error_name(Impl *self) { return (long)"body.mystery"; }
-static long error_operator(Impl *self) { return (long)"Mystery"; }
 
 /* -- running -------------------------------------------------------------------------------------------------- */
 static long trusted(Impl *self, int value) { note("Runtime.setEngineHostCodeAllowed %d\n", value); return 1; }
@@ -159,7 +96,6 @@ static long deserialize(Impl *self, const char *blob, size_t size) {
 static long tensors(Impl *self) { return 3; }
 static long name_of(Impl *self, int index) { return (long)names[index]; }
 static long mode_of(Impl *self, const char *name) { return find(name) == 2 ? 2 : 1; }
-static long engine_type(Impl *self, const char *name) { return type_of(find(name)); }
 static long place_of(Impl *self, const char *name) { return fails("host input") && find(name) == 1; }
 static Dims *engine_shape(Dims *out, Impl *self, const char *name) { *out = shape(find(name), -1); return out; }
 static long new_context(Impl *self) { return fails("no context") ? 0 : (long)make("Context"); }
@@ -215,22 +151,9 @@ static long refit_file(Impl *self, const char *path) { note("ParserRefitter.refi
 static long refit(Impl *self) { note("Refitter.refitCudaEngine\n"); return 1; }
 
 static const struct { const char *kind; int slot; Slot function; } overrides[] = {
-    {"Builder", 5, config}, {"Builder", 6, network}, {"Builder", 7, profile}, {"Builder", 11, build},
-    {"HostMemory", 2, plan_data}, {"HostMemory", 3, plan_size}, {"HostMemory", 4, bytes},
-    {"CacheMemory", 2, cache_data}, {"CacheMemory", 3, cache_size}, {"CacheMemory", 4, bytes},
-    {"Network", 14, inputs}, {"Network", 15, input}, {"Network", 16, one}, {"Network", 17, output},
-    {"Tensor", 3, tensor_name}, {"Tensor", 5, (Slot)tensor_shape}, {"Tensor", 6, tensor_type}, {"Tensor", 15, zero},
-    {"Config", 9, flag}, {"Config", 23, add_profile}, {"Config", 25, verbosity}, {"Config", 29, create_cache},
-    {"Config", 30, set_cache}, {"Config", 31, get_cache}, {"Config", 32, pool}, {"Config", 36, level},
-    {"Config", 38, compatible}, {"Config", 43, aux}, {"Config", 45, monitor},
-    {"TimingCache", 2, serialize}, {"TimingCache", 3, combine},
-    {"Profile", 2, dimensions}, {"Profile", 7, valid},
-    {"Parser", 1, parse_file}, {"Parser", 3, errors}, {"Parser", 4, error},
-    {"ParserError", 0, error_code}, {"ParserError", 1, error_text}, {"ParserError", 5, error_node},
-    {"ParserError", 6, error_name}, {"ParserError", 7, error_operator}, {"ParserError", 9, zero},
     {"Runtime", 3, deserialize}, {"Runtime", 20, trusted},
     {"Engine", 5, new_context}, {"Engine", 14, inspector}, {"Engine", 15, (Slot)engine_shape},
-    {"Engine", 16, engine_type}, {"Engine", 17, place_of}, {"Engine", 19, mode_of}, {"Engine", 26, tensors},
+    {"Engine", 16, zero}, {"Engine", 17, place_of}, {"Engine", 19, mode_of}, {"Engine", 26, tensors},
     {"Engine", 27, name_of}, {"Engine", 40, set_budget}, {"Engine", 42, auto_budget},
     {"Engine", 44, activations}, {"Engine", 49, statistic},
     {"Inspector", 6, information},
@@ -244,16 +167,16 @@ static Slot *table_of(const char *kind) {
     table[-1] = (Slot)&type;
     memcpy(table, thunks, sizeof thunks);
     for (size_t i = 0; i < sizeof overrides / sizeof *overrides; i++)
-        if (!strcmp(overrides[i].kind, kind) || (!strncmp(kind, "Tensor", 6) && !strcmp(overrides[i].kind, "Tensor")))
+        if (!strcmp(overrides[i].kind, kind))
             table[overrides[i].slot] = overrides[i].function;
     return table;
 }
 
 /* -- what the bindings link against: nine symbols ---------------------------------------------------------------- */
-Object *createInferBuilder_INTERNAL(void *log, int version) { logger = log; return fails("no builder") ? 0 : make("Builder"); }
+Object *createInferBuilder_INTERNAL(void *log, int version) { logger = log; return 0; /* as without a GPU */ }
 Object *createInferRuntime_INTERNAL(void *log, int version) { logger = log; return make("Runtime"); }
 Object *createInferRefitter_INTERNAL(void *engine, void *log, int version) { return make("Refitter"); }
-Object *createNvOnnxParser_INTERNAL(void *network, void *log, int version) { return make("Parser"); }
+Object *createNvOnnxParser_INTERNAL(void *network, void *log, int version) { return 0; }
 Object *createNvOnnxParserRefitter_INTERNAL(void *refitter, void *log, int version) { return make("ParserRefitter"); }
 void *getBuilderPluginRegistry(int capability) { return 0; }
 void *getPluginRegistry(void) { return 0; }
