@@ -52,6 +52,6 @@ def test_ours_and_theirs_are_rows_of_their_own() -> None:
     ]
     records[-1]["imported"] = {**figures, "worst": 120.0}
     rows = oracles.table(records).rows
-    assert [row[4] for row in rows] == ["qdeploy", "the authors'"]
-    assert rows[0][6] == "40.5 (40.0 to 41.0)"
+    assert [row[5] for row in rows] == ["qdeploy", "the authors'"]
+    assert rows[0][7] == "40.5 (40.0 to 41.0)"
     assert [row[-1] for row in rows] == ["", "120"]

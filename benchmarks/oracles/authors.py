@@ -1,12 +1,13 @@
 """A checkout of a reference repository made to run on a CPU, with the weights of a diffusers network.
 
 The code itself is untouched. Around it: what it sends to CUDA stays on the CPU, packages that its scripts import
-and its quantizers do not use are empty, and the network is its own class of DDIM's U-Net with our weights.
+and its quantizers do not use are empty, and the network is its own class of DDIM's or LDM's U-Net with our weights.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -22,8 +23,11 @@ from torch import Tensor, nn
 
 from qdeploy.model.compvis_paths import diffusers_paths
 
-Network = Callable[[Tensor, Tensor], Tensor]
-"""Of inputs [N, C, H, W] and timesteps [N], the prediction."""
+Network = Callable[..., Tensor]
+"""Of inputs [N, C, H, W], timesteps [N] and, if it is conditional, contexts [N, L, D], the prediction."""
+
+Rows = tuple[Tensor, ...]
+"""What a network is called with: inputs, timesteps and, if it is conditional, contexts."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,8 @@ class Quantized:
 
 # What the scripts import and the quantizers never call.
 EMPTY = (
-    "pytorch_lightning", "omegaconf", "linklink", "linklink.dist_helper", "torchvision", "torchvision.utils",
-    "ldm.models.diffusion.ddpm", "ldm.models.diffusion.ddim", "ldm.models.diffusion.plms",
+    "pytorch_lightning", "omegaconf", "omegaconf.listconfig", "linklink", "linklink.dist_helper", "torchvision",
+    "torchvision.utils", "ldm.models.diffusion.ddpm", "ldm.models.diffusion.ddim", "ldm.models.diffusion.plms",
 )  # fmt: skip
 
 
@@ -55,13 +59,16 @@ class _Empty(ModuleType):
         return type(name, (), {})
 
 
-def import_from(checkout: Path, *modules: str, beside: tuple[str, ...] = ()) -> list[ModuleType]:
+def import_from(
+    checkout: Path, *modules: str, beside: tuple[str, ...] = (), named: Mapping[str, str] | None = None
+) -> list[ModuleType]:
     """Modules of a checkout; one checkout for each process, since they share names.
 
     Args:
         checkout: folder of the repository.
         modules: their dotted names.
         beside: folders of the checkout that have to be on the path, too.
+        named: packages that the code imports under a name that is not their folder's, and their folders.
     """
     for folder in (checkout, *(checkout / name for name in beside)):
         sys.path.insert(0, str(folder))
@@ -70,12 +77,25 @@ def import_from(checkout: Path, *modules: str, beside: tuple[str, ...] = ()) -> 
             importlib.import_module(name)
         except Exception:
             sys.modules[name] = _Empty(name)
+    for name, folder in (named or {}).items():
+        place = checkout / folder
+        found = importlib.util.spec_from_file_location(
+            name, place / "__init__.py", submodule_search_locations=[str(place)]
+        )
+        assert found is not None
+        assert found.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(found)
+        found.loader.exec_module(sys.modules[name])
     return [importlib.import_module(name) for name in modules]
 
 
 @contextmanager
 def on_the_cpu() -> Iterator[None]:
-    """What asks for CUDA gets the CPU."""
+    """What asks for CUDA gets the CPU.
+
+    Convolutions get contiguous inputs: oneDNN's gradients of channels-last ones end the process on some processors.
+    """
+    convolve = nn.functional.conv2d
     tensor_to, module_to = Tensor.to, nn.Module.to
 
     def here(value: Any) -> Any:
@@ -94,6 +114,7 @@ def on_the_cpu() -> Iterator[None]:
         patch.object(Tensor, "cuda", lambda self, *_, **__: self),
         patch.object(nn.Module, "cuda", lambda self, *_, **__: self),
         patch.object(torch.cuda, "empty_cache", lambda: None),
+        patch.object(nn.functional, "conv2d", lambda x, *args, **how: convolve(x.contiguous(), *args, **how)),
     ):
         yield
 
@@ -137,6 +158,32 @@ def ddim_network(diffusion: ModuleType, ours: nn.Module) -> nn.Module:
         else:
             path = _place(layer, ours)
         state[name] = own[f"{path}.{kind}"].reshape(value.shape)
+    network.load_state_dict(state)
+    return network.float().eval()
+
+
+def ldm_network(openaimodel: ModuleType, ours: nn.Module) -> nn.Module:
+    """The checkout's U-Net of LDM with the weights of a diffusers ``UNet2DConditionModel`` of that family.
+
+    Args:
+        openaimodel: the checkout's module ``ldm.modules.diffusionmodules.openaimodel``.
+        ours: the diffusers network, with a transformer block in each block that attends.
+    """
+    config = ours.config
+    attends = [2**level for level, kind in enumerate(config.down_block_types) if "Attn" in kind]
+    network: nn.Module = openaimodel.UNetModel(
+        image_size=config.sample_size, in_channels=config.in_channels, out_channels=config.out_channels,
+        model_channels=config.block_out_channels[0], num_res_blocks=config.layers_per_block,
+        channel_mult=[width // config.block_out_channels[0] for width in config.block_out_channels],
+        attention_resolutions=attends, num_heads=config.attention_head_dim, use_spatial_transformer=True,
+        transformer_depth=1, context_dim=config.cross_attention_dim,
+    )  # fmt: skip
+    own, state = ours.state_dict(), network.state_dict()
+    places = diffusers_paths({name.rpartition(".")[0] for name in state}, ours)
+    for name, value in state.items():
+        layer, _, kind = name.rpartition(".")
+        (place,) = places[layer]
+        state[name] = own[f"{place.path}.{kind}"].reshape(value.shape)
     network.load_state_dict(state)
     return network.float().eval()
 

@@ -14,6 +14,7 @@ class Budget:
         activation_bits: of asymmetric activations.
         rounding: steps for each unit's roundings.
         scales: steps for each unit's activation scales.
+        tuning: steps of the whole network for each of QuEST's alignments.
         batch: rows of a step.
     """
 
@@ -21,4 +22,5 @@ class Budget:
     activation_bits: int
     rounding: int
     scales: int
+    tuning: int = 200
     batch: int = 32

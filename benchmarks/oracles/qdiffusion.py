@@ -6,26 +6,26 @@ import logging
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from benchmarks.oracles.authors import Quantized, import_from, leave_attention, network_with, on_the_cpu
+from benchmarks.oracles.authors import Quantized, Rows, import_from, leave_attention, network_with, on_the_cpu
 from benchmarks.oracles.budget import Budget
 
 
 def quantize(
-    checkout: Path, ours: nn.Module, x: Tensor, t: Tensor, budget: Budget, quantized: set[str] | None
+    checkout: Path, ours: nn.Module, rows: Rows, budget: Budget, quantized: set[str] | None
 ) -> Quantized:
     """The network quantized by the authors' code.
 
     Args:
         checkout: folder of the repository.
         ours: the diffusers network.
-        x: calibration inputs.
-        t: their timesteps.
+        rows: calibration inputs and their timesteps.
         budget: bits and steps.
         quantized: diffusers paths of the layers that are quantized, without attention's products; None for what the
             code itself quantizes.
     """
+    x, t = rows
     names = ("quant_model", "quant_layer", "quant_block", "block_recon", "layer_recon")
     diffusion, model, layer, block, block_recon, layer_recon = import_from(
         checkout, "ddim.models.diffusion", *(f"qdiff.{name}" for name in names)

@@ -19,10 +19,11 @@ def table(records: list[dict[str, Any]]) -> Table:
         who = WHOSE[record["who"]] + (
             f", `{record['recipe']}`" if record.get("recipe", record["method"]) != record["method"] else ""
         )
-        key = (record["method"], record["bits"].upper(), record["coverage"], steps, who)
+        model = record.get("model", "digits")
+        key = (record["method"], model, record["bits"].upper(), record["coverage"], steps, who)
         groups.setdefault(key, []).append(record)
     head = [
-        "method", "bits", "layers", "steps a unit", "whose code", "calibrations", "median dB", "pooled dB",
+        "method", "model", "bits", "layers", "steps a unit", "whose code", "calibrations", "median dB", "pooled dB",
         "worst dB", "CPU s", "imported, dB",
     ]  # fmt: skip
     rows = []

@@ -9,24 +9,24 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from benchmarks.oracles.authors import Quantized, import_from, leave_attention, network_with, on_the_cpu
+from benchmarks.oracles.authors import Quantized, Rows, import_from, leave_attention, network_with, on_the_cpu
 from benchmarks.oracles.budget import Budget
 
 
 def quantize(
-    checkout: Path, ours: nn.Module, x: Tensor, t: Tensor, budget: Budget, quantized: set[str] | None
+    checkout: Path, ours: nn.Module, rows: Rows, budget: Budget, quantized: set[str] | None
 ) -> Quantized:
     """The quantized network, with activation scales for each of the calibrated timesteps.
 
     Args:
         checkout: folder of the repository.
         ours: the diffusers network.
-        x: calibration inputs, as many of each timestep, those of a timestep together.
-        t: their timesteps.
+        rows: calibration inputs, as many of each timestep, those of a timestep together, and their timesteps.
         budget: bits and steps.
         quantized: diffusers paths of the layers that are quantized, without attention's products; None for what the
             code itself quantizes.
     """
+    x, t = rows
     names = ("quant_model", "quant_layer", "quant_block", "calibration", "reconstruction_util")
     diffusion, model, layer, block, calibration, losses = import_from(
         checkout, "ddim.models.diffusion", *(f"quant.{name}" for name in names), beside=("stable-diffusion",)
