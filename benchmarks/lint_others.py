@@ -1,21 +1,22 @@
-"""What TensorRT would reject, or run slowly, of graphs that other quantizers make: read off the graph, no GPU.
+"""What TensorRT would reject, or run slowly, of graphs that other quantizers make, and what it makes of them: no GPU.
 
-    python -m benchmarks.lint_others --output runs/lint-others --channels 128
+    python -m benchmarks.lint_others --build sm89 -o benchmarks/results/lint-others.json
 
 The network is shaped like google/ddpm-cifar10-32, with random weights: where Q and DQ stand does not depend on them.
-ONNX Runtime's static quantizer, NNCF and (where installed) ModelOpt quantize qdeploy's own float export; qdeploy
-quantizes the model. Every graph is linted as it is, and once more after `qdeploy lint --fix`. With ``--build sm89``
-TensorRT for RTX builds each as it stands, as a control group: how many of its quantized products are low-bit in the
-plan?
+ONNX Runtime's static quantizer, NNCF and ModelOpt, where they are installed, quantize qdeploy's own float export;
+qdeploy quantizes the model. Every graph is linted as it is, and once more after `qdeploy lint --fix`. With
+``--build`` TensorRT for RTX builds each as it stands, as a control group: how many of its quantized products are
+low-bit in the plan? Rows that the output has already are kept.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +25,22 @@ import onnx_ir as ir
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.lint_others_report import table
 from benchmarks.spelled_out_norms import SpelledOutNorms
 from qdeploy.calibration_set.collect import collect
+from qdeploy.engines.tensorrt.flavour import RTX
 from qdeploy.engines.tensorrt.verify import verify
+from qdeploy.engines.tensorrt.versions import load_tensorrt
 from qdeploy.export.lint.report import LintReport
-from qdeploy.export.lint.run import lint
+from qdeploy.export.lint.run import graph_file, lint
 from qdeploy.export.lower import adapt
+from qdeploy.export.products import products
 from qdeploy.export.run import export
 from qdeploy.store.artifact import Artifact
-from qdeploy.store.files import write_json, write_text
+from qdeploy.store.files import write_json
+from qdeploy.system.machine import machine
 from qdeploy.system.progress import say
-from qdeploy.system.tables import Table
 from qdeploy.workflows.calibrate import calibrate
-
-HEADER = (
-    "quantizer",
-    "rejected (E)",
-    "slow or inaccurate (W)",
-    "int8 MACs",
-    "own kernels",
-    "after --fix",
-    "in the plan",
-)
 
 
 def cifar_shaped(folder: Path, channels: int) -> Path:
@@ -172,78 +167,96 @@ QUANTIZERS: dict[str, tuple[str, Callable[..., None]]] = {
     "ONNX Runtime, as advised for TensorRT": ("onnxruntime", as_advised),
     "NNCF, mixed preset": ("nncf", nncf_default),
     "NNCF, performance preset": ("nncf", nncf_gpu),
-    "ModelOpt, int8": ("modelopt", modelopt_int8),
+    "ModelOpt, int8": ("nvidia-modelopt", modelopt_int8),
 }
+OURS = "qdeploy, `w8a8-minmax`, target tensorrt"
 
 
-def by_rule(report: LintReport, severity: str) -> str:
-    """Rules and how often each fires; the waived are not counted."""
-    counts = Counter(f.rule for f in report.findings if f.severity == severity and f.waived is None)
-    return ", ".join(f"{rule} x{count}" for rule, count in sorted(counts.items())) or "none"
+def by_rule(report: LintReport, severity: str, waived: bool = False) -> dict[str, int]:
+    """How often each rule fires; those that the exporter waives are counted apart."""
+    found = (f.rule for f in report.findings if f.severity == severity and (f.waived is not None) == waived)
+    return dict(sorted(Counter(found).items()))
 
 
-def built(graph: Path, gpu: str) -> tuple[str, dict[str, Any]]:
+def built(graph: Path, gpu: str) -> dict[str, Any]:
     """What NVIDIA's builder makes of a graph: quantized products that are low-bit in the plan, and kernels."""
     verdict = verify(graph, gpu=gpu)
     if not verdict.built:
-        return f"refused: {verdict.reason[:120]}", {"built": False, "reason": verdict.reason}
+        return {"built": False, "reason": verdict.reason}
     report = verdict.report
-    counts = {name: report[name] for name in ("planned", "as_planned", "products")}
-    cell = f"{report['as_planned']} of {report['planned']}, {verdict.kernels} kernels"
-    return cell, {"built": True, **counts, "kernels": verdict.kernels}
+    counts = {name: report[name] for name in ("planned", "as_planned", "kinds", "in_float", "products")}
+    layers = len(products(graph_file(graph)))
+    wide = len(report["float32_results"])
+    return {"built": True, "layers": layers, **counts, "float32_results": wide, "kernels": verdict.kernels}
 
 
-def row_of(name: str, graph: Path, gpu: str | None) -> tuple[list[str], dict[str, Any]]:
+def measured(graph: Path, gpu: str | None) -> dict[str, Any]:
+    """One graph: what the rules find before and after `qdeploy lint --fix`, and what the builder makes of it."""
     report = lint(graph)
-    fixed = lint(graph, fix=graph.parent / f"{graph.stem}-fixed.onnx") if graph.is_file() else report
-    share = report.macs["shares"].get("int8", 0.0)
-    after = f"{fixed.counts['E']} E, {fixed.counts['W']} W" if graph.is_file() else "as it is"
-    cells = [name, by_rule(report, "E"), by_rule(report, "W"), f"{share:.0%}"]
-    waived = Counter(finding.rule for finding in report.findings if finding.waived)
-    if waived:
-        cells[2] += "; waived: " + ", ".join(f"{rule} x{count}" for rule, count in waived.items())
-    cells += [str(len(report.macs["own_kernels"])), after]
-    if gpu is None:
-        return [*cells, "not built"], report.to_json()
-    cell, verdict = built(graph, gpu)
-    return [*cells, cell], report.to_json() | {"plan": verdict}
+    row: dict[str, Any] = {
+        "errors": by_rule(report, "E"),
+        "warnings": by_rule(report, "W"),
+        "waived": by_rule(report, "W", waived=True),
+        "int8_macs": report.macs["shares"].get("int8", 0.0),
+        "own_kernels": len(report.macs["own_kernels"]),
+    }
+    if graph.is_file():
+        fixed = lint(graph, fix=graph.parent / f"{graph.stem}-fixed.onnx")
+        row["after_fix"] = {severity: fixed.counts[severity] for severity in "EW"}
+    return row if gpu is None else row | {"plan": built(graph, gpu)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("runs/lint-others"))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path("runs/lint-others"), help="for models and graphs")
     parser.add_argument("--channels", type=int, default=128, help="of the first block; 128 is CIFAR-10's")
     parser.add_argument("--build", metavar="GPU", help="also build each graph by TensorRT for RTX")
+    parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
-    output = arguments.output / str(arguments.channels)
-    output.mkdir(parents=True, exist_ok=True)
+    folder = arguments.folder / str(arguments.channels)
+    folder.mkdir(parents=True, exist_ok=True)
     logging.disable(logging.WARNING)
 
-    model = cifar_shaped(output / "model", arguments.channels)
-    data = collect(model, output / "set", samples=4, keep=4, steps=4, scheduler="ddim")
-    bundle = export(model, output / "float", calibration=data)
-    source = bundle.graph
-    table, results = [], {}
-    for name, (package, quantizer) in QUANTIZERS.items():
-        if importlib.util.find_spec(package) is None:
-            say(f"{name}: {package} is not installed")
-            continue
-        graph = output / f"{name.replace(', ', '-').replace(' ', '-').lower()}.onnx"
+    asked = {"channels": arguments.channels, "gpu": arguments.build}
+    content: dict[str, Any] = {**asked, "machine": machine(), "results": []}
+    if arguments.build:
+        content["builder"] = f"{RTX.backend} {load_tensorrt(RTX).__version__}"
+    if arguments.output.is_file():
+        earlier = json.loads(arguments.output.read_text())
+        if all(earlier.get(name) == value for name, value in asked.items()):
+            content["results"] = earlier["results"]
+
+    model = cifar_shaped(folder / "model", arguments.channels)
+    data = collect(model, folder / "set", samples=4, keep=4, steps=4, scheduler="ddim")
+    bundle = export(model, folder / "float", calibration=data)
+
+    def graph_of(quantizer: Callable[..., None], name: str) -> Path:
+        graph = folder / f"{name.replace(', ', '-').replace(' ', '-').lower()}.onnx"
         if not graph.exists():
             say(f"quantizing: {name}")
-            quantizer(source, graph, bundle)
-        cells, results[name] = row_of(name, graph, arguments.build)
-        table.append(cells)
-    checkpoint = calibrate(
-        model, output / "w8a8", recipe="w8a8-minmax", target="tensorrt", effort="fast", calibration=data
-    )
-    assert isinstance(checkpoint, Artifact)
-    ours = export(checkpoint, output / "w8a8-tensorrt")
-    cells, results["qdeploy"] = row_of("qdeploy, target tensorrt", ours.path, arguments.build)
-    table.append(cells)
-    write_json(output / "lint.json", results)
-    write_text(output / "lint.md", Table(HEADER, table).markdown())
-    print(Table(HEADER, table).text())
+            quantizer(bundle.graph, graph, bundle)
+        return graph
+
+    def ours() -> Path:
+        checkpoint = calibrate(
+            model, folder / "w8a8", recipe="w8a8-minmax", target="tensorrt", effort="fast", calibration=data
+        )
+        assert isinstance(checkpoint, Artifact)
+        return export(checkpoint, folder / "w8a8-tensorrt").path
+
+    for name, (package, quantizer) in {**QUANTIZERS, OURS: ("qdeploy", None)}.items():
+        try:
+            named = {"quantizer": name, "version": version(package)}
+        except PackageNotFoundError:
+            say(f"{name}: {package} is not installed")
+            continue
+        if any(named.items() <= row.items() for row in content["results"]):
+            continue
+        graph = ours() if quantizer is None else graph_of(quantizer, name)
+        kept = [row for row in content["results"] if row["quantizer"] != name]
+        content["results"] = [*kept, named | measured(graph, arguments.build)]
+        write_json(arguments.output, content)
+    print(table(content["results"]).text())
 
 
 if __name__ == "__main__":

@@ -123,13 +123,11 @@ def main() -> None:
     parser.add_argument("--several", action="store_true", help="build for the default profile of shapes")
     parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
-    results: dict[str, Any] = {
-        "library": f"{RTX.backend} {load_tensorrt(RTX).__version__}",
-        "batch": arguments.batch,
-        "bundles": {},
-    }
+    results: dict[str, Any] = {}
     if arguments.output.is_file():
-        results["bundles"] = json.loads(arguments.output.read_text())["bundles"]
+        results = json.loads(arguments.output.read_text())
+    results |= {"library": f"{RTX.backend} {load_tensorrt(RTX).__version__}", "batch": arguments.batch}
+    results.setdefault("bundles", {})
     print(
         "| bundle | targets | s | MB | engine MB | as planned | float32 results | activations MB | moved MB |"
     )

@@ -99,7 +99,31 @@ def _builds(content: Mapping[str, Any]) -> str:
         for name, build in content["bundles"].items()
     ]
     head = ["graph", "layers as planned", "products by type", "MB of the plan", "MB moved a call", "s", "for"]
-    return _markdown(head, rows)
+    return _markdown(head, rows) + _formats(content.get("matrix", []))
+
+
+def _formats(matrix: list[Mapping[str, Any]]) -> str:
+    """Every format of the shipped models, built for one shape and for several."""
+    rows = [
+        [
+            row["model"],
+            row["format"],
+            row["shapes"],
+            f"{row['as_planned']} of {row['planned']}",
+            ", ".join(f"{kind} {count}" for kind, count in row["kinds"].items()),
+            f"{row['plan_mb']:.1f}",
+            "yes" if row["differing_bytes"] == 0 else f"the layers; {row['differing_bytes']} bytes differ",
+            f"{row['seconds']:.0f}",
+            row["targets"],
+        ]
+        for row in matrix
+    ]
+    head = ["model", "format", "shapes", "layers as planned", "of them", "MB of the plan", "two builds equal"]
+    if not rows:
+        return ""
+    command = "python -m benchmarks.rtx_matrix -o benchmarks/results/rtx-builds.json"
+    said = f"By `{command}` (2026-11-30), on few rows; each is built twice."
+    return f"\n## Every format\n\n{said}\n\n{_markdown([*head, 's', 'for'], rows)}"
 
 
 QUESTIONS = {
@@ -186,6 +210,13 @@ QUESTIONS = {
         "python -m benchmarks.blocks --shape digits-dit",
         "2026-11-28",
         _blocks,
+    ),
+    "graphs-of-other-quantizers-by-our-lint": Question(
+        "lint-others.json",
+        "Graphs of other quantizers: what do our lint and NVIDIA's builder make of them?",
+        "python -m benchmarks.lint_others --build sm89 -o benchmarks/results/lint-others.json",
+        "2026-11-30",
+        _rows("lint_others_report"),
     ),
     "what-does-tensorrt-rtx-make-of-the-graphs": Question(
         "rtx-builds.json",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -9,7 +10,8 @@ import pytest
 from qdeploy.export.graph import constant, producer
 from qdeploy.export.passes.clamped_norms import ClampedNorms
 from qdeploy.export.passes.folded_scores import FoldedScores
-from tests.export.graphs import graph, keeps_away, operators, random_inputs, run
+from qdeploy.export.passes.several_blocks import SeveralBlocks
+from tests.export.graphs import fires, graph, keeps_away, operators, random_inputs, run
 
 RANDOM = np.random.default_rng(0)
 CODES = RANDOM.integers(-127, 128, (8, 8)).astype(np.int8)
@@ -99,3 +101,49 @@ def test_norms_with_other_readers_and_other_codes_are_left_alone() -> None:
     keeps_away(ClampedNorms(), normed("n"))  # read by the Neg too
     keeps_away(ClampedNorms(), normed("m", reads_twice=True))
     keeps_away(ClampedNorms(), normed("m", zero="uint8 z = {128}"))
+
+
+BY_COLUMN = "DequantizeLinear <axis = 1> (codes, scales)"
+ONE_BLOCK = "DequantizeLinear <axis = 0, block_size = 64> (codes, scales)"
+
+
+def linear(inputs: int = 64, weight: str = BY_COLUMN, x: str = "x", blocks: int = 0) -> ir.Model:
+    """A linear layer of eight outputs with int4 weights."""
+    text = f"""
+    g (float[3,{inputs}] x) => (float[3,8] y) <float step = {{0.05}}, int8 z = {{0}}> {{
+        q = QuantizeLinear (x, step, z)
+        d = DequantizeLinear (q, step, z)
+        w = {weight}
+        p = MatMul ({x}, w)
+        y = Neg (p)
+    }}"""
+    codes = RANDOM.integers(-8, 8, (inputs, 8)).astype(ml_dtypes.int4)
+    scales = np.tile(SCALES, (blocks, 1)) if blocks else SCALES
+    return graph(text, {"w": (inputs, 8)}, codes=codes, scales=scales)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "weight", "block"),
+    [(64, BY_COLUMN, 32), (256, BY_COLUMN, 128), (96, BY_COLUMN, 32), (64, ONE_BLOCK, 32)],
+)
+def test_int4_scales_of_a_column_become_those_of_blocks(inputs: int, weight: str, block: int) -> None:
+    model = linear(inputs, weight, blocks=weight == ONE_BLOCK)
+    fires(SeveralBlocks(), model)
+    product = next(node for node in model.graph if node.op_type == "MatMul")
+    read = producer(product.inputs[1])
+    assert read.attributes.get_int("block_size") == block
+    assert constant(read.inputs[1]).shape == (inputs // block, 8)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        linear(24),  # does not divide into blocks
+        linear(128, ONE_BLOCK, blocks=2),  # has several
+        linear(x="d"),  # multiplies codes
+        linear(8, "DequantizeLinear <axis = 0> (codes, scales)"),  # scales of the inputs
+    ],
+    ids=["too few inputs", "several blocks", "quantized inputs", "scales of the inputs"],
+)
+def test_other_int4_weights_stay(model: ir.Model) -> None:
+    keeps_away(SeveralBlocks(), model)

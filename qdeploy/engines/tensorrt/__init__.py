@@ -1,7 +1,8 @@
 """TensorRT on NVIDIA GPUs: int8 convolutions and GEMMs, everything else in f32, f16 or bf16.
 
-Written against TensorRT 11.4's real Python bindings and executed through them over a recording stand-in for
-the library; ``docs/tensorrt.md`` tells what has not run on hardware yet.
+The builder runs on NVIDIA's own library for RTX GPUs, which needs none; the runtime was written against TensorRT
+11.4's real Python bindings and executed through them over a recording stand-in for the library.
+``docs/tensorrt.md`` tells what has not run on hardware yet.
 """
 
 from __future__ import annotations

@@ -24,10 +24,11 @@ def adapted(flavour: Flavour, onnx_path: Path, scratch: Path, precision: str) ->
     from qdeploy.export.passes.clamped_norms import ClampedNorms
     from qdeploy.export.passes.folded_scores import FoldedScores
     from qdeploy.export.passes.scalar_weight_scales import ScalarWeightScales
+    from qdeploy.export.passes.several_blocks import SeveralBlocks
 
     clamped = () if precision == "bf16" else (ClampedNorms,)
     model = ir.load(onnx_path)
-    if not adapt(model, (FoldedScores, *clamped, ScalarWeightScales)):
+    if not adapt(model, (FoldedScores, *clamped, ScalarWeightScales, SeveralBlocks)):
         return onnx_path
     path = scratch / "adapted.onnx"
     ir.save(model, path, external_data=f"{path.name}_data")

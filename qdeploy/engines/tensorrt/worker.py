@@ -25,6 +25,7 @@ from qdeploy.engines.tensorrt.profiles import parse_shapes
 from qdeploy.engines.tensorrt.versions import load_tensorrt
 from qdeploy.system.errors import QDeployError
 from qdeploy.system.gpu import Gpu
+from qdeploy.system.memory import peak_memory
 from qdeploy.system.progress import verbosity
 
 ANSWER, LOG, PLAN = "answer.json", "build.log", "model.plan"
@@ -123,15 +124,6 @@ def serve(request: BuildRequest, folder: Path) -> dict[str, Any]:
     return {"layers": layers}
 
 
-def peak_bytes() -> int | None:
-    """Peak of this process's memory; None where the system does not tell."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def end_with_parent() -> None:
     """Let a thread wait for the end of standard input, and end this process then."""
     waiting = threading.Event()
@@ -151,5 +143,5 @@ if __name__ == "__main__":
     file = Path(sys.argv[1])
     content = json.loads(file.read_text())
     verbosity.level = content.pop("verbosity")
-    answer = serve(BuildRequest.from_json(content), file.parent) | {"peak_bytes": peak_bytes()}
+    answer = serve(BuildRequest.from_json(content), file.parent) | {"peak_bytes": peak_memory()}
     (file.parent / ANSWER).write_text(json.dumps(answer))

@@ -37,8 +37,11 @@ def _fuses(note: str = "the same kernels with and without") -> Verdict:
 
 # Rules that are not listed have their own severity, by inference.
 _RTX: dict[str, Verdict] = {
-    **{id: Verdict(E, RUN) for id in ("TRT001", "TRT002", "TRT006", "TRT009", "TRT012")},
+    **{id: Verdict(E, RUN) for id in ("TRT001", "TRT006", "TRT009", "TRT012")},
     **{id: Verdict(E, RUN) for id in ("TRT018", "TRT019", "TRT035", "TRT036", "TRT037")},
+    "TRT002": Verdict(
+        E, RUN, "UINT8 with zero point 0 builds: it is read as INT8, and codes above 127 are clipped"
+    ),
     "TRT004": Verdict(E, RUN, "16-bit subnormals build"),
     "TRT005": Verdict(E, RUN, "the builder crashes (SIGSEGV)"),
     "TRT007": Verdict(W, RUN, "builds; the convolution computes in floats"),

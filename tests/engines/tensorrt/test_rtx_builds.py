@@ -38,11 +38,16 @@ def test_a_quantized_convolution_is_low_bit_in_the_plan(kind: str, tmp_path: Pat
     assert report["not_found"] == []
 
 
-@pytest.mark.parametrize("block", [32, 64])
+@pytest.mark.parametrize("block", [32, 64, 128])
 def test_int4_weights_in_blocks_are_read_in_four_bits(block: int, tmp_path: Path) -> None:
-    found = built(int4_linear(tmp_path / "model.onnx", block), tmp_path / "engine", shapes="sample:2x16x128")
+    """A block as long as the inputs too, which the builder would dequantize in every call."""
+    graph = int4_linear(tmp_path / "model.onnx", block)
+    found = built(graph, tmp_path / "engine", shapes="sample:2x16x128")
     assert found["report"]["kinds"] == {"int4": 1}
     assert found["moved"]["weights"]["int4"] == 128 * 64 // 2
+    plain = built(graph, tmp_path / "plain", shapes="sample:2x16x128", flavour=replace(RTX, rewrites=False))
+    assert plain["report"]["kinds"] == ({} if block == 128 else {"int4": 1})
+    assert plain["moved"]["total"] - found["moved"]["total"] == (32648 if block == 128 else 0)
 
 
 def test_lint_and_the_builder_agree_on_a_crash(tmp_path: Path) -> None:
@@ -54,6 +59,21 @@ def test_lint_and_the_builder_agree_on_a_crash(tmp_path: Path) -> None:
     assert not found.built
     assert "crashed by SIGSEGV" in found.lines()[0]
     assert found.lines()[0].startswith("RUN tensorrt-rtx 1.")
+
+
+def test_lint_calls_an_error_what_the_builder_reads_as_another_type(tmp_path: Path) -> None:
+    """UINT8 codes with zero point 0, which the builder takes for INT8: those above 127 are clipped."""
+    import onnx
+
+    graph = quantized_conv(tmp_path / "model.onnx")
+    model = onnx.load(graph)
+    (zero,) = (tensor for tensor in model.graph.initializer if tensor.name == "zero")
+    zero.data_type = TensorProto.UINT8
+    onnx.save(model, graph)
+    assert {f.rule for f in lint(graph, engine="tensorrt-rtx").findings if f.severity == "E"} == {"TRT002"}
+    found = verify(graph)
+    assert found.built
+    assert found.products == ("int8 -> f32",)
 
 
 def test_verify_says_what_ran_in_low_bits(tmp_path: Path) -> None:
@@ -124,6 +144,12 @@ def test_two_builds_for_one_shape_are_equal_byte_by_byte(tmp_path: Path) -> None
         built(graph, tmp_path / name, shapes="sample:2x32x8x8")
     for file in ("model.plan", "plan.json", "layers.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_the_peak_of_memory_is_that_of_the_builder_alone(tmp_path: Path) -> None:
+    held = b"x" * 800_000_000  # of this process, which starts the builder's
+    took = build(quantized_conv(tmp_path / "model.onnx"), tmp_path / "engine", gpu="sm89")
+    assert 100_000_000 < took["peak_bytes"] < len(held)
 
 
 def test_a_crash_of_the_builder_is_a_sentence_with_the_last_node(tmp_path: Path) -> None:
