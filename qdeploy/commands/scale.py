@@ -28,6 +28,7 @@ _WORK = Verb("qdeploy.workflows.work", "work")
     shell_complete=complete.presets,
 )
 @_SWEEP.option("seeds", "Seed of calibrations.  [default: 0, 1 and 2]", "--calibration-seed", type=int)
+@_SWEEP.option("effort", "Of all calibrations: fast, balanced, thorough or best.  [default: the recipes']")
 @_SWEEP.option("calibration", "A calibration set.  [default: one is collected for each seed]")
 @_SWEEP.option("samples", "Images for paired quality.")
 @_SWEEP.option("keep", "Denoiser calls of each image at which SQNR is taken.")

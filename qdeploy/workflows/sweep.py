@@ -82,6 +82,7 @@ def sweep(
     *,
     recipes: Sequence[str | Path],
     seeds: Sequence[int] = (0, 1, 2),
+    effort: str | None = None,
     calibration: str | Path | Artifact | None = None,
     samples: int = 64,
     keep: int = 20,
@@ -102,6 +103,7 @@ def sweep(
         sampling: how images of the comparison are sampled (see `check`).
         recipes: presets' names or YAML files.
         seeds: of calibrations.
+        effort: of all calibrations, in place of the recipes' own: ``fast``, ``balanced``, ``thorough`` or ``best``.
         calibration: a calibration set of the model; without one, default sets are collected, one for each seed.
         samples: images to compare.
         keep: denoiser calls of each trajectory at which predictions are compared.
@@ -119,7 +121,7 @@ def sweep(
     """
     check_place(on, workers, worker_cpus)
     chosen = (sampling or AS_COLLECTED).changed(options)
-    work = _plan(model, output, chosen, recipes, seeds, calibration, samples, keep, device, overwrite)
+    work = _plan(model, output, chosen, recipes, seeds, effort, calibration, samples, keep, device, overwrite)
     return work.carry_out(on, workers, worker_cpus)
 
 
@@ -134,6 +136,7 @@ def _plan(
     sampling: Sampling,
     recipes: Sequence[str | Path],
     seeds: Sequence[int],
+    effort: str | None = None,
     calibration: str | Path | Artifact | None = None,
     samples: int = 64,
     keep: int = 20,
@@ -146,7 +149,7 @@ def _plan(
             raise UsageError(f"a sweep takes one {name} or more, each once")
     check_device(device)
     opened = open_model(str(model))
-    resolved = {_run_name(recipe): resolve_recipe(recipe) for recipe in recipes}
+    resolved = {_run_name(recipe): resolve_recipe(recipe, effort=effort) for recipe in recipes}
     if len(resolved) < len(recipes):
         raise UsageError("two recipes of a sweep have the same name: rename one of the files")
     data = None if calibration is None else open_artifact(calibration, CalibrationFolder)
@@ -168,6 +171,7 @@ def _plan(
         "sampling": sampling.arguments_json(),
         "recipes": [named(recipe) for recipe in recipes],
         "seeds": list(seeds),
+        "effort": effort,
         "calibration": None if data is None else named(data),
         "samples": samples,
         "keep": keep,

@@ -169,6 +169,27 @@ def test_a_worker_that_is_killed_costs_a_part(
     assert not folder.exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", VERBS)
+def test_machines_with_caches_of_their_own_share_the_plan_alone(
+    ddpm: Path, ddpm_engine: Artifact, tmp_path: Path, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three nodes over one shared folder: one plans and finishes, two make the parts."""
+    alone = told(calls(ddpm, ddpm_engine, tmp_path / "alone")[verb]())
+    monkeypatch.setenv("QDEPLOY_CACHE", str(tmp_path / "cache-0"))
+    call = calls(ddpm, ddpm_engine, tmp_path / "shared")[verb]
+    folder = planned(call)
+    workers = []
+    for share, node in (("1/2", "cache-1"), ("2/2", "cache-2")):
+        command = [sys.executable, "-m", "qdeploy.cli", "work", str(folder), "--part", share]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "QDEPLOY_CACHE": str(tmp_path / node)}
+        workers.append(subprocess.Popen(command, env=environment, cwd=tmp_path))
+    assert [worker.wait() for worker in workers] == [0, 0]
+    assert there(folder) == open_job(folder).count
+    assert told(work(folder, finish=True).result) == alone
+    assert {path.name for path in tmp_path.glob("cache-*")} >= {"cache-0", "cache-1", "cache-2"}
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """Ray on this machine, with two processors."""

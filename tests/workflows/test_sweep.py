@@ -73,7 +73,18 @@ def test_what_makes_no_sweep_is_refused(ddpm: Path, recipes: list[Path], tmp_pat
     for wrong in ({"recipes": []}, {"recipes": [recipes[0]] * 2}, {"seeds": ()}, {"seeds": (1, 1)}):
         with pytest.raises(UsageError, match="each once"):
             sweep(ddpm, tmp_path / "out", **{"recipes": recipes, **FEW, **wrong})
+    with pytest.raises(UsageError, match="effort"):
+        sweep(ddpm, tmp_path / "out", recipes=recipes, effort="lazy", **FEW)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     with pytest.raises(UsageError, match="already exists"):
         sweep(ddpm, tmp_path / "out", recipes=recipes, **FEW)
+
+
+def test_one_effort_for_all_recipes_goes_into_the_plan(
+    ddpm: Path, recipes: list[Path], tmp_path: Path
+) -> None:
+    with pytest.raises(Planned) as planned:
+        sweep(ddpm, tmp_path / "out", recipes=recipes, effort="fast", on="plan", **FEW)
+    work = open_job(planned.value.folder).make.__self__  # type: ignore[attr-defined]
+    assert {recipe.effort for recipe in work.recipes.values()} == {"fast"}
