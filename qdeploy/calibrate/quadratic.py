@@ -100,16 +100,19 @@ def gptq(weight: Tensor, grid: Grid, hessian: Tensor, damping: float) -> Tensor:
     """
     order = hessian.diagonal().argsort(descending=True, stable=True)
     inverse = _inverse_factor(hessian[order][:, order], damping)
-    left, found = weight[:, order].clone(), torch.empty_like(weight)
+    left = weight[:, order].clone()
+    rounded = torch.empty_like(left)
     for start in range(0, weight.shape[1], _BLOCK):
         stop = min(start + _BLOCK, weight.shape[1])
         errors = weight.new_zeros(len(weight), stop - start)
         for column in range(start, stop):
-            place = order[column]
-            found[:, place] = grid.values(left[:, column : column + 1], place[None]).flatten()
-            errors[:, column - start] = (left[:, column] - found[:, place]) / inverse[column, column]
+            one = slice(column, column + 1)
+            rounded[:, one] = grid.values(left[:, one], order[one])
+            errors[:, column - start] = (left[:, column] - rounded[:, column]) / inverse[column, column]
             left[:, column:stop] -= torch.outer(errors[:, column - start], inverse[column, column:stop])
         left[:, stop:] -= errors @ inverse[start:stop, stop:]
+    found = torch.empty_like(weight)
+    found[:, order] = rounded
     return found
 
 

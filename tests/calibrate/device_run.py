@@ -27,6 +27,7 @@ from qdeploy.mixed.ranking import LayerHarm  # noqa: E402
 from qdeploy.recipe.effort import EFFORTS  # noqa: E402
 from qdeploy.recipe.formats import parse_format  # noqa: E402
 from qdeploy.recipe.resolve import resolve_recipe  # noqa: E402
+from qdeploy.system.decibels import sqnr_db  # noqa: E402
 from tests.models import ddpm_folder, dit_folder  # noqa: E402
 
 SETTINGS: dict[str, Any] = {"samples": 4, "steps": 8, "keep": 4}
@@ -68,6 +69,9 @@ def recipes(folder: Path, names: list[str]) -> dict[str, Any]:
             return load_file(made.path / "probe.safetensors")["simulated"]
 
         found[name] = on_both(run)
+        for device in ("cpu", accelerator.NAME):
+            probe = load_file(folder / f"{name}-{device}" / "probe.safetensors")
+            found[name][f"sqnr_{device}"] = sqnr_db(probe["simulated"], probe["reference"])
     return found
 
 

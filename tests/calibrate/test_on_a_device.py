@@ -13,8 +13,6 @@ import pytest
 from qdeploy.recipe.resolve import presets, resolve_recipe
 
 PARTS = 3
-# Operators of theirs (Cholesky, attention by chunks) take strides of views, which the pretended accelerator lacks.
-LEFT_OUT = ("w4a6-dgq-paper", "w4a8-gptq", "w4a8-gptq-learned", "w4a8-gptq-outliers")
 
 
 def run(folder: Path, *recipes: str) -> dict[str, Any]:
@@ -51,12 +49,16 @@ def test_ranges_and_roundings_are_those_of_the_cpu(tmp_path: Path) -> None:
     "part", [0, *(pytest.param(part, marks=pytest.mark.field) for part in range(1, PARTS))]
 )
 def test_presets_run_there_and_copy_nothing_while_they_learn(part: int, tmp_path: Path) -> None:
-    names = [name for name in presets() if name not in LEFT_OUT][part::PARTS]
+    names = list(presets())[part::PARTS]
     found = run(tmp_path, *names)
     assert list(found) == names
     for recipe, result in found.items():
-        # Steps of learning and greedy searches amplify the last bits.
-        assert result["difference"] < (0.1 if learns(recipe) else 1e-3), recipe
+        # Steps of learning and greedy searches amplify the last bits; what comes of them is as good.
+        assert result["difference"] < (0.2 if learns(recipe) else 1e-3), recipe
+        assert abs(result["sqnr_pretend"] - result["sqnr_cpu"]) < 1.5, recipe
+        # Rounding in closed form decides a few things for each of the 50 layers, and nothing for each column.
+        decisions = [n for place, n in result["to_host"].items() if place.startswith("calibrate/quadratic")]
+        assert all(count < 4 * 50 for count in decisions), recipe
         for place in result["to_host"] | result["to_device"]:
             assert not place.startswith(
                 ("calibrate/learning", "calibrate/rounding.py", "calibrate/tuning")
