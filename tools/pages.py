@@ -85,6 +85,18 @@ def _terrain(content: Mapping[str, Any]) -> str:
     return tables(content)
 
 
+def _cluster(content: Mapping[str, Any]) -> str:
+    from benchmarks.cluster_report import tables
+
+    return tables(content)
+
+
+def _lost(content: Mapping[str, Any]) -> str:
+    from benchmarks.lost_workers_report import table
+
+    return table(content["verbs"]).markdown()
+
+
 def _builds(content: Mapping[str, Any]) -> str:
     rows = [
         [
@@ -217,6 +229,20 @@ QUESTIONS = {
         "python -m benchmarks.lint_others --build sm89 -o benchmarks/results/lint-others.json",
         "2026-11-30",
         _rows("lint_others_report"),
+    ),
+    "what-does-a-cluster-take": Question(
+        "cluster-model.json",
+        "What does a cluster take for 50,000 images, and what does a fleet serve?",
+        "python -m benchmarks.cluster_model measure --samples 2048 -o times.json",
+        "2026-11-30",
+        _cluster,
+    ),
+    "workers-that-are-lost": Question(
+        "lost-workers.json",
+        "Workers that are lost: is the result that of one process?",
+        "python -m benchmarks.lost_workers --times 10",
+        "2026-11-30",
+        _lost,
     ),
     "what-does-tensorrt-rtx-make-of-the-graphs": Question(
         "rtx-builds.json",
