@@ -40,6 +40,9 @@ CLAIMS = (
     Claim("DGQ", "the method as a whole, W8A6", "dgq-none", "dgq-all"),
     Claim("QuEST", "tuning of time projections and attention, W4A8", "quest-untuned", "quest-tuned"),
     Claim("QNCD", "every embedding smoothed, W4A8", "qncd-plain", "qncd-smoothed"),
+    Claim("all", "four-bit weights with a zero point, no learning", "minmax-split", "minmax-uint4"),
+    Claim("all", "four-bit weights with a zero point, GPTQ", "gptq-int4", "gptq-uint4"),
+    Claim("all", "four-bit weights with a zero point, AdaRound", "qdiffusion-split", "qdiffusion-uint4"),
     Claim("qdeploy", "the last unit tuned against the prediction, W4A8", "qdiffusion-split", "qdiffusion-end"),
 )  # fmt: skip
 
