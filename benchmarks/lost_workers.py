@@ -233,7 +233,12 @@ class Bench:
 
         def cut(storage: Path, plan: Path, victim: int) -> None:
             inside = ("nsenter", "-t", str(victim), "-m")
-            _command(*inside, "mount", "-t", "tmpfs", "none", str(storage))
+            try:
+                _command(*inside, "mount", "-t", "tmpfs", "none", str(storage))
+            except subprocess.CalledProcessError:
+                if _is_gone(victim):
+                    return
+                raise
             end = time.monotonic() + 60
             while not (self.folder / f"waited-{victim}").exists() and time.monotonic() < end:
                 if _is_gone(victim):
