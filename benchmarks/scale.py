@@ -87,7 +87,7 @@ def commands(
         ],
         "export": [
             *(*qdeploy, "export", places["calibrate"], "-o", places["export"], "--no-pipeline"),
-            *("--time-table", "fp32"),
+            *(("--time-table", "fp32") if collected else ()),
         ],
         "build-engine": [
             *(*qdeploy, "build-engine", places["export"], "-o", places["build-engine"]),
