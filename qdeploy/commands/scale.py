@@ -47,6 +47,9 @@ def sweep(model: str, output: str, as_json: bool, **options: Any) -> None:
 @click.argument("plan")
 @_WORK.option("part", "Every N-th part from the K-th on: K/N, K from 1.  [default: all parts]")
 @_WORK.option("finish", "Carry out the rest of the verb, when all parts are there.")
+@_WORK.option(
+    "publish", "Copy the plan to an object store (s3://..., gs://...), for machines without a common disk."
+)
 @verb
 def work(plan: str, as_json: bool, **options: Any) -> None:
     """Make parts of a plan that a verb wrote with `--on plan`; run it as often and as often at once as you like."""

@@ -21,8 +21,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 from qdeploy.parts.leases import Lease, is_alive, join, take
+from qdeploy.parts.packed import unpack
 from qdeploy.store.bounded_json import read_json_object
 from qdeploy.store.files import explained_os_errors, sync
 from qdeploy.store.work import full_disk_named
@@ -170,18 +172,34 @@ class PartFolder:
                 sync(partial / PART)
                 if planned and not self.there():  # what was written is on another disk, below the mount
                     raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(place))
-                try:
-                    partial.rename(place)
-                    sync(place.parent)
-                except OSError as error:  # another process was faster, with the same bytes
-                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                        raise
+                _appear(partial, place)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
                 if planned and not self.there():
                     with suppress(OSError):  # empty folders, which would be in the storage's way
                         for folder in (place.parent, self.folder, self.folder.parent):
                             folder.rmdir()
+
+    def accept(self, number: int, packed: BinaryIO) -> None:
+        """Take a part that a machine without this disk has made, as `qdeploy.parts.packed` packs it.
+
+        Raises:
+            InvalidInputError: it is damaged, or belongs to another plan; then it is not kept.
+            CapabilityError: no space is left.
+            UsageError: the system refuses to write.
+        """
+        place = self.path(number)
+        partial = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
+        with explained_os_errors(self.output):
+            try:
+                partial.mkdir(parents=True)
+                with full_disk_named(self.folder):
+                    unpack(packed, partial)
+                _appear(partial, place)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+        if self.files(number) is None:
+            raise InvalidInputError(f"part {number} of {self.output} is not as it was written")
 
     def files(self, number: int) -> dict[str, Path] | None:
         """The files of a part by name; None, and no part, if they are not as they were written.
@@ -224,6 +242,16 @@ class PartFolder:
                 self.keep(number, make)
                 found = self.files(number)
             yield found
+
+
+def _appear(partial: Path, place: Path) -> None:
+    """Give a part that is complete its name, unless another process was faster, with the same bytes."""
+    try:
+        partial.rename(place)
+        sync(place.parent)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
 
 
 def link(source: Path, target: Path) -> None:

@@ -73,24 +73,29 @@ class Job:
         Raises:
             UsageError: the arguments are objects in memory, or the system refuses to write.
         """
+        file = self.folder / PLAN
+        if not file.is_file():
+            with explained_os_errors(file):
+                write_json(file, self.plan())
+        return self.folder
+
+    def plan(self) -> dict[str, Any]:
+        """The plan, as it is written.
+
+        Raises:
+            UsageError: the arguments are objects in memory.
+        """
         if self.arguments is None:
             raise UsageError(
                 f"other processes cannot open what {self.verb} was given: save the model to a folder and name that"
             )
-        file = self.folder / PLAN
-        if not file.is_file():
-            with explained_os_errors(file):
-                write_json(
-                    file,
-                    {
-                        "verb": self.verb,
-                        "version": __version__,
-                        "request": self.request,
-                        "count": self.count,
-                        "arguments": dict(self.arguments),
-                    },
-                )
-        return self.folder
+        return {
+            "verb": self.verb,
+            "version": __version__,
+            "request": self.request,
+            "count": self.count,
+            "arguments": dict(self.arguments),
+        }
 
 
 def named(source: Any) -> str | None:
@@ -141,8 +146,12 @@ def read_plan(folder: Path) -> Mapping[str, Any]:
     return plan
 
 
-def open_job(folder: Path) -> Job:
+def open_job(folder: Path, own_place: bool = False) -> Job:
     """The work of a plan, with its inputs opened in this process.
+
+    Args:
+        folder: of the plan.
+        own_place: parts belong where the verb looks for them on this machine, wherever the plan is.
 
     Raises:
         InvalidInputError: the plan is damaged, of another version, or the inputs here are not those that were
@@ -155,7 +164,8 @@ def open_job(folder: Path) -> Job:
         raise InvalidInputError(
             f"the model or its inputs are not those of the plan {folder}: copy the same ones to all machines"
         )
-    job.folder, job.arguments = folder, plan["arguments"]
+    job.folder = job.folder if own_place else folder
+    job.arguments = plan["arguments"]
     return job
 
 

@@ -1,19 +1,25 @@
 """Parts on Ray: workers on this machine or of a cluster, each with a share of its processors and a GPU of its own.
 
-Results go through the plan's folder, which all machines have to see under one path. A worker that is killed is
-started again, and its part is made by whoever is free.
+Parts go through the plan's folder where workers see it, and come back through Ray where they do not. A worker that is
+killed is started again, and its part is made by whoever is free.
 """
 
 from __future__ import annotations
 
+import io
 import os
+import shutil
+import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qdeploy.parts.folder import AWAY, PartFolder
+from qdeploy.parts.folder import AWAY, PLAN, PartFolder
+from qdeploy.parts.packed import pack
 from qdeploy.parts.plan import Job, open_job
 from qdeploy.parts.run import RAY, make_parts
+from qdeploy.store.files import write_json
 from qdeploy.system.devices import kind_of
 from qdeploy.system.errors import CapabilityError, QDeployError
 from qdeploy.system.progress import say, track
@@ -27,35 +33,52 @@ class Worker:
 
     Args:
         folder: of the plan.
+        plan: its content.
     """
 
-    def __init__(self, folder: str) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str, plan: Mapping[str, Any]) -> None:
+        self.folder, self.plan = Path(folder), plan
         self.job: Job | None = None
 
-    def ready(self) -> dict[str, str]:
-        """What this process runs."""
-        return {"version": __version__, "folder": "there" if self.folder.is_dir() else "missing"}
+    def ready(self) -> dict[str, Any]:
+        """What this process runs, and whether it sees the plan's folder."""
+        return {"version": __version__, "sees_folder": self.folder.is_dir()}
 
-    def make(self, number: int) -> tuple[int, str] | None:
+    def make(self, number: int, shared: bool) -> tuple[int, str] | bytes | None:
         """Make a part.
 
+        Args:
+            number: of the part.
+            shared: whether workers see the plan's folder.
+
         Returns:
-            None; or the exit code and the sentence of an error that another try would not mend.
+            The packed part where the folder is not shared; or the exit code and the sentence of an error that another
+            try would not mend.
 
         Raises:
             OSError: storage is away; another try may find it there.
         """
         try:
             if self.job is None:
-                self.job = open_job(self.folder)
-            make_parts(self.job, self.job.parts(), [number])
+                self.job = open_job(self.folder if shared else self._own_folder())
+            parts = self.job.parts()
+            make_parts(self.job, parts, [number])
+            if shared:
+                return None
+            packed = pack(parts.path(number))
+            shutil.rmtree(parts.path(number))
+            return packed
         except QDeployError as error:
             cause = error.__cause__
-            if isinstance(cause, OSError) and cause.errno in AWAY:
+            if shared and isinstance(cause, OSError) and cause.errno in AWAY:
                 raise OSError(str(error)) from None
             return error.exit_code, str(error)
-        return None
+
+    def _own_folder(self) -> Path:
+        """A folder of this process, with the plan."""
+        folder = Path(tempfile.mkdtemp(prefix="qdeploy-work-"))
+        write_json(folder / PLAN, self.plan)
+        return folder
 
 
 def make_on_ray(job: Job, parts: PartFolder, on: str, workers: int | None, worker_cpus: float) -> None:
@@ -87,24 +110,25 @@ def make_on_ray(job: Job, parts: PartFolder, on: str, workers: int | None, worke
     everyone: list[Any] = []
     try:
         count = min(workers or _room(ray, worker_cpus, gpus), len(missing))
+        plan = job.plan()
         actor: Any = ray.remote(Worker).options(
             num_cpus=worker_cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=RETRIES
         )
-        everyone = [actor.remote(str(job.folder.resolve())) for _ in range(count)]
+        everyone = [actor.remote(str(job.folder.resolve()), plan) for _ in range(count)]
         free = list(everyone)
-        _check(ray, free[0], job)
+        shared = _check(ray, free[0], job)
         tries: Counter[int] = Counter()
         running: dict[Any, tuple[Any, int]] = {}
         bar = iter(track(range(len(missing)), f"{job.label}, {count} workers"))
         while missing or running:
             while missing and free:
                 worker, number = free.pop(), missing.pop(0)
-                running[worker.make.remote(number)] = worker, number
+                running[worker.make.remote(number, shared)] = worker, number
             finished, _ = ray.wait(list(running), num_returns=1)
             worker, number = running.pop(finished[0])
             free.append(worker)
             try:
-                failed = ray.get(finished[0])
+                answer = ray.get(finished[0])
             except (RayActorError, RayTaskError) as error:
                 tries[number] += 1
                 if tries[number] > RETRIES:
@@ -115,8 +139,10 @@ def make_on_ray(job: Job, parts: PartFolder, on: str, workers: int | None, worke
                 say(f"part {number} is made again: {_in_short(error)}", level=2)
                 missing.append(number)
                 continue
-            if failed is not None:
-                raise _error(*failed)
+            if isinstance(answer, bytes):
+                parts.accept(number, io.BytesIO(answer))
+            elif answer is not None:
+                raise _error(*answer)
             next(bar, None)
         for _ in bar:
             pass
@@ -147,11 +173,11 @@ def _room(ray: Any, worker_cpus: float, gpus: int) -> int:
     return max(1, min(room, int(found.get("GPU", 0))) if gpus else room)
 
 
-def _check(ray: Any, worker: Any, job: Job) -> None:
-    """Refuse workers of another version, or without the plan's folder.
+def _check(ray: Any, worker: Any, job: Job) -> bool:
+    """Whether workers see the plan's folder.
 
     Raises:
-        CapabilityError: they are.
+        CapabilityError: they are of another version, or do not start.
     """
     try:
         state = ray.get(worker.ready.remote())
@@ -161,10 +187,9 @@ def _check(ray: Any, worker: Any, job: Job) -> None:
         raise CapabilityError(
             f"the workers run qdeploy {state['version']}, and this is {__version__}: use one version on all machines"
         )
-    if state["folder"] != "there":
-        raise CapabilityError(
-            f"the workers do not see {job.folder}: put the output on a disk that all machines share"
-        )
+    if not state["sees_folder"]:
+        say(f"the workers do not see {job.folder}: parts come back through Ray", level=2)
+    return bool(state["sees_folder"])
 
 
 def _error(code: int, message: str) -> QDeployError:

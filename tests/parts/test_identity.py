@@ -235,7 +235,7 @@ def test_two_workers_of_ray_one_of_them_killed(
 
 
 @pytest.mark.slow
-def test_workers_of_another_version_or_on_another_disk_are_refused(
+def test_workers_of_another_version_are_refused_and_those_on_another_disk_known(
     cluster: Any, ddpm: Path, ddpm_engine: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call = calls(ddpm, ddpm_engine, tmp_path / "out")["sample"]
@@ -244,9 +244,9 @@ def test_workers_of_another_version_or_on_another_disk_are_refused(
         patch.setattr(ray_workers, "__version__", "99.0")
         with pytest.raises(CapabilityError, match=r"the workers run qdeploy .*, and this is 99\.0"):
             call(on="ray", workers=1)
-    elsewhere = cluster.remote(ray_workers.Worker).remote(str(tmp_path / "not-mounted"))
-    with pytest.raises(CapabilityError, match="on a disk that all machines share"):
-        ray_workers._check(cluster, elsewhere, job)
+    for folder, sees in ((tmp_path / "not-mounted", False), (job.folder, True)):
+        worker = cluster.remote(ray_workers.Worker).remote(str(folder), job.plan())
+        assert ray_workers._check(cluster, worker, job) is sees
     assert there(job.folder) == 0
 
 

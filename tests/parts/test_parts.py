@@ -98,17 +98,17 @@ def test_a_worker_of_ray_tells_what_another_try_would_not_mend(tmp_path: Path) -
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         write(number, folder)
 
-    worker = Worker(str(tmp_path / "plan"))
+    worker = Worker(str(tmp_path / "plan"), {})
     worker.job = job_in(tmp_path / "plan", planned=True)
     worker.job.write()
     worker.job.make = make
-    assert worker.make(0) is None
-    told = worker.make(1)
-    assert told is not None
+    assert worker.make(0, shared=True) is None
+    told = worker.make(1, shared=True)
+    assert isinstance(told, tuple)
     assert told[0] == CapabilityError.exit_code
     assert told[1].startswith("no space left for ")
     with pytest.raises(OSError, match="Stale"):
-        worker.make(2)
+        worker.make(2, shared=True)
     assert worker.job.parts().missing() == [1, 2, 3, 4]
 
 
