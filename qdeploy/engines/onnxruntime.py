@@ -21,6 +21,7 @@ from qdeploy.engines.component import EngineComponent
 from qdeploy.engines.registry import Backend
 from qdeploy.system.errors import InvalidInputError
 from qdeploy.system.machine import int8_sums_saturate
+from qdeploy.system.memory import give_back_freed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,6 +71,7 @@ class ONNXRuntimeEngine(Engine):
         self._disabled = ["MatMulAddFusion"] if spec.activations != "none" else []
         check_external(self._file)
         self._session = self._load(self._session_options())
+        give_back_freed()  # the file, as protobuf held it while it was read: as much as the weights
         self.ports = ports_of(self._session)
 
     def _session_options(self) -> Any:
@@ -170,6 +172,7 @@ class ONNXRuntimeComponent(EngineComponent):
             )
         except Exception as error:  # ONNX Runtime's exceptions have no base class but Exception
             raise InvalidInputError(f"ONNX Runtime cannot load {folder}: {why(error)}") from error
+        give_back_freed()
         self.ports = ports_of(self._session)
         self.outputs = tuple(output.name for output in self._session.get_outputs())
 
