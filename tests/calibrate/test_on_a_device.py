@@ -53,8 +53,10 @@ def test_presets_run_there_and_copy_nothing_while_they_learn(part: int, tmp_path
     found = run(tmp_path, *names)
     assert list(found) == names
     for recipe, result in found.items():
-        # Steps of learning and greedy searches amplify the last bits; what comes of them is as good.
-        assert result["difference"] < (0.2 if learns(recipe) else 1e-3), recipe
+        # Steps of learning and greedy choices amplify the last bits, and a search may take another of two ranges
+        # that are as good; what comes of them is as good.
+        bound = 0.2 if learns(recipe) else 0.05 if searches(recipe) else 1e-3
+        assert result["difference"] < bound, recipe
         assert abs(result["sqnr_pretend"] - result["sqnr_cpu"]) < 1.5, recipe
         # Rounding in closed form decides a few things for each of the 50 layers, and nothing for each column.
         decisions = [n for place, n in result["to_host"].items() if place.startswith("calibrate/quadratic")]
@@ -69,6 +71,14 @@ def learns(recipe: str) -> bool:
     """Whether the result follows from steps of an optimiser or from choices between near alternatives."""
     learning = {"round-weights", "gptq", "scale-salient", "migrate-outliers", "low-rank", "smooth"}
     return any(stage.name in learning or "tune" in stage.name for stage in resolve_recipe(recipe).stages)
+
+
+def searches(recipe: str) -> bool:
+    """Whether ranges of activations are those with the least error."""
+    return any(
+        stage.name == "activation-ranges" and stage.options.get("finder") in ("lp", "mse")
+        for stage in resolve_recipe(recipe).stages
+    )
 
 
 @pytest.mark.slow

@@ -187,7 +187,6 @@ def test_machines_with_caches_of_their_own_share_the_plan_alone(
     assert [worker.wait() for worker in workers] == [0, 0]
     assert there(folder) == open_job(folder).count
     assert told(work(folder, finish=True).result) == alone
-    assert {path.name for path in tmp_path.glob("cache-*")} >= {"cache-0", "cache-1", "cache-2"}
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +243,7 @@ def test_workers_of_another_version_are_refused_and_those_on_another_disk_known(
         patch.setattr(ray_workers, "__version__", "99.0")
         with pytest.raises(CapabilityError, match=r"the workers run qdeploy .*, and this is 99\.0"):
             call(on="ray", workers=1)
-    for folder, sees in ((tmp_path / "not-mounted", False), (job.folder, True)):
+    for folder, sees in ((tmp_path / "not-mounted", False), (tmp_path, True)):
         worker = cluster.remote(ray_workers.Worker).remote(str(folder), job.plan())
         assert ray_workers._check(cluster, worker, job) is sees
     assert there(job.folder) == 0
