@@ -236,6 +236,7 @@ class Bench:
             try:
                 _command(*inside, "mount", "-t", "tmpfs", "none", str(storage))
             except subprocess.CalledProcessError:
+                time.sleep(2)  # one that is ending has no namespace any more, and is not gone yet
                 if _is_gone(victim):
                     return
                 raise
