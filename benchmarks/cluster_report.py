@@ -15,8 +15,8 @@ def tables(content: Mapping[str, Any]) -> str:
         [
             f"A worker takes {times['load']:.1f} s until it makes parts, {times['part']:.2f} s for a part of "
             f"{times['images']} images, and the finish {1e3 * times['finish']:.0f} ms for each part. Ray starts in "
-            f"{content['ray_start_seconds']:.1f} s. Two workers on two cores are {speed['clock']:.2f} times as fast as "
-            f"one after the start, {speed['with_start_up']:.2f} times with it.\n",
+            f"{content['ray_start_seconds']:.1f} s. Two workers on two cores are {speed['clock']:.2f} times as fast "
+            f"as one after the start, {speed['with_start_up']:.2f} times with it.\n",
             _held(content["held"]).markdown(),
             "\n## 50,000 images\n",
             _batch(content["batch"]["rows"]).markdown(),
@@ -39,7 +39,9 @@ def _held(runs: list[dict[str, Any]]) -> Table:
         ]
         for run in runs
     ]
-    return Table(["workers", "parts", "s", "predicted, s", "predicted by measured", "processor s of each"], rows)
+    return Table(
+        ["workers", "parts", "s", "predicted, s", "predicted by measured", "processor s of each"], rows
+    )
 
 
 def _batch(rows: list[dict[str, Any]]) -> Table:

@@ -15,7 +15,8 @@ def table(verbs: Mapping[str, Any]) -> Table:
     rows = []
     for verb, found in verbs.items():
         cells = [
-            f"{form['equal']} of {form['runs']}" + (f", {form['disturbed']} kills" if name == "ray killed" else "")
+            f"{form['equal']} of {form['runs']}"
+            + (f", {form['disturbed']} kills" if name == "ray killed" else "")
             if (form := found.get(name))
             else MISSING
             for name in FORMS
