@@ -98,44 +98,15 @@ def _lost(content: Mapping[str, Any]) -> str:
 
 
 def _builds(content: Mapping[str, Any]) -> str:
-    rows = [
-        [
-            name.removeprefix("onnx-"),
-            f"{build['as_planned']} of {build['planned']}",
-            ", ".join(f"{kind} {count}" for kind, count in build["products"].items()),
-            f"{build['plan_mb']:.1f}",
-            f"{build['moved_mb']:.1f}",
-            f"{build['seconds']:.0f}",
-            build["targets"],
-        ]
-        for name, build in content["bundles"].items()
-    ]
-    head = ["graph", "layers as planned", "products by type", "MB of the plan", "MB moved a call", "s", "for"]
-    return _markdown(head, rows) + _formats(content.get("matrix", []))
+    from benchmarks.rtx_builds_report import tables
+
+    return tables(content)
 
 
-def _formats(matrix: list[Mapping[str, Any]]) -> str:
-    """Every format of the shipped models, built for one shape and for several."""
-    rows = [
-        [
-            row["model"],
-            row["format"],
-            row["shapes"],
-            f"{row['as_planned']} of {row['planned']}",
-            ", ".join(f"{kind} {count}" for kind, count in row["kinds"].items()),
-            f"{row['plan_mb']:.1f}",
-            "yes" if row["differing_bytes"] == 0 else f"the layers; {row['differing_bytes']} bytes differ",
-            f"{row['seconds']:.0f}",
-            row["targets"],
-        ]
-        for row in matrix
-    ]
-    head = ["model", "format", "shapes", "layers as planned", "of them", "MB of the plan", "two builds equal"]
-    if not rows:
-        return ""
-    command = "python -m benchmarks.rtx_matrix -o benchmarks/results/rtx-builds.json"
-    said = f"By `{command}` (2026-11-30), on few rows; each is built twice."
-    return f"\n## Every format\n\n{said}\n\n{_markdown([*head, 's', 'for'], rows)}"
+def _large_builds(content: Mapping[str, Any]) -> str:
+    from benchmarks.rtx_builds_report import large
+
+    return large(content)
 
 
 QUESTIONS = {
@@ -250,6 +221,13 @@ QUESTIONS = {
         "python benchmarks/rtx_builds.py onnx-digits-* --gpu sm86,sm89,sm120",
         "2026-11-28",
         _builds,
+    ),
+    "what-do-engines-of-large-networks-move": Question(
+        "rtx-builds-large.json",
+        "What do engines of large networks move, and what do their builds take?",
+        "python -m benchmarks.rtx_builds sdxl-f32 --builds 1 --gpu sm89 -o benchmarks/results/rtx-builds-large.json",
+        "2026-11-30",
+        _large_builds,
     ),
 }
 
