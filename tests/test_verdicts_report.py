@@ -51,7 +51,9 @@ def test_ours_and_theirs_are_rows_of_their_own() -> None:
         for seed in (0, 1)
     ]
     records[-1]["imported"] = {**figures, "worst": 120.0}
-    rows = oracles.table(records).rows
+    records.append({**records[0], "who": "theirs", "bits": "w8a8", "w8a8": figures, "refused": "no place"})
+    *rows, refused = oracles.table(records).rows
+    assert refused[-1] == "refused"
     assert [row[5] for row in rows] == ["qdeploy", "the authors'"]
     assert rows[0][7] == "40.5 (40.0 to 41.0)"
     assert [row[-1] for row in rows] == ["", "120"]

@@ -91,11 +91,7 @@ def import_from(
 
 @contextmanager
 def on_the_cpu() -> Iterator[None]:
-    """What asks for CUDA gets the CPU.
-
-    Convolutions get contiguous inputs: oneDNN's gradients of channels-last ones end the process on some processors.
-    """
-    convolve = nn.functional.conv2d
+    """What asks for CUDA gets the CPU."""
     tensor_to, module_to = Tensor.to, nn.Module.to
 
     def here(value: Any) -> Any:
@@ -114,7 +110,19 @@ def on_the_cpu() -> Iterator[None]:
         patch.object(Tensor, "cuda", lambda self, *_, **__: self),
         patch.object(nn.Module, "cuda", lambda self, *_, **__: self),
         patch.object(torch.cuda, "empty_cache", lambda: None),
-        patch.object(nn.functional, "conv2d", lambda x, *args, **how: convolve(x.contiguous(), *args, **how)),
+    ):
+        yield
+
+
+@contextmanager
+def contiguous_convolutions() -> Iterator[None]:
+    """Convolutions get contiguous inputs, where LDM's transformers hand on channels-last ones.
+
+    OneDNN's gradients of those end the process on some processors.
+    """
+    convolve = nn.functional.conv2d
+    with patch.object(
+        nn.functional, "conv2d", lambda x, *args, **how: convolve(x.contiguous(), *args, **how)
     ):
         yield
 

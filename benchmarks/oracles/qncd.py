@@ -15,7 +15,14 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from benchmarks.oracles.authors import Quantized, Rows, import_from, ldm_network, on_the_cpu
+from benchmarks.oracles.authors import (
+    Quantized,
+    Rows,
+    contiguous_convolutions,
+    import_from,
+    ldm_network,
+    on_the_cpu,
+)
 from benchmarks.oracles.budget import Budget
 
 
@@ -45,6 +52,7 @@ def quantize(
     }  # fmt: skip
     with (
         on_the_cpu(),
+        contiguous_convolutions(),
         open(os.devnull, "w") as nowhere,
         patch("builtins.print", lambda *_, **__: nowhere.write("")),
     ):

@@ -19,7 +19,14 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from benchmarks.oracles.authors import Quantized, Rows, import_from, ldm_network, on_the_cpu
+from benchmarks.oracles.authors import (
+    Quantized,
+    Rows,
+    contiguous_convolutions,
+    import_from,
+    ldm_network,
+    on_the_cpu,
+)
 from benchmarks.oracles.budget import Budget
 
 EPOCHS_OF_TIME = (200, 50, 400)  # for the first timestep, those above 300, and the others; two rows an epoch
@@ -51,7 +58,7 @@ def quantize(
     activations = {
         "n_bits": budget.activation_bits, "channel_wise": False, "scale_method": "mse", "leaf_param": True
     }  # fmt: skip
-    with on_the_cpu(), tempfile.TemporaryDirectory() as folder, chdir(folder):
+    with on_the_cpu(), contiguous_convolutions(), tempfile.TemporaryDirectory() as folder, chdir(folder):
         found = model.QuantModel(
             model=ldm_network(unet, ours), weight_quant_params=weights, act_quant_params=activations, sm_abit=8,
             timewise=True, list_timesteps=timesteps,

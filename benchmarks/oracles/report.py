@@ -36,7 +36,9 @@ def table(records: list[dict[str, Any]]) -> Table:
                 str(len(own)),
                 *(_spread([each[figure] for each in found]) for figure in FIGURES),
                 f"{mean(record['cpu_seconds'] for record in own):.0f}",
-                f"{min(imported):.0f}" if imported else "",
+                f"{min(imported):.0f}"
+                if imported
+                else "refused" * any("refused" in record for record in own),
             ]
         )
     return Table(head, rows)

@@ -39,6 +39,7 @@ from qdeploy.quant.checkpoint import load_checkpoint
 from qdeploy.quant.modes import weights_only
 from qdeploy.recipe.coverage import covered, find_coverage
 from qdeploy.store.files import write_json
+from qdeploy.system.errors import InvalidInputError
 from qdeploy.system.machine import machine
 from qdeploy.workflows.calibrate import calibrate
 from qdeploy.workflows.import_checkpoint import import_checkpoint
@@ -113,7 +114,7 @@ def main() -> None:
     parser.add_argument("--held-images", type=int, default=32)
     parser.add_argument("--groups", type=int, default=1, help="of timesteps, in ours")
     parser.add_argument("--only", choices=["ours", "theirs"])
-    parser.add_argument("--recipe", help="of ours, beside the method's own preset")
+    parser.add_argument("--recipe", help="of ours, in place of the method's own preset: a name or a file")
     parser.add_argument("--work", type=Path, default=Path("runs/oracles"))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/oracles.json"))
     given = parser.parse_args()
@@ -195,7 +196,7 @@ def by_us(seed: int, rows: Data, given: argparse.Namespace) -> dict[str, Any]:
     with weights_only(quantized):
         alone = rows.measured(network)
     return {
-        "recipe": given.recipe or given.method,
+        "recipe": Path(given.recipe or given.method).stem,
         "groups": given.groups,
         "weights alone": alone,
         given.bits: rows.measured(network),
@@ -216,12 +217,18 @@ def by_the_authors(seed: int, rows: Data, given: argparse.Namespace) -> dict[str
     made = AUTHORS[given.method].quantize(given.checkout, rows.model, calibrated, budget, layers)
     seconds = time.process_time() - began
     theirs = outputs(made.network, rows.held)
-    found = {given.bits: rows.between(theirs, rows.reference), "cpu_seconds": round(seconds)}
+    found: dict[str, Any] = {
+        given.bits: rows.between(theirs, rows.reference),
+        "cpu_seconds": round(seconds),
+    }
     if layers is None and given.method in LAYOUTS:  # the file then is what their script writes
         place = given.work / f"theirs-{given.method}-{given.bits}-{seed}"
         timesteps = calibrated[1].unique().flip(0).tolist()
-        again = outputs(imported(made.saved, given.method, timesteps, place), rows.held)
-        found["imported"] = rows.between(again, theirs)
+        try:
+            again = outputs(imported(made.saved, given.method, timesteps, place), rows.held)
+            found["imported"] = rows.between(again, theirs)
+        except InvalidInputError as error:  # what it holds has no place in our quantizers
+            found["refused"] = str(error)
     return found
 
 
