@@ -1,8 +1,9 @@
 """QNCD's own code (github.com/huanpengchu/QNCD) on LDM's U-Net, in the order of its text-to-image script.
 
 Its quantizers lie in the folder ``quant`` and import each other as ``qdiff``; under that name they run. Smoothing by
-the embedding is on, as in the command of its README, and so are asymmetric grids, float transformer blocks and the
-float input of the last layer. Its correction of the sampler's noise is not measured here.
+the embedding is on, as in the command of its README, and so are asymmetric grids and float transformer blocks. Its
+script leaves the input of the last layer in float; here it is quantized, as in ours. Its correction of the sampler's
+noise is not measured here.
 """
 
 from __future__ import annotations
@@ -59,7 +60,6 @@ def quantize(
         found = model.QuantModel(
             model=ldm_network(unet, ours), weight_quant_params=weights, act_quant_params=activations, sm_abit=8
         ).eval()  # fmt: skip
-        found.disable_network_output_quantization()
         found.set_grad_ckpt(False)
         smoothed = [each for each in found.modules() if hasattr(each, "scale_split_static")]
 

@@ -3,8 +3,11 @@
     pip install einops
     git clone https://github.com/Xiuyu-Li/q-diffusion
     python -m benchmarks.oracles.run qdiffusion --checkout q-diffusion --seeds 0 1 2
-    git clone https://github.com/hatchetProject/QuEST
-    python -m benchmarks.oracles.run quest --checkout QuEST --coverage paper --groups 20 --images 16 --rounding 300
+    common="--coverage paper --images 16 --held-images 16 --scales 1"
+    python -m benchmarks.oracles.run quest --checkout QuEST $common --groups 20 --rounding 300 --tuning 64
+    python -m benchmarks.oracles.run dgq --checkout DGQ $common --groups 20 --rounding 300 --recipe w4a6-dgq-paper
+    python -m benchmarks.oracles.run qncd --checkout QNCD $common --rounding 300
+    python -m benchmarks.oracles.run qncd --checkout QNCD $common --rounding 1 --bits w8a8 --seeds 0 1 2
 
 Both see the same rows and are measured on the same calls of images that neither has seen: SQNR against full
 precision, median over timesteps, pooled, and of the worst timestep. Seconds are of the processor, one thread.
