@@ -59,7 +59,7 @@ def _methods(content: Mapping[str, Any]) -> str:
 def _blocks(content: Mapping[str, Any]) -> str:
     rows = [
         [
-            f"{row['weights']}, {row['backend']} {row['precision']}",
+            f"{row['shape']}, {row['weights']}, {row['backend']} {row['precision']}",
             f"{row['cpu_ms']:.2f}",
             f"{row['disk_mb']:.1f}",
             f"{row['memory_mb']:.0f}",
@@ -89,6 +89,12 @@ def _cluster(content: Mapping[str, Any]) -> str:
     from benchmarks.cluster_report import tables
 
     return tables(content)
+
+
+def _sweep(content: Mapping[str, Any]) -> str:
+    from qdeploy.workflows.sweep import SweepResult
+
+    return SweepResult(ROOT, content["request"], content["records"]).as_table().markdown()
 
 
 def _lost(content: Mapping[str, Any]) -> str:
@@ -194,6 +200,13 @@ QUESTIONS = {
         "2026-11-28",
         _blocks,
     ),
+    "weights-in-blocks-of-small-and-large-models": Question(
+        "blocks.json",
+        "Weights in blocks of small and large models, on a processor without AMX",
+        "python -m benchmarks.blocks --shape digits-dit --shape scenes --shape pixart-xl --calls 7",
+        "2026-11-30",
+        _blocks,
+    ),
     "graphs-of-other-quantizers-by-our-lint": Question(
         "lint-others.json",
         "Graphs of other quantizers: what do our lint and NVIDIA's builder make of them?",
@@ -207,6 +220,13 @@ QUESTIONS = {
         "python -m benchmarks.cluster_model measure --samples 2048 -o times.json",
         "2026-11-30",
         _cluster,
+    ),
+    "methods-and-seeds-in-one-sweep": Question(
+        "sweep-digits.json",
+        "Methods and seeds in one sweep",
+        "qdeploy sweep digits -o sweep --effort fast -r w4a8-minmax -r w4a8-gptq -r w4a8-tfmq",
+        "2026-11-30",
+        _sweep,
     ),
     "workers-that-are-lost": Question(
         "lost-workers.json",
