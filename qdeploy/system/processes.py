@@ -46,6 +46,7 @@ def working_together(device: str) -> Iterator[None]:
     torch.distributed.init_process_group(backend, timeout=_PATIENCE)
     try:
         yield
+        torch.distributed.barrier()  # a process that leaves while another still talks to it may be aborted by gloo
     finally:
         torch.distributed.destroy_process_group()
 
