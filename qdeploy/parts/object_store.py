@@ -113,9 +113,10 @@ class ObjectStore:
             self._files.rm_file(self._part(number))
 
     def clear(self) -> None:
-        """Remove plan and parts: the result is there."""
+        """Remove plan and parts, and nothing else that lies there: the result is there."""
+        parts = [self._part(number) for number in sorted(self.there())]
         with self._explained():
-            self._files.rm(self._root, recursive=True)
+            self._files.rm([*parts, f"{self._root}/{PLAN}"])
 
     def _part(self, number: int) -> str:
         return f"{self._root}/parts/{number:06d}.tar"

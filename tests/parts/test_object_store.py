@@ -71,7 +71,12 @@ def test_a_damaged_part_is_removed_and_made_again(ddpm: Path, tmp_path: Path, ad
             work(address, finish=True)
         assert store.there() == {0}
         assert work(address, part="2/2").made == 2
+    work(address, part="1/2")
+    other = ObjectStore(address)
+    other._files.pipe_file("/bucket/job/notes.txt", b"mine")
     made = work(address, finish=True).result
+    assert other._files.cat_file("/bucket/job/notes.txt") == b"mine"  # only what was put there goes
+    assert other.there() == set()
     assert made.sha256 == sample(ddpm, tmp_path / "alone", **FEW).sha256
 
 
