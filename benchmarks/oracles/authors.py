@@ -265,3 +265,29 @@ def leave_attention(network: nn.Module, kind: type[nn.Module], word: str) -> Non
         if isinstance(module, kind):
             for letter in "qkvw":
                 setattr(module, f"{word}_{letter}", Passing())
+
+
+def reconstruct(
+    network: nn.Module, inside: nn.Module, learners: Mapping[type, Callable[..., object]], **how: object
+) -> None:
+    """Learn layer by layer and block by block, in the order of the scripts of Q-Diffusion and its successors.
+
+    Args:
+        network: the whole.
+        inside: the part of it that is left to learn.
+        learners: of the checkout, for its classes of quantized layers and blocks.
+        how: further arguments of the learners.
+    """
+    for child in inside.children():
+        learn = next((each for kind, each in learners.items() if isinstance(child, kind)), None)
+        if learn is None:
+            reconstruct(network, child, learners, **how)
+        else:
+            learn(network, child, **how)
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """What the code prints is dropped."""
+    with patch("builtins.print", lambda *_, **__: None):
+        yield

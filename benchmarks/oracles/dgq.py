@@ -6,19 +6,17 @@ Its network is written for one size; here its blocks are put together in the siz
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.oracles.authors import Quantized, Rows, import_from, on_the_cpu
+from benchmarks.oracles.authors import Quantized, Rows, import_from, on_the_cpu, silent
 from benchmarks.oracles.budget import Budget
 
 GROUPS = 8  # of channels, tokens or columns of each activation
@@ -47,8 +45,7 @@ def quantize(
     with (
         on_the_cpu(),
         tempfile.TemporaryDirectory() as folder,
-        open(os.devnull, "w") as nowhere,
-        patch("builtins.print", lambda *_, **__: nowhere.write("")),
+        silent(),
     ):
         found = model.QuantModel(
             model=_network(blocks, ours),

@@ -8,7 +8,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.oracles.authors import Quantized, Rows, import_from, leave_attention, network_with, on_the_cpu
+from benchmarks.oracles.authors import (
+    Quantized,
+    Rows,
+    import_from,
+    leave_attention,
+    network_with,
+    on_the_cpu,
+    reconstruct,
+)
 from benchmarks.oracles.budget import Budget
 
 
@@ -47,18 +55,15 @@ def quantize(
         with torch.no_grad():
             found(x[:8], t[:8])
 
-        def reconstruct(inside: nn.Module, **how: object) -> None:
-            for child in inside.children():
-                if isinstance(child, layer.QuantModule):
-                    layer_recon.layer_reconstruction(found, child, **how)
-                elif isinstance(child, block.BaseQuantBlock):
-                    block_recon.block_reconstruction(found, child, **how)
-                else:
-                    reconstruct(child, **how)
+        learners = {
+            layer.QuantModule: layer_recon.layer_reconstruction,
+            block.BaseQuantBlock: block_recon.block_reconstruction,
+        }
 
         data = (x, t)
         reconstruct(
-            found, cali_data=data, batch_size=budget.batch, iters=budget.rounding, weight=0.01, asym=True,
+            found, found, learners,
+            cali_data=data, batch_size=budget.batch, iters=budget.rounding, weight=0.01, asym=True,
             b_range=(20, 2), warmup=0.2, act_quant=False, opt_mode="mse",
         )  # fmt: skip
         found.set_quant_state(True, True)
@@ -70,7 +75,8 @@ def quantize(
                 found(x[part], t[part])
             found.set_running_stat(False)
         reconstruct(
-            found, cali_data=data, batch_size=budget.batch, iters=budget.scales, act_quant=True, opt_mode="mse",
+            found, found, learners,
+            cali_data=data, batch_size=budget.batch, iters=budget.scales, act_quant=True, opt_mode="mse",
             lr=4e-4, p=2.4,
         )  # fmt: skip
         found.set_quant_state(True, True)

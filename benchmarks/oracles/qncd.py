@@ -9,9 +9,7 @@ noise is not measured here.
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +21,8 @@ from benchmarks.oracles.authors import (
     import_from,
     ldm_network,
     on_the_cpu,
+    reconstruct,
+    silent,
 )
 from benchmarks.oracles.budget import Budget
 
@@ -54,8 +54,7 @@ def quantize(
     with (
         on_the_cpu(),
         contiguous_convolutions(),
-        open(os.devnull, "w") as nowhere,
-        patch("builtins.print", lambda *_, **__: nowhere.write("")),
+        silent(),
     ):
         found = model.QuantModel(
             model=ldm_network(unet, ours), weight_quant_params=weights, act_quant_params=activations, sm_abit=8
@@ -85,19 +84,19 @@ def quantize(
             found(*(value[:2] for value in rows))
         state(True, False)
 
-        def reconstruct(inside: nn.Module, **how: object) -> None:
-            for child in inside.children():
-                if isinstance(child, layer.QuantModule):
-                    layer_recon.layer_reconstruction(found, child, **how)
-                elif isinstance(child, block.BaseQuantBlock):
-                    if not child.ignore_reconstruction:
-                        block_recon.block_reconstruction(found, child, **how)
-                else:
-                    reconstruct(child, **how)
+        def learn_block(network: nn.Module, child: nn.Module, **how: object) -> None:
+            if not child.ignore_reconstruction:
+                block_recon.block_reconstruction(network, child, **how)
+
+        learners = {
+            layer.QuantModule: layer_recon.layer_reconstruction,
+            block.BaseQuantBlock: learn_block,
+        }
 
         if budget.weight_bits == 4:
             reconstruct(
-                found, cali_data=rows, batch_size=budget.batch, iters=budget.rounding, weight=0.01, asym=True,
+                found, found, learners,
+                cali_data=rows, batch_size=budget.batch, iters=budget.rounding, weight=0.01, asym=True,
                 b_range=(20, 2), warmup=0.2, act_quant=False, opt_mode="mse", cond=True, skip=False,
             )  # fmt: skip
         state(True, True)

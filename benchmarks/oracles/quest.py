@@ -8,7 +8,6 @@ that each of its two alignments sees as many rows as ours.
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 from collections import Counter
 from contextlib import chdir
@@ -26,6 +25,8 @@ from benchmarks.oracles.authors import (
     import_from,
     ldm_network,
     on_the_cpu,
+    reconstruct,
+    silent,
 )
 from benchmarks.oracles.budget import Budget
 
@@ -69,17 +70,14 @@ def quantize(
         with torch.no_grad():
             found(x[:4], t[:4], context[:4])
 
-        def reconstruct(inside: nn.Module, **how: object) -> None:
-            for child in inside.children():
-                if isinstance(child, layer.QuantModule):
-                    layer_recon.layer_reconstruction(found, child, **how)
-                elif isinstance(child, block.BaseQuantBlock):
-                    block_recon.block_reconstruction(found, child, **how)
-                else:
-                    reconstruct(child, **how)
+        learners = {
+            layer.QuantModule: layer_recon.layer_reconstruction,
+            block.BaseQuantBlock: block_recon.block_reconstruction,
+        }
 
         reconstruct(
-            found, cali_data=(x, t, context), batch_size=budget.batch, iters=budget.rounding, weight=0.01, asym=True,
+            found, found, learners,
+            cali_data=(x, t, context), batch_size=budget.batch, iters=budget.rounding, weight=0.01, asym=True,
             b_range=(20, 2), warmup=0.2, act_quant=False, opt_mode="mse", cond=True, outpath=".",
         )  # fmt: skip
         found.set_quant_state(True, True)
@@ -123,8 +121,7 @@ def _tune(code: ModuleType, found: nn.Module, rows: Rows, timesteps: list[int], 
         patch.object(code, "range", fewer, create=True),
         patch.object(code, "trange", lambda count: range(min(count, files))),
         patch.object(torch.cuda, "empty_cache", lambda: None),
-        open(os.devnull, "w") as nowhere,
-        patch("builtins.print", lambda *_, **__: nowhere.write("")),
+        silent(),
     ):
         for tune in (code.pd_optimize_timeembed, code.pd_optimize_timewise):
             tune(found, rows, None, None, logging.getLogger("qdiff"), timesteps=timesteps, outpath=".")
