@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.calibrate.reconstruct import UnitProblem
-from qdeploy.calibrate.record_units import RecordedRows
+from qdeploy.calibrate.recorded_rows import RecordedRows
 from qdeploy.calibrate.session import Session
 from qdeploy.model.inputs import denoise
 from qdeploy.network.roles import find_structure
@@ -161,8 +161,8 @@ def calibrating(
 
 def layer_problem(layer: QuantizedLayer, x: Tensor, y: Tensor, learn: int) -> UnitProblem:
     """The reconstruction problem of one layer: ``learn`` rows to learn from, the others to judge by."""
-    inputs = RecordedRows([x], lambda tensors: ((tensors[0],), {}))
-    targets = RecordedRows([y], lambda tensors: tensors[0])
+    inputs = RecordedRows([x], [1], lambda tensors: ((tensors[0],), {}))
+    targets = RecordedRows([y], [1], lambda tensors: tensors[0])
     rows = torch.arange(len(x))
     return UnitProblem(layer, inputs, targets, rows[:learn], rows[learn:])
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from qdeploy.calibrate.record_units import RecordedRows, UnitRun, to_device
+from qdeploy.calibrate.record_units import UnitRun
+from qdeploy.calibrate.recorded_rows import RecordedRows, to_device
 from qdeploy.network.current_timestep import CurrentTimestep
 from qdeploy.system.processes import add_up, are_together, leads, of_the_first, own_share
 

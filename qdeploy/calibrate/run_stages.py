@@ -23,8 +23,9 @@ def estimate_cost(session: Session) -> Estimate:
     """Time and memory that the stages will take, from one timed batch; of weights alone, from their number.
 
     The first call is slow, because memory and kernels are being prepared; where it takes seconds, that is little
-    of them, and it is not repeated. A stage says how often it runs the network over all rows and how many
-    training steps it makes per unit; all units together cost about three forward passes per step.
+    of them, and it is not repeated. A stage says how often it runs the network over all rows, how many training
+    steps it makes per unit, and what it computes with matrices besides; all units together cost about three forward
+    passes per step, and an operation takes as long as in the network.
     """
     if not session.recipe.needs_rows:
         return _cost_of_weights(session)
@@ -43,12 +44,14 @@ def estimate_cost(session: Session) -> Estimate:
         passes, steps = passes + stage_passes, steps + stage_steps
     batches = len(rows) / min(session.batch, len(rows))
     seconds = forward * (passes * batches + 3 * steps)
+    macs = sum(layer.macs for layer in session.structure.layers) * min(session.batch, len(rows))
+    seconds += forward / max(1, macs) * sum(stage.operations(session) for stage in session.recipe.stages)
     weights = sum(parameter.numel() for parameter in session.denoiser.parameters())
     row = sum(tensor[0].numel() * tensor.element_size() for tensor in batch.values() if tensor.ndim)
-    recorded = min(session.max_memory, 64 * row * len(rows)) if steps else 0
+    recorded = min(session.max_memory, 128 * row * len(rows)) if steps else 0
     # What the batch took; then codes of a byte for each weight, and their packed copy until it is written.
     reached = peak_memory() or 5 * weights
-    return Estimate(seconds, reached + 2 * weights + 2 * recorded)
+    return Estimate(seconds, reached + 2 * weights + recorded)
 
 
 def _cost_of_weights(session: Session) -> Estimate:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
@@ -12,10 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from qdeploy.calibrate.reconstruct import UnitProblem
-from qdeploy.calibrate.record_units import UnitRecorder, UnitRun, record_inputs, record_unit
 from qdeploy.model.inputs import rows_at_once, sample_name
-from qdeploy.network.current_timestep import current_timestep_of
 from qdeploy.network.roles import Layer, Structure
 from qdeploy.quant.layer import QuantizedLayer, quantized_layers
 from qdeploy.quant.modes import full_precision, weights_only
@@ -185,24 +181,6 @@ class Session:
                     f"{quantizer.format.name} takes {list(quantizer.shape)} there"
                 )
 
-    def problem(self, unit: str, student: Callable[[], Any]) -> Any:
-        """Context manager: the reconstruction problem of a unit, its inputs from the ``student`` mode."""
-        return _Problem(self, unit, self._recorder(), self.rows(), student)
-
-    @contextmanager
-    def unit_runs(
-        self, unit: str, *modes: Callable[[], AbstractContextManager[None]]
-    ) -> Iterator[list[UnitRun]]:
-        """A unit with the inputs that it gets in each of some modes of the network, to be run on `rows`."""
-        module, timesteps = self.denoiser.get_submodule(unit), self.data.timesteps[self.rows()].flatten()
-        with record_inputs(self._recorder(), module, *modes) as recorded:
-            current = current_timestep_of(self.denoiser)
-            yield [UnitRun(module, inputs, self.device, current, timesteps) for inputs in recorded]
-
-    def _recorder(self) -> UnitRecorder:
-        scratch = self.draft.work / "scratch"
-        return UnitRecorder(self.denoiser, self.inputs, self.rows(), self.batch, scratch, self.max_memory)
-
     def teacher(self) -> Any:
         """Context manager: the network in full precision."""
         return full_precision(self.denoiser)
@@ -210,22 +188,3 @@ class Session:
     def weights_only(self) -> Any:
         """Context manager: quantized weights, float activations."""
         return weights_only(self.denoiser)
-
-
-class _Problem:
-    def __init__(
-        self, session: Session, unit: str, recorder: UnitRecorder, rows: list[int], student: Callable[[], Any]
-    ) -> None:
-        self.session, self.rows = session, rows
-        self.unit = session.denoiser.get_submodule(unit)
-        self.recording = record_unit(recorder, self.unit, session.teacher, student)
-
-    def __enter__(self) -> UnitProblem:
-        inputs, targets = self.recording.__enter__()
-        learn, judge = self.session.split(self.rows)
-        timesteps = self.session.data.timesteps[self.rows].flatten()
-        current = current_timestep_of(self.session.denoiser)
-        return UnitProblem(self.unit, inputs, targets, learn, judge, self.session.device, current, timesteps)
-
-    def __exit__(self, *error: Any) -> None:
-        self.recording.__exit__(*error)

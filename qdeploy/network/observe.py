@@ -1,7 +1,8 @@
 """The one way in which modules are watched while a network runs.
 
 Everything that looks at a layer's inputs or outputs (ranges, reconstruction targets, structure, errors by layer)
-names the modules that it observes and what to do with each of their calls.
+names the modules that it observes and what to do with each of their calls. A module whose output is known already
+can be spared its work.
 """
 
 from __future__ import annotations
@@ -61,6 +62,35 @@ def observing(
                 handle = module.register_forward_hook(_hook(name, after), with_kwargs=True)
                 hooks.callback(handle.remove)
         yield
+
+
+@contextmanager
+def standing_in(modules: Mapping[str, nn.Module], output: Callable[[str], Any]) -> Iterator[None]:
+    """Within this context, some modules do not run: each call returns what is given in its place.
+
+    Args:
+        modules: what does not run, by name.
+        output: what a module of some name returns. It is asked at every call, and may be changed in place.
+    """
+    with ExitStack() as ends:
+        for name, module in modules.items():
+            own = module.__dict__.get("forward")
+            module.forward = _instead(name, output)
+            ends.callback(_put_back, module, own)
+        yield
+
+
+def _instead(name: str, output: Callable[[str], Any]) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return output(name)
+
+    return forward
+
+
+def _put_back(module: nn.Module, own: Any) -> None:
+    del module.forward
+    if own is not None:
+        module.forward = own
 
 
 def _positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -97,6 +97,10 @@ class Stage(ABC):
         """
         return 1, 0
 
+    def operations(self, session: Session) -> float:
+        """Multiply-accumulate operations on matrices besides, for the estimate."""
+        return 0
+
     def simulated(self) -> str:
         """Why no engine can run the result; empty if one can."""
         return ""

@@ -17,6 +17,7 @@ from qdeploy.calibrate.methods import minmax, qdiffusion
 from qdeploy.calibrate.reconstruct import UnitProblem
 from qdeploy.calibrate.run_stages import run_stages
 from qdeploy.calibrate.session import Session
+from qdeploy.calibrate.unit_walk import UnitWalk
 from qdeploy.model.inputs import denoise
 from qdeploy.network.roles import find_structure
 from qdeploy.quant.layer import quantized_layers
@@ -353,11 +354,12 @@ def test_learned_scales_stay_positive_and_are_kept_only_if_better(tmp_path: Path
         prepared(session)
         for quantizer in found_activations(session).values():
             quantizer.register_forward_hook(lambda module, args, output: used.append(float(module.scale)))
+        walk = UnitWalk(session, session.teacher)
         for unit in session.units:
-            with session.problem(unit, session.teacher) as problem:
-                before, scales = problem.judged(2.4), activation_scales(session)
-                kept = qdiffusion.learn_unit(session, problem, unit, lr, 2.4, None)
-                after, learned = problem.judged(2.4), activation_scales(session)
+            problem = walk.problem(unit)
+            before, scales = problem.judged(2.4), activation_scales(session)
+            kept = qdiffusion.learn_unit(session, problem, unit, lr, 2.4, None)
+            after, learned = problem.judged(2.4), activation_scales(session)
             assert after < before if kept else after == before
             assert kept == any(not torch.equal(scales[name], learned[name]) for name in scales)
         assert all(scale > 0 and torch.isfinite(scale) for scale in activation_scales(session).values())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 from qdeploy.calibrate.methods import minmax
 from qdeploy.calibrate.reconstruct import optimize, output_error
-from qdeploy.calibrate.record_units import RecordedRows, UnitRecorder, record_unit
+from qdeploy.calibrate.record_units import UnitRecorder
+from qdeploy.calibrate.recorded_rows import RecordedRows
 from qdeploy.calibrate.session import Session
+from qdeploy.calibrate.unit_walk import UnitWalk
 from qdeploy.model.inputs import denoise
 from qdeploy.quant.layer import QuantizedLayer
 from qdeploy.quant.modes import full_precision
@@ -69,7 +72,7 @@ def test_recorded_inputs_are_those_of_the_quantized_network_at_that_point(
 ) -> None:
     """Units before it are quantized, and the batch is as it was (QD-11: not the float network's inputs)."""
     rows = session.rows()
-    recorded = recorder(session).inputs(session.denoiser.get_submodule(unit))
+    recorded = recorder(session).inputs(unit)
     for start in range(0, len(rows), 5):
         chosen = torch.arange(start, min(start + 5, len(rows)))
         assert equal(recorded.batch(chosen), live_inputs(session, unit, rows[start : start + 5]))
@@ -78,24 +81,22 @@ def test_recorded_inputs_are_those_of_the_quantized_network_at_that_point(
 
 
 def test_targets_are_those_of_the_full_precision_network(session: Session) -> None:
-    unit = session.denoiser.get_submodule(RESNET)
     untouched = tiny_unet()
     seen: list[Tensor] = []
     untouched.get_submodule(RESNET).register_forward_hook(lambda module, args, output: seen.append(output))
     with torch.no_grad():
         denoise(untouched, session.inputs(session.rows()[:5]))
-    with record_unit(recorder(session), unit, session.teacher) as (_, targets):
-        assert torch.equal(targets.batch(torch.arange(5)), seen[0])
+    targets = UnitWalk(session).problem(RESNET).targets
+    assert torch.equal(targets.batch(torch.arange(5)), seen[0])
 
 
 @pytest.mark.parametrize("rows", [1, 4, 5, 13])
 def test_no_row_is_dropped_where_the_batch_does_not_divide_them(session: Session, rows: int) -> None:
     """QD-10: the released code drops the rows of the last, smaller batch."""
-    unit = session.denoiser.get_submodule(RESNET)
     chosen = session.rows()[:rows]
-    outputs = recorder(session, chosen).outputs(unit)
+    outputs = recorder(session, chosen).outputs(RESNET)
     assert [len(tensor) for tensor in outputs.tensors] == [rows]
-    last = recorder(session, chosen[-1:]).outputs(unit)
+    last = recorder(session, chosen[-1:]).outputs(RESNET)
     assert torch.allclose(outputs.tensors[0][-1], last.tensors[0][0], atol=1e-4)
 
 
@@ -118,15 +119,14 @@ class Block(nn.Module):
 @pytest.mark.parametrize("rows", [1, 5, 13])
 def test_a_table_that_happens_to_be_as_long_as_the_batch_is_no_row_data(tmp_path: Path, rows: int) -> None:
     network, data = Rotated().eval(), MemoryRows.noisy()
-    recorded = UnitRecorder(network, data.inputs, list(range(rows)), 5, tmp_path, 2**30).inputs(network.block)
+    recorded = UnitRecorder(network, data.inputs, list(range(rows)), 5, tmp_path, 2**30).inputs("block")
     _, kwargs = recorded.batch(torch.arange(rows).flip(0))
     assert torch.equal(kwargs["table"], torch.arange(5.0)[:, None].expand(5, 3))
     assert [len(tensor) for tensor in recorded.tensors] == [rows]
 
 
 def test_rows_come_back_in_the_order_asked_for(session: Session) -> None:
-    unit = session.denoiser.get_submodule(RESNET)
-    rows = recorder(session).inputs(unit)
+    rows = recorder(session).inputs(RESNET)
     (forward, _), _ = rows.batch(torch.tensor([0, 7, 25]))
     (backward, _), _ = rows.batch(torch.tensor([25, 7, 0]))
     assert torch.equal(forward, backward.flip(0))
@@ -134,51 +134,51 @@ def test_rows_come_back_in_the_order_asked_for(session: Session) -> None:
 
 def test_dropout_is_off_while_recording(session: Session) -> None:
     """QD-2: the released code leaves the network in training mode; its dropout of 0.1 is active."""
-    unit = session.denoiser.get_submodule(RESNET)
-    first, second = (recorder(session).outputs(unit).tensors for _ in range(2))
+    first, second = (recorder(session).outputs(RESNET).tensors for _ in range(2))
     assert equal(first, second)
     session.denoiser.train()
     with pytest.raises(AssertionError, match="dropout"):
-        recorder(session).outputs(unit)
+        recorder(session).outputs(RESNET)
 
 
 def test_no_hook_is_left_behind(session: Session) -> None:
-    unit = session.denoiser.get_submodule(RESNET)
-    recorder(session).inputs(unit)
-    recorder(session).outputs(unit)
-    assert not unit._forward_hooks
-    assert not unit._forward_pre_hooks
+    walk = UnitWalk(session)
+    for unit in (RESNET, ATTENTION):
+        walk.problem(unit)
+    assert all("forward" not in module.__dict__ for module in session.denoiser.modules())
+    module = session.denoiser.get_submodule(RESNET)
+    assert not module._forward_hooks
+    assert not module._forward_pre_hooks
 
 
 # -- memory ------------------------------------------------------------------------------------------------
 
 
 def test_what_exceeds_the_budget_goes_to_a_mapped_file_and_is_the_same(session: Session) -> None:
-    unit = session.denoiser.get_submodule(RESNET)
-    in_memory = recorder(session).inputs(unit)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in in_memory.tensors)
-    scratch = session.draft.work / "scratch"
+    in_memory = recorder(session).inputs(RESNET)
+    size = sum(tensor.nbytes for tensor in in_memory.tensors)
     for budget, mapped in ((size, False), (size - 1, True), (0, True)):
-        rows = recorder(session, budget=budget).inputs(unit)
-        files = list(scratch.glob("*.bin"))
-        assert bool(files) == mapped
-        if mapped:
-            assert sum(file.stat().st_size for file in files) == size
+        rows = recorder(session, budget=budget).inputs(RESNET)
+        assert rows.in_memory == (0 if mapped else size)
         assert equal(rows.tensors, in_memory.tensors)
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_mapped_files_go_when_the_unit_is_done(session: Session, fails: bool) -> None:
-    scratch = session.draft.work / "scratch"
-    unit = session.denoiser.get_submodule(RESNET)
-    with (
-        pytest.raises(ZeroDivisionError) if fails else nullcontext(),
-        record_unit(recorder(session, budget=0), unit, session.teacher),
-    ):
-        assert list(scratch.glob("*.bin"))
-        if fails:
-            _ = 1 / 0
-    assert not list(scratch.glob("*.bin"))
+def test_mapped_files_have_no_names_so_that_nothing_is_left_of_them(session: Session) -> None:
+    """Not even after kill -9: the space is free once the process is gone."""
+    rows = recorder(session, budget=0).inputs(RESNET)
+    assert rows.in_memory == 0
+    assert not list((session.draft.work / "scratch").iterdir())
+
+
+def test_a_full_disk_is_an_error_before_it_is_written_to(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        recorder(session, budget=0).inputs(RESNET)
 
 
 @pytest.mark.slow
@@ -190,9 +190,8 @@ def test_attention_is_one_unit_whose_maps_are_never_recorded(tmp_path: Path, cov
         tiny_unet((8, 24)), MemoryRows.noisy(), tmp_path / "checkpoint", coverage=coverage
     ) as session:
         for name, layers in session.units.items():
-            unit = session.denoiser.get_submodule(name)
             recorded = recorder(session)
-            for rows in (recorded.inputs(unit), recorded.outputs(unit)):
+            for rows in (recorded.inputs(name), recorded.outputs(name)):
                 assert rows.tensors
                 for tensor in rows.tensors:
                     assert tensor.ndim <= 4
@@ -263,7 +262,7 @@ def test_rows_are_drawn_by_the_generator_alone() -> None:
     for seed in (1, 1, 2):
         drawn.append([])
         problem = layer_problem(layer, x, x, learn=9)
-        problem.inputs = Spy(problem.inputs.tensors, problem.inputs.build)
+        problem.inputs = Spy(problem.inputs.tensors, problem.inputs.entries, problem.inputs.build)
         torch.manual_seed(len(drawn))  # global randomness is none of its business
         optimize(problem, [nn.Parameter(torch.zeros(1))], 0, 4, 0.1, torch.Generator().manual_seed(seed), 2)
         free = nn.Parameter(torch.zeros(()))

@@ -23,7 +23,7 @@ it lowers the error of each layer, and not that of the prediction.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +35,7 @@ from qdeploy.calibrate.record_units import UnitRun
 from qdeploy.calibrate.rounding import undecided
 from qdeploy.calibrate.second_moments import Moments, columns_of, read_vectors
 from qdeploy.calibrate.session import Session
+from qdeploy.calibrate.unit_walk import UnitWalk
 from qdeploy.network.observe import ModuleCall, observing
 from qdeploy.network.roles import Layer
 from qdeploy.quant.layer import QuantizedLayer
@@ -43,6 +44,9 @@ from qdeploy.recipe.effort import Effort
 from qdeploy.recipe.stages import ROUNDINGS, WEIGHT_SCALES, Method, Stage
 from qdeploy.system.errors import UsageError
 from qdeploy.system.progress import say, track
+
+
+READS = 3  # about how often a unit runs, each time up to one of its layers
 
 
 @dataclass(frozen=True)
@@ -83,13 +87,14 @@ class GPTQ(Stage):
 
     def run(self, session: Session) -> None:
         """Decide the codes of all weights."""
+        walk, modes = UnitWalk(session), ("student", "teacher") if self.full_inputs else ("student",)
         for number, (unit, layers) in enumerate(track(list(session.units.items()), "gptq")):
 
             def compute(unit: str = unit, layers: list[Layer] = layers) -> None:
                 if not undecided(session.quantized(layers)):
                     return
-                modes = (nullcontext, session.teacher) if self.full_inputs else (nullcontext,)
-                with session.weights_only(), session.unit_runs(unit, *modes) as runs, torch.no_grad():
+                with session.weights_only(), torch.no_grad():
+                    runs = [walk.run(unit, mode) for mode in modes]
                     for readers in _in_order(layers):
                         self._round(session, runs, readers)
 
@@ -97,7 +102,18 @@ class GPTQ(Stage):
 
     def cost(self, units: int, effort: Effort) -> tuple[float, float]:
         """See `Stage.cost`."""
-        return (2.5 if self.full_inputs else 1.0) * units, 0
+        return (1 + READS) * (2 if self.full_inputs else 1), 0
+
+    def operations(self, session: Session) -> float:
+        """See `Stage.operations`: of moments, factors, rounding and its judgement, which counts in double precision."""
+        found, rows = 0.0, len(session.rows())
+        for layer, module in zip(session.layers, session.quantized(session.layers), strict=True):
+            groups, columns = columns_of(module)
+            outputs = len(module.weight) / groups
+            vectors = min(self.samples * columns, rows * layer.macs / module.weight.numel())
+            moments = vectors * columns**2 * (2 if self.full_inputs else 1)
+            found += groups * (moments + 2 / 3 * columns**3 + 9 * outputs * columns**2)
+        return found
 
     def _round(self, session: Session, runs: Sequence[UnitRun], readers: Sequence[Layer]) -> None:
         """Round the layers that read one tensor; ``runs`` of the unit with its inputs, and in full precision."""

@@ -15,7 +15,6 @@ activations. Departures from the released code, each for a reason:
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 from torch import nn
@@ -23,8 +22,9 @@ from torch import nn
 from qdeploy.calibrate.methods.minmax import ActivationRanges, WeightRanges
 from qdeploy.calibrate.reconstruct import UnitProblem, optimize
 from qdeploy.calibrate.rounding import default_rate, learn_rounding, undecided
-from qdeploy.calibrate.session import Session
+from qdeploy.calibrate.session import HELD_OUT, Session
 from qdeploy.calibrate.tuning import learned_scales
+from qdeploy.calibrate.unit_walk import UnitWalk
 from qdeploy.network.roles import Layer
 from qdeploy.quant.layer import QuantizedLayer
 from qdeploy.quant.quantizers import ActivationQuantizer
@@ -33,6 +33,9 @@ from qdeploy.recipe.effort import Effort
 from qdeploy.recipe.stages import ACTIVATION_SCALES, ROUNDINGS, WEIGHT_SCALES, Method, Stage
 from qdeploy.system.errors import UsageError
 from qdeploy.system.progress import say, track
+
+
+PASSES = 2 + 2 / HELD_OUT  # what each unit is given and should return, and its judgement before and after
 
 
 @dataclass(frozen=True)
@@ -79,16 +82,16 @@ class AdaRound(Stage):
     def run(self, session: Session) -> None:
         """Decide the codes of all weights."""
         steps = self.steps or session.effort.rounding
-        rate = self.lr or default_rate(steps)
+        rate, walk = self.lr or default_rate(steps), UnitWalk(session)
         for number, (unit, layers) in enumerate(track(list(session.units.items()), "rounding")):
 
             def compute(unit: str = unit, layers: list[Layer] = layers) -> None:
                 modules = session.quantized(layers)
                 if not (self.refine or undecided(modules)):
                     return
-                with session.weights_only(), session.problem(unit, nullcontext) as problem:
+                with session.weights_only():
                     gain = round_unit(
-                        session, problem, modules, f"round/{unit}", steps, rate, self.weight, self.warmup,
+                        session, walk.problem(unit), modules, f"round/{unit}", steps, rate, self.weight, self.warmup,
                         settle=self.settle, refine=bool(self.refine),
                     )  # fmt: skip
                 before = "the roundings that were there" if self.refine else "rounding to nearest"
@@ -98,7 +101,7 @@ class AdaRound(Stage):
 
     def cost(self, units: int, effort: Effort) -> tuple[float, float]:
         """See `Stage.cost`."""
-        return units, self.steps or effort.rounding
+        return PASSES, self.steps or effort.rounding
 
 
 def round_unit(
@@ -153,20 +156,19 @@ class LearnScales(Stage):
         """Change the scales of activations."""
         if session.recipe.calibrated is None:
             return
-        kept = 0
+        kept, walk = 0, UnitWalk(session)
         for number, unit in enumerate(track(list(session.units), "activation scales")):
 
             def compute(unit: str = unit) -> None:
                 nonlocal kept
-                with session.problem(unit, nullcontext) as problem:
-                    kept += learn_unit(session, problem, unit, self.lr, self.p, self.steps)
+                kept += learn_unit(session, walk.problem(unit), unit, self.lr, self.p, self.steps)
 
             session.once(f"{number:04d}", compute, prefix=unit)
         say(f"learned activation scales were kept in {kept} of {len(session.units)} units", level=2)
 
     def cost(self, units: int, effort: Effort) -> tuple[float, float]:
         """See `Stage.cost`."""
-        return units, self.steps or effort.scales
+        return PASSES, self.steps or effort.scales
 
 
 def learn_unit(

@@ -1,0 +1,73 @@
+"""From unit to unit: what each is given by the units before it, and what it should return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+
+from qdeploy.calibrate.finished_units import FinishedUnits
+from qdeploy.calibrate.reconstruct import UnitProblem
+from qdeploy.calibrate.record_units import UnitRecorder, UnitRun
+from qdeploy.calibrate.session import Session
+from qdeploy.network.current_timestep import current_timestep_of
+from qdeploy.network.readers import readers_of
+
+RECORDINGS = (
+    4  # that share the memory: a unit's inputs and targets, and what units before it computed in two modes
+)
+
+
+class UnitWalk:
+    """One walk over the units of a network, in the order of execution.
+
+    Once a unit is asked for, those before it are done: they have to stay as they are as long as the walk goes on.
+
+    Args:
+        session: the calibration.
+        student: the mode of the network in which units get their inputs; the present one by default.
+    """
+
+    def __init__(
+        self, session: Session, student: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
+        self.session = session
+        self.modes = {"student": student, "teacher": session.teacher}
+        self.rows = session.rows()
+        self.timesteps = session.data.timesteps[self.rows].flatten()
+
+    def problem(self, unit: str) -> UnitProblem:
+        """The reconstruction problem of a unit: the student's inputs, and what the teacher returns."""
+        with self.modes["teacher"]():
+            targets = self._recorders["teacher"].outputs(unit)
+        learn, judge = self.session.split(self.rows)
+        run = self.run(unit)
+        return UnitProblem(
+            run.unit, run.inputs, targets, learn, judge, run.device, run.current_timestep, run.timesteps
+        )
+
+    def run(self, unit: str, mode: str = "student") -> UnitRun:
+        """A unit with the inputs that it gets in a mode of the network, to be run on `Session.rows`."""
+        session = self.session
+        with self.modes[mode]():
+            inputs = self._recorders[mode].inputs(unit)
+        current = current_timestep_of(session.denoiser)
+        module = session.denoiser.get_submodule(unit)
+        return UnitRun(module, inputs, session.device, current, self.timesteps)
+
+    @cached_property
+    def _recorders(self) -> dict[str, UnitRecorder]:
+        session, scratch = self.session, self.session.draft.work / "scratch"
+        units = {unit: session.denoiser.get_submodule(unit) for unit in session.structure.units}
+        budget = session.max_memory // RECORDINGS
+        with session.teacher():
+            readers = readers_of(session.denoiser, units, session.inputs(self.rows[:1]))
+        once = {unit: units[unit] for unit in readers}
+
+        def recorder() -> UnitRecorder:
+            finished = FinishedUnits(once, readers, len(self.rows), scratch, budget, session.device)
+            return UnitRecorder(
+                session.denoiser, session.inputs, self.rows, session.batch, scratch, budget, finished
+            )
+
+        return {mode: recorder() for mode in self.modes}
