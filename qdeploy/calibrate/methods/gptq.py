@@ -45,7 +45,6 @@ from qdeploy.recipe.stages import ROUNDINGS, WEIGHT_SCALES, Method, Stage
 from qdeploy.system.errors import UsageError
 from qdeploy.system.progress import say, track
 
-
 READS = 3  # about how often a unit runs, each time up to one of its layers
 
 
@@ -105,7 +104,7 @@ class GPTQ(Stage):
         return (1 + READS) * (2 if self.full_inputs else 1), 0
 
     def operations(self, session: Session) -> float:
-        """See `Stage.operations`: of moments, factors, rounding and its judgement, which counts in double precision."""
+        """See `Stage.operations`: of moments, factors, rounding and its judgement in double precision."""
         found, rows = 0.0, len(session.rows())
         for layer, module in zip(session.layers, session.quantized(session.layers), strict=True):
             groups, columns = columns_of(module)

@@ -34,7 +34,6 @@ from qdeploy.recipe.stages import ACTIVATION_SCALES, ROUNDINGS, WEIGHT_SCALES, M
 from qdeploy.system.errors import UsageError
 from qdeploy.system.progress import say, track
 
-
 PASSES = 2 + 2 / HELD_OUT  # what each unit is given and should return, and its judgement before and after
 
 
