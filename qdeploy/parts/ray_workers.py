@@ -26,6 +26,7 @@ from qdeploy.system.progress import say, track
 from qdeploy.version import __version__
 
 RETRIES = 3  # of one part, where a worker or its storage is lost
+LEAVING = 5.0  # seconds that workers have to clean up
 
 
 class Worker:
@@ -39,6 +40,7 @@ class Worker:
     def __init__(self, folder: str, plan: Mapping[str, Any]) -> None:
         self.folder, self.plan = Path(folder), plan
         self.job: Job | None = None
+        self.own: Path | None = None  # a folder of this process, where it does not see the plan's
 
     def ready(self) -> dict[str, Any]:
         """What this process runs, and whether it sees the plan's folder."""
@@ -74,11 +76,16 @@ class Worker:
                 raise OSError(str(error)) from None
             return error.exit_code, str(error)
 
+    def leave(self) -> None:
+        """Remove the folder of this process."""
+        if self.own is not None:
+            shutil.rmtree(self.own)
+
     def _own_folder(self) -> Path:
         """A folder of this process, with the plan."""
-        folder = Path(tempfile.mkdtemp(prefix="qdeploy-work-"))
-        write_json(folder / PLAN, self.plan)
-        return folder
+        self.own = Path(tempfile.mkdtemp(prefix="qdeploy-work-"))
+        write_json(self.own / PLAN, self.plan)
+        return self.own
 
 
 def make_on_ray(job: Job, parts: PartFolder, on: str, workers: int | None, worker_cpus: float) -> None:
@@ -147,6 +154,9 @@ def make_on_ray(job: Job, parts: PartFolder, on: str, workers: int | None, worke
         for _ in bar:
             pass
     finally:
+        leaving = [worker.leave.remote() for worker in everyone]
+        if leaving:
+            ray.wait(leaving, num_returns=len(leaving), timeout=LEAVING)
         for worker in everyone:
             ray.kill(worker)
         if began_here:

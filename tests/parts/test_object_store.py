@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -150,9 +151,11 @@ def test_workers_of_ray_without_the_disk_send_parts_back(
 ) -> None:
     alone = told(calls(ddpm, ddpm_engine, tmp_path / "alone")[verb]())
     monkeypatch.setattr(ray_workers, "Worker", Elsewhere)
+    before = set(Path(tempfile.gettempdir()).glob("qdeploy-work-*"))
     call = calls(ddpm, ddpm_engine, tmp_path / "through")[verb]
     job = open_job(planned(call))
     with job.parts() as parts:
         ray_workers.make_on_ray(job, parts, "ray", 2, 1.0)
         assert parts.missing() == []
+    assert set(Path(tempfile.gettempdir()).glob("qdeploy-work-*")) == before
     assert told(call()) == alone
