@@ -45,6 +45,21 @@ class Grid:
         return codes.clamp(self.number_format.qmin, self.number_format.qmax)
 
 
+@dataclass(frozen=True)
+class Rounded:
+    """Rows of a weight on the grid.
+
+    Attributes:
+        values: [O, K].
+        error: their quadratic error, summed up.
+        nearest_error: that of rounding to nearest.
+    """
+
+    values: Tensor
+    error: float
+    nearest_error: float
+
+
 def quadratic_error(weight: Tensor, values: Tensor, hessian: Tensor) -> Tensor:
     """[O] ``(q - w) H (q - w)^T`` of each row, in double precision.
 
@@ -59,7 +74,7 @@ def quadratic_error(weight: Tensor, values: Tensor, hessian: Tensor) -> Tensor:
 
 def round_rows(
     weight: Tensor, grid: Grid, hessian: Tensor, damping: float, aim: Tensor | None = None
-) -> Tensor:
+) -> Rounded:
     """Values on the grid whose quadratic error is, row by row, at most that of the weight rounded to nearest.
 
     Args:
@@ -69,16 +84,16 @@ def round_rows(
         damping: share of the mean of the diagonal that is added to it for `gptq` (section 3.3, step 3).
         aim: [O, K] what the values are to come close to; the weight itself by default.
 
-    Returns:
-        [O, K] values on the grid.
     """
     nearest, aim = grid.values(weight), weight if aim is None else aim
     found = gptq(aim, grid, hessian, damping)
-    better = quadratic_error(aim, found, hessian) < quadratic_error(aim, nearest, hessian)
-    return torch.where(better[:, None], found, nearest)
+    error, nearest_error = (quadratic_error(aim, values, hessian) for values in (found, nearest))
+    better = error < nearest_error
+    values = torch.where(better[:, None], found, nearest)
+    return Rounded(values, float(torch.where(better, error, nearest_error).sum()), float(nearest_error.sum()))
 
 
-def made_up_for(weight: Tensor, hessian: Tensor, cross: Tensor, damping: float) -> Tensor:
+def made_up_for(weight: Tensor, hessian: Tensor, missed: Tensor, damping: float) -> Tensor:
     """The weight that computes from inputs x most nearly what ``weight`` computes from others, x'.
 
     Least mean of ``|W* x - W x'|^2``: ``W* = W + W E[(x' - x) x^T] H^-1``, H damped as in `gptq`.
@@ -86,11 +101,11 @@ def made_up_for(weight: Tensor, hessian: Tensor, cross: Tensor, damping: float) 
     Args:
         weight: [O, K] W.
         hessian: [K, K] second moments H of x.
-        cross: [K, K] mean of ``(x' - x) x^T``.
+        missed: [O, K] ``W E[(x' - x) x^T]``.
         damping: share of the mean of the diagonal that is added to H.
     """
     lower = _damped_factor(hessian, damping)
-    return weight + torch.cholesky_solve((weight @ cross).T, lower).T
+    return weight + torch.cholesky_solve(missed.T, lower).T
 
 
 def gptq(weight: Tensor, grid: Grid, hessian: Tensor, damping: float) -> Tensor:

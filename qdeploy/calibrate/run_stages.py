@@ -42,10 +42,11 @@ def estimate_cost(session: Session) -> Estimate:
     for stage in session.recipe.stages:
         stage_passes, stage_steps = stage.cost(len(session.units), session.effort)
         passes, steps = passes + stage_passes, steps + stage_steps
-    batches = len(rows) / min(session.batch, len(rows))
-    seconds = forward * (passes * batches + 3 * steps)
-    macs = sum(layer.macs for layer in session.structure.layers) * min(session.batch, len(rows))
-    seconds += forward / max(1, macs) * sum(stage.operations(session) for stage in session.recipe.stages)
+    count = min(session.batch, len(rows))
+    learned = min(session.effort.batch, len(rows))  # of one step
+    operation = forward / max(1, count * sum(layer.macs for layer in session.structure.layers))
+    seconds = forward / count * (passes * len(rows) + 3 * steps * learned)
+    seconds += operation * sum(stage.operations(session) for stage in session.recipe.stages)
     weights = sum(parameter.numel() for parameter in session.denoiser.parameters())
     row = sum(tensor[0].numel() * tensor.element_size() for tensor in batch.values() if tensor.ndim)
     recorded = min(session.max_memory, 128 * row * len(rows)) if steps else 0

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from qdeploy.quant.layer import QuantizedLayer
 
+BLOCK = 1024  # rows of second moments that are summed up at once, from the diagonal on
+
 
 def columns_of(layer: QuantizedLayer) -> tuple[int, int]:
     """Groups of a layer's channels, and how many numbers each of their outputs is a product of."""
@@ -63,10 +65,12 @@ class Moments:
 
     Attributes:
         count: vectors that were seen.
-        square: [groups, K, K] sum of ``x x^T``.
+        square: [groups, K, K] sum of ``x x^T``; above the blocks on its diagonal, since it is symmetric.
         total: [groups, K] sum of x.
-        gap_square: [groups, K, K] sum of ``(x' - x) x^T``, x' what should be in the place of x; None without these.
-        gap_total: [groups, K] sum of ``x' - x``, likewise.
+        weight: [groups, O, K] W of the layer, if vectors are compared; else None.
+        gap_square: sum of ``(x' - x) x^T``, x' what should be in the place of x: [groups, K, K], or times W
+            [groups, O, K] where that takes less work.
+        gap_total: [groups, K] sum of ``x' - x``.
     """
 
     def __init__(self, layer: QuantizedLayer, compared: bool = False) -> None:
@@ -74,19 +78,27 @@ class Moments:
         self.count = 0
         self.square = torch.zeros(groups, columns, columns, device=layer.device)
         self.total = torch.zeros(groups, columns, device=layer.device)
-        self.gap_square = torch.zeros_like(self.square) if compared else None
-        self.gap_total = torch.zeros_like(self.total) if compared else None
+        self.weight: Tensor | None = None
+        if compared:
+            weight = torch.cat([part for _, part in layer.weight_pairs()], 1)
+            self.weight = weight.detach().float().reshape(groups, -1, columns)
+            self.weighted = 2 * self.weight.shape[1] < columns
+            self.gap_square = torch.zeros_like(self.weight if self.weighted else self.square)
+            self.gap_total = torch.zeros_like(self.total)
 
     def add(self, x: Tensor, wanted: Tensor | None = None) -> None:
         """Take vectors [groups, N, K] into account; ``wanted`` are those that should be in their places."""
         x = x.detach().float()
         self.count += x.shape[1]
-        self.square.baddbmm_(x.transpose(1, 2), x)
+        for first in range(0, x.shape[2], BLOCK):
+            block = slice(first, first + BLOCK)
+            self.square[:, block, first:].baddbmm_(x[:, :, block].transpose(1, 2), x[:, :, first:])
         self.total += x.sum(1)
-        if self.gap_square is not None and self.gap_total is not None and wanted is not None:
+        if self.weight is not None and wanted is not None:
             gap = wanted.detach().float() - x
-            self.gap_square.baddbmm_(gap.transpose(1, 2), x)
             self.gap_total += gap.sum(1)
+            left = gap @ self.weight.transpose(1, 2) if self.weighted else gap
+            self.gap_square.baddbmm_(left.transpose(1, 2), x)
 
     @property
     def mean(self) -> Tensor:
@@ -96,16 +108,18 @@ class Moments:
     @property
     def gap(self) -> Tensor | None:
         """[groups, K] mean of ``x' - x``."""
-        return None if self.gap_total is None else self.gap_total / max(1, self.count)
+        return None if self.weight is None else self.gap_total / max(1, self.count)
 
     def hessian(self, centred: bool) -> Tensor:
         """[groups, K, K] mean of ``x x^T``; with ``centred``, of what is left of x without its mean."""
-        hessian, mean = self.square / max(1, self.count), self.mean
+        upper = self.square.triu() / max(1, self.count)
+        hessian, mean = upper + upper.triu(1).transpose(1, 2), self.mean
         return hessian - mean[:, :, None] * mean[:, None, :] if centred else hessian
 
-    def cross(self, centred: bool) -> Tensor | None:
-        """[groups, K, K] mean of ``(x' - x) x^T``; with ``centred``, of both without their means."""
-        if self.gap_square is None or (gap := self.gap) is None:
+    def missed(self, centred: bool) -> Tensor | None:
+        """[groups, O, K] ``W`` times the mean of ``(x' - x) x^T``; with ``centred``, of both without their means."""
+        if self.weight is None or (gap := self.gap) is None:
             return None
-        cross = self.gap_square / max(1, self.count)
-        return cross - gap[:, :, None] * self.mean[:, None, :] if centred else cross
+        mean = self.gap_square / max(1, self.count)
+        missed = mean if self.weighted else self.weight @ mean
+        return missed - (self.weight @ gap[:, :, None]) * self.mean[:, None, :] if centred else missed

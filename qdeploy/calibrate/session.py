@@ -90,10 +90,10 @@ class Session:
         digest = sha256(f"{self.recipe.seed}/{'/'.join(names)}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
-    def rows(self) -> list[int]:
-        """The rows this effort uses, a random choice from the whole set in ascending order."""
+    def rows(self, most: int | None = None) -> list[int]:
+        """The rows this effort uses, or ``most`` of them: a random choice from the whole set, in ascending order."""
         order = torch.randperm(len(self.data), generator=self.generator("rows"))
-        return sorted(order[: self.effort.rows].tolist())
+        return sorted(order[: self.effort.rows][:most].tolist())
 
     def split(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Positions in ``rows`` to learn from, and positions to judge by.

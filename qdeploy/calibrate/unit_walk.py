@@ -26,14 +26,21 @@ class UnitWalk:
     Args:
         session: the calibration.
         student: the mode of the network in which units get their inputs; the present one by default.
+        rows: how many of the effort's rows it looks at, at most; None for all.
+
+    Attributes:
+        rows: their numbers in the calibration set.
     """
 
     def __init__(
-        self, session: Session, student: Callable[[], AbstractContextManager[None]] = nullcontext
+        self,
+        session: Session,
+        student: Callable[[], AbstractContextManager[None]] = nullcontext,
+        rows: int | None = None,
     ) -> None:
         self.session = session
         self.modes = {"student": student, "teacher": session.teacher}
-        self.rows = session.rows()
+        self.rows = session.rows(rows)
         self.timesteps = session.data.timesteps[self.rows].flatten()
 
     def problem(self, unit: str) -> UnitProblem:
@@ -47,7 +54,7 @@ class UnitWalk:
         )
 
     def run(self, unit: str, mode: str = "student") -> UnitRun:
-        """A unit with the inputs that it gets in a mode of the network, to be run on `Session.rows`."""
+        """A unit with the inputs that it gets in a mode of the network, to be run on the walk's rows."""
         session = self.session
         with self.modes[mode]():
             inputs = self._recorders[mode].inputs(unit)

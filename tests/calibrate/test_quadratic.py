@@ -74,7 +74,7 @@ def test_few_of_all_choices_are_better_than_what_is_found() -> None:
     ranks: dict[str, list[float]] = {"found": [], "nearest": []}
     for seed in range(10):
         weight, grid, hessian = random_case(seed, crumbs, columns=6)
-        chosen = {"found": round_rows(weight, grid, hessian, DAMPING), "nearest": grid.values(weight)}
+        chosen = {"found": round_rows(weight, grid, hessian, DAMPING).values, "nearest": grid.values(weight)}
         for row in range(len(weight)):
             values = every * grid.scale[row]
             errors = quadratic_error(weight[row].expand_as(values), values, hessian)
@@ -90,7 +90,7 @@ def test_few_of_all_choices_are_better_than_what_is_found() -> None:
 @given(seed=seeds)
 def test_no_row_is_worse_than_rounded_to_nearest(number_format: Format, seed: int) -> None:
     weight, grid, hessian = random_case(seed, number_format, columns=40)  # as many as half of the vectors
-    found = round_rows(weight, grid, hessian, DAMPING)
+    found = round_rows(weight, grid, hessian, DAMPING).values
     nearest = quadratic_error(weight, grid.values(weight), hessian)
     assert torch.all(quadratic_error(weight, found, hessian) <= nearest)
     codes = grid.codes(found)
@@ -109,13 +109,13 @@ def test_correlated_inputs_are_worth_half_of_the_error() -> None:
 def test_weights_on_the_grid_stay_what_they_are(number_format: Format) -> None:
     weight, grid, hessian = random_case(1, number_format, columns=30)
     weight = grid.values(weight)
-    assert torch.equal(grid.codes(round_rows(weight, grid, hessian, DAMPING)), grid.codes(weight))
+    assert torch.equal(grid.codes(round_rows(weight, grid, hessian, DAMPING).values), grid.codes(weight))
 
 
 def test_inputs_that_do_not_correlate_leave_nothing_but_nearest() -> None:
     weight, grid, _ = random_case(2, int4, columns=30)
     hessian = torch.diag(torch.rand(30) + 0.1)
-    assert torch.equal(round_rows(weight, grid, hessian, DAMPING), grid.values(weight))
+    assert torch.equal(round_rows(weight, grid, hessian, DAMPING).values, grid.values(weight))
 
 
 def test_silent_columns_are_rounded_to_nearest_and_singular_moments_are_no_obstacle() -> None:
@@ -123,10 +123,10 @@ def test_silent_columns_are_rounded_to_nearest_and_singular_moments_are_no_obsta
     hessian[:, 5] = hessian[5] = 0
     hessian[:, 7], hessian[7] = hessian[:, 6], hessian[6]  # the same input twice
     hessian[7, 7] = hessian[6, 6]
-    found = round_rows(weight, grid, hessian, 1e-12)
+    found = round_rows(weight, grid, hessian, 1e-12).values
     assert torch.isfinite(found).all()
     assert torch.equal(found[:, 5], grid.values(weight)[:, 5])
-    assert torch.equal(round_rows(weight, grid, torch.zeros(30, 30), DAMPING), grid.values(weight))
+    assert torch.equal(round_rows(weight, grid, torch.zeros(30, 30), DAMPING).values, grid.values(weight))
 
 
 @given(seed=seeds)
@@ -135,9 +135,9 @@ def test_what_makes_up_for_inputs_that_are_off_is_the_least_squares_solution(see
     generator = torch.Generator().manual_seed(seed)
     weight, wanted = torch.randn(4, 7, generator=generator), torch.randn(64, 7, generator=generator)
     x = wanted @ torch.randn(7, 7, generator=generator) + torch.randn(64, 7, generator=generator)
-    moments, cross = x.T @ x / 64, (wanted - x).T @ x / 64
-    found = made_up_for(weight, moments, cross, 1e-7)
+    moments, missed = x.T @ x / 64, weight @ (wanted - x).T @ x / 64
+    found = made_up_for(weight, moments, missed, 1e-7)
     expected = torch.linalg.lstsq(x.double(), (wanted @ weight.T).double(), driver="gelsd").solution.T
     assert torch.allclose(found.double(), expected, atol=1e-2)
-    damped = made_up_for(weight, moments, cross, 1e6)
+    damped = made_up_for(weight, moments, missed, 1e6)
     assert torch.allclose(damped, weight, atol=1e-3)  # it asks for more than can be trusted

@@ -33,7 +33,7 @@ from qdeploy.calibrate.methods.minmax import ActivationRanges, WeightRanges
 from qdeploy.calibrate.quadratic import Grid, made_up_for, quadratic_error, round_rows
 from qdeploy.calibrate.record_units import UnitRun
 from qdeploy.calibrate.rounding import undecided
-from qdeploy.calibrate.second_moments import Moments, columns_of, read_vectors
+from qdeploy.calibrate.second_moments import BLOCK, Moments, columns_of, read_vectors
 from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.unit_walk import UnitWalk
 from qdeploy.network.observe import ModuleCall, observing
@@ -57,6 +57,7 @@ class GPTQ(Stage):
     Attributes:
         damping: share of the mean of the Hessian's diagonal that is added to it.
         samples: vectors that moments are taken of, for each input of the layer.
+        rows: calibration rows that they come from, at most; the effort's are fewer, perhaps.
         bias: let the bias take over the mean of the error (Nagel et al., ICCV 2019, arXiv 1906.04721, section 4.2).
         full_inputs: aim at what the layer computes from full-precision inputs, so that later layers make up for the
             errors of earlier ones.
@@ -69,6 +70,7 @@ class GPTQ(Stage):
 
     damping: float = 0.01
     samples: int = 32
+    rows: int = 128
     bias: bool = False
     full_inputs: bool = False
 
@@ -81,12 +83,16 @@ class GPTQ(Stage):
         super().__post_init__()
         if not 0 < self.damping < 1:
             raise UsageError(f"the damping of gptq must be between 0 and 1, not {self.damping}")
-        if self.samples < 1:
-            raise UsageError(f"the samples of gptq must be at least 1, not {self.samples}")
+        for option, value in (("samples", self.samples), ("rows", self.rows)):
+            if value < 1:
+                raise UsageError(f"the {option} of gptq must be at least 1, not {value}")
 
     def run(self, session: Session) -> None:
         """Decide the codes of all weights."""
-        walk, modes = UnitWalk(session), ("student", "teacher") if self.full_inputs else ("student",)
+        walk, modes = (
+            UnitWalk(session, rows=self.rows),
+            ("student", "teacher") if self.full_inputs else ("student",),
+        )
         for number, (unit, layers) in enumerate(track(list(session.units.items()), "gptq")):
 
             def compute(unit: str = unit, layers: list[Layer] = layers) -> None:
@@ -95,33 +101,38 @@ class GPTQ(Stage):
                 with session.weights_only(), torch.no_grad():
                     runs = [walk.run(unit, mode) for mode in modes]
                     for readers in _in_order(layers):
-                        self._round(session, runs, readers)
+                        self._round(session, walk.rows, runs, readers)
 
             session.once(f"{number:04d}", compute, prefix=unit)
 
     def cost(self, units: int, effort: Effort) -> tuple[float, float]:
         """See `Stage.cost`."""
-        return (1 + READS) * (2 if self.full_inputs else 1), 0
+        share = min(1.0, self.rows / effort.rows)
+        return share * (1 + READS) * (2 if self.full_inputs else 1), 0
 
     def operations(self, session: Session) -> float:
         """See `Stage.operations`: of moments, factors, rounding and its judgement in double precision."""
-        found, rows = 0.0, len(session.rows())
+        found, rows = 0.0, len(session.rows(self.rows))
         for layer, module in zip(session.layers, session.quantized(session.layers), strict=True):
             groups, columns = columns_of(module)
             outputs = len(module.weight) / groups
             vectors = min(self.samples * columns, rows * layer.macs / module.weight.numel())
-            moments = vectors * columns**2 * (2 if self.full_inputs else 1)
-            found += groups * (moments + 2 / 3 * columns**3 + 9 * outputs * columns**2)
+            half = min(columns, (columns + BLOCK) / 2)  # of the moments, which are symmetric
+            compared = min(columns, 2 * outputs) if self.full_inputs else 0
+            moments = vectors * columns * (half + compared)
+            found += groups * (moments + 2 / 3 * columns**3 + 5 * outputs * columns**2)
         return found
 
-    def _round(self, session: Session, runs: Sequence[UnitRun], readers: Sequence[Layer]) -> None:
+    def _round(
+        self, session: Session, rows: Sequence[int], runs: Sequence[UnitRun], readers: Sequence[Layer]
+    ) -> None:
         """Round the layers that read one tensor; ``runs`` of the unit with its inputs, and in full precision."""
         pairs = zip(readers, session.quantized(readers), strict=True)
         modules = {layer.path: module for layer, module in pairs if undecided([module])}
         if not modules:
             return
         moments = {path: Moments(module, self.full_inputs) for path, module in modules.items()}
-        batches = torch.arange(len(session.rows())).split(session.batch)
+        batches = torch.arange(len(rows)).split(session.batch)
         generators = {path: session.generator("gptq", path) for path in modules}
 
         def vectors(run: UnitRun, rows: Tensor) -> dict[str, Tensor]:
@@ -141,13 +152,13 @@ class GPTQ(Stage):
                 run(rows)
             return seen
 
-        for rows in batches:
+        for batch in batches:
             states = {path: generator.get_state() for path, generator in generators.items()}
             wanted: dict[str, Tensor] = {}
             if self.full_inputs:
                 with session.teacher():
-                    wanted = vectors(runs[1], rows)
-            for path, read in vectors(runs[0], rows).items():
+                    wanted = vectors(runs[1], batch)
+            for path, read in vectors(runs[0], batch).items():
                 moments[path].add(read, wanted.get(path))
         for path, layer in modules.items():
             gain = round_layer(layer, moments[path], self)
@@ -185,8 +196,8 @@ def round_layer(layer: QuantizedLayer, moments: Moments, options: GPTQ) -> float
     scale = torch.cat([_spread(quantizer.scale, part) for quantizer, part in pairs], 1)
     zero = torch.cat([_spread(quantizer.zero_point, part) for quantizer, part in pairs], 1)
     moves_bias = options.bias and layer.bias is not None
-    hessians, plain = moments.hessian(moves_bias), moments.hessian(False)
-    crosses, gap = moments.cross(moves_bias), moments.gap
+    hessians = moments.hessian(moves_bias)
+    missed, gap = moments.missed(moves_bias), moments.gap
     codes, shifts = [], []
     nearest_error = found_error = 0.0
     groups = zip(
@@ -194,13 +205,18 @@ def round_layer(layer: QuantizedLayer, moments: Moments, options: GPTQ) -> float
     )
     for group, (own, step, origin) in enumerate(groups):
         grid, hessian = Grid(step, origin, number_format), hessians[group]
-        aim = own if crosses is None else made_up_for(own, hessian, crosses[group], options.damping)
+        aim = own if missed is None else made_up_for(own, hessian, missed[group], options.damping)
         found = round_rows(own, grid, hessian, options.damping, aim)
-        codes.append(grid.codes(found))
-        shift = (own - found) @ moments.mean[group]
+        codes.append(grid.codes(found.values))
+        shift = (own - found.values) @ moments.mean[group]
         shifts.append(shift if gap is None else shift + own @ gap[group])
-        nearest_error += float(quadratic_error(aim, grid.values(own), plain[group]).sum())
-        found_error += float(quadratic_error(aim, found, hessian).sum())
+        found_error += found.error
+        if moves_bias:
+            nearest_error += float(
+                quadratic_error(aim, grid.values(own), moments.hessian(False)[group]).sum()
+            )
+        else:
+            nearest_error += found.nearest_error
     decided = torch.cat(codes).view(weight.shape).to(code_type(number_format))
     for (quantizer, _), own_codes in zip(pairs, decided.split(parts, 1), strict=True):
         quantizer.codes = own_codes.contiguous()
