@@ -44,7 +44,7 @@ from qdeploy.recipe.recipe import Recipe
 from qdeploy.recipe.resolve import resolve_recipe
 from qdeploy.recipe.stages import methods
 from qdeploy.recipe.targets import find_target
-from qdeploy.sampling.correction import CORRECTIONS
+from qdeploy.sampling.correct import CORRECTIONS
 from qdeploy.store.artifact import CORRECTION, Artifact, open_artifact
 from qdeploy.store.files import write_json
 from qdeploy.system.progress import say
