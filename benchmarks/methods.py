@@ -204,8 +204,7 @@ def measure(arguments: argparse.Namespace) -> list[Result]:
             place = Path(f"{checkpoint.path}-engine")
             build = partial(build_engine, bundle, place, backend=BACKEND, threads=1)
             subject = timed(cost, "build", place, build)
-            files = subject.file(str(subject.facts.component)).iterdir()
-            size = sum(file.stat().st_size for file in files) / 1e6
+            size = subject.size(str(subject.facts.component)) / 1e6
             file = arguments.output / "measured" / f"{run.name}-graph.json"
             graph = cached_result(file, [bundle.sha256], partial(graph_parity, bundle))
 

@@ -155,7 +155,7 @@ def main() -> None:
     cells, records = [], []
     for name, rival, bundle, engine in rows:
         total, named = time_nodes(bundle, layers)
-        size = sum(f.stat().st_size for f in engine.file(str(engine.facts.component)).iterdir()) / 1e6
+        size = engine.size(str(engine.facts.component)) / 1e6
         ms = median(t for turn in turns[name] for t in turn)
         pairs = zip(turns[name], turns.get(rival, []), strict=False)
         speed = median(median(theirs) / median(own) for own, theirs in pairs) if rival else None
