@@ -42,7 +42,7 @@ ROUNDINGS: dict[str, tuple[str, tuple[Stage, ...]]] = {
     "nearest": ("fast", ()),
     "GPTQ": ("fast", (GPTQ(),)),
     "GPTQ, full-precision inputs": ("fast", (GPTQ(full_inputs=True),)),
-    "GPTQ, full-precision inputs, 64 vectors, 96 rows": ("fast,rows=96", (CLOSED,)),
+    "GPTQ, full-precision inputs, 64 vectors": ("fast", (CLOSED,)),
     "GPTQ, full-precision inputs, then learned": (
         "fast",
         (GPTQ(full_inputs=True), AdaRound(refine=True, lr=0.03)),
