@@ -85,7 +85,7 @@ by_qncd(*sys.argv[1:])
 
 def by_qncd(model: str | Path, data: str | Path, output: str | Path) -> store.Checkpoint:
     return calibrate(
-        model, output, recipe="w8a8-qncd", calibration=data, effort="fast,rows=8,batch=4,rounding=2,scales=2"
+        model, output, recipe="w4a8-qncd", calibration=data, effort="fast,rows=8,batch=4,rounding=2,scales=2"
     )
 
 
