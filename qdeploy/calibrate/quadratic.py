@@ -114,7 +114,7 @@ def gptq(weight: Tensor, grid: Grid, hessian: Tensor, damping: float) -> Tensor:
     Columns whose inputs are always 0 are rounded to nearest.
     """
     order = hessian.diagonal().argsort(descending=True, stable=True)
-    inverse = _inverse_factor(hessian[order][:, order], damping)
+    inverse = _inverse_factor(hessian[order[:, None], order], damping)
     left = weight[:, order].clone()
     rounded = torch.empty_like(left)
     for start in range(0, weight.shape[1], _BLOCK):
@@ -134,7 +134,9 @@ def gptq(weight: Tensor, grid: Grid, hessian: Tensor, damping: float) -> Tensor:
 def _damped(hessian: Tensor, damping: float) -> Tensor:
     diagonal = hessian.diagonal()
     mean = float(diagonal.mean()) or 1.0
-    return hessian + torch.diag(torch.where(diagonal > 0, damping * mean, mean).to(hessian.dtype))
+    damped = hessian.clone()
+    damped.diagonal().add_(torch.where(diagonal > 0, damping * mean, mean))
+    return damped
 
 
 def _damped_factor(hessian: Tensor, damping: float) -> Tensor:
@@ -153,7 +155,9 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     while True:
         lower, failed = torch.linalg.cholesky_ex(_damped(hessian, damping))
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            inverse = torch.cholesky_inverse(lower)
+            del lower  # of the largest layers each of these takes gigabytes
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not failed:
                 return upper
         damping = max(10 * damping, 1e-6)

@@ -52,7 +52,8 @@ def estimate_cost(session: Session) -> Estimate:
     recorded = min(session.max_memory, 128 * row * len(rows)) if steps else 0
     # What the batch took; then codes of a byte for each weight, and their packed copy until it is written.
     reached = peak_memory() or 5 * weights
-    return Estimate(seconds, reached + 2 * weights + recorded)
+    besides = max(stage.memory(session) for stage in session.recipe.stages)
+    return Estimate(seconds, reached + 2 * weights + recorded + int(besides))
 
 
 def _cost_of_weights(session: Session) -> Estimate:

@@ -112,9 +112,11 @@ class Moments:
 
     def hessian(self, centred: bool) -> Tensor:
         """[groups, K, K] mean of ``x x^T``; with ``centred``, of what is left of x without its mean."""
-        upper = self.square.triu() / max(1, self.count)
-        hessian, mean = upper + upper.triu(1).transpose(1, 2), self.mean
-        return hessian - mean[:, :, None] * mean[:, None, :] if centred else hessian
+        hessian = self.square.triu().div_(max(1, self.count))
+        hessian += hessian.triu(1).transpose(1, 2)
+        if centred:
+            hessian.baddbmm_(self.mean[:, :, None], self.mean[:, None, :], alpha=-1)
+        return hessian
 
     def missed(self, centred: bool) -> Tensor | None:
         """[groups, O, K] ``W`` times the mean of ``(x' - x) x^T``; with ``centred``, of both without their means."""

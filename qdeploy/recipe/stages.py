@@ -101,6 +101,10 @@ class Stage(ABC):
         """Multiply-accumulate operations on matrices besides, for the estimate."""
         return 0
 
+    def memory(self, session: Session) -> float:
+        """Bytes that it takes besides the network and what is recorded, for the estimate."""
+        return 0
+
     def simulated(self) -> str:
         """Why no engine can run the result; empty if one can."""
         return ""

@@ -45,6 +45,7 @@ from qdeploy.recipe.stages import ROUNDINGS, WEIGHT_SCALES, Method, Stage
 from qdeploy.system.errors import UsageError
 from qdeploy.system.progress import say, track
 
+MATRICES = 6  # as large as the moments of a layer, at once
 READS = 3  # about how often a unit runs, each time up to one of its layers
 
 
@@ -57,7 +58,7 @@ class GPTQ(Stage):
     Attributes:
         damping: share of the mean of the Hessian's diagonal that is added to it.
         samples: vectors that moments are taken of, for each input of the layer.
-        rows: calibration rows that they come from, at most; the effort's are fewer, perhaps.
+        max_rows: calibration rows that they come from, at most.
         bias: let the bias take over the mean of the error (Nagel et al., ICCV 2019, arXiv 1906.04721, section 4.2).
         full_inputs: aim at what the layer computes from full-precision inputs, so that later layers make up for the
             errors of earlier ones.
@@ -70,7 +71,7 @@ class GPTQ(Stage):
 
     damping: float = 0.01
     samples: int = 32
-    rows: int = 128
+    max_rows: int = 128
     bias: bool = False
     full_inputs: bool = False
 
@@ -83,14 +84,14 @@ class GPTQ(Stage):
         super().__post_init__()
         if not 0 < self.damping < 1:
             raise UsageError(f"the damping of gptq must be between 0 and 1, not {self.damping}")
-        for option, value in (("samples", self.samples), ("rows", self.rows)):
+        for option, value in (("samples", self.samples), ("max_rows", self.max_rows)):
             if value < 1:
                 raise UsageError(f"the {option} of gptq must be at least 1, not {value}")
 
     def run(self, session: Session) -> None:
         """Decide the codes of all weights."""
         walk, modes = (
-            UnitWalk(session, rows=self.rows),
+            UnitWalk(session, rows=self.max_rows),
             ("student", "teacher") if self.full_inputs else ("student",),
         )
         for number, (unit, layers) in enumerate(track(list(session.units.items()), "gptq")):
@@ -107,12 +108,12 @@ class GPTQ(Stage):
 
     def cost(self, units: int, effort: Effort) -> tuple[float, float]:
         """See `Stage.cost`."""
-        share = min(1.0, self.rows / effort.rows)
+        share = min(1.0, self.max_rows / effort.rows)
         return share * (1 + READS) * (2 if self.full_inputs else 1), 0
 
     def operations(self, session: Session) -> float:
         """See `Stage.operations`: of moments, factors, rounding and its judgement in double precision."""
-        found, rows = 0.0, len(session.rows(self.rows))
+        found, rows = 0.0, len(session.rows(self.max_rows))
         for layer, module in zip(session.layers, session.quantized(session.layers), strict=True):
             groups, columns = columns_of(module)
             outputs = len(module.weight) / groups
@@ -122,6 +123,12 @@ class GPTQ(Stage):
             moments = vectors * columns * (half + compared)
             found += groups * (moments + 2 / 3 * columns**3 + 5 * outputs * columns**2)
         return found
+
+    def memory(self, session: Session) -> float:
+        """See `Stage.memory`: the moments of the largest layer, and what is made of them."""
+        return (
+            MATRICES * 4 * max((columns_of(m)[1] ** 2 for m in session.quantized(session.layers)), default=0)
+        )
 
     def _round(
         self, session: Session, rows: Sequence[int], runs: Sequence[UnitRun], readers: Sequence[Layer]
