@@ -7,29 +7,20 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
-import torch
-from msgspec.structs import replace
-
 from qdeploy.calibrate.open_session import calibration_for, open_session
 from qdeploy.calibrate.run_stages import estimate_cost, run_stages
-from qdeploy.calibrate.session import Session
 from qdeploy.calibration_set.dataset import CalibrationSet
 from qdeploy.calibration_set.example_rows import ExampleRows
 from qdeploy.mixed.budget import parse_budget
-from qdeploy.model.card import base_model, write_card
 from qdeploy.model.folder import Model
 from qdeploy.model.in_memory import ModelSource, model_of
-from qdeploy.quant.checkpoint import write_checkpoint, write_probe
 from qdeploy.recipe.recipe import Recipe
 from qdeploy.recipe.resolve import resolve_recipe
 from qdeploy.recipe.stages import Stage
 from qdeploy.recipe.targets import find_target
-from qdeploy.store.artifact import CORRECTION, Artifact, Checkpoint, open_artifact
+from qdeploy.store.artifact import Artifact, Checkpoint, open_artifact
 from qdeploy.store.builder import Draft
-from qdeploy.store.correction_table import correction_facts
-from qdeploy.store.facts import CheckpointFacts
 from qdeploy.store.manifest import Notes
-from qdeploy.store.measured import CheckpointMeasured
 from qdeploy.store.paths import default_output
 from qdeploy.system.devices import check_device, own_device
 from qdeploy.system.errors import UsageError
@@ -45,7 +36,8 @@ from qdeploy.system.processes import (
 )
 from qdeploy.system.progress import say
 from qdeploy.workflows.calibrate_together import check_shareable, own_draft, run_together
-from qdeploy.workflows.calibrated_facts import any_attention, by_reason, timestep_facts
+from qdeploy.workflows.calibrated_facts import by_reason
+from qdeploy.workflows.finish_checkpoint import finish
 from qdeploy.workflows.preflight import check_traceable
 
 if TYPE_CHECKING:
@@ -53,7 +45,6 @@ if TYPE_CHECKING:
 
     from qdeploy.mixed.plan import BudgetPlan
 
-PROBE_ROWS = 16
 LONG_S = 600  # what takes longer is tried whole before it begins
 
 
@@ -268,72 +259,3 @@ def _run(
     with draft:
         run_stages(session)
         return write()
-
-
-def finish(
-    session: Session,
-    source: Model,
-    data: CalibrationSet | ExampleRows,
-    notes: Notes,
-    simulated: Sequence[str] = (),
-    calibrated: Sequence[float] = (),
-    planned: BudgetPlan | None = None,
-) -> Checkpoint:
-    """Write what a session's network has become, and make the checkpoint appear.
-
-    Args:
-        session: its draft is open.
-        source: the model.
-        data: what the probe's rows are taken from.
-        notes: where things were.
-        simulated: why no engine can run it, in addition to the recipe's reasons.
-        calibrated: the timesteps that its scales were found at, ascending, if they are not those of ``data``.
-        planned: how a budget was met, if there was one; its report is stored with the checkpoint's files.
-    """
-    recipe, draft = session.recipe, session.draft
-    timesteps = timestep_facts(session)
-    if calibrated:
-        timesteps = replace(timesteps, calibrated=list(calibrated))
-    _write(session, source, data)
-    if planned is not None:
-        planned.write(draft, source.name)
-    facts = CheckpointFacts(
-        component=source.name,
-        class_name=source.class_name,
-        model_sha256=source.sha256,
-        base_model=base_model(source),
-        precision=recipe.precision,
-        weights=recipe.weights,
-        activations=recipe.activations,
-        target=recipe.target,
-        simulated=[*recipe.simulated(), *simulated],
-        layers=len(session.layers),
-        timesteps=timesteps,
-        timestep_scales=recipe.timestep_groups != 1,
-        temporal=any(layer.path in session.structure.time.layers for layer in session.layers),
-        correction=correction_facts(draft.content / source.name / CORRECTION),
-        left_in_float=by_reason(session.left) or None,
-        **data.carried,
-    )
-    write_card(draft, facts)
-    took = draft.time.by_label() if draft.time else {}
-    made = draft.finish(facts, CheckpointMeasured(stage_seconds=took or None), notes, session.report)
-    assert isinstance(made, Checkpoint)
-    return made
-
-
-def _write(session: Session, source: Model, data: CalibrationSet | ExampleRows) -> None:
-    attentions = session.structure.attentions if any_attention(session) else ()
-    write_checkpoint(
-        session.draft,
-        source,
-        session.denoiser,
-        session.layers,
-        list(attentions),
-        session.structure,
-        session.recipe,
-    )
-    _, judge = session.split(range(len(data)))
-    order = judge[data.timesteps[judge].argsort(stable=True)]
-    chosen = order[torch.linspace(0, len(order) - 1, min(PROBE_ROWS, len(order))).round().long()]
-    write_probe(session.draft, session.denoiser, data.probe_inputs(chosen.tolist(), session.device))

@@ -27,7 +27,7 @@ from qdeploy.system.devices import check_device
 from qdeploy.system.errors import UsageError
 from qdeploy.system.hashing import sha256_file
 from qdeploy.system.progress import say
-from qdeploy.workflows.calibrate import finish
+from qdeploy.workflows.finish_checkpoint import finish
 
 
 def import_checkpoint(
