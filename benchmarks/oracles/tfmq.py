@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from copy import deepcopy
 from pathlib import Path
 from unittest.mock import patch
 
@@ -46,7 +47,8 @@ def quantize(
         ).eval()
         if quantized is not None:
             leave_attention(found, block.QuantAttnBlock, "aqtizer")
-        with patch.object(torch, "save", lambda made, path: tables.append(made)):
+        # A copy, as a file is: these are the tensors of its network, which `run` loads the next scales into.
+        with patch.object(torch, "save", lambda made, path: tables.append(deepcopy(made))):
             calibration.cali_model(
                 qnn=found, use_aq=True, path="kept", running_stat=True, interval=per_timestep, w_cali_data=(x, t),
                 a_cali_data=(x, t), iters=budget.rounding, batch_size=budget.batch, w=0.01, asym=True, warmup=0.2,
