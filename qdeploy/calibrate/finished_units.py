@@ -54,7 +54,7 @@ class FinishedUnits:
         self.folder, self.budget, self.device = folder, budget, device
         self.kept: dict[str, RecordedRows] = {}
         self.unread: dict[str, RecordedRows] = {}
-        self._recordings: dict[str, Recording] = {}
+        self._recordings: dict[str, Recording | None] = {}  # None where there is no room
 
     def knows(self, unit: str) -> bool:
         """Whether a unit is done."""
@@ -79,11 +79,11 @@ class FinishedUnits:
             return to_device(self.unread[path].batch(torch.zeros_like(rows)), self.device)
 
         def after(call: ModuleCall) -> None:
-            recording = self._recordings.get(call.name)
-            if recording is None and self._fits(call.output, len(rows)):
-                recording = Recording(self.rows, self.folder, self._left())
+            if call.name not in self._recordings:
+                fits = self._fits(call.output, len(rows))
+                recording = Recording(self.rows, self.folder, self._left()) if fits else None
                 self._recordings[call.name] = recording
-            if recording is not None:
+            if (recording := self._recordings[call.name]) is not None:
                 recording.add(call.output, rows)
 
         with standing_in(known, output), observing(others, after=after):
@@ -92,7 +92,7 @@ class FinishedUnits:
     def passed(self) -> None:
         """All rows have passed: keep what new units computed, and no longer what only units read that are done."""
         for path, recording in self._recordings.items():
-            if recording.whole:
+            if recording is not None and recording.whole:
                 self.kept[path] = recording.result()
         self._recordings = {}
         for path in [path for path in self.kept if all(map(self.knows, self.readers[path]))]:
@@ -109,4 +109,5 @@ class FinishedUnits:
     def _left(self) -> int:
         """Bytes of memory that are left."""
         known = sum(rows.in_memory for rows in self.kept.values())
-        return self.budget - known - sum(recording.in_memory for recording in self._recordings.values())
+        begun = sum(recording.in_memory for recording in self._recordings.values() if recording is not None)
+        return self.budget - known - begun

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,6 +111,20 @@ def test_without_room_a_unit_runs_again_and_nothing_else_changes(
     finished = walk._recorders["student"].finished
     assert finished is not None
     assert not finished.kept
+
+
+def test_room_that_comes_and_goes_decides_for_all_rows_of_a_unit(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What began without room, on the few rows before the others, is not kept from some batch on."""
+    free = itertools.cycle([0, 0, 2**40, 0, 2**40])
+    monkeypatch.setattr(finished_units, "disk_usage", lambda path: SimpleNamespace(free=next(free)))
+    session.max_memory = 0
+    rows = torch.arange(len(session.rows()))
+    walk = UnitWalk(session)
+    for unit in session.units:
+        assert equal(walk.run(unit).inputs.batch(rows), fresh(session).inputs(unit).batch(rows))
+        change(session, unit)
 
 
 def test_a_unit_that_is_asked_for_again_is_found_anew(session: Session) -> None:
