@@ -134,14 +134,14 @@ QUESTIONS = {
         "digits.json",
         "How good are the methods on digits?",
         "python -m benchmarks.methods --threads 1 --groups 1",
-        "2026-11-26",
+        "2026-11-30",
         _methods,
     ),
     "how-good-are-the-methods-on-scenes": Question(
         "scenes.json",
         "How good are the methods on scenes?",
         "python -m benchmarks.methods --model scenes --samples 64 --threads 1 --groups 1",
-        "2026-11-26",
+        "2026-11-30",
         _methods,
     ),
     "what-breaks-w8a8-on-terrain": Question(
