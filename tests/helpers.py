@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from qdeploy.calibrate.reconstruct import UnitProblem
 from qdeploy.calibrate.recorded_rows import RecordedRows
@@ -131,6 +132,12 @@ def same_state(first: Session, second: Session) -> bool:
     """Whether two sessions hold the same codes and scales, bit for bit."""
     one, two = read_state(first.denoiser), read_state(second.denoiser)
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def same_tree(first: Any, second: Any) -> bool:
+    """Whether two calls or outputs hold the same tensors, bit for bit, and else the same objects."""
+    leaves = zip(tree_leaves(first), tree_leaves(second), strict=True)
+    return all(torch.equal(a, b) if isinstance(a, Tensor) else a is b or a == b for a, b in leaves)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 
 @dataclass
@@ -134,9 +134,7 @@ class Recording:
         self.folder.mkdir(parents=True, exist_ok=True)
         opened, name = mkstemp(suffix=".bin", dir=self.folder)
         with os.fdopen(opened, "r+b") as file:
-            if hasattr(
-                os, "posix_fallocate"
-            ):  # a full disk is an error now, and not a crash when it is written
+            if hasattr(os, "posix_fallocate"):  # so that a full disk is an error here, and not a crash later
                 os.posix_fallocate(file.fileno(), 0, max(1, prod(shape) * dtype.itemsize))
         tensor = torch.from_file(name, shared=True, size=prod(shape), dtype=dtype).view(shape)
         with suppress(PermissionError):  # where a file in use keeps its name, it goes with the folder
@@ -172,6 +170,4 @@ def _nan_like(tensor: Tensor) -> Tensor:
 
 def to_device(tree: Any, device: str) -> Any:
     """Tensors of a structure on a device."""
-    leaves, spec = tree_flatten(tree)
-    moved = [leaf.to(device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    return tree_unflatten(moved, spec)
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, tree)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.model.inputs import rows_at_once, sample_name
+from qdeploy.network.readers import readers_of
 from qdeploy.network.roles import Layer, Structure
 from qdeploy.quant.layer import QuantizedLayer, quantized_layers
 from qdeploy.quant.modes import full_precision, weights_only
@@ -136,6 +137,13 @@ class Session:
         for layer in self.layers:
             units.setdefault(layer.unit, []).append(layer)
         return units
+
+    @cached_property
+    def readers(self) -> dict[str, set[str]]:
+        """Which units read what each of them returns, of the network and not only of what is covered."""
+        units = {unit: self.denoiser.get_submodule(unit) for unit in self.structure.units}
+        with self.teacher():
+            return readers_of(self.denoiser, units, self.inputs([0]))
 
     def quantized(self, layers: Sequence[Layer]) -> list[QuantizedLayer]:
         """The modules of some covered layers."""

@@ -11,11 +11,9 @@ from qdeploy.calibrate.reconstruct import UnitProblem
 from qdeploy.calibrate.record_units import UnitRecorder, UnitRun
 from qdeploy.calibrate.session import Session
 from qdeploy.network.current_timestep import current_timestep_of
-from qdeploy.network.readers import readers_of
 
-RECORDINGS = (
-    4  # that share the memory: a unit's inputs and targets, and what units before it computed in two modes
-)
+# That share the memory: a unit's inputs and targets, and what units before it computed in two modes.
+RECORDINGS = 4
 
 
 class UnitWalk:
@@ -65,11 +63,8 @@ class UnitWalk:
     @cached_property
     def _recorders(self) -> dict[str, UnitRecorder]:
         session, scratch = self.session, self.session.draft.work / "scratch"
-        units = {unit: session.denoiser.get_submodule(unit) for unit in session.structure.units}
-        budget = session.max_memory // RECORDINGS
-        with session.teacher():
-            readers = readers_of(session.denoiser, units, session.inputs(self.rows[:1]))
-        once = {unit: units[unit] for unit in readers}
+        budget, readers = session.max_memory // RECORDINGS, session.readers
+        once = {unit: session.denoiser.get_submodule(unit) for unit in readers}
 
         def recorder() -> UnitRecorder:
             finished = FinishedUnits(once, readers, len(self.rows), scratch, budget, session.device)

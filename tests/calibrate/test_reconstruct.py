@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from qdeploy.calibrate.methods import minmax
 from qdeploy.calibrate.reconstruct import optimize, output_error
@@ -23,7 +22,7 @@ from qdeploy.model.inputs import denoise
 from qdeploy.quant.layer import QuantizedLayer
 from qdeploy.quant.modes import full_precision
 from qdeploy.recipe.formats import int4, int8
-from tests.helpers import MemoryRows, calibrating, layer_problem, minmax_layer, tiny_unet
+from tests.helpers import MemoryRows, calibrating, layer_problem, minmax_layer, same_tree, tiny_unet
 
 RESNET = "up_blocks.0.resnets.0"
 ATTENTION = "mid_block.attentions.0"
@@ -58,11 +57,6 @@ def live_inputs(session: Session, unit: str, rows: list[int]) -> tuple[Any, Any]
     return args, kwargs
 
 
-def equal(first: Any, second: Any) -> bool:
-    leaves = zip(tree_leaves(first), tree_leaves(second), strict=True)
-    return all(torch.equal(a, b) if isinstance(a, Tensor) else a is b or a == b for a, b in leaves)
-
-
 # -- recording ---------------------------------------------------------------------------------------------
 
 
@@ -75,9 +69,9 @@ def test_recorded_inputs_are_those_of_the_quantized_network_at_that_point(
     recorded = recorder(session).inputs(unit)
     for start in range(0, len(rows), 5):
         chosen = torch.arange(start, min(start + 5, len(rows)))
-        assert equal(recorded.batch(chosen), live_inputs(session, unit, rows[start : start + 5]))
+        assert same_tree(recorded.batch(chosen), live_inputs(session, unit, rows[start : start + 5]))
     with full_precision(session.denoiser):
-        assert not equal(recorded.batch(torch.arange(5)), live_inputs(session, unit, rows[:5]))
+        assert not same_tree(recorded.batch(torch.arange(5)), live_inputs(session, unit, rows[:5]))
 
 
 def test_targets_are_those_of_the_full_precision_network(session: Session) -> None:
@@ -135,7 +129,7 @@ def test_rows_come_back_in_the_order_asked_for(session: Session) -> None:
 def test_dropout_is_off_while_recording(session: Session) -> None:
     """QD-2: the released code leaves the network in training mode; its dropout of 0.1 is active."""
     first, second = (recorder(session).outputs(RESNET).tensors for _ in range(2))
-    assert equal(first, second)
+    assert same_tree(first, second)
     session.denoiser.train()
     with pytest.raises(AssertionError, match="dropout"):
         recorder(session).outputs(RESNET)
@@ -160,7 +154,7 @@ def test_what_exceeds_the_budget_goes_to_a_mapped_file_and_is_the_same(session: 
     for budget, mapped in ((size, False), (size - 1, True), (0, True)):
         rows = recorder(session, budget=budget).inputs(RESNET)
         assert rows.in_memory == (0 if mapped else size)
-        assert equal(rows.tensors, in_memory.tensors)
+        assert same_tree(rows.tensors, in_memory.tensors)
 
 
 def test_mapped_files_have_no_names_so_that_nothing_is_left_of_them(session: Session) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from qdeploy.calibrate import finished_units
 from qdeploy.calibrate.finished_units import FinishedUnits
@@ -22,7 +21,7 @@ from qdeploy.calibrate.session import Session
 from qdeploy.calibrate.unit_walk import UnitWalk
 from qdeploy.network.observe import ModuleCall, observing
 from qdeploy.network.readers import END, readers_of
-from tests.helpers import MemoryRows, calibrating
+from tests.helpers import MemoryRows, calibrating, same_tree
 from tests.models import FAMILIES, make
 
 ROWS = 23  # the last batch is smaller
@@ -62,9 +61,14 @@ def change(session: Session, unit: str) -> None:
             quantizer.codes = (quantizer.codes + 1).clamp(max=quantizer.format.qmax)
 
 
-def equal(first: Any, second: Any) -> bool:
-    leaves = zip(tree_leaves(first), tree_leaves(second), strict=True)
-    return all(torch.equal(a, b) if isinstance(a, Tensor) else a is b or a == b for a, b in leaves)
+def walked(session: Session) -> UnitWalk:
+    """A walk in which each unit gets what a run of the whole network gives it, and then changes."""
+    rows = torch.arange(len(session.rows()))
+    walk = UnitWalk(session)
+    for unit in session.units:
+        assert same_tree(walk.run(unit).inputs.batch(rows), fresh(session).inputs(unit).batch(rows))
+        change(session, unit)
+    return walk
 
 
 @pytest.mark.parametrize("memory", [2**30, 0])
@@ -74,9 +78,9 @@ def test_each_unit_is_given_what_the_whole_network_gives_it(session: Session, me
     walk = UnitWalk(session)
     for unit in session.units:
         problem = walk.problem(unit)
-        assert equal(problem.inputs.batch(rows), fresh(session).inputs(unit).batch(rows))
+        assert same_tree(problem.inputs.batch(rows), fresh(session).inputs(unit).batch(rows))
         with session.teacher():
-            assert equal(problem.targets.batch(rows), fresh(session).outputs(unit).batch(rows))
+            assert same_tree(problem.targets.batch(rows), fresh(session).outputs(unit).batch(rows))
         change(session, unit)
 
 
@@ -103,12 +107,7 @@ def test_without_room_a_unit_runs_again_and_nothing_else_changes(
 ) -> None:
     monkeypatch.setattr(finished_units, "disk_usage", lambda path: SimpleNamespace(free=0))
     session.max_memory = 0
-    rows = torch.arange(len(session.rows()))
-    walk = UnitWalk(session)
-    for unit in session.units:
-        assert equal(walk.run(unit).inputs.batch(rows), fresh(session).inputs(unit).batch(rows))
-        change(session, unit)
-    finished = walk._recorders["student"].finished
+    finished = walked(session)._recorders["student"].finished
     assert finished is not None
     assert not finished.kept
 
@@ -120,17 +119,12 @@ def test_room_that_comes_and_goes_decides_for_all_rows_of_a_unit(
     free = itertools.cycle([0, 0, 2**40, 0, 2**40])
     monkeypatch.setattr(finished_units, "disk_usage", lambda path: SimpleNamespace(free=next(free)))
     session.max_memory = 0
-    rows = torch.arange(len(session.rows()))
-    walk = UnitWalk(session)
-    for unit in session.units:
-        assert equal(walk.run(unit).inputs.batch(rows), fresh(session).inputs(unit).batch(rows))
-        change(session, unit)
+    walked(session)
 
 
 def test_a_unit_that_is_asked_for_again_is_found_anew(session: Session) -> None:
     rows = torch.arange(len(session.rows()))
-    units = {unit: session.denoiser.get_submodule(unit) for unit in session.structure.units}
-    readers = readers_of(session.denoiser, units, session.inputs([0]))
+    readers = session.readers
     first, second = next(
         (unit, reader) for unit in session.units for reader in session.units if reader in readers[unit]
     )
@@ -139,8 +133,8 @@ def test_a_unit_that_is_asked_for_again_is_found_anew(session: Session) -> None:
     walk.run(list(session.units)[-1])
     change(session, first)
     again = walk.run(second).inputs.batch(rows)
-    assert equal(again, fresh(session).inputs(second).batch(rows))
-    assert not equal(again, before)
+    assert same_tree(again, fresh(session).inputs(second).batch(rows))
+    assert not same_tree(again, before)
 
 
 # -- what is kept ------------------------------------------------------------------------------------------

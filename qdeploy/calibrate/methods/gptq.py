@@ -204,6 +204,7 @@ def round_layer(layer: QuantizedLayer, moments: Moments, options: GPTQ) -> float
     zero = torch.cat([_spread(quantizer.zero_point, part) for quantizer, part in pairs], 1)
     moves_bias = options.bias and layer.bias is not None
     hessians = moments.hessian(moves_bias)
+    plain = moments.hessian(False) if moves_bias else hessians
     missed, gap = moments.missed(moves_bias), moments.gap
     codes, shifts = [], []
     nearest_error = found_error = 0.0
@@ -219,9 +220,7 @@ def round_layer(layer: QuantizedLayer, moments: Moments, options: GPTQ) -> float
         shifts.append(shift if gap is None else shift + own @ gap[group])
         found_error += found.error
         if moves_bias:
-            nearest_error += float(
-                quadratic_error(aim, grid.values(own), moments.hessian(False)[group]).sum()
-            )
+            nearest_error += float(quadratic_error(aim, grid.values(own), plain[group]).sum())
         else:
             nearest_error += found.nearest_error
     decided = torch.cat(codes).view(weight.shape).to(code_type(number_format))
