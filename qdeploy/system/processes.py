@@ -39,6 +39,10 @@ def working_together(device: str) -> Iterator[None]:
     """
     import torch
 
+    # Its functions keep the group that exists when they are imported, as optimizers do on their first step; a group
+    # that outlives `destroy_process_group` still has threads when Python ends, which may abort the process.
+    import torch.distributed.nn.functional
+
     backend = "nccl" if device.startswith("cuda") and torch.distributed.is_nccl_available() else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(device)
@@ -46,7 +50,7 @@ def working_together(device: str) -> Iterator[None]:
     torch.distributed.init_process_group(backend, timeout=_PATIENCE)
     try:
         yield
-        torch.distributed.barrier()  # a process that leaves while another still talks to it may be aborted by gloo
+        torch.distributed.barrier()  # none leaves while another still waits for what it sent
     finally:
         torch.distributed.destroy_process_group()
 
