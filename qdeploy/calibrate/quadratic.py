@@ -24,7 +24,7 @@ class Grid:
     """The grid that weights [O, K] are rounded to.
 
     Attributes:
-        scale: positive steps, broadcastable to [O, K].
+        scale: [O, K] positive steps.
         zero_point: codes of zero, shaped like ``scale``.
         number_format: says which codes there are.
     """
@@ -33,10 +33,9 @@ class Grid:
     zero_point: Tensor
     number_format: Format
 
-    def values(self, weight: Tensor, columns: Tensor | slice = slice(None)) -> Tensor:
-        """The nearest values on the grid of some columns of a weight."""
-        scale, zero = self.scale[:, columns], self.zero_point[:, columns]
-        return to_grid(weight, scale, zero, self.number_format)
+    def values(self, weight: Tensor) -> Tensor:
+        """The values on the grid that are nearest to a weight's."""
+        return to_grid(weight, self.scale, self.zero_point, self.number_format)
 
     def codes(self, values: Tensor) -> Tensor:
         """The codes of values on the grid."""
@@ -115,19 +114,19 @@ def gptq(weight: Tensor, grid: Grid, hessian: Tensor, damping: float) -> Tensor:
     """
     order = hessian.diagonal().argsort(descending=True, stable=True)
     inverse = _inverse_factor(hessian[order[:, None], order], damping)
-    left = weight[:, order].clone()
+    # [K, O], since a column is read and written as a whole.
+    left, scale, zero = (each.T[order] for each in (weight, grid.scale, grid.zero_point))
     rounded = torch.empty_like(left)
-    for start in range(0, weight.shape[1], _BLOCK):
-        stop = min(start + _BLOCK, weight.shape[1])
-        errors = weight.new_zeros(len(weight), stop - start)
-        for column in range(start, stop):
-            one = slice(column, column + 1)
-            rounded[:, one] = grid.values(left[:, one], order[one])
-            errors[:, column - start] = (left[:, column] - rounded[:, column]) / inverse[column, column]
-            left[:, column:stop] -= torch.outer(errors[:, column - start], inverse[column, column:stop])
-        left[:, stop:] -= errors @ inverse[start:stop, stop:]
+    for start in range(0, len(left), _BLOCK):
+        stop = min(start + _BLOCK, len(left))
+        errors = torch.empty_like(left[start:stop])
+        for column, error in enumerate(errors, start):
+            rounded[column] = to_grid(left[column], scale[column], zero[column], grid.number_format)
+            torch.div(left[column] - rounded[column], inverse[column, column], out=error)
+            left[column:stop] -= torch.outer(inverse[column, column:stop], error)
+        left[stop:] -= inverse[start:stop, stop:].T @ errors
     found = torch.empty_like(weight)
-    found[:, order] = rounded
+    found[:, order] = rounded.T
     return found
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from qdeploy.quant.layer import QuantizedLayer
 
-BLOCK = 1024  # rows of second moments that are summed up at once, from the diagonal on
+BLOCK = 256  # rows of second moments that are summed up at once, from the diagonal on
 
 
 def columns_of(layer: QuantizedLayer) -> tuple[int, int]:
@@ -33,27 +33,34 @@ def read_vectors(layer: QuantizedLayer, x: Tensor, most: int, generator: torch.G
         x = x.flatten(0, -2)
         return x[_drawn(len(x), most, generator).to(x.device)][None]
     assert isinstance(layer.inner, nn.Conv2d)
-    windows = _windows(layer.inner, x, padded=layer.shift is not None)
-    batch, _, height, width = windows.shape[:4]
-    drawn = _drawn(batch * height * width, most, generator).to(x.device)
-    image, pixel = drawn // (height * width), drawn % (height * width)
-    chosen = windows[image, :, pixel // width, pixel % width]  # [N, C, h, w]
-    return chosen.reshape(len(drawn), layer.inner.groups, -1).transpose(0, 1)
+    if layer.shift is None:  # else the quantizer of the input pads it
+        mode = "constant" if layer.inner.padding_mode == "zeros" else layer.inner.padding_mode
+        x = nn.functional.pad(x, layer.inner._reversed_padding_repeated_twice, mode)
+    first, offsets = _windows(layer.inner, x.shape)
+    chosen = first[_drawn(len(first), most, generator)][:, None] + offsets
+    pixels = x.permute(0, 2, 3, 1).flatten(0, 2)  # channels together, which are copied at once
+    vectors = pixels[chosen.flatten().to(x.device)].view(*chosen.shape, -1)  # [N, h w, C]
+    return vectors.transpose(1, 2).reshape(len(chosen), layer.inner.groups, -1).transpose(0, 1)
 
 
 def _drawn(count: int, most: int, generator: torch.Generator) -> Tensor:
     return torch.randperm(count, generator=generator)[:most] if most < count else torch.arange(count)
 
 
-def _windows(inner: nn.Conv2d, x: Tensor, *, padded: bool) -> Tensor:
-    """A view of the input: [B, C, H, W, h, w], what the kernel covers at every pixel of the output."""
-    if not padded:
-        mode = "constant" if inner.padding_mode == "zeros" else inner.padding_mode
-        x = nn.functional.pad(x, inner._reversed_padding_repeated_twice, mode)
-    spans = zip((2, 3), inner.kernel_size, inner.stride, inner.dilation, strict=True)
-    for axis, size, stride, dilation in spans:
-        x = x.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
-    return x
+def _windows(inner: nn.Conv2d, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """What the kernel covers of padded inputs [B, C, H, W], as numbers of pixels counted over [B, H, W].
+
+    Returns:
+        The first pixel of each window; and how far after it the others are, [h w] row by row.
+    """
+    images, _, height, width = shape
+    sizes, strides, dilations = inner.kernel_size, inner.stride, inner.dilation
+    starts, steps = [], []
+    for extent, size, stride, dilation in zip((height, width), sizes, strides, dilations, strict=True):
+        starts.append(torch.arange(0, extent - dilation * (size - 1), stride))
+        steps.append(dilation * torch.arange(size))
+    first = height * width * torch.arange(images)[:, None, None] + width * starts[0][:, None] + starts[1]
+    return first.flatten(), (width * steps[0][:, None] + steps[1]).flatten()
 
 
 class Moments:

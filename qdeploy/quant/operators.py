@@ -45,7 +45,12 @@ class _RoundFloat8(_Round):
 
 def round_through(x: Tensor) -> Tensor:
     """Round half to even; the gradient passes unchanged."""
-    rounded: Tensor = _Round.apply(x)
+    return _apply(_Round, x)
+
+
+def _apply(function: type[_Round], x: Tensor) -> Tensor:
+    """A rounding; without a gradient it is not made a function of autograd, which takes longer than it does."""
+    rounded: Tensor = function.apply(x) if torch.is_grad_enabled() else function.forward(x)
     return rounded
 
 
@@ -69,8 +74,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax:
 def fake_quantize_float8(x: Tensor, scale: Tensor) -> Tensor:
     """`fake_quantize` with float8 (E4M3) codes, which saturate: ``float8(clamp(x / scale)) * scale``."""
     largest = torch.finfo(FLOAT8).max
-    codes: Tensor = _RoundFloat8.apply((x / scale).clamp(-largest, largest))
-    return codes * scale
+    return _apply(_RoundFloat8, (x / scale).clamp(-largest, largest)) * scale
 
 
 def spacing(x: Tensor, number_format: Format) -> Tensor:

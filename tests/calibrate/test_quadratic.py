@@ -41,9 +41,7 @@ def obq_of_a_row(weight: Tensor, grid: Grid, hessian: Tensor, damping: float) ->
     while free:
         inverse = torch.linalg.inv(damped[free][:, free])
         column = free[0]
-        found[:, column] = grid.values(left[:, column : column + 1].float(), torch.tensor([column]))[
-            :, 0
-        ].double()
+        found[:, column] = grid.values(left.float())[:, column].double()
         error = (left[:, column] - found[:, column]) / inverse[0, 0]
         left[:, free] -= torch.outer(error, inverse[0])
         free = free[1:]

@@ -39,6 +39,7 @@ from qdeploy.calibrate.unit_walk import UnitWalk
 from qdeploy.network.observe import ModuleCall, observing
 from qdeploy.network.roles import Layer
 from qdeploy.quant.layer import QuantizedLayer
+from qdeploy.quant.modes import full_precision
 from qdeploy.quant.operators import code_type, over_weight
 from qdeploy.recipe.effort import Effort
 from qdeploy.recipe.stages import ROUNDINGS, WEIGHT_SCALES, Method, Stage
@@ -163,7 +164,7 @@ class GPTQ(Stage):
             states = {path: generator.get_state() for path, generator in generators.items()}
             wanted: dict[str, Tensor] = {}
             if self.full_inputs:
-                with session.teacher():
+                with full_precision(runs[1].unit):
                     wanted = vectors(runs[1], batch)
             for path, read in vectors(runs[0], batch).items():
                 moments[path].add(read, wanted.get(path))
