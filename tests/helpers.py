@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from qdeploy.calibrate.reconstruct import UnitProblem
+from qdeploy.calibrate.record_units import UnitRun
 from qdeploy.calibrate.recorded_rows import RecordedRows
 from qdeploy.calibrate.session import Session
 from qdeploy.model.inputs import denoise
@@ -171,7 +172,7 @@ def layer_problem(layer: QuantizedLayer, x: Tensor, y: Tensor, learn: int) -> Un
     inputs = RecordedRows([x], [1], lambda tensors: ((tensors[0],), {}))
     targets = RecordedRows([y], [1], lambda tensors: tensors[0])
     rows = torch.arange(len(x))
-    return UnitProblem(layer, inputs, targets, rows[:learn], rows[learn:])
+    return UnitProblem(UnitRun(layer, inputs), targets, rows[:learn], rows[learn:])
 
 
 def bare_session(batch: int = 16, seed: int = 0) -> Any:

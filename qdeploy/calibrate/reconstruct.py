@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_flatten
 
 from qdeploy.calibrate.record_units import UnitRun
 from qdeploy.calibrate.recorded_rows import RecordedRows, to_device
-from qdeploy.network.current_timestep import CurrentTimestep
 from qdeploy.system.processes import add_up, are_together, leads, of_the_first, own_share
 
 
@@ -54,24 +53,16 @@ class Problem(Protocol):
 
 @dataclass
 class UnitProblem:
-    """A unit's recorded inputs and targets, split into rows to learn from and rows to judge by."""
+    """A unit with recorded inputs, and its targets: rows to learn from, and rows to judge by."""
 
-    unit: nn.Module
-    inputs: RecordedRows
+    run: UnitRun
     targets: RecordedRows
     learn: Tensor
     judge: Tensor
-    device: str = "cpu"
-    current_timestep: CurrentTimestep | None = None
-    timesteps: Tensor | None = None
 
     def error(self, rows: Tensor, p: float) -> Tensor:
         """`output_error` of the unit on some rows."""
-        return output_error(self.output(rows), to_device(self.targets.batch(rows), self.device), p)
-
-    def output(self, rows: Tensor) -> Any:
-        """What the unit computes for some rows."""
-        return UnitRun(self.unit, self.inputs, self.device, self.current_timestep, self.timesteps)(rows)
+        return output_error(self.run(rows), to_device(self.targets.batch(rows), self.run.device), p)
 
     def judged(self, p: float, batch: int = 32) -> float:
         """Mean error on the rows that nothing was learned from."""

@@ -46,10 +46,7 @@ class UnitWalk:
         with self.modes["teacher"]():
             targets = self._recorders["teacher"].outputs(unit)
         learn, judge = self.session.split(self.rows)
-        run = self.run(unit)
-        return UnitProblem(
-            run.unit, run.inputs, targets, learn, judge, run.device, run.current_timestep, run.timesteps
-        )
+        return UnitProblem(self.run(unit), targets, learn, judge)
 
     def run(self, unit: str, mode: str = "student") -> UnitRun:
         """A unit with the inputs that it gets in a mode of the network, to be run on the walk's rows."""

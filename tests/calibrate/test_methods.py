@@ -81,7 +81,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Session:
 
     def spy(problem: UnitProblem, *args: Any, **kwargs: Any) -> None:
         stock(problem, *args, **kwargs)
-        found = [module for module in problem.unit.modules() if isinstance(module, nn.Dropout) and module.p]
+        found = [
+            module for module in problem.run.unit.modules() if isinstance(module, nn.Dropout) and module.p
+        ]
         dropouts.extend(module.training for module in found)
 
     torch.manual_seed(1)
@@ -273,12 +275,12 @@ def test_units_are_rounded_in_execution_order_each_once(tmp_path: Path, rounded:
 def assert_inputs_are_live(session: Session, problem: UnitProblem) -> None:
     """What a unit learns from is what the units before it give, as they are now."""
     seen: list[Any] = []
-    handle = problem.unit.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    handle = problem.run.unit.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     rows = session.rows()[: session.effort.batch]
     with torch.no_grad():
         denoise(session.denoiser, session.inputs(rows))
     handle.remove()
-    args, _ = problem.inputs.batch(torch.arange(len(rows)))
+    args, _ = problem.run.inputs.batch(torch.arange(len(rows)))
     assert torch.equal(args[0], seen[0])
 
 

@@ -256,7 +256,9 @@ def test_rows_are_drawn_by_the_generator_alone() -> None:
     for seed in (1, 1, 2):
         drawn.append([])
         problem = layer_problem(layer, x, x, learn=9)
-        problem.inputs = Spy(problem.inputs.tensors, problem.inputs.entries, problem.inputs.build)
+        problem.run.inputs = Spy(
+            problem.run.inputs.tensors, problem.run.inputs.entries, problem.run.inputs.build
+        )
         torch.manual_seed(len(drawn))  # global randomness is none of its business
         optimize(problem, [nn.Parameter(torch.zeros(1))], 0, 4, 0.1, torch.Generator().manual_seed(seed), 2)
         free = nn.Parameter(torch.zeros(()))

@@ -174,7 +174,7 @@ def test_roundings_settle_in_every_part_so_that_hardening_changes_nothing(
     for rounding in spied:
         h = rounding.h()
         assert ((h < 0.01) | (h > 0.99)).float().mean() >= 0.99
-    x = problem.inputs.tensors[0]
+    x = problem.run.inputs.tensors[0]
     soft, hard = (
         sum(map(nn.functional.conv2d, layer.input_parts(x), weights))
         for weights in ([rounding() for rounding in spied], layer.quantized_weights())
@@ -246,7 +246,9 @@ def test_gradients_reach_only_weights_that_are_not_clipped() -> None:
 def rounded_by_gptq(number_format: Format, split: tuple[int, ...] = ()) -> tuple[UnitProblem, QuantizedLayer]:
     problem, layer = correlated_problem(number_format, split)
     moments = Moments(layer, False)
-    moments.add(read_vectors(layer, problem.inputs.tensors[0], 4096, torch.Generator().manual_seed(0)), None)
+    moments.add(
+        read_vectors(layer, problem.run.inputs.tensors[0], 4096, torch.Generator().manual_seed(0)), None
+    )
     round_layer(layer, moments, GPTQ())
     return problem, layer
 

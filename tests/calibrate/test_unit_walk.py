@@ -78,7 +78,7 @@ def test_each_unit_is_given_what_the_whole_network_gives_it(session: Session, me
     walk = UnitWalk(session)
     for unit in session.units:
         problem = walk.problem(unit)
-        assert same_tree(problem.inputs.batch(rows), fresh(session).inputs(unit).batch(rows))
+        assert same_tree(problem.run.inputs.batch(rows), fresh(session).inputs(unit).batch(rows))
         with session.teacher():
             assert same_tree(problem.targets.batch(rows), fresh(session).outputs(unit).batch(rows))
         change(session, unit)
