@@ -22,20 +22,19 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.blocks_report import table
 from benchmarks.models import model_folder
 from qdeploy.engines.build import build_engine, load_engine
 from qdeploy.export.run import export
 from qdeploy.store.artifact import Checkpoint, EngineFolder, open_artifact
-from qdeploy.store.files import write_json, write_text
+from qdeploy.store.files import write_json
 from qdeploy.system.machine import machine
 from qdeploy.system.memory import STATUS
 from qdeploy.system.progress import say
-from qdeploy.system.tables import Table
 from qdeploy.workflows.calibrate import calibrate
 
 PRESETS = ("w4-blocks", "w8-weights")
 RUNTIMES = (("openvino", "f32"), ("openvino", "bf16"), ("onnxruntime", "f32"))
-COLUMNS = ("engine", "MB on disk", "MB in memory", "load s", "CPU ms", "beside bf16", "SQNR dB", "parity dB")
 CALLS = 15
 
 
@@ -114,27 +113,6 @@ def _sqnr(engine: Path) -> float:
         return round(median(sqnr_by_row(row_by_row(loaded, inputs), reference)), 2)
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    """One model's engines; speed beside OpenVINO's bf16 engine of the float graph."""
-    bf16 = next(r["cpu_ms"] for r in rows if (r["weights"], r["precision"]) == ("float", "bf16"))
-    return Table(
-        COLUMNS,
-        [
-            [
-                f"{row['weights']}, {row['backend']} {row['precision']}",
-                f"{row['disk_mb']:.1f}",
-                f"{row['memory_mb']:.0f}",
-                f"{row['load_seconds']:.2f}",
-                f"{row['cpu_ms']:.1f}",
-                f"{bf16 / row['cpu_ms']:.2f}x",
-                f"{row['sqnr_db']:.1f}",
-                f"{row['parity_db']:.1f}",
-            ]
-            for row in rows
-        ],
-    )
-
-
 def main() -> None:
     """Measure what the command line names."""
     parser = argparse.ArgumentParser(
@@ -151,14 +129,10 @@ def main() -> None:
         return
     asked.output.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
-    pages = []
     for shape in asked.shape or ["digits-dit"]:
-        rows = run(shape, asked.output, asked.presets, asked.calls)
-        results += rows
-        pages.append(f"## {shape}\n\n{table(rows).markdown()}\n")
+        results += run(shape, asked.output, asked.presets, asked.calls)
         write_json(asked.output / "blocks.json", {"machine": machine(), "results": results})
-        write_text(asked.output / "blocks.md", "\n".join(pages))
-    print("\n".join(pages))
+    print(table(results).text())
 
 
 if __name__ == "__main__":

@@ -336,7 +336,7 @@ def main() -> None:
     given.folder = given.folder.resolve()
     prepare(given.folder / "inputs")
     rows: dict[str, Any] = (
-        json.loads(given.output.read_text())["verbs"] if given.output and given.output.exists() else {}
+        json.loads(given.output.read_text())["results"] if given.output and given.output.exists() else {}
     )
     for verb in given.verbs:
         bench = Bench(verb, given.folder / "inputs", given.folder / verb)
@@ -369,7 +369,7 @@ def main() -> None:
             }
             print(f"{verb}, {form}: {row[form]}", flush=True)
             if given.output:
-                write_json(given.output, {"machine": machine(), "verbs": rows})
+                write_json(given.output, {"machine": machine(), "results": rows})
             for disk in bench.folder.glob("disk-*"):
                 shutil.rmtree(disk, ignore_errors=True)
     forms = [form for row in rows.values() for form in row.values() if isinstance(form, dict)]

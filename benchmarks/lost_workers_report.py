@@ -10,10 +10,10 @@ from qdeploy.system.tables import MISSING, Table
 FORMS = ("shuffled", "killed", "frozen", "cut off", "ray", "ray killed")
 
 
-def table(verbs: Mapping[str, Any]) -> Table:
+def table(results: Mapping[str, Any]) -> Table:
     """Runs with one process's bytes, of all runs, by verb and form."""
     rows = []
-    for verb, found in verbs.items():
+    for verb, found in results.items():
         cells = [
             f"{form['equal']} of {form['runs']}"
             + (f", {form['disturbed']} kills" if name == "ray killed" else "")

@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 import torch
 
 from benchmarks.conditioning import Conditioning
-from benchmarks.methods_report import Result, joined, read_results, result_of, table_of, write_results
+from benchmarks.methods_report import Result, joined, read_results, result_of, table, write_results
 from qdeploy.calibration_set.collect import collect
 from qdeploy.engines.build import build_engine
 from qdeploy.evaluate.cached_json import cached_result
@@ -48,7 +48,6 @@ from qdeploy.sampling.correct import CORRECTIONS
 from qdeploy.store.artifact import CORRECTION, Artifact, open_artifact
 from qdeploy.store.files import write_json
 from qdeploy.system.progress import say
-from qdeploy.system.tables import Table
 
 BACKEND = "openvino"
 # Formats of weights and activations, and what it must run on.
@@ -265,7 +264,7 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     (arguments.output / "cost").mkdir(parents=True, exist_ok=True)
-    print(Table(*table_of(measure(arguments))).text())
+    print(table(measure(arguments)).text())
 
 
 if __name__ == "__main__":

@@ -74,8 +74,8 @@ def joined(results: Sequence[Result]) -> list[Result]:
     return sorted(last.values(), key=lambda result: (rows.index(result["run"]), result["seed"]))
 
 
-def table_of(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows, the full-precision model first; without columns that no result has."""
+def table(results: Sequence[Result]) -> Table:
+    """A row for each kind of calibration, the full-precision model first; without columns that no result has."""
     shown = [name for name in COLUMNS if any(name in result["values"] for result in results)]
     told = {name: [result for result in results if name in result["full"]][:1] for name in shown}
     rows = [[FULL_PRECISION, *(_cell(name, told[name], "full") for name in shown), MISSING]]
@@ -83,7 +83,7 @@ def table_of(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
         members = [result for result in results if result["run"] == run]
         engine = "yes" if members[0]["engine"] else "no: simulated"
         rows.append([f"{run} ({len(members)})", *(_cell(name, members, "values") for name in shown), engine])
-    return ["model", *shown, "engine"], rows
+    return Table(["model", *shown, "engine"], rows)
 
 
 def _cell(name: str, members: Sequence[Result], side: str) -> str:
@@ -102,7 +102,7 @@ def _cell(name: str, members: Sequence[Result], side: str) -> str:
 def write_results(output: Path, results: Sequence[Result], note: str) -> None:
     """``results.json``, ``table.md`` and ``methods.png`` of what there is so far."""
     write_json(output / "results.json", {"note": note, "machine": machine(), "results": list(results)})
-    write_text(output / "table.md", f"{Table(*table_of(results)).markdown()}\n{note}\n")
+    write_text(output / "table.md", f"{table(results).markdown()}\n{note}\n")
     _draw(results, output / "methods.png")
 
 
