@@ -35,6 +35,7 @@ class FinishedUnits:
         folder: of mapped files.
         budget: bytes that may be in memory.
         device: where outputs belong.
+        half: keep them in float16.
 
     Attributes:
         kept: what is known, by unit.
@@ -49,9 +50,11 @@ class FinishedUnits:
         folder: Path,
         budget: int,
         device: str = "cpu",
+        *,
+        half: bool = False,
     ) -> None:
         self.units, self.readers, self.rows = units, readers, rows
-        self.folder, self.budget, self.device = folder, budget, device
+        self.folder, self.budget, self.device, self.half = folder, budget, device, half
         self.kept: dict[str, RecordedRows] = {}
         self.unread: dict[str, RecordedRows] = {}
         self._recordings: dict[str, Recording | None] = {}  # None where there is no room
@@ -81,7 +84,7 @@ class FinishedUnits:
         def after(call: ModuleCall) -> None:
             if call.name not in self._recordings:
                 fits = self._fits(call.output, len(rows))
-                recording = Recording(self.rows, self.folder, self._left()) if fits else None
+                recording = Recording(self.rows, self.folder, self._left(), half=self.half) if fits else None
                 self._recordings[call.name] = recording
             if (recording := self._recordings[call.name]) is not None:
                 recording.add(call.output, rows)
@@ -100,9 +103,8 @@ class FinishedUnits:
 
     def _fits(self, output: Any, rows: int) -> bool:
         """Whether there is room for outputs of all rows; without it a unit runs again in every pass."""
-        size = (
-            sum(leaf.nbytes for leaf in tree_leaves(output) if isinstance(leaf, Tensor)) * self.rows // rows
-        )
+        seen = sum(leaf.nbytes for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+        size = seen * self.rows // rows // (1 + self.half)
         place = next(path for path in (self.folder, *self.folder.parents) if path.exists())
         return size <= max(self._left(), DISK_SHARE * disk_usage(place).free)
 

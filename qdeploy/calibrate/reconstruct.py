@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from qdeploy.calibrate.precision import products_in
 from qdeploy.calibrate.record_units import UnitRun
 from qdeploy.calibrate.recorded_rows import RecordedRows, to_device
 from qdeploy.system.processes import add_up, are_together, leads, of_the_first, own_share
@@ -65,8 +66,8 @@ class UnitProblem:
         return output_error(self.run(rows), to_device(self.targets.batch(rows), self.run.device), p)
 
     def judged(self, p: float, batch: int = 32) -> float:
-        """Mean error on the rows that nothing was learned from."""
-        with torch.no_grad():
+        """Mean error on the rows that nothing was learned from, in float32."""
+        with torch.no_grad(), products_in(None, self.run.device):
             errors = [self.error(rows, p) * len(rows) for rows in self.judge.split(batch)]
         return float(torch.stack(errors).sum() / len(self.judge))
 

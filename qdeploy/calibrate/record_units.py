@@ -33,6 +33,7 @@ class UnitRecorder:
         scratch: folder for mapped files.
         budget: bytes that a recording may take in memory; a larger one goes to a file.
         finished: keeps what passes went through, so that they begin behind it; None lets each begin at the start.
+        half: record in float16.
     """
 
     def __init__(
@@ -44,9 +45,11 @@ class UnitRecorder:
         scratch: Path,
         budget: int,
         finished: FinishedUnits | None = None,
+        *,
+        half: bool = False,
     ) -> None:
         self.denoiser, self.load, self.rows, self.batch = denoiser, load, rows, batch
-        self.scratch, self.budget, self.finished = scratch, budget, finished
+        self.scratch, self.budget, self.finished, self.half = scratch, budget, finished, half
 
     def inputs(self, unit: str) -> RecordedRows:
         """Positional and keyword arguments of the unit's call."""
@@ -83,7 +86,7 @@ class UnitRecorder:
         numbers = torch.arange(len(self.rows))
         first, *others = numbers.split(self.batch)
         few = numbers[:1].repeat(2 if len(first) == 1 else 1)
-        recording = Recording(len(self.rows), self.scratch, self.budget)
+        recording = Recording(len(self.rows), self.scratch, self.budget, half=self.half)
         watched = {unit: self.denoiser.get_submodule(unit)}
         for chosen in (few, first, *others):
             assert not self.denoiser.training, "dropout must be off while activations are recorded"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from math import prod
+from math import frexp, prod
 from pathlib import Path
 from tempfile import mkstemp
 from typing import Any
@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+# Float16 holds values below 2 ** 16. Those of the first batch are brought below 2 ** 10: later ones may be larger.
+HALF_TOP, HALF_LIMIT = 10, 15
 
 
 @dataclass
@@ -25,11 +28,14 @@ class RecordedRows:
             the first axis for each row, such as the frames of a film.
         entries: n, for each of them.
         build: makes the call's or output's own structure out of a batch of them.
+        shifts: the power of two that those kept in float16 are multiplied with; None for the others. Empty if all are
+            kept as they are.
     """
 
     tensors: list[Tensor]
     entries: list[int]
     build: Callable[[list[Tensor]], Any]
+    shifts: Sequence[int | None] = ()
 
     def batch(self, rows: Tensor) -> Any:
         """The structure for some rows, by their numbers; a copy, its axes in memory as they were.
@@ -37,6 +43,9 @@ class RecordedRows:
         A convolution rounds otherwise for another order of axes.
         """
         batches = [_chosen(tensor, rows) for tensor in self.tensors]
+        for place, shift in enumerate(self.shifts):
+            if shift is not None:
+                batches[place] = batches[place].float() * 2.0**-shift
         flat = [
             batch.flatten(0, 1) if entries > 1 else batch
             for batch, entries in zip(batches, self.entries, strict=True)
@@ -45,12 +54,36 @@ class RecordedRows:
 
     def unknown(self) -> RecordedRows:
         """One row like these, of NaN: what must not be read any more."""
-        return RecordedRows([_nan_like(tensor[:1]) for tensor in self.tensors], self.entries, self.build)
+        unknown = [_nan_like(tensor[:1]) for tensor in self.tensors]
+        return RecordedRows(unknown, self.entries, self.build, self.shifts)
 
     @property
     def in_memory(self) -> int:
         """Bytes that are not in mapped files."""
         return sum(tensor.nbytes for tensor in self.tensors if tensor.untyped_storage().filename is None)
+
+
+@dataclass
+class _Store:
+    """Where the rows of one tensor go.
+
+    Attributes:
+        values: [rows, ...].
+        shift: as in `RecordedRows.shifts`.
+    """
+
+    values: Tensor
+    shift: int | None
+
+    def write(self, rows: Tensor, tensor: Tensor) -> None:
+        """Put some rows in, by their numbers."""
+        if self.shift is not None:
+            if (exponent := _exponent(tensor)) + self.shift > HALF_LIMIT:
+                lower = HALF_TOP - exponent
+                self.values.mul_(2.0 ** (lower - self.shift))
+                self.shift = lower
+            tensor = (tensor * 2.0**self.shift).half()
+        self.values[rows] = tensor.cpu()
 
 
 class Recording:
@@ -63,13 +96,14 @@ class Recording:
         rows: how many there will be.
         folder: of mapped files.
         budget: bytes that may be in memory.
+        half: keep float32 in float16, each tensor times a power of two.
     """
 
-    def __init__(self, rows: int, folder: Path, budget: int) -> None:
-        self.rows, self.folder, self.budget = rows, folder, budget
+    def __init__(self, rows: int, folder: Path, budget: int, *, half: bool = False) -> None:
+        self.rows, self.folder, self.budget, self.half = rows, folder, budget, half
         self.few: list[Any] | None = None
         self.few_rows = 0
-        self.tensors: list[Tensor] = []
+        self.stores: list[_Store] = []
         self.entries: list[int] = []  # of each leaf for each row; 0 for a constant
         self.constants: list[Any] = []
         self.spec: Any = None
@@ -86,9 +120,9 @@ class Recording:
             self.constants = [
                 None if entries else leaf for leaf, entries in zip(leaves, self.entries, strict=True)
             ]
-            self.tensors = self._allocated(self._own(leaves, len(rows)))
-        for store, tensor in zip(self.tensors, self._own(leaves, len(rows)), strict=True):
-            store[rows] = tensor.cpu()
+            self.stores = self._allocated(self._own(leaves, len(rows)))
+        for store, tensor in zip(self.stores, self._own(leaves, len(rows)), strict=True):
+            store.write(rows, tensor)
 
     def _own(self, leaves: list[Any], rows: int) -> list[Tensor]:
         """The leaves that hold rows, as they are stored."""
@@ -116,17 +150,27 @@ class Recording:
             ]
             return tree_unflatten(leaves, spec)
 
-        return RecordedRows(self.tensors, [count for count in entries if count], build)
+        return RecordedRows(
+            [store.values for store in self.stores],
+            [count for count in entries if count],
+            build,
+            [store.shift for store in self.stores],
+        )
 
-    def _allocated(self, tensors: list[Tensor]) -> list[Tensor]:
+    def _allocated(self, tensors: list[Tensor]) -> list[_Store]:
         shapes = [(self.rows, *tensor.shape[1:]) for tensor in tensors]
-        total = sum(prod(shape) * tensor.itemsize for shape, tensor in zip(shapes, tensors, strict=True))
+        halved = [self.half and tensor.dtype == torch.float32 for tensor in tensors]
+        kinds = [
+            torch.float16 if half else tensor.dtype for tensor, half in zip(tensors, halved, strict=True)
+        ]
+        total = sum(prod(shape) * kind.itemsize for shape, kind in zip(shapes, kinds, strict=True))
         make = torch.empty if total <= self.budget else self._mapped
         stores = []
-        for shape, tensor in zip(shapes, tensors, strict=True):
+        for shape, tensor, kind, half in zip(shapes, tensors, kinds, halved, strict=True):
             order = _order(tensor)
-            store = make(tuple(shape[axis] for axis in order), dtype=tensor.dtype)
-            stores.append(store.permute(_inverse(order)))
+            values = make(tuple(shape[axis] for axis in order), dtype=kind)
+            shift = HALF_TOP - _exponent(tensor) if half else None
+            stores.append(_Store(values.permute(_inverse(order)), shift))
         return stores
 
     def _mapped(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -148,6 +192,12 @@ def _entries(few: Any, few_rows: int, leaf: Any, rows: int) -> int:
         return 0
     entries, rest = divmod(len(leaf), rows)
     return entries if not rest and len(few) == entries * few_rows else 0
+
+
+def _exponent(tensor: Tensor) -> int:
+    """The least e such that all finite values are below ``2**e``."""
+    largest = tensor.abs().nan_to_num(0, 0).amax() if tensor.numel() else torch.zeros(())
+    return frexp(float(largest))[1]
 
 
 def _order(tensor: Tensor) -> list[int]:

@@ -25,6 +25,7 @@ class UnitWalk:
         session: the calibration.
         student: the mode of the network in which units get their inputs; the present one by default.
         rows: how many of the effort's rows it looks at, at most; None for all.
+        half: record in float16.
 
     Attributes:
         rows: their numbers in the calibration set.
@@ -35,8 +36,10 @@ class UnitWalk:
         session: Session,
         student: Callable[[], AbstractContextManager[None]] = nullcontext,
         rows: int | None = None,
+        *,
+        half: bool = False,
     ) -> None:
-        self.session = session
+        self.session, self.half = session, half
         self.modes = {"student": student, "teacher": session.teacher}
         self.rows = session.rows(rows)
         self.timesteps = session.data.timesteps[self.rows].flatten()
@@ -64,9 +67,18 @@ class UnitWalk:
         once = {unit: session.denoiser.get_submodule(unit) for unit in readers}
 
         def recorder() -> UnitRecorder:
-            finished = FinishedUnits(once, readers, len(self.rows), scratch, budget, session.device)
+            finished = FinishedUnits(
+                once, readers, len(self.rows), scratch, budget, session.device, half=self.half
+            )
             return UnitRecorder(
-                session.denoiser, session.inputs, self.rows, session.batch, scratch, budget, finished
+                session.denoiser,
+                session.inputs,
+                self.rows,
+                session.batch,
+                scratch,
+                budget,
+                finished,
+                half=self.half,
             )
 
         return {mode: recorder() for mode in self.modes}

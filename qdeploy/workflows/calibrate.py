@@ -17,7 +17,6 @@ from qdeploy.model.in_memory import ModelSource, model_of
 from qdeploy.recipe.recipe import Recipe
 from qdeploy.recipe.resolve import resolve_recipe
 from qdeploy.recipe.stages import Stage
-from qdeploy.recipe.targets import find_target
 from qdeploy.store.artifact import Artifact, Checkpoint, open_artifact
 from qdeploy.store.builder import Draft
 from qdeploy.store.manifest import Notes
@@ -25,7 +24,6 @@ from qdeploy.store.paths import default_output
 from qdeploy.system.devices import check_device, own_device
 from qdeploy.system.errors import UsageError
 from qdeploy.system.estimate import Estimate
-from qdeploy.system.machine import int8_sums_saturate
 from qdeploy.system.plugins import code_of
 from qdeploy.system.processes import (
     are_together,
@@ -35,6 +33,7 @@ from qdeploy.system.processes import (
     working_together,
 )
 from qdeploy.system.progress import say
+from qdeploy.workflows.advice import advise
 from qdeploy.workflows.calibrate_together import check_shareable, own_draft, run_together
 from qdeploy.workflows.calibrated_facts import by_reason
 from qdeploy.workflows.finish_checkpoint import finish
@@ -244,11 +243,7 @@ def _run(
         say(f"in float: {len(paths)} layers, {reason}")
     for reason in resolved.simulated():
         say(f"simulated: {reason}; no engine will run this checkpoint")
-    wide = resolved.weights == "int8" and resolved.activations != "none"
-    if wide and "openvino" in find_target(resolved.target).backends and int8_sums_saturate():
-        say(
-            "this processor has no VNNI, so engines compute 8-bit weights in floats here; int7 weights run in int8"
-        )
+    advise(resolved, device, estimate.seconds)
     if (dry_run or (estimate.seconds > LONG_S and not streamed)) and not resolved.simulated():
         check_traceable(session.denoiser, data.inputs([0], device=device))
     if dry_run:
