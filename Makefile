@@ -67,7 +67,7 @@ format: setup
 	$(BIN)/ruff check --fix qdeploy tests benchmarks tools
 
 bench: setup  ## the tables of docs/benchmarks/index.md
-	$(BIN)/python benchmarks/digits_quality.py --output runs/digits-quality
+	$(BIN)/python -m benchmarks.methods --output runs/methods --threads 1 --groups 1
 
 compatibility: setup  ## docs/compatibility.md: a tiny pipeline of each class of diffusers, from preflight to check
 	$(BIN)/python tools/compatibility.py

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from qdeploy.calibrate.bias_correction import correct_bias
 from qdeploy.calibrate.methods.minmax import ActivationRanges, WeightRanges
 from qdeploy.calibrate.precision import PRECISIONS, products_in
 from qdeploy.calibrate.reconstruct import UnitProblem, optimize
@@ -57,6 +58,8 @@ class AdaRound(Stage):
         settle: a unit is done once its held-out error has not fallen by this share in two tenths of the steps, and
             the best is kept; None for all steps.
         refine: learn on from the roundings that an earlier stage, such as ``gptq``, has decided.
+        bias: move the mean error of each unit's output into a bias, before the next unit is rounded
+            (`qdeploy.calibrate.bias_correction`).
         precision: ``bfloat16`` computes the steps' products in it, for processors and GPUs that multiply it faster,
             and records in float16; the judgement on held-out rows computes in float32 all the same.
     """
@@ -72,6 +75,7 @@ class AdaRound(Stage):
     steps: int | None = None
     settle: float | None = None
     refine: bool | None = None
+    bias: bool | None = None
     precision: str | None = None
 
     def __post_init__(self) -> None:
@@ -99,10 +103,13 @@ class AdaRound(Stage):
                 if not (self.refine or undecided(modules)):
                     return
                 with session.weights_only():
+                    problem = walk.problem(unit)
                     gain = round_unit(
-                        session, walk.problem(unit), modules, f"round/{unit}", steps, rate, self.weight, self.warmup,
+                        session, problem, modules, f"round/{unit}", steps, rate, self.weight, self.warmup,
                         settle=self.settle, refine=bool(self.refine), precision=self.precision,
                     )  # fmt: skip
+                    if self.bias:
+                        correct_bias(problem, modules)
                 before = "the roundings that were there" if self.refine else "rounding to nearest"
                 say(f"  {unit}: {gain:.2f} times the error of {before}", level=2)
 
