@@ -3,7 +3,7 @@
     import qdeploy
 
     data = qdeploy.collect("model/", "set/")
-    checkpoint = qdeploy.calibrate("model/", "w4a8/", recipe="w4a8-qdiffusion-steady", calibration=data)
+    checkpoint = qdeploy.calibrate("model/", "w4a8/", recipe="w4a8-gptq", calibration=data)
     engine = qdeploy.build_engine(qdeploy.export(checkpoint))
     pipe.unet = qdeploy.load_engine(engine).as_denoiser()
 
