@@ -136,7 +136,7 @@ def round_unit(
     precision: str | None = None,
 ) -> float:
     """Round one unit; returns the ratio of its held-out error to that of what was there before."""
-    with products_in(precision, session.device):
+    with products_in(precision, problem.run.device):
         return learn_rounding(
             problem,
             [pair for layer in layers for pair in layer.weight_pairs()] if refine else undecided(layers),
