@@ -75,7 +75,7 @@ def test_the_readme_runs(stable_diffusion: Path, tmp_path: Path, monkeypatch: py
     for theirs, ours in (
         ('"sd15/"', repr(str(stable_diffusion))),
         ("samples=64", "samples=2, steps=3, keep=2"),
-        ("w4a8-qdiffusion-steady", "w8a8-minmax"),
+        ("w4a8-gptq", "w8a8-minmax"),
     ):
         assert theirs in code
         code = code.replace(theirs, ours)
